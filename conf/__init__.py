@@ -1,0 +1,1 @@
+"""Hydra YAML files: runs beside this file, groups in the folders."""

@@ -1,0 +1,19 @@
+"""The error that a user's mistake in the data raises."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A mistake in the data or in what was asked of it, told in one line.
+
+    The message names the file or key, what was found, what was expected and what to do. Command lines print it to
+    stderr and exit with code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        lines = message.strip().splitlines() or [""]
+        # A DataLoader re-raises a worker's exception with the worker's whole traceback as its message. The last line
+        # of that is the message that was meant.
+        if lines[0].startswith("Caught DataError in "):
+            lines = [lines[-1].partition("DataError: ")[2]]
+        super().__init__(" ".join(line.strip() for line in lines))

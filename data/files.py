@@ -1,0 +1,38 @@
+"""Writing files so that a kill at any moment leaves the old file, the new file or none, never half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+def temporary(path: Path) -> Path:
+    """The hidden name beside `path` under which it is written until `commit` gives it its own."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def commit(file: BinaryIO, path: Path) -> None:
+    """Close `file`, which was written at `temporary(path)`, and make it `path`, both safe on disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(temporary(path), path)
+    # The new name is an entry of the folder, which has to reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` under a temporary name, sync it, rename it."""
+    file = temporary(path).open("wb")
+    try:
+        file.write(content)
+        commit(file, path)
+    except BaseException:
+        file.close()
+        temporary(path).unlink(missing_ok=True)
+        raise

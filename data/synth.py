@@ -1,0 +1,182 @@
+"""Make a folder of synthetic clips: `python -m data.synth --out DIR --clips 256 --frames 64`.
+
+Pixels serve as latents, in bfloat16, and captions are encoded by `TinyTextEncoder` under the name `text`. A finished
+folder made with the same arguments is kept as it is, so the command can stand in front of every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from data.errors import DataError
+from data.manifest import FILE, Manifest
+from data.sample import Sample
+from data.scenes import make_clip
+from data.stream import read_samples
+from data.text import TinyTextEncoder
+from data.writer import ShardWriter
+
+FPS = 16.0
+LATENTS = "pixels-v1"
+SCENES = "synth-v1"
+
+
+def fingerprint() -> str:
+    """What made latents and text of synthetic clips: the manifest's `encoder`."""
+    return f"{LATENTS}+{TinyTextEncoder().fingerprint}"
+
+
+def synthesize(
+    out: str | Path,
+    clips: int,
+    frames: int,
+    height: int = 32,
+    width: int = 64,
+    seed: int = 0,
+    per_shard: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> Manifest:
+    """Make a folder of synthetic clips, or keep the finished one that is there.
+
+    Args:
+        out: the folder.
+        clips: how many; clip i is the same whatever the number.
+        frames, height, width: of each clip, which becomes a latent (3, frames, height, width) bfloat16 in [-1, 1].
+        seed: draws the clips.
+        per_shard: clips a shard, at most.
+        workers: processes that render; 0 renders in this one. The bytes written are the same.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: when `out` is finished with other arguments, or an argument is out of range.
+    """
+    arguments = {
+        "made_by": f"data.synth {SCENES}",
+        "clips": clips,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "seed": seed,
+        "per_shard": per_shard,
+    }
+    for name, value, least in (("clips", clips, 1), ("per_shard", per_shard, 1), ("workers", workers, 0)):
+        if value < least:
+            raise DataError(f"{name} is {value}, expected at least {least}")
+    if (Path(out) / FILE).exists():
+        return _kept(Manifest.load(out), arguments)
+    render = functools.partial(_render, seed, frames, height, width)
+    render(0)  # An impossible size is told before the folder is made.
+    with contextlib.ExitStack() as stack:
+        writer = ShardWriter(
+            out,
+            fps=FPS,
+            encoder=fingerprint(),
+            latent="RGB pixels in [-1, 1], bfloat16",
+            text="text: TinyTextEncoder, float32",
+            arguments=arguments,
+            empty_prompt=TinyTextEncoder().prompt(""),
+            max_samples=per_shard,
+        )
+        stack.callback(writer.abort)
+        entries: Iterable[dict[str, Any]] = map(render, range(clips))
+        if workers:
+            # Spawned, not forked: a fork of a process whose torch has run threads can hang.
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)))
+            entries = pool.imap(render, range(clips), chunksize=4)
+        for entry in tqdm(entries, "rendering", clips, unit="clip", disable=not progress):
+            writer.write(Sample.from_entry(entry))
+        return writer.close()
+
+
+def _render(seed: int, frames: int, height: int, width: int, index: int) -> dict[str, Any]:
+    """Clip `index` as a shard entry: plain bytes, which travel between processes as they are."""
+    pixels, meta = make_clip(seed, index, frames, height, width)
+    prompt = TinyTextEncoder().prompt(meta["caption"])
+    latent = pixels.to(torch.bfloat16)
+    return Sample(f"clip-{index:06d}", latent, prompt.text, {}, {}, {**meta, "fps": FPS}).to_entry()
+
+
+def _kept(manifest: Manifest, arguments: dict[str, Any]) -> Manifest:
+    """The finished folder, or a DataError that says in which arguments it differs from what was asked."""
+    there, asked = {"encoder": manifest.encoder, **manifest.arguments}, {"encoder": fingerprint(), **arguments}
+    other = [f"{name}={there.get(name)} (asked: {asked.get(name)})" for name in asked if there.get(name) != asked[name]]
+    if other:
+        hint = "choose another folder or delete this one"
+        raise DataError(f"{manifest.folder}: holds other clips already, made with {', '.join(other)}; {hint}")
+    return manifest
+
+
+def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4, scale: int = 4) -> None:
+    """An animated GIF of the clips in a grid, `scale` times enlarged, looping, at the clips' pace.
+
+    Raises:
+        DataError: when the path does not end in .gif.
+    """
+    from PIL import Image
+
+    if Path(path).suffix.lower() != ".gif":
+        raise DataError(f"{path}: the preview is an animated GIF, expected a name that ends in .gif")
+    clips = [((sample.latent.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for sample in samples]
+    gap = torch.nn.ConstantPad2d((1, 1, 1, 1), 255)
+    clips = [gap(clip.repeat_interleave(scale, 2).repeat_interleave(scale, 3)) for clip in clips]
+    clips += [torch.full_like(clips[0], 255)] * (-len(clips) % columns)
+    rows = [torch.cat(clips[i : i + columns], dim=3) for i in range(0, len(clips), columns)]
+    grid = torch.cat(rows, dim=2).permute(1, 2, 3, 0).contiguous().numpy()
+    images = [Image.fromarray(frame) for frame in grid]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / FPS), loop=0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+@contextlib.contextmanager
+def _one_line(prog: str) -> Iterator[None]:
+    """Turns the errors that users can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exits with code 2 and one line on stderr when the arguments or the folder are wrong."""
+    parser = _Parser("python -m data.synth", description="Make synthetic clips as shards for training.")
+    parser.add_argument("--out", required=True, help="folder for the shards")
+    parser.add_argument("--clips", type=int, default=256, help="number of clips (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=64, help="frames a clip (default %(default)s)")
+    parser.add_argument("--height", type=int, default=32, help="pixels (default %(default)s)")
+    parser.add_argument("--width", type=int, default=64, help="pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the clips (default %(default)s)")
+    parser.add_argument("--per-shard", type=int, default=64, help="clips a shard (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render (default: this one alone)")
+    parser.add_argument("--preview", metavar="FILE.gif", help="show the first 16 clips as an animated GIF")
+    chosen = vars(parser.parse_args(argv))
+    preview = chosen.pop("preview")
+    with _one_line(parser.prog):
+        there = (Path(chosen["out"]) / FILE).exists()
+        manifest = synthesize(**chosen, progress=True)
+        state = "already there" if there else "made"
+        print(f"{manifest.folder}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, {state}")
+        if preview:
+            write_preview(list(read_samples(manifest, 16)), preview)
+            print(f"{preview}: preview")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from radial.backends import AttentionCall, choose_backend
+from radial.errors import RadialError
+from radial.grid import VideoGrid
+from radial.layout import BlockLayout, build_layout
+from radial.patterns import Pattern, Released
+
+
+def radial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: VideoGrid,
+    pattern: Pattern = Released(),  # noqa: B008  frozen and stateless
+    *,
+    block: int = 128,
+    text_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention of a video's tokens over the block pairs that a static pattern keeps.
+
+        grid = VideoGrid.from_pixels(frames=321, height=720, width=1280)
+        out = radial_attention(q, k, v, grid)
+
+    Args:
+        q, k, v: (batch, tokens, heads, head_dim); video tokens frame by frame in raster order, then text tokens.
+        grid: how those tokens lie; ``grid.tokens`` is the sequence length.
+        pattern: which block pairs are computed (`radial.patterns`).
+        block: block size in tokens (64 or 128 for the GPU kernels).
+        text_lengths: (batch,) integer tensor, valid text tokens of each sample. Keys after them are masked; their
+            query rows are still computed. None means that all text tokens count.
+        scale: factor of the scores, head_dim ** -0.5 by default.
+        backend: a backend by name, or None for the fastest that can serve the call.
+
+    Returns:
+        (batch, tokens, heads, head_dim), dtype of q.
+
+    Raises:
+        RadialError: shapes that do not agree with the grid, or a backend that cannot serve the call.
+    """
+    return attention_over(
+        q, k, v, build_layout(pattern, grid, block), text_lengths=text_lengths, scale=scale, backend=backend
+    )
+
+
+def attention_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    text_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`radial_attention` for callers that already hold a layout, such as the layers of a model."""
+    grid = layout.grid
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise RadialError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, "
+            "expected one shape (batch, tokens, heads, head_dim)"
+        )
+    if q.shape[1] != grid.tokens:
+        raise RadialError(
+            f"q has {q.shape[1]} tokens, expected {grid.tokens} "
+            f"({grid.frames} frames x {grid.tokens_per_frame} + {grid.text_tokens} text tokens)"
+        )
+    if text_lengths is not None and (text_lengths.shape != q.shape[:1] or text_lengths.is_floating_point()):
+        raise RadialError(
+            f"text_lengths is {text_lengths.dtype} of shape {tuple(text_lengths.shape)}, "
+            f"expected integers of shape ({q.shape[0]},)"
+        )
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    call = AttentionCall(q.device, q.dtype, q.shape[-1], needs_grad, text_lengths is not None, layout)
+    chosen = choose_backend(call, backend)
+    return chosen(
+        q,
+        k,
+        v,
+        layout.to(q.device),
+        text_lengths=text_lengths,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )

@@ -1,0 +1,35 @@
+"""The backends, fastest first, and the choice among them."""
+
+from __future__ import annotations
+
+from radial.backends.base import AttentionCall, Backend
+from radial.backends.blocks import TorchBlocks
+from radial.backends.sdpa import Sdpa
+from radial.errors import RadialError
+
+__all__ = ["BACKENDS", "AttentionCall", "Backend", "choose_backend"]
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), TorchBlocks())}
+
+
+def choose_backend(call: AttentionCall, name: str | None = None) -> Backend:
+    """The named backend, or the fastest that can serve the call.
+
+    Raises:
+        RadialError: an unknown name, or a backend that cannot serve the call, with its reason. A request is never
+            passed on to another backend.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise RadialError(f"attention backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+        reason = BACKENDS[name].why_not(call)
+        if reason is not None:
+            raise RadialError(f"attention backend {name} cannot serve this call: {reason}")
+        return BACKENDS[name]
+    reasons = []
+    for backend in BACKENDS.values():
+        reason = backend.why_not(call)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise RadialError("no attention backend can serve this call: " + "; ".join(reasons))

@@ -1,0 +1,52 @@
+"""What a backend is: one way to compute attention over a `BlockLayout`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from radial.layout import BlockLayout
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a backend needs to know of a call to say whether it can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    needs_grad: bool
+    masks_text: bool
+    layout: BlockLayout
+
+
+class Backend(Protocol):
+    """One implementation of block-sparse attention. Implementations are stateless.
+
+    Adding one: a file in this folder with a class of this shape, and a line in `radial.backends.BACKENDS`.
+    """
+
+    name: str
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """None when the backend can serve the call, else the reason in words that a user can act on."""
+        ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention output.
+
+        Args:
+            q, k, v: (batch, tokens, heads, head_dim), any strides.
+            layout: the block lists, on the device of q.
+            text_lengths: (batch,) integer, valid text tokens of each sample; keys after them are masked.
+            scale: factor of the scores before the softmax.
+
+        Returns:
+            (batch, tokens, heads, head_dim), dtype of q.
+        """
+        ...

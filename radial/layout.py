@@ -1,0 +1,163 @@
+"""The pattern worked out for one grid: block lists in both directions, ready for a kernel.
+
+A `BlockLayout` is a block-sparse matrix in compressed form. Query block i attends to key blocks
+``columns[row_offsets[i]:row_offsets[i + 1]]``; the transpose, which a backward pass over key blocks reads, is
+``rows[column_offsets[j]:column_offsets[j + 1]]``. All four are int32.
+
+What the released code leaves undefined is defined here, for every pattern:
+
+* the last, partial block of the video and all blocks of text tokens (from block ``video_tokens // B`` on) are kept
+  whole, as rows and as columns;
+* any other query block that the pattern leaves without a key block takes the union of the key blocks of the nearest
+  non-empty query blocks above and below it; if every one is empty (a frame of fewer than about B/3 tokens), they
+  attend to everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from radial.errors import RadialError
+from radial.grid import VideoGrid
+from radial.patterns import Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """Which key blocks each query block attends to (see the module text). Built by `build_layout`.
+
+    Attributes:
+        pattern, grid, block: what it was built from; block size in tokens.
+        row_offsets: (blocks + 1,) int32. columns: (kept,) int32, ascending in each row.
+        column_offsets: (blocks + 1,) int32. rows: (kept,) int32, ascending in each column.
+    """
+
+    pattern: Pattern
+    grid: VideoGrid
+    block: int
+    row_offsets: Tensor
+    columns: Tensor
+    column_offsets: Tensor
+    rows: Tensor
+    _copies: dict[torch.device, BlockLayout] = field(default_factory=dict, repr=False)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along one side, the partial last one included."""
+        return -(-self.grid.tokens // self.block)
+
+    @property
+    def complete_blocks(self) -> int:
+        """Blocks that hold nothing but video tokens; those after them are kept whole."""
+        return self.grid.video_tokens // self.block
+
+    @property
+    def kept(self) -> int:
+        """Surviving blocks."""
+        return self.columns.numel()
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kept == self.blocks**2
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all blocks that are skipped."""
+        return 1.0 - self.kept / self.blocks**2
+
+    @cached_property
+    def video_sparsity(self) -> float:
+        """Share of skipped blocks among the complete video blocks: the figure that papers quote."""
+        c = self.complete_blocks
+        tail = self.blocks - c
+        return 1.0 - (self.kept - self.blocks**2 + c**2) / c**2 if c and tail else self.sparsity
+
+    @cached_property
+    def density(self) -> float:
+        """Share of all query-key token pairs that are computed (the last block counted at its true size)."""
+        last = self.grid.tokens - (self.blocks - 1) * self.block
+        if last == self.block:
+            return self.kept / self.blocks**2
+        # the last row and column are whole by construction
+        inner = self.kept - 2 * self.blocks + 1
+        border = 2 * (self.blocks - 1) * self.block * last + last**2
+        return (inner * self.block**2 + border) / self.grid.tokens**2
+
+    def flops(self, heads: int, head_dim: int) -> float:
+        """Floating-point operations of one attention forward of one sample: 4 x head_dim x heads x token pairs."""
+        return 4.0 * head_dim * heads * self.density * self.grid.tokens**2
+
+    def mask(self) -> Tensor:
+        """The boolean block mask, (blocks, blocks): for tests and pictures, not for kernels."""
+        dense = torch.zeros(self.blocks, self.blocks, dtype=torch.bool)
+        counts = self.row_offsets.cpu().long().diff()
+        dense[torch.repeat_interleave(torch.arange(self.blocks), counts), self.columns.cpu().long()] = True
+        return dense
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """This layout on ``device``; the copy is made once and kept."""
+        device = torch.device(device)
+        if device == self.columns.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = BlockLayout(
+                self.pattern,
+                self.grid,
+                self.block,
+                *(t.to(device) for t in (self.row_offsets, self.columns, self.column_offsets, self.rows)),
+            )
+        return self._copies[device]
+
+
+@lru_cache(maxsize=64)
+def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLayout:
+    """The layout of a pattern on a grid, on the CPU; cached by its arguments.
+
+    Time and memory follow the surviving blocks (0.3 s for 291,600 tokens on one core; `python -m radial bench`).
+
+    Raises:
+        RadialError: a block size that is not a power of two of at least 16.
+    """
+    if block < 16 or block & (block - 1):
+        raise RadialError(f"block is {block}, expected a power of two of at least 16 (kernels use 64 or 128)")
+    complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
+    keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
+    row, column = keys // max(complete, 1), keys % max(complete, 1)
+    extra_row, extra_column = _fill_empty_rows(row, column, complete)
+    tail = torch.arange(complete, blocks)
+    every, inner = torch.arange(blocks), torch.arange(complete)
+    # tail columns of the complete rows, then the tail rows whole
+    row = torch.cat([row, extra_row, inner.repeat_interleave(len(tail)), tail.repeat_interleave(blocks)])
+    column = torch.cat([column, extra_column, tail.repeat(complete), every.repeat(len(tail))])
+    row_offsets, columns = _compress(row, column, blocks)
+    column_offsets, rows = _compress(column, row, blocks)
+    return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows)
+
+
+def _compress(major: Tensor, minor: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    keys = (major * blocks + minor).sort().values
+    counts = torch.bincount(major, minlength=blocks)
+    offsets = torch.zeros(blocks + 1, dtype=torch.int32)
+    offsets[1:] = counts.cumsum(0)
+    return offsets, (keys % blocks).int()
+
+
+def _fill_empty_rows(row: Tensor, column: Tensor, complete: int) -> tuple[Tensor, Tensor]:
+    """Key blocks for the complete query blocks that have none: see the module text."""
+    counts = torch.bincount(row, minlength=complete)
+    empty = (counts == 0).nonzero().flatten()
+    filled = counts.nonzero().flatten()
+    rows, columns = [row.new_empty(0)], [column.new_empty(0)]
+    starts = counts.cumsum(0) - counts
+    for index in empty.tolist():
+        after = int(torch.searchsorted(filled, index))
+        neighbours = [int(filled[p]) for p in (after - 1, after) if 0 <= p < len(filled)]
+        parts = [column[starts[n] : starts[n] + counts[n]] for n in neighbours]
+        found = torch.unique(torch.cat(parts)) if parts else torch.arange(complete)
+        rows.append(torch.full_like(found, index))
+        columns.append(found)
+    return torch.cat(rows), torch.cat(columns)

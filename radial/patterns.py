@@ -1,0 +1,169 @@
+"""Static attention patterns: which block pairs of a video grid attend to each other.
+
+A pattern is a small frozen object without any knowledge of kernels. It answers one question, `video_blocks`, for the
+video part of a grid; `radial.layout` adds text, partial blocks and the block lists that kernels read.
+
+* `Released`: the mask of the public Radial Attention inference code (2025-11), block for block. The default, because
+  a LoRA is only worth as much as the inference stacks that can run it.
+* `Paper`: Eq. 4 of arXiv 2506.19852, covered by blocks.
+* `Dense`: everything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from radial.bands import Bands, surviving_blocks
+from radial.errors import RadialError
+from radial.grid import VideoGrid
+
+RULES = ("wan", "hunyuan", "ports")
+_THINNING = 128  # tokens; a constant of the released code, whatever the block size
+
+
+class Pattern(Protocol):
+    """A static choice of block pairs. Implementations are frozen, hashable dataclasses (layouts are cached by them)."""
+
+    name: ClassVar[str]
+
+    def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
+        """Kept pairs among the ``grid.video_tokens // block`` complete blocks of the video.
+
+        Returns:
+            int64 vector of ``row * complete_blocks + column``, ascending, without repeats.
+        """
+        ...
+
+    def token_order(self, grid: VideoGrid) -> Tensor | None:
+        """Permutation of the video tokens that the pattern's blocks assume, or None for raster order.
+
+        Entry ``p`` names the raster token at position ``p``. It is applied once where the model's tokens enter the
+        transformer blocks (RoPE with them) and undone where they leave.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Released:
+    """The mask of the public inference code.
+
+    For a frame pair at distance d, with s tokens a frame and P the smallest power of two above s:
+
+    * window: the whole frame for d <= 1, else |k - l| <= max(P / 2^bits(d) * decay, B), bits(d) = d.bit_length();
+    * thinning: with u = P / 2^bits(d) < 128, only distances that ``128 // u`` divides are kept;
+    * sink: key frame 0 is always whole (rules ``wan`` and ``ports``);
+    * reduction to B x B blocks by the 60 % / one-third rule (`radial.bands.surviving_blocks`).
+
+    Args:
+        decay: the public code's ``decay_factor``; 1.0 for 2x and 4x lengths, below 1 is sparser.
+        rule: ``wan`` (sink, whole frame at d = 1), ``hunyuan`` (no sink), ``ports`` (sink, half a frame at d = 1:
+            LightX2V, WanVideoWrapper, ComfyUI-RadialAttn).
+
+    Raises:
+        RadialError: an unknown rule, or a decay that is not a positive finite number.
+    """
+
+    decay: float = 1.0
+    rule: str = "wan"
+    name: ClassVar[str] = "released"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise RadialError(f"rule is {self.rule!r}, expected one of {', '.join(RULES)}")
+        if not (isinstance(self.decay, (int, float)) and math.isfinite(self.decay) and self.decay > 0):
+            raise RadialError(f"decay is {self.decay!r}, expected a positive number such as 1.0")
+
+    def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
+        s, frames = grid.tokens_per_frame, grid.frames
+        power = 2 ** s.bit_length()
+        parts: list[Bands] = []
+        for distance in range(frames):
+            reach = power / 2 ** distance.bit_length()
+            if reach < _THINNING and distance % int(_THINNING / reach):
+                continue
+            if distance <= 1:
+                width = s // 2 if distance == 1 and self.rule == "ports" else s
+            else:
+                width = min(s, int(max(reach * self.decay, block)))
+            parts.append(Bands.at_distance(frames, distance, width))
+        bands = Bands.join(parts)
+        if self.rule != "hunyuan":
+            every = torch.arange(frames)
+            others = bands.key != 0
+            sink = Bands(every, torch.zeros_like(every), torch.full_like(every, s))
+            bands = Bands.join([Bands(bands.query[others], bands.key[others], bands.width[others]), sink])
+        return _complete(bands, grid, block, strict=True)
+
+    def token_order(self, grid: VideoGrid) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Eq. 4 of the paper: with r = floor(log2 max(d, 1)), token (i, k) attends to (j, l) iff
+
+    2^r <= s and |k - l| + 1 <= s / 2^r,  or  d mod ceil(2^r / s) = 0 and k = l,  or  j = 0.
+
+    Kernels work on blocks, so a block is kept when it holds at least one such pair: nothing the paper keeps is lost.
+    """
+
+    name: ClassVar[str] = "paper"
+
+    def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
+        s, frames = grid.tokens_per_frame, grid.frames
+        parts: list[Bands] = []
+        for distance in range(frames):
+            reach = 1 << (max(distance, 1).bit_length() - 1)
+            if reach <= s:
+                parts.append(Bands.at_distance(frames, distance, s // reach - 1))
+            elif distance % -(-reach // s) == 0:
+                parts.append(Bands.at_distance(frames, distance, 0))
+        every = torch.arange(frames)
+        parts.append(Bands(every, torch.zeros_like(every), torch.full_like(every, s)))
+        return _complete(Bands.join(parts), grid, block, strict=False)
+
+    def token_order(self, grid: VideoGrid) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every token attends to every token: ordinary attention, the baseline and the choice for noisy steps."""
+
+    name: ClassVar[str] = "dense"
+
+    def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
+        return torch.arange((grid.video_tokens // block) ** 2)
+
+    def token_order(self, grid: VideoGrid) -> Tensor | None:
+        return None
+
+
+def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern:
+    """The pattern of that name; ``decay`` and ``rule`` apply to ``released`` alone.
+
+    Raises:
+        RadialError: an unknown name, or a value that the pattern refuses.
+    """
+    if name == Released.name:
+        return Released(decay=decay, rule=rule)
+    if name == Paper.name:
+        return Paper()
+    if name == Dense.name:
+        return Dense()
+    raise RadialError(f"pattern is {name!r}, expected one of released, paper, dense")
+
+
+def _complete(bands: Bands, grid: VideoGrid, block: int, *, strict: bool) -> Tensor:
+    """Blocks of the bands on the complete blocks of the video."""
+    complete = grid.video_tokens // block
+    side = -(-grid.video_tokens // block) + 1  # a canvas may reach one block past the last
+    keys = surviving_blocks(bands, grid.tokens_per_frame, block, side, strict=strict)
+    row, column = keys // side, keys % side
+    inside = (row < complete) & (column < complete)
+    return row[inside] * complete + column[inside]

@@ -1,0 +1,1 @@
+"""Training: adapters of video diffusion transformers, LoRA length extension, export."""

@@ -1,0 +1,86 @@
+"""``python -m train``: the command line of a training run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from train.cli import guarded
+from train.compose import CONF, DEFAULT_RUN, compose_run, finish, group_options, run_names, split_arguments
+
+
+def _first_comment(file: Path) -> str:
+    return file.read_text().split("\n", 1)[0].lstrip("# ")
+
+
+def usage() -> str:
+    """The text of --help, made of the files in conf/."""
+    lines = [
+        "python -m train [conf=RUN] [group=option ...] [key=value ...]",
+        "python -m train resume=<run folder>",
+        "",
+        "Trains a LoRA that extends a video model to longer clips with radial attention.",
+        f"Without arguments it runs conf={DEFAULT_RUN}.",
+        "",
+        "runs (conf=...):",
+        *(f"  {name:<14} {_first_comment(CONF / f'{name}.yaml')}" for name in run_names()),
+        "",
+        "groups:",
+    ]
+    for group, options in group_options().items():
+        lines += [f"  {group}=", *(f"    {o:<14} {_first_comment(CONF / group / f'{o}.yaml')}" for o in options)]
+    lines += [
+        "",
+        "any key of the config, as --cfg job prints it, can be set: optim.lr=5e-5 data.shards=shards/openvid",
+        "values are taken as typed: no quoting beyond the shell's own; null unsets",
+        "",
+        "  --cfg job      print the composed config and stop",
+        "  --help         this text",
+        "",
+        "examples:",
+        "  python -m train",
+        "  python -m train conf=wan_4x model.path=weights/wan_14b data.shards=shards/openvid_4x",
+        "  python -m train conf=shapes_4x attention=dense trainer.steps=100",
+        "  python -m train.export run=runs/shapes_4x/<time>",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Composes, checks, then trains."""
+    show = "--cfg" in arguments
+    if show:
+        at = arguments.index("--cfg")
+        if arguments[at + 1 : at + 2] not in (["job"], []):
+            raise SystemExit(f"error: --cfg {arguments[at + 1]}, expected --cfg job")
+        arguments = arguments[:at] + arguments[at + 2 :]
+    settings = split_arguments(arguments)
+    if "resume" in settings:
+        _resume(Path(settings.pop("resume")), settings)
+        return
+    composed = compose_run(settings)
+    if show:
+        print(OmegaConf.to_yaml(composed), end="")
+        return
+    config = finish(composed)
+    # after the config is known to be right: torch and lightning take seconds to import
+    from train.run import RunFolder, preflight, train
+
+    preflight(config)
+    train(config, RunFolder.create(config))
+
+
+def _resume(folder: Path, settings: dict[str, str]) -> None:
+    from train.errors import UserError
+    from train.export import read_config
+    from train.run import resume
+
+    if settings:
+        raise UserError(f"{next(iter(settings))} cannot be changed on resume; start a new run for other settings")
+    resume(folder, read_config(folder))
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:], usage())

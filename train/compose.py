@@ -1,0 +1,154 @@
+"""From what a user types to a `RunConfig`.
+
+Run files are ``conf/<run>.yaml``; groups are the folders beside them. Hydra composes the run file with the groups that
+the command line chooses; every other ``key=value`` is applied to the typed schema as it was typed, without Hydra's
+quoting rules: a value is read by the type of its key, so that a prompt may hold commas and a path ``=``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from train.config import RunConfig, validate
+from train.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+DEFAULT_RUN = "shapes_4x"
+
+
+def run_names() -> list[str]:
+    """The run files that ``conf=`` may name."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def group_options() -> dict[str, list[str]]:
+    """Group name -> its options."""
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and any(folder.glob("*.yaml"))
+    }
+
+
+def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """``key=value`` words as a dict; the first ``=`` splits.
+
+    Raises:
+        UserError: a word without ``=``, or a key given twice.
+    """
+    settings: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not a setting, expected key=value (see --help)")
+        if key in settings:
+            raise UserError(f"{key} is given twice")
+        settings[key] = value
+    return settings
+
+
+def compose_run(settings: dict[str, str]) -> DictConfig:
+    """The composed, typed config of a run; nothing is checked beyond names and types.
+
+    Raises:
+        UserError: an unknown run, group option or key, a wrong type, a missing value.
+    """
+    settings = dict(settings)
+    run = settings.pop("conf", DEFAULT_RUN)
+    if run not in run_names():
+        raise UserError(f"conf is {run!r}, expected one of {', '.join(run_names())}{_guess(run, run_names())}")
+    groups = group_options()
+    chosen = {key: settings.pop(key) for key in list(settings) if key in groups}
+    for group, option in chosen.items():
+        if option not in groups[group]:
+            raise UserError(
+                f"{group} is {option!r}, expected one of {', '.join(groups[group])}{_guess(option, groups[group])}"
+            )
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose(run, overrides=[f"{group}={option}" for group, option in chosen.items()])
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), composed, {"conf": run})
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"conf/{run}.yaml: {_one_line(error)}") from error
+    assert isinstance(config, DictConfig)
+    for key, text in settings.items():
+        _assign(config, key, text)
+    return config
+
+
+def finish(config: DictConfig) -> RunConfig:
+    """The config as dataclasses, complete and validated.
+
+    Raises:
+        UserError: see `train.config.validate`; or a value that is missing.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is not set, give {missing[0]}=VALUE")
+    run = cast(RunConfig, OmegaConf.to_object(config))
+    validate(run)
+    return run
+
+
+def _assign(config: DictConfig, key: str, text: str) -> None:
+    known = _leaves(RunConfig)
+    parts = key.split(".")
+    open_ended = any(".".join(parts[:n]) == "model.architecture" for n in range(1, len(parts)))
+    if key not in known and not open_ended:
+        inner = [name for name in known if name.startswith(key + ".")]
+        if inner and text != "null":
+            raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
+        if not inner:
+            raise UserError(f"{key} is not a known key{_guess(key, known)}")
+    value: Any = text
+    if text == "null":
+        value = None
+    elif open_ended or "list" in known[key] or "dict" in known[key]:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key} is {text!r}, expected a YAML value: {_one_line(error)}") from error
+    section, _, name = key.rpartition(".")
+    if section and OmegaConf.select(config, section) is None and not open_ended:
+        raise UserError(f"{key} cannot be set, {section} is null in this run")
+    try:
+        OmegaConf.update(config, key, value, force_add=open_ended)
+    except ConfigKeyError as error:
+        raise UserError(f"{key} is not a known key{_guess(key, known)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key} is {text!r}, expected {known.get(key, 'another type')}") from error
+
+
+def _leaves(schema: type, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> its type in words, for every leaf of the schema."""
+    from typing import get_args, get_type_hints
+
+    found: dict[str, str] = {}
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        hint = hints[entry.name]
+        inner = next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and is_dataclass(t)), None)
+        if inner is not None:
+            found.update(_leaves(inner, f"{prefix}{entry.name}."))
+        else:
+            found[prefix + entry.name] = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+    return found
+
+
+def _guess(word: str, known: Sequence[str] | dict[str, str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())

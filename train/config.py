@@ -1,0 +1,207 @@
+"""The typed schema of a run: every key that a YAML file or the command line may set.
+
+`train.compose` fills it. Below train/, nothing sees OmegaConf: the run turns these dataclasses into plain arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from radial import RadialError, VideoGrid, make_pattern
+from train.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    family: str = MISSING  # a key of train.models.ADAPTERS
+    path: str | None = None  # diffusers folder or hub id
+    subfolder: str | None = None  # where in it the transformer lies
+    weights: str | None = None  # how to get the weights: said when path is not set
+    architecture: dict[str, Any] | None = None  # random weights of this config instead of path
+    vae: list[int] = MISSING  # compression of the VAE in (t, h, w)
+    patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
+    checkpointing: bool = True  # recompute each block in the backward
+
+
+@dataclass
+class ClipConfig:
+    frames: int = MISSING  # of the video, before the VAE
+    height: int = MISSING  # pixels
+    width: int = MISSING  # pixels
+
+
+@dataclass
+class AttentionConfig:
+    pattern: str = "released"  # released, paper, dense
+    rule: str = "wan"  # of released: wan, hunyuan, ports
+    decay: float = 1.0  # of released: below 1 is sparser
+    block: int = 128  # tokens
+    dense_layers: int = 2  # the first blocks, which stay dense
+    dense_sigma: float | None = None  # steps at noise levels from here up run dense
+    backend: str | None = None  # an attention backend by name; null picks the fastest
+
+
+@dataclass
+class LoraSettings:
+    rank: int = 128
+    alpha: float = 128.0
+    targets: str | None = None  # regex on module names; null: Q, K, V, O of self-attention
+
+
+@dataclass
+class ObjectiveConfig:
+    shift: float = 1.0  # moves noise levels towards 1: more for more tokens
+    density: str = "uniform"  # uniform, logit_normal
+    mean: float = 0.0
+    std: float = 1.0
+    caption_dropout: float = 0.1  # share of samples that train with the empty prompt
+
+
+@dataclass
+class DataConfig:
+    shards: str | None = None  # folder with manifest.json
+    batch_size: int = 1  # samples a micro-batch on each device
+    workers: int = 2  # loader processes a rank
+    shuffle_window: int = 256  # samples that are shuffled together
+    synthetic_clips: int = 0  # > 0: make that many synthetic clips where shards is missing
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0
+    warmup: int = 50  # optimizer steps
+    decay: str = "constant"  # after the warm-up: constant, cosine
+    clip: float = 1.0  # gradient norm
+    accumulate: int = 1  # micro-batches a step
+
+
+@dataclass
+class TrainerConfig:
+    steps: int = MISSING  # optimizer steps
+    precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
+    devices: int = 1  # a node
+    nodes: int = 1
+    checkpoint_every: int = 100  # optimizer steps
+    keep: int = 2  # newest checkpoints that stay
+
+
+@dataclass
+class LogConfig:
+    every: int = 1  # optimizer steps
+    wandb: str = "disabled"  # disabled, offline, online
+    project: str = "radial-lora"
+
+
+@dataclass
+class ReportConfig:
+    """What the run shows at its end on held-out clips; only where data.synthetic_clips made the data."""
+
+    clips: int = 0  # held-out clips in the table; 0: no report
+    sampling_steps: int = 12
+    guidance: float = 1.0  # classifier-free guidance of the animation
+    short_frames: int = 0  # also measure the base at this length, its own; 0: not
+
+
+@dataclass
+class RunConfig:
+    conf: str = MISSING
+    seed: int = 0
+    runs: str = "runs"  # run folders are <runs>/<conf>/<time>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoraSettings | None = field(default_factory=LoraSettings)  # null trains all weights
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def grid(self) -> VideoGrid:
+        """The token grid of the configured clip."""
+        vae, patch = self.model.vae, self.model.patch
+        return VideoGrid.from_pixels(
+            self.clip.frames,
+            self.clip.height,
+            self.clip.width,
+            vae=(vae[0], vae[1], vae[2]),
+            patch=(patch[0], patch[1], patch[2]),
+        )
+
+
+_CHOICES = {
+    "objective.density": ("uniform", "logit_normal"),
+    "optim.decay": ("constant", "cosine"),
+    "trainer.precision": ("bf16", "fp32", "auto"),
+    "log.wandb": ("disabled", "offline", "online"),
+}
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "attention.dense_layers": 0,
+    "lora.rank": 1,
+    "data.batch_size": 1,
+    "data.workers": 0,
+    "data.shuffle_window": 1,
+    "data.synthetic_clips": 0,
+    "optim.warmup": 0,
+    "optim.accumulate": 1,
+    "trainer.steps": 1,
+    "trainer.devices": 1,
+    "trainer.nodes": 1,
+    "trainer.checkpoint_every": 1,
+    "trainer.keep": 1,
+    "log.every": 1,
+    "report.clips": 0,
+    "report.sampling_steps": 1,
+    "report.short_frames": 0,
+}
+_POSITIVE = ("attention.decay", "lora.alpha", "objective.shift", "objective.std", "optim.lr", "optim.clip")
+
+
+def validate(config: RunConfig) -> None:
+    """Checks what types alone cannot.
+
+    Raises:
+        UserError: naming the key, its value and what is possible.
+    """
+
+    def value(key: str) -> Any:
+        item: Any = config
+        for part in key.split("."):
+            item = None if item is None else getattr(item, part)
+        return item
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            raise UserError(f"{key} is {value(key)!r}, expected one of {', '.join(choices)}")
+    for key, least in _AT_LEAST.items():
+        if value(key) is not None and value(key) < least:
+            raise UserError(f"{key} is {value(key)}, expected at least {least}")
+    for key in _POSITIVE:
+        if value(key) is not None and not value(key) > 0:
+            raise UserError(f"{key} is {value(key)}, expected a positive number")
+    for key, low, high in (("objective.caption_dropout", 0, 1), ("attention.dense_sigma", 0, 1)):
+        if value(key) is not None and not low <= value(key) <= high:
+            raise UserError(f"{key} is {value(key)}, expected a number from {low} to {high}")
+    for key in ("model.vae", "model.patch"):
+        if len(value(key)) != 3 or min(value(key)) < 1:
+            raise UserError(f"{key} is {value(key)}, expected three sizes (time, height, width) of at least 1")
+    if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
+        raise UserError(f"optim.betas is {config.optim.betas}, expected two numbers from 0 up to 1")
+    attention = config.attention
+    try:
+        make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule)
+    except RadialError as error:
+        raise UserError(f"attention.{error}") from error
+    if attention.block < 16 or attention.block & (attention.block - 1):
+        raise UserError(f"attention.block is {attention.block}, expected a power of two such as 64 or 128")
+    try:
+        config.grid()
+    except RadialError as error:
+        raise UserError(f"clip.{error}") from error

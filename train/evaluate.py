@@ -1,0 +1,66 @@
+"""The flow loss on held-out clips, paired: the same clips, noise levels and noise for every variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data.batch import collate
+from data.sample import Sample
+from radial import VideoGrid
+from train.flow import SigmaSchedule, noise_like, noised
+from train.models import ModelAdapter
+from train.plan import AttentionPlan
+
+_T_95 = 2.04  # two-sided 95 % quantile of Student's t at 31 degrees of freedom; smaller for more clips
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the half-width of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Student's t interval of independent values (at least 32, else it is too narrow)."""
+        half = _T_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(fmean(values), half)
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+@torch.no_grad()
+def clip_losses(
+    adapter: ModelAdapter,
+    clips: Sequence[Sample],
+    plan: Callable[[VideoGrid], AttentionPlan],
+    schedule: SigmaSchedule,
+    *,
+    seed: int,
+    label: str,
+) -> list[float]:
+    """Flow loss of each clip, at noise levels spread evenly over the schedule's quantiles, with fixed noise."""
+    device = next(adapter.transformer.parameters()).device
+    losses = []
+    for index, clip in enumerate(tqdm(clips, desc=label, unit="clip", dynamic_ncols=True)):
+        batch = collate([clip], 0).to(device)
+        # a coprime stride, so that the level says nothing of the place in the set
+        quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
+        sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
+        x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
+        adapter.set_plan(plan(adapter.grid(x)))
+        losses.append(F.mse_loss(adapter.velocity(x, sigma, batch.text), target).item())
+    return losses

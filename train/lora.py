@@ -1,0 +1,68 @@
+"""The LoRA: injecting it with PEFT, and moving its weights in and out of plain state dicts.
+
+    y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from train.errors import UserError
+
+ADAPTER = "default"
+
+
+def inject_lora(transformer: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> list[str]:
+    """Freezes the model and adds fp32 LoRA weights to every module whose name matches ``targets`` in full.
+
+    Returns:
+        The names of the modules that carry a LoRA.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    matched = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)]
+    if not matched:
+        raise UserError(f"lora.targets {targets!r} matches no linear layer of the model")
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True), ADAPTER
+        )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return matched
+
+
+def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The LoRA weights, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``; no other tensor."""
+    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+
+
+def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads what `lora_state` gave.
+
+    Raises:
+        UserError: the tensors do not fit the model's LoRA; nothing is loaded then.
+    """
+    expected = lora_state(transformer)
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        name = (missing or unknown)[0]
+        raise UserError(
+            f"the LoRA has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
+            "it was made for another model or other lora.targets"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"LoRA tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}: "
+                "check lora.rank and the model"
+            )
+    set_peft_model_state_dict(transformer, state, adapter_name=ADAPTER)

@@ -1,0 +1,79 @@
+"""What a model family must tell the trainer: one adapter a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from data.sample import TextTokens
+from radial import VideoGrid
+from train.errors import UserError
+from train.plan import AttentionPlan
+
+
+class ModelAdapter(ABC):
+    """A frozen diffusers transformer with our attention on each self-attention.
+
+    A new family is one file here with a subclass, a line in `train.models.ADAPTERS`, and a YAML in conf/model.
+    """
+
+    family: ClassVar[str]
+    lora_targets: ClassVar[str]
+    """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.install_processors()
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path, subfolder: str | None = None, *, dtype: torch.dtype) -> ModelAdapter:
+        """Loads the transformer from a diffusers folder or a hub id; what the family keeps in fp32 stays so."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelAdapter:
+        """A transformer with random weights (training a base, tests)."""
+
+    @abstractmethod
+    def install_processors(self) -> None:
+        """Puts our processor on each self-attention."""
+
+    @abstractmethod
+    def grid(self, latent: Tensor) -> VideoGrid:
+        """The token grid of a latent batch, (batch, C, F, H, W)."""
+
+    @abstractmethod
+    def set_plan(self, plan: AttentionPlan) -> None:
+        """Gives each self-attention its layout for the micro-batches that follow."""
+
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
+        """The model's prediction of eps - x0.
+
+        Args:
+            x: (batch, C, F, H, W) noised latent.
+            sigma: (batch,) noise levels in (0, 1).
+            text: the text tensors of the samples.
+        """
+
+    @property
+    @abstractmethod
+    def attention_shape(self) -> tuple[int, int, int]:
+        """(layers, heads, head_dim) of self-attention: what FLOPs are counted from."""
+
+
+def named_text(text: Mapping[str, TextTokens], name: str) -> TextTokens:
+    """The text tensor of that name.
+
+    Raises:
+        UserError: the shards hold other names, that is, they were made for another model.
+    """
+    if name not in text:
+        raise UserError(f"the shards hold text {sorted(text)}, expected {name!r}: were they made for this model?")
+    return text[name]

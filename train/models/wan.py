@@ -1,0 +1,112 @@
+"""Wan2.1 text-to-video: diffusers' WanTransformer3DModel with radial self-attention.
+
+The class stays as diffusers ships it. Each block's ``attn1`` gets a `WanSelfAttention` processor, the cross-attention
+``attn2`` keeps its own. The model predicts the velocity eps - x0 at timestep 1000 sigma; text is zero-padded and not
+masked, as in the family's own training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from data.sample import TextTokens
+from radial import BlockLayout, VideoGrid, attention_over
+from train.errors import UserError
+from train.models.base import ModelAdapter, named_text
+from train.plan import AttentionPlan
+
+
+class WanSelfAttention:
+    """Attention processor of one self-attention layer; `WanAdapter.set_plan` gives it the layout."""
+
+    def __init__(self) -> None:
+        self.layout: BlockLayout | None = None
+        self.backend: str | None = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Same contract as diffusers' WanAttnProcessor; hidden_states is (batch, tokens, dim)."""
+        assert self.layout is not None, "set_plan comes before the forward"
+        assert encoder_hidden_states is None and attention_mask is None, "self-attention only"
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        out = attention_over(q.type_as(v), k.type_as(v), v, self.layout, backend=self.backend)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on neighbouring pairs.
+
+    Args:
+        x: (batch, tokens, heads, head_dim).
+        cos, sin: (1, tokens, 1, head_dim), each angle stored twice.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class WanAdapter(ModelAdapter):
+    """Adapter of the Wan2.1 text-to-video family (1.3B, 14B, and any small model of the class)."""
+
+    family = "wan"
+    lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+    transformer: WanTransformer3DModel
+
+    @classmethod
+    def load(cls, path: str | Path, subfolder: str | None = None, *, dtype: torch.dtype) -> WanAdapter:
+        """See `ModelAdapter.load`.
+
+        Raises:
+            UserError: the folder holds another class of model.
+        """
+        config = WanTransformer3DModel.load_config(path, subfolder=subfolder)
+        if config.get("_class_name") != "WanTransformer3DModel":
+            raise UserError(
+                f"model.path {path} holds a {config.get('_class_name')}, expected a WanTransformer3DModel: "
+                "choose the model=... that fits the weights"
+            )
+        return cls(WanTransformer3DModel.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> WanAdapter:
+        return cls(WanTransformer3DModel(**config))
+
+    def install_processors(self) -> None:
+        for block in self.transformer.blocks:
+            block.attn1.set_processor(WanSelfAttention())
+
+    def grid(self, latent: Tensor) -> VideoGrid:
+        return VideoGrid.from_latent(*latent.shape[2:], patch=tuple(self.transformer.config.patch_size))
+
+    def set_plan(self, plan: AttentionPlan) -> None:
+        for layer, block in enumerate(self.transformer.blocks):
+            block.attn1.processor.layout = plan.layout(layer)
+            block.attn1.processor.backend = plan.backend_of(layer)
+
+    def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
+        parameter = self.transformer.patch_embedding.weight
+        tokens = named_text(text, "text").tokens
+        return self.transformer(
+            x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False
+        )[0].float()
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        config = self.transformer.config
+        return config.num_layers, config.num_attention_heads, config.attention_head_dim

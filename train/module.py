@@ -1,0 +1,156 @@
+"""The LightningModule: draw sigma and noise, call the adapter, velocity loss, log."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.batch import Batch
+from data.sample import Prompt, TextTokens
+from radial import Pattern
+from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noised
+from train.lora import load_lora_state, lora_state
+from train.models import ModelAdapter
+from train.plan import AttentionPlan
+
+
+class LengthExtensionModule(L.LightningModule):
+    """Trains what requires a gradient in the adapter's transformer: the LoRA, or everything.
+
+    Args:
+        adapter: the model with our attention installed.
+        pattern, block, dense_layers, dense_sigma, backend: the attention (`train.config.AttentionConfig`).
+        schedule: the distribution of noise levels.
+        caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
+        empty_prompt: the empty prompt's embedding.
+        seed: all randomness is a function of (seed, step, sample).
+        lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
+        lora: whether the weights to save are the LoRA's alone.
+    """
+
+    strict_loading = False  # the frozen weights are in no checkpoint
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        *,
+        pattern: Pattern,
+        block: int,
+        dense_layers: int,
+        dense_sigma: float | None,
+        backend: str | None,
+        schedule: SigmaSchedule,
+        caption_dropout: float,
+        empty_prompt: Prompt,
+        seed: int,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        warmup: int,
+        decay: str,
+        steps: int,
+        lora: bool,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.transformer = adapter.transformer
+        self.pattern, self.block, self.backend = pattern, block, backend
+        self.dense_layers, self.dense_sigma = dense_layers, dense_sigma
+        self.schedule = schedule
+        self.caption_dropout, self.empty_prompt = caption_dropout, empty_prompt
+        self.seed = seed
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup, self.decay, self.steps = warmup, decay, steps
+        self.lora = lora
+        self.position = 0
+        """Micro-batches that training has consumed: where the data goes on after a resume."""
+
+    def plan(self, latent: Tensor, *, all_dense: bool) -> AttentionPlan:
+        """The attention of a micro-batch."""
+        return AttentionPlan.of(
+            self.pattern,
+            self.adapter.grid(latent),
+            block=self.block,
+            dense_layers=self.dense_layers,
+            all_dense=all_dense,
+            backend=self.backend,
+        )
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma)
+        sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
+        sigma = sigma.to(batch.latent.device)
+        noise = torch.stack(
+            [noise_like(x, self.seed, batch.step, key) for x, key in zip(batch.latent, batch.keys, strict=True)]
+        )
+        x, target = noised(batch.latent, noise, sigma)
+        self.adapter.set_plan(self.plan(batch.latent, all_dense=draw.dense))
+        loss = F.mse_loss(self.adapter.velocity(x, sigma, self._drop_captions(batch)), target)
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch.keys))
+        self.log("sigma", sigma.mean(), batch_size=len(batch.keys))
+        return loss
+
+    def _drop_captions(self, batch: Batch) -> dict[str, TextTokens]:
+        dropped = [
+            torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")).item() < self.caption_dropout
+            for key in batch.keys
+        ]
+        if not any(dropped):
+            return batch.text
+        text = {}
+        for name, entry in batch.text.items():
+            tokens, mask = entry.tokens.clone(), entry.mask.clone()
+            empty = self.empty_prompt.text[name]
+            length = min(len(empty.tokens), tokens.shape[1])
+            for row in (i for i, drop in enumerate(dropped) if drop):
+                tokens[row], mask[row] = 0, False
+                tokens[row, :length] = empty.tokens[:length].to(tokens)
+                mask[row, :length] = empty.mask[:length].to(mask.device)
+            text[name] = TextTokens(tokens, mask)
+        return text
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        self.position = batch.step + 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def _lr_factor(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.decay == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the LoRA's tensors, or all of the transformer's."""
+        return lora_state(self.transformer) if self.lora else dict(self.transformer.state_dict())
+
+    def load_trained_weights(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `trained_weights`."""
+        if self.lora:
+            load_lora_state(self.transformer, state)
+        else:
+            self.transformer.load_state_dict(state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.trained_weights()
+        checkpoint["position"] = self.position
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.load_trained_weights(checkpoint["state_dict"])
+        checkpoint["state_dict"] = {}
+        self.position = checkpoint["position"]

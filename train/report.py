@@ -1,0 +1,175 @@
+"""What a run on synthetic clips shows at its end: a table on held-out clips, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.batch import collate
+from data.manifest import Manifest
+from data.sample import Sample
+from data.stream import read_samples
+from radial import Dense, VideoGrid
+from radial.draw import draw_layout
+from train.config import RunConfig
+from train.evaluate import Interval, clip_losses
+from train.flow import noise_like
+from train.module import LengthExtensionModule
+from train.pictures import animate, draw_loss, film_strip
+from train.plan import AttentionPlan
+from train.sampling import sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of the table."""
+
+    name: str
+    frames: int
+    losses: list[float]
+    attention_gflops: float
+
+
+def write_report(
+    config: RunConfig,
+    module: LengthExtensionModule,
+    folder: Path,
+    shards: Manifest,
+    held_out: Callable[[int], Manifest],
+    precision: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Draws the loss curve and the mask; with ``report.clips`` also evaluates, prints the table and animates.
+
+    Args:
+        held_out: gives the shards of that many held-out clips.
+        precision: the autocast context that training ran in.
+    """
+    draw_loss(folder / "metrics.csv", folder / "loss.png")
+    latent = torch.empty(1, *shards.samples[0].shape)
+    draw_layout(module.plan(latent, all_dense=False).pattern_layout, folder / "mask.png")
+    if not config.report.clips:
+        return
+    clips = list(read_samples(held_out(config.report.clips)))
+    module.transformer.eval()
+    with precision():
+        rows = _measure(config, module, clips)
+        _tell(rows, folder)
+        _show(config, module, clips[0], folder)
+
+
+def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sample]) -> list[Row]:
+    adapter = module.adapter
+    shape = adapter.attention_shape
+
+    def dense(grid: VideoGrid) -> AttentionPlan:
+        return AttentionPlan.of(Dense(), grid, block=module.block)
+
+    def pattern(grid: VideoGrid) -> AttentionPlan:
+        return AttentionPlan.of(
+            module.pattern, grid, block=module.block, dense_layers=module.dense_layers, backend=module.backend
+        )
+
+    def row(name: str, of: list[Sample], plan: Callable[[VideoGrid], AttentionPlan]) -> Row:
+        losses = clip_losses(adapter, of, plan, module.schedule, seed=config.seed, label=name)
+        flops = plan(adapter.grid(of[0].latent[None])).attention_flops(*shape)
+        return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
+
+    rows = []
+    name = module.pattern.name
+    if module.lora:
+        module.transformer.disable_adapters()
+        if config.report.short_frames:
+            short = [_cut(clip, config.report.short_frames) for clip in clips]
+            rows.append(row("base, dense, own length", short, dense))
+        rows.append(row("base, dense", clips, dense))
+        rows.append(row(f"base, {name}", clips, pattern))
+        module.transformer.enable_adapters()
+        rows.append(row(f"{name} + LoRA", clips, pattern))
+    else:
+        rows.append(row(f"base, {name}", clips, pattern))
+    return rows
+
+
+def _cut(clip: Sample, frames: int) -> Sample:
+    return Sample(clip.key, clip.latent[:, :frames].clone(), clip.text, clip.pooled, clip.image, clip.meta)
+
+
+def _tell(rows: list[Row], folder: Path) -> None:
+    tuned = rows[-1]
+    lines = [
+        f"{'held-out clips: ' + str(len(tuned.losses)):<28} {'frames':>6} {'flow loss':>10} "
+        f"{'attention GFLOPs':>17}   tuned minus this (95 %)"
+    ]
+    table = []
+    for row in rows:
+        mean = sum(row.losses) / len(row.losses)
+        gain = None
+        if row is not tuned and row.frames == tuned.frames:
+            gain = Interval.of([t - b for t, b in zip(tuned.losses, row.losses, strict=True)])
+        lines.append(
+            f"{row.name:<28} {row.frames:>6} {mean:>10.4f} {row.attention_gflops:>17.1f}   {gain if gain else ''}"
+        )
+        table.append(
+            {
+                "name": row.name,
+                "frames": row.frames,
+                "flow_loss": mean,
+                "attention_gflops": row.attention_gflops,
+                "tuned_minus_this": gain and {"mean": gain.mean, "half_width_95": gain.half},
+                "losses": row.losses,
+            }
+        )
+    print("\n" + "\n".join(lines))
+    (folder / "report.json").write_text(json.dumps(table, indent=1))
+    (folder / "report.txt").write_text("\n".join(lines) + "\n")
+
+
+def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:
+    """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
+    device = next(module.transformer.parameters()).device
+    batch = collate([clip], 0).to(device)
+    text = batch.text
+    empty = {
+        name: type(entry)(entry.tokens[None].to(device), entry.mask[None].to(device))
+        for name, entry in module.empty_prompt.text.items()
+    }
+    noise = noise_like(batch.latent, config.seed, "animation")
+
+    def generate(label: str, dense: bool) -> Tensor:
+        grid = module.adapter.grid(noise)
+
+        def plan(sigma: float) -> AttentionPlan:
+            if dense:
+                return AttentionPlan.of(Dense(), grid, block=module.block)
+            above = module.dense_sigma is not None and sigma >= module.dense_sigma
+            return module.plan(noise, all_dense=above)
+
+        return sample(
+            module.adapter,
+            noise,
+            text,
+            empty,
+            plan,
+            steps=config.report.sampling_steps,
+            shift=config.objective.shift,
+            guidance=config.report.guidance,
+            label=label,
+        )[0].cpu()
+
+    frames = clip.latent.shape[1]
+    panels = {f"truth: {clip.caption}": clip.latent.float()}
+    if module.lora:
+        module.transformer.disable_adapters()
+        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base", True)
+        module.transformer.enable_adapters()
+        panels[f"tuned at {frames} frames, {module.pattern.name} attention + LoRA"] = generate("Generating, tuned", False)
+    else:
+        panels[f"trained model at {frames} frames"] = generate("Generating", False)
+    animate(panels, config.conf, folder / "clips.gif")
+    film_strip(panels, config.conf, folder / "clips.png")

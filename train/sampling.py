@@ -1,0 +1,56 @@
+"""Generating a latent with the model that is in training: Euler steps of the flow, by diffusers' scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from data.sample import TextTokens
+from train.models import ModelAdapter
+from train.plan import AttentionPlan
+
+
+@torch.no_grad()
+def sample(
+    adapter: ModelAdapter,
+    noise: Tensor,
+    text: Mapping[str, TextTokens],
+    empty: Mapping[str, TextTokens],
+    plan: Callable[[float], AttentionPlan],
+    *,
+    steps: int,
+    shift: float,
+    guidance: float,
+    label: str = "Sampling",
+) -> Tensor:
+    """Integrates the flow from noise to a clean latent.
+
+    Args:
+        noise: (batch, C, F, H, W) standard normal.
+        text, empty: the prompt's and the empty prompt's batched tensors; ``empty`` is used when guidance is not 1.
+        plan: the attention of a step, from its noise level.
+        steps: Euler steps.
+        shift: the family's shift of the noise levels.
+        guidance: classifier-free guidance weight; 1 is off and costs half.
+        label: of the progress bar.
+
+    Returns:
+        The latent, float32, of the shape of ``noise``.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps, device=noise.device)
+    x = noise.float()
+    for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True):
+        level = (timestep / scheduler.config.num_train_timesteps).float()
+        sigma = level.expand(len(x))
+        adapter.set_plan(plan(level.item()))
+        velocity = adapter.velocity(x, sigma, text)
+        if guidance != 1.0:
+            unconditional = adapter.velocity(x, sigma, empty)
+            velocity = unconditional + guidance * (velocity - unconditional)
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    return x

@@ -17,7 +17,7 @@ def commit(file: BinaryIO, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(temporary(path), path)
+    temporary(path).replace(path)
     # The new name is an entry of the folder, which has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -61,7 +61,7 @@ class Manifest:
     latent: str
     text: str
     arguments: dict[str, Any]
-    folder: Path = field(default=Path("."), compare=False)
+    folder: Path = field(default=Path(), compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
 
     @property

@@ -34,14 +34,15 @@ BACKGROUNDS = ((0.06, 0.07, 0.13), (0.11, 0.06, 0.12), (0.05, 0.10, 0.09), (0.09
 REACH = {"circle": 1.0, "square": 1.22, "triangle": 1.42, "star": 1.36}
 SUBSTEPS = 4
 # A clip that can hold the visitor's absence whole starts so that it does, with this many frames around it.
-MARGIN = 4
+MARGIN = 8
 
 
 @dataclass
 class Body:
     """A shape and its state: pixels, pixels a frame, radians, radians a frame.
 
-    `low` and `high` bound the centre (x, y); a visitor's reach beyond the frame along its line.
+    `low` and `high` bound the centre (x, y); a visitor's reach beyond the frame along its line. `role` is the verb of
+    the caption; it holds for the whole simulation, so any window of it has the same caption.
     """
 
     shape: str
@@ -53,7 +54,12 @@ class Body:
     angle: float
     low: tuple[float, float]
     high: tuple[float, float]
-    visitor: bool = False
+    role: str = "rotates"
+
+    @property
+    def visitor(self) -> bool:
+        """Does it leave the frame and come back?"""
+        return self.role == "visits"
 
     @property
     def reach(self) -> float:
@@ -72,7 +78,7 @@ class Scene:
     caption: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.caption = ", ".join(f"a {body.colour} {body.shape} {_role(body)}" for body in self.bodies)
+        self.caption = ", ".join(f"a {body.colour} {body.shape} {body.role}" for body in self.bodies)
 
     @classmethod
     def draw(cls, rng: random.Random, height: int, width: int) -> Scene:
@@ -86,6 +92,9 @@ class Scene:
             tries = (_resident(rng, shape, colour, height, width, scale) for _ in range(100))
             body = next((b for b in tries if all(_distance(b, other) > 1 for other in bodies)), None)
             bodies += [body] if body else []
+        for body in bodies:
+            if body.shape == "circle":
+                body.role = _course(body) if len(bodies) == 1 else "bounces around"
         bodies.append(_visitor(rng, shapes[-1], colours[-1], height, width, scale))
         return cls(height, width, rng.choice(BACKGROUNDS), bodies)
 
@@ -155,18 +164,14 @@ def make_clip(seed: int, index: int, frames: int, height: int, width: int) -> tu
         "clip_start": start,
         "width": width,
         "height": height,
-        "objects": [{"colour": b.colour, "shape": b.shape, "role": _role(b)} for b in scene.bodies],
+        "objects": [{"colour": b.colour, "shape": b.shape, "role": b.role} for b in scene.bodies],
         "absent": _absences(visible[start : start + frames]),
     }
     return scene.render(states[start : start + frames]), meta
 
 
-def _role(body: Body) -> str:
-    """The verb of the caption. It holds for the whole simulation, so any window of it has the same caption."""
-    if body.visitor:
-        return "visits"
-    if body.shape != "circle":
-        return "rotates"
+def _course(body: Body) -> str:
+    """How a resident moves that has nothing but walls to bounce off."""
     across, down = abs(body.velocity[0]), abs(body.velocity[1])
     if across > 2 * down:
         return "moves from side to side"
@@ -204,7 +209,7 @@ def _visitor(rng: random.Random, shape: str, colour: str, height: int, width: in
     body.position[axis] = rng.uniform(low[axis], high[axis])
     body.velocity = [0.0, 0.0]
     body.velocity[axis] = rng.choice((-1, 1)) * speed
-    body.visitor = True
+    body.role = "visits"
     return body
 
 

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import webdataset as wds  # type: ignore[import-untyped]
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.pipeline import DataPipeline
+from webdataset.shardlists import SimpleShardList
+from webdataset.tariterators import tarfile_to_samples
 
 from data.batch import Batch, collate
 from data.errors import DataError
@@ -125,10 +127,10 @@ def read_shard(url: str, wanted: Mapping[str, Shape]) -> Iterator[Sample]:
         DataError: naming the shard, and the key where one is known.
     """
     missing = dict(wanted)
-    pipeline = wds.DataPipeline(
-        wds.SimpleShardList([url]),
+    pipeline = DataPipeline(
+        SimpleShardList([url]),
         # Before decoding and even before reading: a shard's tar is mostly other ranks' and workers' samples.
-        wds.tarfile_to_samples(select_files=lambda name: name.partition(".")[0] in wanted),
+        tarfile_to_samples(select_files=lambda name: name.partition(".")[0] in wanted),
     )
     entries: Iterator[dict[str, Any]] = iter(pipeline)
     while missing:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from data.errors import DataError
 from data.manifest import FILE, Manifest
@@ -89,6 +89,9 @@ def synthesize(
             max_samples=per_shard,
         )
         stack.callback(writer.abort)
+        # Operations this small gain nothing from threads, and lose a lot when the cores are shared.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         entries: Iterable[dict[str, Any]] = map(render, range(clips))
         if workers:
             # Spawned, not forked: a fork of a process whose torch has run threads can hang.

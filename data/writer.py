@@ -6,6 +6,7 @@ no time and no user of the machine that made them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 import safetensors.torch
-import webdataset as wds  # type: ignore[import-untyped]
+from webdataset.writer import TarWriter
 
 from data.errors import DataError
 from data.files import commit, temporary, write_bytes
@@ -44,9 +45,9 @@ class _OpenShard:
         self.path = path
         self.samples: list[SampleInfo] = []
         self.payload = 0
-        self._file = cast(BinaryIO, temporary(path).open("wb"))
+        self._file: BinaryIO = temporary(path).open("wb")
         self._hashed = _Hashed(self._file)
-        self._tar = wds.TarWriter(self._hashed, encoder=False, mtime=0.0, user="data", group="data")
+        self._tar = TarWriter(cast(BinaryIO, self._hashed), encoder=False, mtime=0.0, user="data", group="data")
 
     def write(self, entry: dict[str, Any], info: SampleInfo) -> None:
         self.payload += self._tar.write(entry)
@@ -59,7 +60,10 @@ class _OpenShard:
         return ShardInfo(self.path.name, tuple(self.samples), hashed.size, hashed.digest.hexdigest())
 
     def abort(self) -> None:
-        self._file.close()
+        # Left open, the tar would write its end when it is collected; it may fail here as it failed before.
+        with contextlib.suppress(OSError):
+            self._tar.close()
+            self._file.close()
         temporary(self.path).unlink(missing_ok=True)
 
 
@@ -106,7 +110,13 @@ class ShardWriter:
         for path in self.folder.iterdir():
             if LEFTOVER.fullmatch(path.name):
                 path.unlink()
-        self._about: dict[str, Any] = dict(fps=fps, encoder=encoder, latent=latent, text=text, arguments=arguments)
+        self._about: dict[str, Any] = {
+            "fps": fps,
+            "encoder": encoder,
+            "latent": latent,
+            "text": text,
+            "arguments": arguments,
+        }
         self._empty_prompt = empty_prompt
         self._max_samples = max_samples
         self._max_bytes = max_bytes

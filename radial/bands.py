@@ -53,8 +53,8 @@ class Bands:
 
 def _repeat(counts: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     """Expands entry e of each vector counts[e] times; the last result counts 0, 1, ... within each entry."""
-    total = torch.arange(int(counts.sum()))
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    total = torch.arange(int(counts.sum()), dtype=counts.dtype)
+    starts = torch.repeat_interleave(counts.cumsum(0, dtype=counts.dtype) - counts, counts)
     return (*(torch.repeat_interleave(v, counts) for v in vectors), total - starts)
 
 
@@ -94,7 +94,8 @@ def surviving_blocks(bands: Bands, tokens_per_frame: int, block: int, blocks_a_r
 
 
 def _survivors(bands: Bands, s: int, block: int, blocks_a_row: int, strict: bool) -> Tensor:
-    x_start, y_start = bands.query * s, bands.key * s
+    # token indices fit in 32 bits, at half the memory traffic of 64
+    x_start, y_start, width = ((bands.query * s).int(), (bands.key * s).int(), bands.width.int())
     x_end, y_end = x_start + s, y_start + s  # exclusive
     if strict:
         canvas = -(-s // block)
@@ -103,7 +104,7 @@ def _survivors(bands: Bands, s: int, block: int, blocks_a_row: int, strict: bool
 
     # one entry a (frame pair, block row)
     block_rows = (x_end - 1) // block - x_start // block + 1
-    x_start, y_start, x_end, y_end, w, row = _repeat(block_rows, x_start, y_start, x_end, y_end, bands.width)
+    x_start, y_start, x_end, y_end, w, row = _repeat(block_rows, x_start, y_start, x_end, y_end, width)
     row = row + x_start // block
     x0 = torch.maximum(row * block, x_start)
     x1 = torch.minimum((row + 1) * block, x_end) - 1
@@ -127,4 +128,4 @@ def _survivors(bands: Bands, s: int, block: int, blocks_a_row: int, strict: bool
         kept = 10 * well_covered > 6 * covered
     else:
         kept = covered > 0
-    return (row * blocks_a_row + column)[kept]
+    return row[kept].long() * blocks_a_row + column[kept]

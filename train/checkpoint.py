@@ -139,5 +139,3 @@ def _decode(item: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(item, list):
         return [_decode(v, tensors) for v in item]
     return item
-
-

@@ -86,6 +86,7 @@ class TrainerConfig:
     precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
     devices: int = 1  # a node
     nodes: int = 1
+    compile: bool = False  # torch.compile each transformer block
     checkpoint_every: int = 100  # optimizer steps
     keep: int = 2  # newest checkpoints that stay
 

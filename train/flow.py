@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 
-def generator_for(*key: object) -> torch.Generator:
-    """A CPU generator seeded by the key, for instance ``(seed, step, sample)``."""
+def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by the key, for instance ``(seed, step, sample)``."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class StepDraw:
 
 
 def noise_like(latent: Tensor, *key: object) -> Tensor:
-    """Standard normal noise of the latent's shape, float32, a pure function of the key, on the latent's device."""
-    return torch.randn(latent.shape, generator=generator_for(*key, "noise")).to(latent.device)
+    """Standard normal noise of the latent's shape, float32, a pure function of the key and the kind of device."""
+    generator = generator_for(*key, "noise", device=latent.device)
+    return torch.randn(latent.shape, generator=generator, device=latent.device)
 
 
 def noised(latent: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The LoRA: injecting it with PEFT, and moving its weights in and out of plain state dicts.
 
-    y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
+y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
 """
 
 from __future__ import annotations

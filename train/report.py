@@ -168,7 +168,9 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
         module.transformer.disable_adapters()
         panels[f"base at {frames} frames, dense attention"] = generate("Generating, base", True)
         module.transformer.enable_adapters()
-        panels[f"tuned at {frames} frames, {module.pattern.name} attention + LoRA"] = generate("Generating, tuned", False)
+        panels[f"tuned at {frames} frames, {module.pattern.name} attention + LoRA"] = generate(
+            "Generating, tuned", False
+        )
     else:
         panels[f"trained model at {frames} frames"] = generate("Generating", False)
     animate(panels, config.conf, folder / "clips.gif")

@@ -53,7 +53,9 @@ class RunFolder:
             except FileExistsError:
                 path = path.with_name(f"{stamp}_{attempt}")
             except OSError as error:
-                raise UserError(f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>") from error
+                raise UserError(
+                    f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
+                ) from error
         OmegaConf.save(OmegaConf.structured(config), path / CONFIG)
         return cls(path)
 
@@ -115,6 +117,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         )
     if config.model.checkpointing:
         adapter.transformer.enable_gradient_checkpointing()
+    if config.trainer.compile:
+        adapter.transformer.compile_repeated_blocks()
     attention, objective, optim = config.attention, config.objective, config.optim
     return LengthExtensionModule(
         adapter,
@@ -260,5 +264,10 @@ def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
 def _quiet() -> None:
     """Keeps the libraries' remarks that a user can do nothing about off the screen."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*IterableDataset.*", ".*`_get_vscode.*", ".*exists and is not empty.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*IterableDataset.*",
+        ".*`_get_vscode.*",
+        ".*exists and is not empty.*",
+    ):
         warnings.filterwarnings("ignore", message=text)

@@ -1,13 +1,14 @@
 """Block-sparse attention in plain torch operations: runs everywhere, and is the oracle of the faster backends.
 
-For each query block, its key and value blocks are gathered and attention over them is an ordinary small one. The
-backward computes the probabilities again, row of blocks by row of blocks:
+For each query block, its key and value blocks are gathered and attention over them is an ordinary small one: torch's
+scaled_dot_product_attention in the forward. The backward computes the probabilities again, row of blocks by row of blocks:
 
     P = softmax(scale Q K^T)      dV += P^T dO      dS = P * (dO V^T - rowsum(dO * O))
     dQ = scale dS K               dK += scale dS^T Q
 
-Time follows the surviving blocks; memory is the inputs, the outputs and one row of blocks. All arithmetic is in
-float32 (float64 for float64 inputs), whatever the dtype of the inputs.
+Time follows the surviving blocks; memory is the inputs, the outputs and one row of blocks. Precision for 16-bit inputs
+is a flash kernel's: scores, softmax, dO V^T and all sums over blocks in float32; products whose result leaves in 16 bits
+anyway (P V, P^T dO, dS K, dS^T Q) take 16-bit operands. float32 and float64 inputs stay in their precision throughout.
 
 Shapes: N = batch x heads, T = blocks along the sequence, B = block size, D = head dim, M = key blocks of one row.
 """
@@ -58,7 +59,11 @@ class _BlockAttention(torch.autograd.Function):
         out_NTBD = torch.empty_like(q_NTBD)
         for i, columns in _rows_of(layout):
             k_NKD, v_NKD = k_NTBD[:, columns].flatten(1, 2), v_NTBD[:, columns].flatten(1, 2)
-            out_NTBD[:, i] = _probabilities(q_NTBD[:, i], k_NKD, columns, layout, valid_N, scale) @ v_NKD
+            padding = _padding(columns, layout, valid_N)
+            keep = None if padding is None else ~padding[None, :, None]
+            out_NTBD[:, i] = F.scaled_dot_product_attention(
+                q_NTBD[None, :, i], k_NKD[None], v_NKD[None], attn_mask=keep, scale=scale
+            )[0]
         out = _from_blocks(out_NTBD, q)
         ctx.save_for_backward(q, k, v, out, valid_N)
         ctx.layout, ctx.scale = layout, scale
@@ -70,16 +75,23 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, out, valid_N = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
         q_NTBD, k_NTBD, v_NTBD, grad_NTBD, out_NTBD = (_to_blocks(t, layout.block) for t in (q, k, v, grad, out))
-        delta_NTB = (grad_NTBD * out_NTBD).sum(-1)
-        dq, dk, dv = torch.empty_like(q_NTBD), torch.zeros_like(k_NTBD), torch.zeros_like(v_NTBD)
+        work, low = _work_dtype(q), q.dtype
+        delta_NTB = (grad_NTBD.to(work) * out_NTBD).sum(-1)
+        dq = torch.empty_like(q_NTBD)
+        dk, dv = (torch.zeros_like(t, dtype=work) for t in (k_NTBD, v_NTBD))
         for i, columns in _rows_of(layout):
             k_NKD, v_NKD = k_NTBD[:, columns].flatten(1, 2), v_NTBD[:, columns].flatten(1, 2)
-            p = _probabilities(q_NTBD[:, i], k_NKD, columns, layout, valid_N, scale)
+            p = (scale * q_NTBD[:, i].to(work)) @ k_NKD.to(work).transpose(1, 2)
+            padding = _padding(columns, layout, valid_N)
+            if padding is not None:
+                p.masked_fill_(padding[:, None], float("-inf"))
+            p = p.softmax(-1)
             shape = (p.shape[0], len(columns), layout.block, -1)
-            dv.index_add_(1, columns, (p.transpose(1, 2) @ grad_NTBD[:, i]).view(shape))
-            ds = p.mul_((grad_NTBD[:, i] @ v_NKD.transpose(1, 2)).sub_(delta_NTB[:, i, :, None])).mul_(scale)
+            dv.index_add_(1, columns, (p.to(low).transpose(1, 2) @ grad_NTBD[:, i]).view(shape).to(work))
+            dp = grad_NTBD[:, i].to(work) @ v_NKD.to(work).transpose(1, 2)
+            ds = p.mul_(dp.sub_(delta_NTB[:, i, :, None])).mul_(scale).to(low)
             dq[:, i] = ds @ k_NKD
-            dk.index_add_(1, columns, (ds.transpose(1, 2) @ q_NTBD[:, i]).view(shape))
+            dk.index_add_(1, columns, (ds.transpose(1, 2) @ q_NTBD[:, i]).view(shape).to(work))
         return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v), None, None, None
 
 
@@ -99,25 +111,22 @@ def _valid_keys(layout: BlockLayout, text_lengths: Tensor | None, q: Tensor) -> 
     return (layout.grid.video_tokens + text_lengths.long()).repeat_interleave(heads)
 
 
-def _probabilities(
-    q_NBD: Tensor, k_NKD: Tensor, columns: Tensor, layout: BlockLayout, valid_N: Tensor, scale: float
-) -> Tensor:
-    """(N, B, M x B) softmax of the scores; zero where the key is padding, which only blocks after the video hold."""
-    scores = (q_NBD @ k_NKD.transpose(1, 2)).mul_(scale)
-    tail = int((columns >= layout.complete_blocks).sum())
-    if tail:
-        block = layout.block
-        position = (columns[-tail:, None] * block + torch.arange(block, device=columns.device)).flatten()
-        padding = position >= valid_N[:, None]
-        scores[:, :, -tail * block :].masked_fill_(padding[:, None], float("-inf"))
-    return scores.softmax(-1)
+def _padding(columns: Tensor, layout: BlockLayout, valid_N: Tensor) -> Tensor | None:
+    """(N, M x B) which keys of a row of blocks are padding; None when it has no block after the video."""
+    if int(columns[-1]) < layout.complete_blocks:
+        return None
+    within = torch.arange(layout.block, device=columns.device)
+    return (columns[:, None] * layout.block + within).flatten() >= valid_N[:, None]
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:
-    """(batch, tokens, heads, D) -> (N, T, B, D) in the working precision, the last block zero-padded."""
+    """(batch, tokens, heads, D) -> (N, T, B, D), the last block zero-padded."""
     batch, tokens, heads, dim = x.shape
-    work = x.dtype if x.dtype == torch.float64 else torch.float32
-    x = F.pad(x.transpose(1, 2).to(work), (0, 0, 0, -tokens % block))
+    x = F.pad(x.transpose(1, 2), (0, 0, 0, -tokens % block))
     return x.reshape(batch * heads, -1, block, dim)
 
 

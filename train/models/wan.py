@@ -102,9 +102,9 @@ class WanAdapter(ModelAdapter):
     def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
         parameter = self.transformer.patch_embedding.weight
         tokens = named_text(text, "text").tokens
-        return self.transformer(
-            x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False
-        )[0].float()
+        return self.transformer(x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False)[
+            0
+        ].float()
 
     @property
     def attention_shape(self) -> tuple[int, int, int]:

@@ -1,0 +1,69 @@
+"""Small real folders of shards for the tests of data/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.manifest import Manifest
+from data.sample import Prompt, Sample, TextTokens
+from data.writer import ShardWriter
+
+MakeSample = Callable[..., Sample]
+MakeFolder = Callable[..., Manifest]
+
+
+def _sample(index: int, frames: int = 3) -> Sample:
+    noise = torch.Generator().manual_seed(index)
+    length = 2 + index % 3
+    return Sample(
+        key=f"s{index:03d}",
+        latent=torch.randn(4, frames, 2, 2, generator=noise).to(torch.bfloat16),
+        text={"umt5": TextTokens(torch.randn(length, 6, generator=noise), torch.ones(length, dtype=torch.bool))},
+        pooled={"clip": torch.randn(5, generator=noise)},
+        image={"first": torch.randn(4, 2, 2, generator=noise)},
+        meta={"caption": f"clip {index}", "fps": 16.0},
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on shared cores waiting for them takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_sample() -> MakeSample:
+    """`make_sample(index, frames=3)`: a valid sample; texts have 2 to 4 tokens."""
+    return _sample
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """`make_folder(count, name="shards", per_shard=5, frames=...)`: a finished folder; frames(i) gives each length."""
+
+    def make(
+        count: int, name: str = "shards", per_shard: int = 5, frames: Callable[[int], int] = lambda i: 3
+    ) -> Manifest:
+        empty = Prompt({"umt5": TextTokens(torch.zeros(2, 6), torch.zeros(2, dtype=torch.bool))}, {})
+        with ShardWriter(
+            tmp_path / name,
+            fps=16.0,
+            encoder="test-v1",
+            latent="noise",
+            text="noise",
+            arguments={"count": count},
+            empty_prompt=empty,
+            max_samples=per_shard,
+        ) as writer:
+            for i in range(count):
+                writer.write(_sample(i, frames(i)))
+        return Manifest.load(tmp_path / name)
+
+    return make

@@ -1,0 +1,167 @@
+"""A folder of shards: written whole or not at all, and told apart when it is not what its manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import DataError
+from data.manifest import EMPTY_PROMPT, FILE, Manifest
+from data.sample import Prompt
+from data.writer import ShardWriter
+
+ABOUT: dict[str, Any] = {
+    "fps": 16.0,
+    "encoder": "e",
+    "latent": "l",
+    "text": "t",
+    "arguments": {},
+    "empty_prompt": Prompt({}, {}),
+}
+
+
+def test_manifest_tells_what_was_written(make_folder: Any) -> None:
+    manifest = make_folder(12, frames=lambda i: 3 + i % 2)
+    assert [len(shard.samples) for shard in manifest.shards] == [5, 5, 2]
+    assert [info.key for info in manifest.samples] == [f"s{i:03d}" for i in range(12)]
+    assert manifest.shapes()[2] == [(4, 3, 2, 2), (4, 4, 2, 2)]
+    for shard in manifest.shards:
+        content = (manifest.folder / shard.file).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    empty = manifest.load_empty_prompt()
+    assert not empty.text["umt5"].mask.any() and empty.pooled == {}
+    assert Manifest.load(manifest.folder / FILE) == manifest
+    assert sorted(p.name for p in manifest.folder.iterdir()) == [
+        "empty_prompt.safetensors",
+        "manifest.json",
+        *(shard.file for shard in manifest.shards),
+    ]
+
+
+def test_equal_samples_give_equal_bytes(make_folder: Any) -> None:
+    one, two = make_folder(7, "one"), make_folder(7, "two")
+    for name in sorted(p.name for p in one.folder.iterdir()):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
+
+
+def test_shards_are_bounded_in_bytes(tmp_path: Path, make_sample: Any) -> None:
+    entry = make_sample(0).to_entry()
+    size = len(entry["safetensors"]) + len(entry["json"])
+    with ShardWriter(tmp_path / "a", max_bytes=int(2.9 * size), **ABOUT) as writer:
+        for i in range(5):
+            writer.write(make_sample(i))
+    assert [len(shard.samples) for shard in Manifest.load(tmp_path / "a").shards] == [2, 2, 1]
+    with ShardWriter(tmp_path / "b", max_bytes=1, **ABOUT) as writer:
+        writer.write(make_sample(0))
+        writer.write(make_sample(1))
+    assert len(Manifest.load(tmp_path / "b").shards) == 2
+
+
+def test_writer_refuses_what_would_spoil_a_folder(tmp_path: Path, make_folder: Any, make_sample: Any) -> None:
+    finished = make_folder(2)
+    with pytest.raises(DataError, match="finished already"):
+        ShardWriter(finished.folder, **ABOUT)
+    with pytest.raises(DataError, match="max_samples is 0"):
+        ShardWriter(tmp_path / "x", max_samples=0, **ABOUT)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        ShardWriter(tmp_path / "file", **ABOUT)
+    with pytest.raises(DataError, match="no sample was written"), ShardWriter(tmp_path / "empty", **ABOUT):
+        pass
+    with pytest.raises(DataError, match="s001: this key"), ShardWriter(tmp_path / "twice", **ABOUT) as writer:
+        writer.write(make_sample(1))
+        writer.write(make_sample(1))
+    assert list((tmp_path / "twice").iterdir()) == []
+
+
+def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
+    manifest = make_folder(7)
+    path = manifest.folder / FILE
+    raw = json.loads(path.read_text())
+
+    def refused(change: dict[str, Any], message: str) -> None:
+        path.write_text(json.dumps({**raw, **change}))
+        with pytest.raises(DataError, match=message):
+            Manifest.load(manifest.folder)
+        path.write_text(json.dumps(raw))
+
+    with pytest.raises(DataError, match=r"nowhere/manifest.json: no manifest"):
+        Manifest.load(tmp_path / "nowhere")
+    refused({"format": "other"}, "not a manifest of shards")
+    refused({"version": 2}, "version is 2, this code reads 1")
+    refused({"fps": "16"}, "fps is '16', expected int or float")
+    refused({"shards": [{"samples": [{"key": "a", "shape": [1, 2]}]}]}, r"shards\[0\].samples\[0\].shape is \[1, 2\]")
+    refused({"shards": [{"file": "x", "samples": []}]}, r"shards\[0\].bytes is None, expected int")
+    refused({"shards": raw["shards"] * 2}, "key s000 is listed twice")
+    path.write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        Manifest.load(manifest.folder)
+    path.write_text(json.dumps(raw))
+
+    assert Manifest.load(manifest.folder, urls="pipe:cat x-{0..1}.tar").urls == ("pipe:cat x-0.tar", "pipe:cat x-1.tar")
+    with pytest.raises(DataError, match="lists 2 shards, but 1 URLs"):
+        Manifest.load(manifest.folder, urls=["a.tar"])
+    with (manifest.folder / "shard-00001.tar").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"shard-00001.tar: is \d+ bytes, .*manifest.json says \d+"):
+        Manifest.load(manifest.folder)
+    (manifest.folder / "shard-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00001.tar: missing"):
+        Manifest.load(manifest.folder)
+    (manifest.folder / EMPTY_PROMPT).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"empty_prompt.safetensors: cannot be read"):
+        manifest.load_empty_prompt()
+    (manifest.folder / EMPTY_PROMPT).unlink()
+    with pytest.raises(DataError, match=r"empty_prompt.safetensors: missing"):
+        manifest.load_empty_prompt()
+
+
+KILLED = """
+import os, signal, sys, torch
+from data.sample import Prompt, Sample
+from data.writer import ShardWriter
+renames, replace = 0, os.replace
+def dying(*args):
+    global renames
+    renames += 1
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*args)
+os.replace = dying
+with ShardWriter(sys.argv[1], fps=16.0, encoder="e", latent="l", text="t", arguments={},
+                 empty_prompt=Prompt({}, {"p": torch.ones(1)}), max_samples=2) as writer:
+    for i in range(4):
+        writer.write(Sample(f"k{i}", torch.full((1, 1, 1, 1), float(i)), {}, {}, {}, {"caption": ""}))
+"""
+
+
+# The renames are those of two shards, the empty prompt and the manifest.
+@pytest.mark.parametrize("rename", [2, 4])
+def test_killed_writer_leaves_no_manifest_and_no_half_file(tmp_path: Path, rename: int) -> None:
+    def write(dying: int) -> int:
+        return subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(dying)], timeout=60).returncode
+
+    assert write(rename) == -9
+    with pytest.raises(DataError, match="no manifest"):
+        Manifest.load(tmp_path)
+    whole = sorted(tmp_path.glob("shard-*.tar"))
+    assert len(whole) == min(rename - 1, 2)
+    for path in whole:
+        with tarfile.open(path) as tar:
+            assert len(tar.getnames()) == 4
+    (tmp_path / "shard-00007.tar").touch()
+    (tmp_path / "mine.tar").touch()
+
+    assert write(0) == 0
+    assert [info.key for info in Manifest.load(tmp_path).samples] == ["k0", "k1", "k2", "k3"]
+    assert torch.equal(Manifest.load(tmp_path).load_empty_prompt().pooled["p"], torch.ones(1))
+    names = ["empty_prompt.safetensors", "manifest.json", "mine.tar", "shard-00000.tar", "shard-00001.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names

@@ -1,0 +1,75 @@
+"""``python -m radial`` as a user runs it."""
+
+import json
+
+import numpy
+import pytest
+from PIL import Image
+
+from radial import Released, VideoGrid, build_layout
+from radial.__main__ import main
+
+
+def test_mask_json_save_and_plot(tmp_path, capsys):
+    save, plot = tmp_path / "mask.npz", tmp_path / "mask.png"
+    main(
+        ["mask", "--tokens-per-frame", "200", "--frames", "9", "--rule", "ports", "--decay", "0.5", "--block", "64"]
+        + ["--text", "30", "--json", "--save", str(save), "--plot", str(plot)]
+    )
+    about = json.loads(capsys.readouterr().out)
+    layout = build_layout(Released(0.5, "ports"), VideoGrid(9, 1, 200, 30), 64)
+    assert about["tokens"] == 1830
+    assert about["blocks"] == 29
+    assert about["kept"] == layout.kept
+    assert about["sparsity"] == pytest.approx(1 - layout.kept / 29**2)
+    assert about["build_seconds"] >= 0
+    mask = numpy.load(save)["mask"]
+    assert mask.dtype == bool
+    assert (mask == layout.mask().numpy()).all()
+    assert Image.open(plot).size[0] > 500
+
+
+def test_mask_for_people(capsys):
+    main(["mask", "--tokens-per-frame", "3600", "--frames", "4", "--pattern", "paper"])
+    out = capsys.readouterr().out
+    assert "14,400 tokens" in out
+    assert "sparsity" in out
+    assert "FLOPs" in out
+
+
+def test_backends_table(capsys):
+    main(["backends"])
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert "no: it computes all blocks" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--frames", "0"], "frames is 0"),
+        (["--frames", "-3"], "frames is -3"),
+        (["--frames", "x"], "invalid int value"),
+        (["--decay", "-1"], "decay is -1.0"),
+        (["--decay", "nan"], "decay is nan"),
+        (["--rule", "wann"], "rule is 'wann'"),
+        (["--pattern", "spiral"], "pattern is 'spiral'"),
+        (["--block", "100"], "block is 100"),
+        (["--text", "-1"], "text_tokens is -1"),
+        (["--save", "mask.txt"], ".npz"),
+        (["--plot", "no/such/folder/mask.png"], "does not exist"),
+        (["--plot", "mask.xyz"], "cannot draw"),
+        (["--what"], "unrecognized"),
+    ],
+)
+def test_nonsense_is_one_line_and_exit_code_2(arguments, text, capsys):
+    given = {"--tokens-per-frame": "64", "--frames": "3"}
+    given.update(dict(zip(arguments[::2], arguments[1::2], strict=False)))
+    words = [word for pair in given.items() for word in pair] + (arguments if len(arguments) == 1 else [])
+    with pytest.raises(SystemExit) as stop:
+        main(["mask", *words])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert text in captured.err

@@ -1,0 +1,87 @@
+"""Block lists: both directions, text, partial blocks, counting."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout
+
+grids = st.builds(
+    VideoGrid,
+    frames=st.integers(1, 12),
+    height=st.integers(1, 9),
+    width=st.integers(1, 13),
+    text_tokens=st.sampled_from([0, 1, 16, 37]),
+)
+patterns = st.one_of(
+    st.just(Dense()),
+    st.just(Paper()),
+    st.builds(Released, decay=st.floats(0.1, 2), rule=st.sampled_from(["wan", "hunyuan", "ports"])),
+)
+
+
+@given(grid=grids, pattern=patterns, block=st.sampled_from([16, 32]))
+def test_the_transpose_lists_the_same_blocks(grid, pattern, block):
+    layout = build_layout(pattern, grid, block)
+    mask = layout.mask()
+    transpose = torch.zeros_like(mask)
+    for column in range(layout.blocks):
+        start, stop = layout.column_offsets[column : column + 2].tolist()
+        rows = layout.rows[start:stop].long()
+        assert torch.equal(rows, rows.sort().values)
+        transpose[rows, column] = True
+    assert torch.equal(mask, transpose)
+    assert layout.kept == mask.sum() == len(layout.rows)
+    assert all(t.dtype == torch.int32 for t in (layout.row_offsets, layout.columns, layout.column_offsets, layout.rows))
+
+
+@given(grid=grids, pattern=patterns, block=st.sampled_from([16, 32]))
+def test_what_the_released_code_leaves_undefined(grid, pattern, block):
+    layout = build_layout(pattern, grid, block)
+    mask, tail = layout.mask(), grid.video_tokens // block
+    assert mask[tail:].all()
+    assert mask[:, tail:].all()
+    assert mask.any(1).all()
+
+
+@given(grid=grids, pattern=patterns, block=st.sampled_from([16, 32]))
+def test_density_counts_token_pairs(grid, pattern, block):
+    layout = build_layout(pattern, grid, block)
+    n = grid.tokens
+    tokens = layout.mask().repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
+    assert layout.density == pytest.approx(tokens.double().mean().item(), rel=1e-12)
+    assert layout.flops(3, 8) == pytest.approx(4 * 3 * 8 * tokens.sum().item(), rel=1e-12)
+    assert layout.sparsity == pytest.approx(1 - layout.mask().double().mean().item(), abs=1e-12)
+
+
+def test_layouts_are_cached_by_their_arguments():
+    grid = VideoGrid(5, 8, 16)
+    assert build_layout(Released(), grid, 64) is build_layout(Released(1.0, "wan"), VideoGrid(5, 8, 16), 64)
+    assert build_layout(Released(), grid, 64) is not build_layout(Released(0.5), grid, 64)
+
+
+@pytest.mark.parametrize("block", [0, 8, 100])
+def test_odd_block_sizes_are_refused(block):
+    with pytest.raises(RadialError, match="power of two"):
+        build_layout(Dense(), VideoGrid(2, 4, 4), block)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tokens"),
+    [((321, 720, 1280), 291_600), ((161, 720, 1280), 147_600), ((81, 480, 832), 32_760)],
+)
+def test_pixels_become_tokens(pixels, tokens):
+    assert VideoGrid.from_pixels(*pixels).tokens == tokens
+
+
+def test_mochi_and_ti2v_grids():
+    assert VideoGrid.from_pixels(163, 480, 848, vae=(6, 8, 8)).tokens_per_frame == 1590
+    assert VideoGrid.from_pixels(121, 704, 1280, vae=(4, 16, 16)).tokens_per_frame == 880
+
+
+def test_impossible_clips_say_what_is_possible():
+    with pytest.raises(RadialError, match="use 317 or 321"):
+        VideoGrid.from_pixels(320, 720, 1280)
+    with pytest.raises(RadialError, match="height is 721.*use 720 or 736"):
+        VideoGrid.from_pixels(321, 721, 1280)

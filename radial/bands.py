@@ -16,6 +16,7 @@ concave in y, so {y : c(y) >= t} is an interval with closed-form ends. `_columns
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ def surviving_blocks(bands: Bands, tokens_per_frame: int, block: int, blocks_a_r
     widest = (2 * bands.width // block + 3).clamp_(max=per_frame) * per_frame
     splits = torch.searchsorted(widest.cumsum(0), torch.arange(_CHUNK, int(widest.sum()) + _CHUNK, _CHUNK)) + 1
     edges = [0, *sorted({min(int(e), len(widest)) for e in splits})]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         part = Bands(bands.query[start:stop], bands.key[start:stop], bands.width[start:stop])
         keys.append(_survivors(part, tokens_per_frame, block, blocks_a_row, strict))
     return torch.unique(torch.cat(keys))

@@ -104,11 +104,10 @@ class BlockLayout:
         if device == self.columns.device:
             return self
         if device not in self._copies:
+            row_offsets, columns = self.row_offsets.to(device), self.columns.to(device)
+            column_offsets, rows = self.column_offsets.to(device), self.rows.to(device)
             self._copies[device] = BlockLayout(
-                self.pattern,
-                self.grid,
-                self.block,
-                *(t.to(device) for t in (self.row_offsets, self.columns, self.column_offsets, self.rows)),
+                self.pattern, self.grid, self.block, row_offsets, columns, column_offsets, rows
             )
         return self._copies[device]
 

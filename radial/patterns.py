@@ -31,6 +31,8 @@ class Pattern(Protocol):
 
     name: ClassVar[str]
 
+    def __hash__(self) -> int: ...
+
     def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
         """Kept pairs among the ``grid.video_tokens // block`` complete blocks of the video.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks.progress.tqdm_progress import TQDMProgressBar, Tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 
@@ -38,7 +38,15 @@ class StepCheckpoints(Callback):
 
 
 class StepBar(TQDMProgressBar):
-    """A bar over optimizer steps instead of epochs, since a run is counted in steps."""
+    """A bar over optimizer steps instead of epochs, since a run is counted in steps.
+
+    Args:
+        every: steps between two readings of the metrics; each waits for the device.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every = every
 
     def on_train_start(self, *_: Any) -> None:
         assert isinstance(self.trainer.max_steps, int)
@@ -48,7 +56,7 @@ class StepBar(TQDMProgressBar):
             total=self.trainer.max_steps,
             unit="step",
             dynamic_ncols=True,
-            leave=True,
+            disable=self.is_disabled,
         )
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -61,19 +69,22 @@ class StepBar(TQDMProgressBar):
         bar = self.train_progress_bar
         if trainer.global_step > bar.n:
             bar.update(trainer.global_step - bar.n)
-            if trainer.global_step % trainer.log_every_n_steps == 0:  # reading a metric waits for the device
+            if trainer.global_step % self.every == 0:
                 metrics = {k: v for k, v in self.get_metrics(trainer, module).items() if k != "v_num"}
                 bar.set_postfix(metrics, refresh=False)
 
 
-def csv_log(folder: Path, resumed_step: int) -> CSVLogger:
+def csv_log(folder: Path, resumed_step: int, rank: int) -> CSVLogger:
     """Lightning's CSV log at ``folder/metrics.csv``; a resumed run keeps the rows before its step."""
     file = folder / "metrics.csv"
     rows: list[dict[str, Any]] = []
-    if file.exists():
+    if rank == 0 and file.exists():
         with file.open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if int(row["step"]) < resumed_step]
-        file.rename(folder / "metrics.before-resume.csv")
+        file = file.rename(folder / "metrics.before-resume.csv")
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in rows)
+    if rows:
+        logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in rows)
+        logger.save()
+        file.unlink()
     return logger

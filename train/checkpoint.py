@@ -47,7 +47,7 @@ class FolderCheckpointIO(CheckpointIO):
                 _sync(file)
             _sync(temporary)
             shutil.rmtree(path, ignore_errors=True)
-            os.rename(temporary, path)
+            temporary.rename(path)
             _sync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -118,7 +118,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{key} is {text!r}, expected a YAML value: {_one_line(error)}") from error
-    section, _, name = key.rpartition(".")
+    section = key.rpartition(".")[0]
     if section and OmegaConf.select(config, section) is None and not open_ended:
         raise UserError(f"{key} cannot be set, {section} is null in this run")
     try:
@@ -131,8 +131,6 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
 
 def _leaves(schema: type, prefix: str = "") -> dict[str, str]:
     """Dotted key -> its type in words, for every leaf of the schema."""
-    from typing import get_args, get_type_hints
-
     found: dict[str, str] = {}
     hints = get_type_hints(schema)
     for entry in fields(schema):

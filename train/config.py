@@ -16,6 +16,8 @@ from train.errors import UserError
 
 @dataclass
 class ModelConfig:
+    """The pre-trained transformer."""
+
     family: str = MISSING  # a key of train.models.ADAPTERS
     path: str | None = None  # diffusers folder or hub id
     subfolder: str | None = None  # where in it the transformer lies
@@ -28,6 +30,8 @@ class ModelConfig:
 
 @dataclass
 class ClipConfig:
+    """The clips to train on, in pixels."""
+
     frames: int = MISSING  # of the video, before the VAE
     height: int = MISSING  # pixels
     width: int = MISSING  # pixels
@@ -35,6 +39,8 @@ class ClipConfig:
 
 @dataclass
 class AttentionConfig:
+    """What replaces self-attention (`radial.patterns`, `train.plan`)."""
+
     pattern: str = "released"  # released, paper, dense
     rule: str = "wan"  # of released: wan, hunyuan, ports
     decay: float = 1.0  # of released: below 1 is sparser
@@ -46,13 +52,17 @@ class AttentionConfig:
 
 @dataclass
 class LoraSettings:
+    """The adapter."""
+
     rank: int = 128
-    alpha: float = 128.0
+    alpha: int = 128
     targets: str | None = None  # regex on module names; null: Q, K, V, O of self-attention
 
 
 @dataclass
 class ObjectiveConfig:
+    """The flow-matching objective (`train.flow`)."""
+
     shift: float = 1.0  # moves noise levels towards 1: more for more tokens
     density: str = "uniform"  # uniform, logit_normal
     mean: float = 0.0
@@ -62,6 +72,8 @@ class ObjectiveConfig:
 
 @dataclass
 class DataConfig:
+    """The shards and how they are read."""
+
     shards: str | None = None  # folder with manifest.json
     batch_size: int = 1  # samples a micro-batch on each device
     workers: int = 2  # loader processes a rank
@@ -71,6 +83,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    """AdamW and its schedule."""
+
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
@@ -82,6 +96,8 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
+    """How long, how exact, on what."""
+
     steps: int = MISSING  # optimizer steps
     precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
     devices: int = 1  # a node
@@ -93,6 +109,8 @@ class TrainerConfig:
 
 @dataclass
 class LogConfig:
+    """metrics.csv is always written; Weights & Biases on request."""
+
     every: int = 1  # optimizer steps
     wandb: str = "disabled"  # disabled, offline, online
     project: str = "radial-lora"
@@ -110,6 +128,8 @@ class ReportConfig:
 
 @dataclass
 class RunConfig:
+    """A whole run."""
+
     conf: str = MISSING
     seed: int = 0
     runs: str = "runs"  # run folders are <runs>/<conf>/<time>

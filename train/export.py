@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train import __version__
 from train.checkpoint import last_checkpoint, load_state, load_weights
 from train.config import LoraSettings, RunConfig
 from train.errors import UserError
@@ -78,20 +78,20 @@ def export_run(run: Path, *, out: Path | None = None, checkpoint: Path | None = 
         transformer = load_adapter(config.model, torch.float32, config.seed).transformer
         if config.lora is None:
             transformer.load_state_dict(weights)
-            transformer.to(DTYPES[dtype]).save_pretrained(temporary / "model")
+            _save_model(transformer, DTYPES[dtype], temporary / "model")
         else:
             _save_adapters(config, config.lora, load_state(checkpoint)["global_step"], weights, temporary)
             merge_lora(transformer, weights, config.lora.alpha / config.lora.rank)
-            transformer.to(DTYPES[dtype]).save_pretrained(temporary / "merged")
+            _save_model(transformer, DTYPES[dtype], temporary / "merged")
         shutil.rmtree(out, ignore_errors=True)
-        os.rename(temporary, out)
+        temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
 
 
-def merge_lora(transformer: nn.Module, weights: dict[str, Tensor], scale: float) -> int:
+def merge_lora(transformer: Any, weights: dict[str, Tensor], scale: float) -> int:
     """Adds scale B A to the weights that carry a LoRA, in place, and returns how many there are.
 
     Args:
@@ -122,6 +122,12 @@ def merge_lora(transformer: nn.Module, weights: dict[str, Tensor], scale: float)
     return len(deltas)
 
 
+def _save_model(transformer: Any, dtype: torch.dtype, folder: Path) -> None:
+    if dtype != torch.float32:  # on a model that is in fp32 already, diffusers warns for nothing
+        transformer.to(dtype)
+    transformer.save_pretrained(folder)
+
+
 def _lora_modules(weights: dict[str, Tensor]) -> list[str]:
     names = sorted({key.rsplit(".lora_", 1)[0] for key in weights if ".lora_" in key})
     if not names:
@@ -139,7 +145,7 @@ def _save_adapters(config: RunConfig, lora: LoraSettings, step: int, weights: di
     peft.mkdir()
     LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, base_model_name_or_path=config.model.path
-    ).save_pretrained(peft)
+    ).save_pretrained(str(peft))
     metadata = {"format": "pt", **_metadata(config, lora, step)}
     plain = {key: tensor.contiguous() for key, tensor in weights.items()}
     save_file({f"base_model.model.{k}": t for k, t in plain.items()}, peft / "adapter_model.safetensors", metadata)
@@ -156,7 +162,7 @@ def _metadata(config: RunConfig, lora: LoraSettings, step: int) -> dict[str, str
         name: getattr(config.attention, name) for name in ("pattern", "rule", "decay", "block", "dense_layers")
     }
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
-    about = {"base_model": config.model.path, "rank": lora.rank, "step": step, "version": version("radial-lora")}
+    about = {"base_model": config.model.path, "rank": lora.rank, "step": step, "version": __version__}
     return {f"radial.{k}": str(v) for k, v in {**about, **attention, **clip}.items()}
 
 

@@ -6,6 +6,7 @@ y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at th
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,7 +17,7 @@ from train.errors import UserError
 ADAPTER = "default"
 
 
-def inject_lora(transformer: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> list[str]:
+def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int) -> list[str]:
     """Freezes the model and adds fp32 LoRA weights to every module whose name matches ``targets`` in full.
 
     Returns:
@@ -40,12 +41,12 @@ def inject_lora(transformer: nn.Module, rank: int, alpha: float, targets: str, s
     return matched
 
 
-def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+def lora_state(transformer: Any) -> dict[str, Tensor]:
     """The LoRA weights, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``; no other tensor."""
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
 
-def load_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
     """Loads what `lora_state` gave.
 
     Raises:

@@ -82,6 +82,7 @@ class LengthExtensionModule(L.LightningModule):
         )
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        self.position = batch.step + 1  # checkpoints are taken after the step
         draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma)
         sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
         sigma = sigma.to(batch.latent.device)
@@ -113,9 +114,6 @@ class LengthExtensionModule(L.LightningModule):
                 mask[row, :length] = empty.mask[:length].to(mask.device)
             text[name] = TextTokens(tokens, mask)
         return text
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        self.position = batch.step + 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from train.module import LengthExtensionModule
 from train.report import write_report
 
 CONFIG = "config.yaml"
+_SHARED = "RADIAL_RUN_FOLDER"  # how Lightning's launcher's other processes learn the folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
-        """A new ``<runs>/<conf>/<time>`` with the run's config in it."""
+        """A new ``<runs>/<conf>/<time>`` with the run's config in it; processes that the first one starts share it."""
+        if _SHARED in os.environ:
+            return cls(Path(os.environ[_SHARED]))
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = Path(config.runs) / config.conf / stamp
         for attempt in range(1, 100):
@@ -57,6 +61,8 @@ class RunFolder:
                     f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
                 ) from error
         OmegaConf.save(OmegaConf.structured(config), path / CONFIG)
+        if config.trainer.devices * config.trainer.nodes > 1:
+            os.environ[_SHARED] = str(path)
         return cls(path)
 
 
@@ -117,6 +123,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         )
     if config.model.checkpointing:
         adapter.transformer.enable_gradient_checkpointing()
+    adapter.transformer.train()
     if config.trainer.compile:
         adapter.transformer.compile_repeated_blocks()
     attention, objective, optim = config.attention, config.objective, config.optim
@@ -168,7 +175,8 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
 
 
 def _loggers(config: RunConfig, folder: RunFolder, resumed_step: int) -> list[Logger]:
-    loggers: list[Logger] = [csv_log(folder.path, resumed_step)]
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    loggers: list[Logger] = [csv_log(folder.path, resumed_step, rank)]
     if config.log.wandb != "disabled":
         loggers.append(
             WandbLogger(
@@ -198,6 +206,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         accelerator="auto",
         devices=config.trainer.devices,
         num_nodes=config.trainer.nodes,
+        strategy="ddp" if config.trainer.devices * config.trainer.nodes > 1 else "auto",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
@@ -205,7 +214,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         log_every_n_steps=config.log.every,
         logger=_loggers(config, folder, resumed_step),
         callbacks=[
-            StepBar(),
+            StepBar(config.log.every),
             LearningRateMonitor("step"),
             StepCheckpoints(folder.path / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep),
         ],
@@ -215,7 +224,8 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         default_root_dir=folder.path,
         use_distributed_sampler=False,
     )
-    _say_hello(config, folder, module, precision)
+    if trainer.is_global_zero:
+        _say_hello(config, folder, module, precision)
     if resumed_step < config.trainer.steps:
         trainer.fit(module, _loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)
     else:
@@ -266,6 +276,8 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*Mismatch dtype between input and weight.*",
         ".*IterableDataset.*",
         ".*`_get_vscode.*",
         ".*exists and is not empty.*",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -41,7 +42,7 @@ def sample(
     Returns:
         The latent, float32, of the shape of ``noise``.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)  # the library has no types
     scheduler.set_timesteps(steps, device=noise.device)
     x = noise.float()
     for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True):

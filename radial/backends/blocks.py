@@ -1,20 +1,21 @@
 """Block-sparse attention in plain torch operations: runs everywhere, and is the oracle of the faster backends.
 
-For each query block, its key and value blocks are gathered and attention over them is an ordinary small one: torch's
-scaled_dot_product_attention in the forward. The backward computes the probabilities again, row of blocks by row of blocks:
+For each query block, its key and value blocks are gathered, and attention over them is an ordinary small one: torch's
+scaled_dot_product_attention in the forward. The backward computes the probabilities again, one row of blocks at a time:
 
-    P = softmax(scale Q K^T)      dV += P^T dO      dS = P * (dO V^T - rowsum(dO * O))
-    dQ = scale dS K               dK += scale dS^T Q
+    P = softmax(scale Q K^T)     dP = dO V^T            dS = P * (dP - rowsum(P * dP))
+    dV += P^T dO                 dQ = scale dS K        dK += scale dS^T Q
 
 Time follows the surviving blocks; memory is the inputs, the outputs and one row of blocks. Precision for 16-bit inputs
-is a flash kernel's: scores, softmax, dO V^T and all sums over blocks in float32; products whose result leaves in 16 bits
-anyway (P V, P^T dO, dS K, dS^T Q) take 16-bit operands. float32 and float64 inputs stay in their precision throughout.
+is a flash kernel's: scores, softmax, dO V^T and all sums over blocks in float32; products whose result leaves in 16
+bits anyway (P V, P^T dO, dS K, dS^T Q) take 16-bit operands. float32 and float64 inputs stay in their precision.
 
 Shapes: N = batch x heads, T = blocks along the sequence, B = block size, D = head dim, M = key blocks of one row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,34 +65,34 @@ class _BlockAttention(torch.autograd.Function):
             out_NTBD[:, i] = F.scaled_dot_product_attention(
                 q_NTBD[None, :, i], k_NKD[None], v_NKD[None], attn_mask=keep, scale=scale
             )[0]
-        out = _from_blocks(out_NTBD, q)
-        ctx.save_for_backward(q, k, v, out, valid_N)
+        ctx.save_for_backward(q, k, v, valid_N)
         ctx.layout, ctx.scale = layout, scale
-        return out
+        return _from_blocks(out_NTBD, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, valid_N = ctx.saved_tensors
+        q, k, v, valid_N = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
-        q_NTBD, k_NTBD, v_NTBD, grad_NTBD, out_NTBD = (_to_blocks(t, layout.block) for t in (q, k, v, grad, out))
-        work, low = _work_dtype(q), q.dtype
-        delta_NTB = (grad_NTBD.to(work) * out_NTBD).sum(-1)
+        work, low = torch.float64 if q.dtype == torch.float64 else torch.float32, q.dtype
+        q_NTBD, k_NTBD, v_NTBD, grad_NTBD = (_to_blocks(t, layout.block) for t in (scale * q, k, v, grad))
+        q_work, k_work, v_work, grad_work = (t.to(work) for t in (q_NTBD, k_NTBD, v_NTBD, grad_NTBD))
         dq = torch.empty_like(q_NTBD)
-        dk, dv = (torch.zeros_like(t, dtype=work) for t in (k_NTBD, v_NTBD))
+        dk, dv = torch.zeros_like(k_work), torch.zeros_like(v_work)
         for i, columns in _rows_of(layout):
-            k_NKD, v_NKD = k_NTBD[:, columns].flatten(1, 2), v_NTBD[:, columns].flatten(1, 2)
-            p = (scale * q_NTBD[:, i].to(work)) @ k_NKD.to(work).transpose(1, 2)
+            k_NKD, v_NKD = k_work[:, columns].flatten(1, 2), v_work[:, columns].flatten(1, 2)
+            p = q_work[:, i] @ k_NKD.transpose(1, 2)
             padding = _padding(columns, layout, valid_N)
             if padding is not None:
                 p.masked_fill_(padding[:, None], float("-inf"))
             p = p.softmax(-1)
-            shape = (p.shape[0], len(columns), layout.block, -1)
+            dp = grad_work[:, i] @ v_NKD.transpose(1, 2)
+            # P * (dP - rowsum(P * dP)) in one pass
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, work).to(low)
+            shape = (len(p), len(columns), layout.block, -1)
             dv.index_add_(1, columns, (p.to(low).transpose(1, 2) @ grad_NTBD[:, i]).view(shape).to(work))
-            dp = grad_NTBD[:, i].to(work) @ v_NKD.to(work).transpose(1, 2)
-            ds = p.mul_(dp.sub_(delta_NTB[:, i, :, None])).mul_(scale).to(low)
-            dq[:, i] = ds @ k_NKD
             dk.index_add_(1, columns, (ds.transpose(1, 2) @ q_NTBD[:, i]).view(shape).to(work))
+            dq[:, i] = scale * (ds @ k_NTBD[:, columns].flatten(1, 2))
         return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v), None, None, None
 
 
@@ -99,7 +100,7 @@ def _rows_of(layout: BlockLayout) -> Iterator[tuple[int, Tensor]]:
     """(query block, its key blocks) for every query block."""
     offsets = layout.row_offsets.tolist()
     columns = layout.columns.long()
-    for i, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
         yield i, columns[start:stop]
 
 
@@ -117,10 +118,6 @@ def _padding(columns: Tensor, layout: BlockLayout, valid_N: Tensor) -> Tensor | 
         return None
     within = torch.arange(layout.block, device=columns.device)
     return (columns[:, None] * layout.block + within).flatten() >= valid_N[:, None]
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:

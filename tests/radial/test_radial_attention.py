@@ -45,7 +45,11 @@ def test_torch_backend_equals_the_masked_softmax(frames, height, width, text, ma
     layout = build_layout(pattern, grid, block)
     expected = outputs_and_gradients(lambda *x: masked_softmax(*x, layout, lengths, 8**-0.5), q, k, v, grad)
     got = outputs_and_gradients(
-        lambda *x: radial_attention(*x, grid, pattern, block=block, text_lengths=lengths, backend="torch"), q, k, v, grad
+        lambda *x: radial_attention(*x, grid, pattern, block=block, text_lengths=lengths, backend="torch"),
+        q,
+        k,
+        v,
+        grad,
     )
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -74,9 +78,7 @@ def test_bf16_is_as_exact_as_dense_flash_attention():
         layout = build_layout(pattern, grid, 64)
         wide = [t.detach().double().requires_grad_() for t in exact]
         expected = outputs_and_gradients(lambda *x: masked_softmax(*x, layout, None, 1 / 8), *wide)
-        got = outputs_and_gradients(
-            lambda *x: radial_attention(*x, grid, pattern, block=64, backend=backend), *exact
-        )
+        got = outputs_and_gradients(lambda *x: radial_attention(*x, grid, pattern, block=64, backend=backend), *exact)
         return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
 
     for sparse, dense in zip(errors(Released(), "torch"), errors(Dense(), "sdpa"), strict=True):

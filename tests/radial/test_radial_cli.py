@@ -12,10 +12,8 @@ from radial.__main__ import main
 
 def test_mask_json_save_and_plot(tmp_path, capsys):
     save, plot = tmp_path / "mask.npz", tmp_path / "mask.png"
-    main(
-        ["mask", "--tokens-per-frame", "200", "--frames", "9", "--rule", "ports", "--decay", "0.5", "--block", "64"]
-        + ["--text", "30", "--json", "--save", str(save), "--plot", str(plot)]
-    )
+    arguments = "mask --tokens-per-frame 200 --frames 9 --rule ports --decay 0.5 --block 64 --text 30 --json"
+    main([*arguments.split(), "--save", str(save), "--plot", str(plot)])
     about = json.loads(capsys.readouterr().out)
     layout = build_layout(Released(0.5, "ports"), VideoGrid(9, 1, 200, 30), 64)
     assert about["tokens"] == 1830

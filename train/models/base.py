@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.sample import TextTokens
 from radial import VideoGrid
@@ -26,8 +26,8 @@ class ModelAdapter(ABC):
     lora_targets: ClassVar[str]
     """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention."""
 
-    def __init__(self, transformer: nn.Module) -> None:
-        self.transformer = transformer
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer  # a diffusers model; the library has no types
         self.install_processors()
 
     @classmethod

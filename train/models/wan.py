@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.sample import TextTokens
 from radial import BlockLayout, VideoGrid, attention_over
@@ -31,7 +31,7 @@ class WanSelfAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -66,7 +66,6 @@ class WanAdapter(ModelAdapter):
 
     family = "wan"
     lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
-    transformer: WanTransformer3DModel
 
     @classmethod
     def load(cls, path: str | Path, subfolder: str | None = None, *, dtype: torch.dtype) -> WanAdapter:

@@ -1,0 +1,49 @@
+"""The rules of the house that a machine can hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {"radial": set(), "data": set(), "train": {"radial", "data"}, "launch": {"train"}}
+OURS = set(MAY_IMPORT) | {"tests", "conf"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", [p for p in MAY_IMPORT if (ROOT / p).is_dir()])
+def test_packages_import_only_what_they_may(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        siblings = imports(file) & OURS - {package}
+        assert siblings <= MAY_IMPORT[package], f"{file} imports {siblings}"
+
+
+def test_radial_needs_only_torch():
+    """Importing radial loads no third-party package that torch does not load itself."""
+    program = "import sys, torch; before = set(sys.modules); import radial; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert loaded - set(sys.stdlib_module_names) <= {"radial", "torch"}
+
+
+def test_everything_public_has_a_docstring():
+    for package in MAY_IMPORT:
+        for file in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            assert ast.get_docstring(tree), f"{file} has no docstring"
+            for node in tree.body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                    assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"

@@ -1,0 +1,115 @@
+"""Configs: every run file composes; mistakes are one line with the key's full name and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from train.compose import compose_run, finish, run_names, split_arguments
+from train.errors import UserError
+from train.run import preflight
+
+
+@pytest.mark.parametrize("name", run_names())
+def test_every_run_file_composes_and_validates(name):
+    config = finish(compose_run({"conf": name}))
+    assert config.conf == name
+    assert config.grid().tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("wan_2x", 147_600), ("wan_4x", 291_600), ("wan_1.3b_4x", 126_360), ("shapes_4x", 8192)]
+)
+def test_the_published_recipe(name, tokens):
+    config = finish(compose_run({"conf": name}))
+    assert config.grid().tokens == tokens
+    assert config.attention.pattern == "released"
+    assert config.attention.decay == 1.0
+    if name.startswith("wan"):
+        assert config.lora is not None
+        assert config.lora.rank == 128
+        assert config.attention.dense_layers == 2
+        assert config.trainer.steps == 2500
+        assert config.attention.dense_sigma is not None
+        # the first 2 of 50 sampling steps are dense, the third is not
+        shift = config.objective.shift
+        second, third = (shift * u / (1 + (shift - 1) * u) for u in (0.98, 0.96))
+        assert third < config.attention.dense_sigma <= second
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["conf=wan_5x"], r"conf is 'wan_5x', expected one of .*; did you mean wan_4x\?"),
+        (["stpes=3"], "stpes is not a known key"),
+        (["trainer.stpes=3"], r"trainer.stpes is not a known key; did you mean trainer.steps\?"),
+        (["trainer.steps=abc"], "trainer.steps is 'abc', expected int"),
+        (["trainer.steps=0"], "trainer.steps is 0, expected at least 1"),
+        (["+trainer.stpes=3"], r"\+trainer.stpes is not a known key"),
+        (["model=wan_15b"], r"model is 'wan_15b', expected one of .*; did you mean"),
+        (["trainer=3"], "trainer is a section, set its keys"),
+        (["conf=wan_4x", "clip.frames=320"], "clip.frames is 320, expected 4 x k \\+ 1 .*use 317 or 321"),
+        (["conf=wan_4x", "clip.height=721"], "clip.height is 721, expected a multiple of 16"),
+        (["attention.pattern=spiral"], "attention.pattern is 'spiral'"),
+        (["attention.decay=-1"], "attention.decay is -1.0"),
+        (["attention.rule=mochi"], "attention.rule is 'mochi'"),
+        (["trainer.precision=fp16"], "trainer.precision is 'fp16', expected one of bf16, fp32, auto"),
+        (["objective.caption_dropout=2"], "objective.caption_dropout is 2.0"),
+        (["model.vae=[1,2]"], r"model.vae is \[1, 2\], expected three sizes"),
+        (["lora.rank=0"], "lora.rank is 0"),
+        (["lora=null", "lora.rank=4"], "lora.rank cannot be set, lora is null"),
+        (["trainer.steps"], "'trainer.steps' is not a setting, expected key=value"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+    ],
+)
+def test_mistakes_name_the_key(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        finish(compose_run(split_arguments(words)))
+    assert "\n" not in str(error.value)
+
+
+def test_values_are_taken_as_typed():
+    words = ["runs=a=b, {000..009}'s", "lora.targets=x,y|z", "optim.lr=5e-5", "optim.betas=[0.8, 0.95]"]
+    config = finish(compose_run(split_arguments(words)))
+    assert config.runs == "a=b, {000..009}'s"
+    assert config.lora is not None
+    assert config.lora.targets == "x,y|z"
+    assert config.optim.lr == 5e-5
+    assert config.optim.betas == [0.8, 0.95]
+    assert finish(compose_run({"attention.dense_sigma": "null", "conf": "wan_4x"})).attention.dense_sigma is None
+    assert finish(compose_run({"lora": "null"})).lora is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"conf": "wan_4x"}, "model.path is not set.*hf download Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        ({"conf": "wan_4x", "model.path": "./nowhere"}, "model.path nowhere does not exist; get the weights with"),
+        ({"model.path": "/tmp"}, "has no .*config.json"),
+        ({"report.clips": "3", "data.shards": "x"}, "report.clips needs synthetic data"),
+        ({"data.synthetic_clips": "0"}, "data.shards is not set"),
+    ],
+)
+def test_a_run_that_cannot_work_stops_before_anything_else(settings, message):
+    with pytest.raises(UserError, match=message):
+        preflight(finish(compose_run(settings)))
+
+
+def command(*words):
+    return subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, text=True)
+
+
+def test_the_command_line(tmp_path):
+    help_text = command("--help")
+    assert help_text.returncode == 0
+    assert "conf=wan_4x" in help_text.stdout
+    shown = command("--cfg", "job", "conf=wan_4x", "optim.lr=3e-5")
+    assert shown.returncode == 0
+    assert OmegaConf.create(shown.stdout).optim.lr == 3e-5
+    wrong = command("conf=wan_4x", f"runs={tmp_path}")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: model.path is not set")
+    assert wrong.stderr.count("\n") == 1
+    assert wrong.stdout == ""
+    assert not list(tmp_path.iterdir())

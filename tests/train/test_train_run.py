@@ -1,0 +1,240 @@
+"""Whole runs on real shards and a real checkpoint, cut down to seconds: training, freezing, resuming, logging."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from lightning.pytorch.callbacks import Callback
+from tiny import run_config
+
+from data.order import BatchOrder
+from data.stream import LatentStream
+from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, load_weights
+from train.errors import UserError
+from train.export import read_config
+from train.models import load_adapter
+from train.run import RunFolder, build_module, resume, train, training_shards
+
+# conf=shapes_4x of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
+GOLDEN = [2.40824, 2.50663, 2.41728, 2.46747]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    with (folder / "metrics.csv").open() as stream:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream) if row["loss"]}
+
+
+def run(config) -> Path:
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("run"))
+    return config, run(config)
+
+
+def test_a_run_leaves_everything_in_its_folder(finished):
+    _, folder = finished
+    for name in ("config.yaml", "metrics.csv", "loss.png", "mask.png", "checkpoints/step-000004/weights.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("peft/adapter_model", "diffusers/pytorch_lora_weights", "merged/diffusion_pytorch_model"):
+        assert (folder / "export" / f"{name}.safetensors").is_file()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert read_config(folder).trainer.steps == 4
+
+
+def test_the_loss_curve_is_the_golden_one(finished):
+    _, folder = finished
+    assert list(losses(folder).values()) == pytest.approx(GOLDEN, rel=2e-3)
+
+
+def test_a_checkpoint_holds_the_lora_alone(finished):
+    _, folder = finished
+    weights = load_weights(last_checkpoint(folder))
+    assert len(weights) == 2 * 4 * 3
+    assert all(".attn1." in name and ".lora_" in name and t.dtype == torch.float32 for name, t in weights.items())
+    state = load_state(last_checkpoint(folder))
+    assert state["position"] == 4
+    moments = [t for entry in state["optimizer_states"][0]["state"].values() for t in entry.values()]
+    assert sum(t.numel() for t in moments if t.dim()) == 2 * sum(t.numel() for t in weights.values())
+
+
+def test_frozen_weights_are_bit_identical_after_training(tmp_path):
+    config = run_config(tmp_path, optim__lr=1e-2)
+    before = WanTransformer3DModel.from_pretrained(config.model.path).state_dict()
+    kept = {}
+
+    class Keep(Callback):
+        def on_train_end(self, trainer, module):
+            kept.update({k: v.clone() for k, v in module.transformer.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.run.StepBar", lambda every: Keep())
+        run(config)
+    frozen = {name.replace(".base_layer", ""): t for name, t in kept.items() if "lora_" not in name}
+    assert frozen.keys() == before.keys()
+    assert all(torch.equal(frozen[name], before[name]) for name in before)
+    assert any(t.abs().max() > 0 for name, t in kept.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact(tmp_path, accumulate):
+    """Interrupted after 2 of 4 steps and resumed: losses, weights and optimizer state bit for bit."""
+    config = run_config(tmp_path, optim__accumulate=accumulate, attention__dense_sigma=0.8, data__workers=1)
+    whole = run(config)
+    folder = RunFolder.create(config)
+    shutil.copytree(whole / "checkpoints" / "step-000002", folder.path / "checkpoints" / "step-000002")
+    shutil.copy(whole / "metrics.csv", folder.path / "metrics.csv")
+    resume(folder.path, config)
+    assert losses(folder.path) == losses(whole)
+    for load in (load_weights, lambda path: load_state(path)["optimizer_states"][0]["state"]):
+        a, b = (load(path / "checkpoints" / "step-000004") for path in (whole, folder.path))
+        assert str(a) == str(b)
+        assert a.keys() == b.keys()
+    assert all(
+        torch.equal(a, load_weights(folder.path / "checkpoints" / "step-000004")[n])
+        for n, a in load_weights(whole / "checkpoints" / "step-000004").items()
+    )
+
+
+def test_resume_of_a_finished_run_only_reports_and_exports(finished):
+    config, folder = finished
+    before = losses(folder)
+    shutil.rmtree(folder / "export")
+    resume(folder, config)
+    assert losses(folder) == before
+    assert (folder / "export" / "merged").is_dir()
+
+
+def test_the_result_does_not_depend_on_loader_workers(finished, tmp_path):
+    config, folder = finished
+    other = run(replace(config, runs=str(tmp_path), data=replace(config.data, workers=2)))
+    assert losses(other) == losses(folder)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Two micro-batches of one clip step like one batch of the same two clips."""
+    small = run_config(tmp_path, optim__accumulate=2, trainer__steps=1, optim__clip=1e9)
+    module = build_module(small, load_adapter(small.model, torch.float32, small.seed), training_shards(small))
+    manifest = training_shards(small)
+    order = BatchOrder(manifest.shapes(), seed=0, global_batch=1, shuffle_window=small.data.shuffle_window)
+    batches = list(LatentStream(manifest, order, num_steps=2))
+    module.log = lambda *a, **k: None
+    for batch in batches:
+        module.training_step(batch, 0).backward()
+    gradients = [p.grad / 2 for p in module.transformer.parameters() if p.grad is not None]
+    run(small)
+    folder = last_checkpoint(next((tmp_path / "runs" / "shapes_4x").iterdir()))
+    state = load_state(folder)["optimizer_states"][0]["state"]
+    first = [state[index]["exp_avg"] for index in sorted(state)]
+    for moment, gradient in zip(first, gradients, strict=True):
+        torch.testing.assert_close(moment, 0.1 * gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_wandb_works_offline(tmp_path):
+    run_config(tmp_path)
+    words = _words(tmp_path, "log.wandb=offline")
+    done = subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = next((tmp_path / "runs" / "shapes_4x").iterdir())
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """DDP over gloo with one clip each equals one process with both clips: the same steps, the same weights."""
+    run_config(tmp_path)
+    results = []
+    for name, words in (("one", ["data.batch_size=2"]), ("two", ["trainer.devices=2"])):
+        done = subprocess.run(
+            [sys.executable, "-m", "train", *_words(tmp_path, *words, f"runs={tmp_path / name}")],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        folders = list((tmp_path / name / "shapes_4x").iterdir())
+        assert len(folders) == 1
+        results.append(load_weights(last_checkpoint(folders[0])))
+    one, two = results
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-6)
+
+
+def _words(tmp: Path, *more: str) -> list[str]:
+    """The command line of tests/train/tiny.py's run."""
+    settings = {
+        "runs": tmp / "runs",
+        "model.path": tmp / "model",
+        "clip.frames": 8,
+        "attention.block": 64,
+        "lora.rank": 4,
+        "lora.alpha": 8,
+        "data.synthetic_clips": 12,
+        "data.workers": 0,
+        "trainer.steps": 2,
+        "trainer.precision": "fp32",
+        "report.clips": 0,
+    }
+    settings.update(word.split("=", 1) for word in more)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def test_a_failing_write_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    _, folder = finished
+    checkpoint = FolderCheckpointIO().load_checkpoint(last_checkpoint(folder))
+    good = tmp_path / "step-000004"
+    FolderCheckpointIO().save_checkpoint(checkpoint, good)
+    before = {p.name: p.read_bytes() for p in good.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        FolderCheckpointIO().save_checkpoint(checkpoint, good)
+    assert {p.name: p.read_bytes() for p in good.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_named(finished, tmp_path, name):
+    config, folder = finished
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    file = broken / "checkpoints" / "step-000004" / name
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match=name):
+        resume(broken, config)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(finished, tmp_path):
+    config, folder = finished
+    assert config.lora is not None
+    other = replace(config, lora=replace(config.lora, rank=8), trainer=replace(config.trainer, steps=6))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    with pytest.raises(UserError, match=r"has shape .* expected .*: check lora.rank"):
+        resume(copy, other)
+
+
+def test_resume_of_no_run_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "train", "resume=/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nowhere has no config.yaml")
+    assert done.stderr.count("\n") == 1
+
+
+def test_shards_of_another_size_are_refused(finished):
+    config, _ = finished
+    shards = training_shards(config).folder
+    wrong = replace(config, data=replace(config.data, shards=str(shards)), clip=replace(config.clip, frames=16))
+    with pytest.raises(UserError, match=r"has latents of .*\[\(8, 32, 64\)\], but clip is \(16, 32, 64\)"):
+        run(wrong)

@@ -1,0 +1,145 @@
+"""The Wan adapter against the stock diffusers model, and against a model whose attention is a masked softmax."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from oracles import masked_softmax
+from peft import LoraConfig
+from tiny import ARCHITECTURE, save_model
+
+from data.sample import TextTokens
+from radial import Dense, Paper, Released
+from train.errors import UserError
+from train.flow import noised
+from train.lora import inject_lora, lora_state
+from train.models.wan import WanAdapter, WanSelfAttention
+from train.plan import AttentionPlan
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 9, 16, 32)
+    tokens = torch.randn(2, 32, 64)
+    text = {"text": TextTokens(tokens, torch.ones(2, 32, dtype=torch.bool))}
+    return x, torch.tensor([0.3, 0.9]), text
+
+
+def stock(folder, x, sigma, text):
+    model = WanTransformer3DModel.from_pretrained(folder)
+    return model, model(x, 1000 * sigma, text["text"].tokens, return_dict=False)[0]
+
+
+def plan_for(adapter, x, pattern, block=16, **settings):
+    return AttentionPlan.of(pattern, adapter.grid(x), block=block, **settings)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_dense_equals_the_stock_model(tmp_path, batch, backend):
+    folder = save_model(tmp_path / "model")
+    _, expected = stock(folder, *batch)
+    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    x, sigma, text = batch
+    adapter.set_plan(plan_for(adapter, x, Dense(), backend=backend))
+    torch.testing.assert_close(adapter.velocity(x, sigma, text), expected, rtol=0, atol=1e-5)
+
+
+def test_lora_gradients_equal_the_stock_model_with_peft(tmp_path, batch):
+    folder = save_model(tmp_path / "model")
+    x, sigma, text = batch
+    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    names = inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=3)
+    assert len(names) == 4 * ARCHITECTURE["num_layers"]
+    model, _ = stock(folder, x, sigma, text)
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=adapter.lora_targets))
+    torch.manual_seed(4)
+    for ours, theirs in zip(adapter.transformer.named_parameters(), model.named_parameters(), strict=True):
+        if ours[1].requires_grad:
+            value = torch.randn_like(ours[1])
+            ours[1].data.copy_(value)
+            theirs[1].data.copy_(value)
+    adapter.set_plan(plan_for(adapter, x, Dense()))
+    adapter.velocity(x, sigma, text).square().mean().backward()
+    model(x, 1000 * sigma, text["text"].tokens, return_dict=False)[0].square().mean().backward()
+    compared = 0
+    for (name, ours), (_, theirs) in zip(adapter.transformer.named_parameters(), model.named_parameters(), strict=True):
+        assert ours.requires_grad == ("lora_" in name)
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+            assert ours.grad.abs().max() > 0
+            compared += 1
+    assert compared == 2 * len(names) == len(lora_state(adapter.transformer))
+
+
+@pytest.mark.parametrize("pattern", [Released(), Released(0.5, "ports"), Paper()])
+@pytest.mark.parametrize("dense_layers", [0, 2])
+def test_patterns_equal_a_masked_softmax_model(tmp_path, batch, pattern, dense_layers):
+    """The oracle is the stock processor's arithmetic in float64 with the layout as an attention mask."""
+    folder = save_model(tmp_path / "model")
+    _, sigma, text = batch
+    x = torch.randn(2, 3, 12, 32, 32)
+    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    plan = plan_for(adapter, x, pattern, dense_layers=dense_layers)
+    assert not plan.pattern_layout.is_dense
+    adapter.set_plan(plan)
+    got = adapter.velocity(x, sigma, text)
+
+    class Oracle(WanSelfAttention):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+            q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+            q, k, v = (t.unflatten(2, (attn.heads, -1)).double() for t in (q, k, attn.to_v(hidden_states)))
+            cos, sin = rotary_emb
+            turn = torch.complex(cos[..., 0::2].double(), sin[..., 1::2].double())
+            q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn for t in (q, k))
+            q, k = (torch.view_as_real(t).flatten(3) for t in (q, k))
+            out = masked_softmax(q, k, v, self.layout, None, q.shape[-1] ** -0.5)
+            return attn.to_out[0](out.flatten(2).float())
+
+    for layer, block in enumerate(adapter.transformer.blocks):
+        oracle = Oracle()
+        oracle.layout = plan.layout(layer)
+        block.attn1.set_processor(oracle)
+    torch.testing.assert_close(got, adapter.velocity(x, sigma, text), rtol=0, atol=1e-5)
+    dense = WanAdapter.load(folder, dtype=torch.float32)
+    dense.set_plan(plan_for(dense, x, Dense()))
+    assert (got - dense.velocity(x, sigma, text)).abs().max() > 1e-4
+
+
+def test_checkpointing_gives_the_same_gradients(tmp_path, batch):
+    folder = save_model(tmp_path / "model")
+    x, sigma, text = batch
+    gradients = []
+    for checkpointing in (False, True):
+        adapter = WanAdapter.load(folder, dtype=torch.float32)
+        inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=3)
+        if checkpointing:
+            adapter.transformer.enable_gradient_checkpointing()
+        adapter.transformer.train()
+        adapter.set_plan(plan_for(adapter, x, Released()))
+        adapter.velocity(x, sigma, text).square().mean().backward()
+        gradients.append([p.grad for p in adapter.transformer.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_family_is_refused(tmp_path):
+    folder = save_model(tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("WanTransformer3DModel", "MochiTransformer3DModel"))
+    with pytest.raises(UserError, match=r"holds a MochiTransformer3DModel, expected a WanTransformer3DModel"):
+        WanAdapter.load(folder, dtype=torch.float32)
+
+
+def test_an_euler_step_with_the_true_velocity_returns_the_clean_latent():
+    """The direction and scale of the objective, held to the scheduler that the family's pipelines use."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(1)
+    latent, noise = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    sigma = scheduler.sigmas[:1].expand(2)
+    x, velocity = noised(latent, noise, sigma)
+    torch.testing.assert_close(1000 * sigma[0], scheduler.timesteps[0])
+    clean = scheduler.step(velocity, scheduler.timesteps[0], x, return_dict=False)[0]
+    torch.testing.assert_close(clean, latent, rtol=0, atol=1e-5)

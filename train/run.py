@@ -91,7 +91,7 @@ def resolve_precision(name: str) -> str:
         return name
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def training_shards(config: RunConfig) -> Manifest:

@@ -1,0 +1,32 @@
+"""The default run, as a newcomer starts it, in three seeds: minutes each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_tuned_model_beats_the_untuned_one_at_4x(tmp_path, seed):
+    """Paired over 32 held-out clips, the 95 % interval of the difference excludes zero."""
+    done = subprocess.run(
+        [sys.executable, "-m", "train", f"seed={seed}", f"runs={tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    folder = next((tmp_path / "shapes_4x").iterdir())
+    rows = {row["name"]: row for row in json.loads((folder / "report.json").read_text())}
+    assert [name for name, row in rows.items() if row["frames"] == 64] == [
+        "base, dense",
+        "base, released",
+        "released + LoRA",
+    ]
+    for name in ("base, dense", "base, released"):
+        gain = rows[name]["tuned_minus_this"]
+        assert len(rows[name]["losses"]) >= 32
+        assert gain["mean"] + gain["half_width_95"] < 0, f"{name}: {gain}"
+    assert rows["released + LoRA"]["attention_gflops"] < rows["base, dense"]["attention_gflops"]
+    with Image.open(folder / "clips.gif") as animation:
+        assert animation.n_frames == 64

@@ -27,7 +27,7 @@ class BatchOrder:
     Args:
         shapes: for each shard the shape of each sample, as `Manifest.shapes()` gives; samples are numbered through.
         seed: draws the order.
-        global_batch: samples a step, over all data-parallel ranks and gradient accumulation.
+        global_batch: samples a step, over all data-parallel ranks (a micro-batch under gradient accumulation).
         shuffle_window: how many consecutive samples are permuted among each other, in samples; 1 leaves them in the
             order of their shard.
 

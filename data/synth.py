@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import functools
 import multiprocessing
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,9 +79,15 @@ def synthesize(
         return _kept(Manifest.load(out), arguments)
     render = functools.partial(_render, seed, frames, height, width)
     render(0)  # An impossible size is told before the folder is made.
+    if Path(out).is_file():
+        raise DataError(f"{out}: is a file, expected a folder; choose another place")
+    # A folder of its own until it is whole, since runs that start together may want the same clips.
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f".{Path(out).name}.", dir=Path(out).parent))
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, own, ignore_errors=True)
         writer = ShardWriter(
-            out,
+            own,
             fps=FPS,
             encoder=fingerprint(),
             latent="RGB pixels in [-1, 1], bfloat16",
@@ -99,7 +107,14 @@ def synthesize(
             entries = pool.imap(render, range(clips), chunksize=4)
         for entry in tqdm(entries, "rendering", clips, unit="clip", disable=not progress):
             writer.write(Sample.from_entry(entry))
-        return writer.close()
+        writer.close()
+        own.chmod(0o755)
+        try:
+            own.rename(out)
+        except OSError:
+            if not (Path(out) / FILE).exists():
+                raise
+        return _kept(Manifest.load(out), arguments)
 
 
 def _render(seed: int, frames: int, height: int, width: int, index: int) -> dict[str, Any]:

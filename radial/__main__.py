@@ -13,7 +13,7 @@ import torch
 
 from radial.backends import BACKENDS, AttentionCall
 from radial.bench import bench_layouts
-from radial.draw import draw_layout
+from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.layout import BlockLayout, build_layout
@@ -75,6 +75,8 @@ def _mask(arguments: argparse.Namespace) -> None:
     for path in (arguments.save, arguments.plot):
         if path and not path.parent.is_dir():
             raise RadialError(f"{path}: the folder {path.parent} does not exist, create it first")
+    if arguments.plot:
+        check_picture(arguments.plot)
     start = time.perf_counter()
     layout = build_layout(pattern, grid, arguments.block)
     about = _describe(layout, time.perf_counter() - start)
@@ -119,11 +121,16 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.command == "mask":
             _mask(parsed)
         elif parsed.command == "bench":
+            if parsed.json and not parsed.json.parent.is_dir():
+                raise RadialError(f"{parsed.json}: the folder {parsed.json.parent} does not exist, create it first")
             bench_layouts(parsed.json)
         else:
             _backends()
     except RadialError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

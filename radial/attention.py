@@ -34,8 +34,8 @@ def radial_attention(
         grid: how those tokens lie; ``grid.tokens`` is the sequence length.
         pattern: which block pairs are computed (`radial.patterns`).
         block: block size in tokens (64 or 128 for the GPU kernels).
-        text_lengths: (batch,) integer tensor, valid text tokens of each sample. Keys after them are masked; their
-            query rows are still computed. None means that all text tokens count.
+        text_lengths: (batch,) integer tensor, valid text tokens of each sample, clamped to the grid's. Keys after
+            them are masked; their query rows are still computed. None means that all text tokens count.
         scale: factor of the scores, head_dim ** -0.5 by default.
         backend: a backend by name, or None for the fastest that can serve the call.
 
@@ -85,6 +85,7 @@ def attention_over(
         k,
         v,
         layout.to(q.device),
-        text_lengths=text_lengths,
+        # clamped, since checking the values would wait for the device
+        text_lengths=None if text_lengths is None else text_lengths.clamp(0, grid.text_tokens),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )

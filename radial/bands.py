@@ -76,7 +76,7 @@ def surviving_blocks(bands: Bands, tokens_per_frame: int, block: int, blocks_a_r
         block: block size B in tokens.
         blocks_a_row: number of blocks along one side of the whole block grid.
         strict: False keeps every block that holds at least one kept token pair (a cover). True applies the
-            released reduction (facts of the public inference code): each frame pair is seen on a canvas of exactly
+            released reduction (of the public inference code): each frame pair is seen on a canvas of exactly
             ceil(s/B) blocks a side that starts at the block of the frame's first token, what sticks out is lost, and
             a block survives when more than 60 % of its covered columns are covered on more than B/3 rows.
 

@@ -1,8 +1,4 @@
-"""Measurements: how long layouts take to build.
-
-Measured on one core of an Intel Xeon (Sapphire Rapids class), torch 2.13: see the table in the README; the command
-``python -m radial bench`` prints it anew.
-"""
+"""Measurements: how long layouts take to build. ``python -m radial bench`` prints the README's table anew."""
 
 from __future__ import annotations
 

@@ -12,22 +12,32 @@ from radial.layout import BlockLayout
 _PIXELS = 1400  # above this many blocks a side the picture shows the share kept in each cell of several blocks
 
 
-def draw_layout(layout: BlockLayout, path: str | Path) -> None:
-    """Writes the block mask of ``layout`` as a picture (format by the file's ending).
+def check_picture(path: str | Path) -> None:
+    """Raises when `draw_layout` could not write a picture of that name.
 
     Raises:
         RadialError: matplotlib is missing, or it cannot write that ending.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise RadialError("pictures need matplotlib: pip install matplotlib") from error
-    from matplotlib.figure import Figure
-
     path = Path(path)
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
         raise RadialError(f"cannot draw to {path}: its ending is not one of {', '.join(sorted(known))}")
+
+
+def draw_layout(layout: BlockLayout, path: str | Path) -> None:
+    """Writes the block mask of ``layout`` as a picture (format by the file's ending).
+
+    Raises:
+        RadialError: see `check_picture`.
+    """
+    check_picture(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
     grid, blocks = layout.grid, layout.blocks
     shown = layout.mask().float()[None, None]
     cell = -(-blocks // _PIXELS)
@@ -37,7 +47,7 @@ def draw_layout(layout: BlockLayout, path: str | Path) -> None:
     axes = figure.subplots()
     side = shown.shape[0] * cell
     axes.imshow(
-        shown.numpy() if hasattr(shown, "numpy") else shown.tolist(),
+        shown.numpy(),
         cmap=matplotlib.colormaps["Blues"],
         vmin=0,
         vmax=1.15,

@@ -35,6 +35,9 @@ class VideoGrid:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RadialError(f"VideoGrid: {name} is {value!r}, expected a whole number of at least {least}")
 
+        if self.tokens >= 2**31:
+            raise RadialError(f"VideoGrid: {self.tokens:,} tokens, expected fewer than 2^31")
+
     @property
     def tokens_per_frame(self) -> int:
         return self.height * self.width

@@ -119,10 +119,12 @@ def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLa
     Time and memory follow the surviving blocks (0.3 s for 291,600 tokens on one core; `python -m radial bench`).
 
     Raises:
-        RadialError: a block size that is not a power of two of at least 16.
+        RadialError: a block size that is not a power of two of at least 16, or a pattern with its own token order.
     """
     if block < 16 or block & (block - 1):
         raise RadialError(f"block is {block}, expected a power of two of at least 16 (kernels use 64 or 128)")
+    if pattern.token_order(grid) is not None:
+        raise RadialError(f"pattern {pattern.name} has a token order of its own, which no caller applies yet")
     complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
     keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
     row, column = keys // max(complete, 1), keys % max(complete, 1)

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from train.cli import guarded
 from train.compose import CONF, DEFAULT_RUN, compose_run, finish, group_options, run_names, split_arguments
+from train.errors import UserError
 
 
 def _first_comment(file: Path) -> str:
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
     if show:
         at = arguments.index("--cfg")
         if arguments[at + 1 : at + 2] not in (["job"], []):
-            raise SystemExit(f"error: --cfg {arguments[at + 1]}, expected --cfg job")
+            raise UserError(f"--cfg is {arguments[at + 1]!r}, expected --cfg job")
         arguments = arguments[:at] + arguments[at + 2 :]
     settings = split_arguments(arguments)
     if "resume" in settings:
@@ -73,7 +74,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _resume(folder: Path, settings: dict[str, str]) -> None:
-    from train.errors import UserError
     from train.export import read_config
     from train.run import resume
 

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
+from train.checkpoint import checkpoints_of
+
 
 class StepCheckpoints(Callback):
     """Saves ``checkpoints/step-<n>`` every ``every`` optimizer steps and at the end; the newest ``keep`` stay."""
@@ -18,6 +20,9 @@ class StepCheckpoints(Callback):
     def __init__(self, folder: Path, every: int, keep: int) -> None:
         self.folder, self.every, self.keep = folder, every, keep
         self._saved = -1
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._saved = trainer.global_step  # a resumed run must not write the checkpoint it came from again
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and trainer.global_step != self._saved:
@@ -33,7 +38,7 @@ class StepCheckpoints(Callback):
             return
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:06d}")
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            for old in checkpoints_of(self.folder)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
 
 
@@ -76,15 +81,17 @@ class StepBar(TQDMProgressBar):
 
 def csv_log(folder: Path, resumed_step: int, rank: int) -> CSVLogger:
     """Lightning's CSV log at ``folder/metrics.csv``; a resumed run keeps the rows before its step."""
-    file = folder / "metrics.csv"
+    file, before = folder / "metrics.csv", folder / "metrics.before-resume.csv"
     rows: list[dict[str, Any]] = []
-    if rank == 0 and file.exists():
-        with file.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if int(row["step"]) < resumed_step]
-        file = file.rename(folder / "metrics.before-resume.csv")
+    if rank == 0 and resumed_step:
+        if file.exists() and not before.exists():  # else an earlier resume was killed in the lines below
+            file.rename(before)
+        if before.exists():
+            with before.open(newline="") as stream:
+                rows = [row for row in csv.DictReader(stream) if int(row["step"]) < resumed_step]
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    if rows:
+    if rank == 0:  # the logger of another rank writes nothing
         logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in rows)
         logger.save()
-        file.unlink()
+        before.unlink(missing_ok=True)
     return logger

@@ -33,7 +33,8 @@ class FolderCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         rest = dict(checkpoint)
         weights = {name: t.detach().contiguous().cpu() for name, t in rest.pop("state_dict").items()}
@@ -46,9 +47,12 @@ class FolderCheckpointIO(CheckpointIO):
             for file in temporary.iterdir():
                 _sync(file)
             _sync(temporary)
-            shutil.rmtree(path, ignore_errors=True)
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
             _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -83,7 +87,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable checkpoint ({error}); resume from an older step-* folder") from error
+        raise UserError(
+            f"{file} is not a readable checkpoint ({error}); delete this step-* folder to go on from the one before"
+        ) from error
     state = _decode(tree, _load_tensors(Path(path) / OPTIMIZER))
     assert isinstance(state, dict)
     return state
@@ -95,18 +101,24 @@ def last_checkpoint(run: str | Path) -> Path:
     Raises:
         UserError: the folder does not exist or has no checkpoint.
     """
-    folder = Path(run) / "checkpoints"
-    found = sorted(folder.glob("step-*"))
+    found = checkpoints_of(Path(run) / "checkpoints")
     if not found:
         raise UserError(f"{run} has no checkpoints/step-* folder, expected a run folder such as runs/shapes_4x/<time>")
     return found[-1]
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The step-* folders in a checkpoints folder, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not readable ({error}); use an older step-* folder") from error
+        raise UserError(
+            f"{file} is not readable ({error}); delete this step-* folder to go on from the one before"
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -110,7 +110,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
             raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
         if not inner:
             raise UserError(f"{key} is not a known key{_guess(key, known)}")
-    value: Any = text
+    value: Any = text.replace("${", "\\${")  # taken as typed, not as a reference to another key
     if text == "null":
         value = None
     elif open_ended or "list" in known[key] or "dict" in known[key]:
@@ -119,7 +119,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
         except yaml.YAMLError as error:
             raise UserError(f"{key} is {text!r}, expected a YAML value: {_one_line(error)}") from error
     section = key.rpartition(".")[0]
-    if section and OmegaConf.select(config, section) is None and not open_ended:
+    if section and OmegaConf.select(config, section) is None:
         raise UserError(f"{key} cannot be set, {section} is null in this run")
     try:
         OmegaConf.update(config, key, value, force_add=open_ended)

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from radial import RadialError, VideoGrid, make_pattern
+from radial.backends import BACKENDS
 from train.errors import UserError
 
 
@@ -25,6 +28,7 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None  # random weights of this config instead of path
     vae: list[int] = MISSING  # compression of the VAE in (t, h, w)
     patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
+    text_tokens: int = MISSING  # the family pads every prompt to this many tokens
     checkpointing: bool = True  # recompute each block in the backward
 
 
@@ -100,8 +104,7 @@ class TrainerConfig:
 
     steps: int = MISSING  # optimizer steps
     precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
-    devices: int = 1  # a node
-    nodes: int = 1
+    devices: int = 1
     compile: bool = False  # torch.compile each transformer block
     checkpoint_every: int = 100  # optimizer steps
     keep: int = 2  # newest checkpoints that stay
@@ -174,13 +177,14 @@ _AT_LEAST: dict[str, float] = {
     "optim.accumulate": 1,
     "trainer.steps": 1,
     "trainer.devices": 1,
-    "trainer.nodes": 1,
     "trainer.checkpoint_every": 1,
     "trainer.keep": 1,
     "log.every": 1,
     "report.clips": 0,
     "report.sampling_steps": 1,
     "report.short_frames": 0,
+    "model.text_tokens": 1,
+    "optim.weight_decay": 0,
 }
 _POSITIVE = ("attention.decay", "lora.alpha", "objective.shift", "objective.std", "optim.lr", "optim.clip")
 
@@ -204,12 +208,28 @@ def validate(config: RunConfig) -> None:
     for key, least in _AT_LEAST.items():
         if value(key) is not None and value(key) < least:
             raise UserError(f"{key} is {value(key)}, expected at least {least}")
+    if config.seed >= 2**32:
+        raise UserError(f"seed is {config.seed}, expected less than 2^32")
     for key in _POSITIVE:
-        if value(key) is not None and not value(key) > 0:
+        if value(key) is not None and not 0 < value(key) < math.inf:
             raise UserError(f"{key} is {value(key)}, expected a positive number")
     for key, low, high in (("objective.caption_dropout", 0, 1), ("attention.dense_sigma", 0, 1)):
         if value(key) is not None and not low <= value(key) <= high:
             raise UserError(f"{key} is {value(key)}, expected a number from {low} to {high}")
+    if 0 < config.report.clips < 32:
+        raise UserError(f"report.clips is {config.report.clips}, expected 0 or at least 32 for an honest interval")
+    if config.report.clips and config.report.short_frames > config.clip.frames:
+        raise UserError(f"report.short_frames is {config.report.short_frames}, expected at most clip.frames")
+    if config.lora is not None and config.lora.targets is not None:
+        try:
+            re.compile(config.lora.targets)
+        except re.error as error:
+            raise UserError(
+                f"lora.targets is {config.lora.targets!r}, expected a regular expression: {error}"
+            ) from error
+    backend = config.attention.backend
+    if backend is not None and backend not in BACKENDS:
+        raise UserError(f"attention.backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     for key in ("model.vae", "model.patch"):
         if len(value(key)) != 3 or min(value(key)) < 1:
             raise UserError(f"{key} is {value(key)}, expected three sizes (time, height, width) of at least 1")

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.batch import collate
 from data.sample import Sample
-from radial import VideoGrid
 from train.flow import SigmaSchedule, noise_like, noised
 from train.models import ModelAdapter
 from train.plan import AttentionPlan
 
-_T_95 = 2.04  # two-sided 95 % quantile of Student's t at 31 degrees of freedom; smaller for more clips
+_T_95 = 2.04  # two-sided 95 % quantile of Student's t at 31 degrees of freedom: the fewest clips a report may have
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,8 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Student's t interval of independent values (at least 32, else it is too narrow)."""
-        half = _T_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return cls(fmean(values), half)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return abs(self.mean) > self.half
+        """Student's t interval of at least 32 independent values; a little wide for more."""
+        return cls(fmean(values), _T_95 * stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.half:.4f}"
@@ -46,13 +41,16 @@ class Interval:
 def clip_losses(
     adapter: ModelAdapter,
     clips: Sequence[Sample],
-    plan: Callable[[VideoGrid], AttentionPlan],
+    plan: Callable[[Tensor, float], AttentionPlan],
     schedule: SigmaSchedule,
     *,
     seed: int,
     label: str,
 ) -> list[float]:
-    """Flow loss of each clip, at noise levels spread evenly over the schedule's quantiles, with fixed noise."""
+    """Flow loss of each clip, at noise levels spread evenly over the schedule's quantiles, with fixed noise.
+
+    ``plan`` gives the attention of a noised latent at a noise level.
+    """
     device = next(adapter.transformer.parameters()).device
     losses = []
     for index, clip in enumerate(tqdm(clips, desc=label, unit="clip", dynamic_ncols=True)):
@@ -61,6 +59,6 @@ def clip_losses(
         quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
-        adapter.set_plan(plan(adapter.grid(x)))
+        adapter.set_plan(plan(x, sigma.item()))
         losses.append(F.mse_loss(adapter.velocity(x, sigma, batch.text), target).item())
     return losses

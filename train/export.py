@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import LoraConfig
@@ -43,7 +44,7 @@ def read_config(run: Path) -> RunConfig:
         raise UserError(f"{run} has no config.yaml, expected a run folder such as runs/shapes_4x/<time>")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{file} does not fit this version: {str(error).splitlines()[0]}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
@@ -68,6 +69,8 @@ def export_run(run: Path, *, out: Path | None = None, checkpoint: Path | None = 
     checkpoint = checkpoint or last_checkpoint(run)
     out = out or run / "export"
     weights = load_weights(checkpoint)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file, expected a folder")
     if out.exists() and any(out.iterdir()) and not (out / ".export").exists():
         raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -144,7 +147,7 @@ def _save_adapters(config: RunConfig, lora: LoraSettings, step: int, weights: di
     peft = out / "peft"
     peft.mkdir()
     LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, base_model_name_or_path=config.model.path
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, base_model_name_or_path=_public_name(config)
     ).save_pretrained(str(peft))
     metadata = {"format": "pt", **_metadata(config, lora, step)}
     plain = {key: tensor.contiguous() for key, tensor in weights.items()}
@@ -156,13 +159,27 @@ def _save_adapters(config: RunConfig, lora: LoraSettings, step: int, weights: di
     save_file(folded, out / "diffusers" / "pytorch_lora_weights.safetensors", metadata)
 
 
+def _public_name(config: RunConfig) -> str:
+    """The base model's name without the path of this machine: adapters are made to be passed on."""
+    assert config.model.path is not None, "a LoRA has a base model"
+    return config.model.path.removeprefix("hub:") if ":" in config.model.path else Path(config.model.path).name
+
+
 def _metadata(config: RunConfig, lora: LoraSettings, step: int) -> dict[str, str]:
     """How the LoRA was trained: enough to set up inference from the file alone. Safetensors headers hold strings."""
     attention: dict[str, Any] = {
-        name: getattr(config.attention, name) for name in ("pattern", "rule", "decay", "block", "dense_layers")
+        name: getattr(config.attention, name)
+        for name in ("pattern", "rule", "decay", "block", "dense_layers", "dense_sigma")
     }
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
-    about = {"base_model": config.model.path, "rank": lora.rank, "step": step, "version": __version__}
+    about = {
+        "base_model": _public_name(config),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "shift": config.objective.shift,
+        "step": step,
+        "version": __version__,
+    }
     return {f"radial.{k}": str(v) for k, v in {**about, **attention, **clip}.items()}
 
 

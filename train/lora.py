@@ -33,7 +33,7 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True), ADAPTER
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=matched, init_lora_weights=True), ADAPTER
         )
     for parameter in transformer.parameters():
         if parameter.requires_grad:

@@ -67,6 +67,7 @@ class LengthExtensionModule(L.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup, self.decay, self.steps = warmup, decay, steps
         self.lora = lora
+        self._micro_losses: list[Tensor] = []
         self.position = 0
         """Micro-batches that training has consumed: where the data goes on after a resume."""
 
@@ -92,7 +93,7 @@ class LengthExtensionModule(L.LightningModule):
         x, target = noised(batch.latent, noise, sigma)
         self.adapter.set_plan(self.plan(batch.latent, all_dense=draw.dense))
         loss = F.mse_loss(self.adapter.velocity(x, sigma, self._drop_captions(batch)), target)
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch.keys))
+        self._micro_losses.append(loss.detach())
         self.log("sigma", sigma.mean(), batch_size=len(batch.keys))
         return loss
 
@@ -118,6 +119,9 @@ class LengthExtensionModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        # the mean of the step's micro-batches and of all ranks
+        self.log("loss", torch.stack(self._micro_losses).mean(), prog_bar=True, sync_dist=True)
+        self._micro_losses.clear()
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]

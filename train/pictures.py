@@ -17,9 +17,11 @@ _MARGIN = 22  # pixels for a label above a panel
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
-    """The training loss of ``metrics.csv`` over optimizer steps, with its running mean."""
+    """The training loss of ``metrics.csv`` over optimizer steps, with its running mean; nothing for an empty log."""
     with metrics.open(newline="") as stream:
         rows = [(int(row["step"]) + 1, float(row["loss"])) for row in csv.DictReader(stream) if row.get("loss")]
+    if not rows:
+        return
     steps, losses = [step for step, _ in rows], [loss for _, loss in rows]
     smooth, mean = [], losses[0]
     for loss in losses:

@@ -45,8 +45,8 @@ class AttentionPlan:
         return self.dense_layout if self.all_dense or layer < self.dense_layers else self.pattern_layout
 
     def backend_of(self, layer: int) -> str | None:
-        """The configured backend where the pattern runs; dense layers take the fastest dense kernel."""
-        return None if self.layout(layer).is_dense else self.backend
+        """The configured backend where the pattern runs; layers kept dense beside it take the fastest dense kernel."""
+        return self.backend if self.layout(layer) is self.pattern_layout else None
 
     def attention_flops(self, layers: int, heads: int, head_dim: int) -> float:
         """Floating-point operations of self-attention in one forward of one sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from data.batch import collate
 from data.manifest import Manifest
 from data.sample import Sample
 from data.stream import read_samples
-from radial import Dense, VideoGrid
+from radial import Dense
 from radial.draw import draw_layout
 from train.config import RunConfig
 from train.evaluate import Interval, clip_losses
@@ -50,7 +51,8 @@ def write_report(
         held_out: gives the shards of that many held-out clips.
         precision: the autocast context that training ran in.
     """
-    draw_loss(folder / "metrics.csv", folder / "loss.png")
+    if (folder / "metrics.csv").exists():
+        draw_loss(folder / "metrics.csv", folder / "loss.png")
     latent = torch.empty(1, *shards.samples[0].shape)
     draw_layout(module.plan(latent, all_dense=False).pattern_layout, folder / "mask.png")
     if not config.report.clips:
@@ -67,18 +69,12 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
     adapter = module.adapter
     shape = adapter.attention_shape
 
-    def dense(grid: VideoGrid) -> AttentionPlan:
-        return AttentionPlan.of(Dense(), grid, block=module.block)
-
-    def pattern(grid: VideoGrid) -> AttentionPlan:
-        return AttentionPlan.of(
-            module.pattern, grid, block=module.block, dense_layers=module.dense_layers, backend=module.backend
-        )
-
-    def row(name: str, of: list[Sample], plan: Callable[[VideoGrid], AttentionPlan]) -> Row:
+    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], AttentionPlan]) -> Row:
         losses = clip_losses(adapter, of, plan, module.schedule, seed=config.seed, label=name)
-        flops = plan(adapter.grid(of[0].latent[None])).attention_flops(*shape)
+        flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
         return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
+
+    dense, pattern = functools.partial(_dense_plan, module), functools.partial(_pattern_plan, module)
 
     rows = []
     name = module.pattern.name
@@ -94,6 +90,15 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
     else:
         rows.append(row(f"base, {name}", clips, pattern))
     return rows
+
+
+def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
+    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block)
+
+
+def _pattern_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
+    """What the model was trained with: dense at noise levels from ``dense_sigma`` up."""
+    return module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
 
 
 def _cut(clip: Sample, frames: int) -> Sample:
@@ -141,21 +146,13 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     }
     noise = noise_like(batch.latent, config.seed, "animation")
 
-    def generate(label: str, dense: bool) -> Tensor:
-        grid = module.adapter.grid(noise)
-
-        def plan(sigma: float) -> AttentionPlan:
-            if dense:
-                return AttentionPlan.of(Dense(), grid, block=module.block)
-            above = module.dense_sigma is not None and sigma >= module.dense_sigma
-            return module.plan(noise, all_dense=above)
-
+    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
         return sample(
             module.adapter,
             noise,
             text,
             empty,
-            plan,
+            functools.partial(plan, module, noise),
             steps=config.report.sampling_steps,
             shift=config.objective.shift,
             guidance=config.report.guidance,
@@ -163,15 +160,15 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
         )[0].cpu()
 
     frames = clip.latent.shape[1]
+    name = module.pattern.name
     panels = {f"truth: {clip.caption}": clip.latent.float()}
     if module.lora:
         module.transformer.disable_adapters()
-        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base", True)
+        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base, dense", _dense_plan)
+        panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
         module.transformer.enable_adapters()
-        panels[f"tuned at {frames} frames, {module.pattern.name} attention + LoRA"] = generate(
-            "Generating, tuned", False
-        )
+        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", _pattern_plan)
     else:
-        panels[f"trained model at {frames} frames"] = generate("Generating", False)
+        panels[f"trained model at {frames} frames"] = generate("Generating", _pattern_plan)
     animate(panels, config.conf, folder / "clips.gif")
     film_strip(panels, config.conf, folder / "clips.png")

@@ -28,7 +28,7 @@ from train.errors import UserError
 from train.export import export_run
 from train.flow import SigmaSchedule
 from train.lora import inject_lora
-from train.models import ModelAdapter, load_adapter, model_folder
+from train.models import ModelAdapter, family_of, load_adapter, model_folder
 from train.module import LengthExtensionModule
 from train.report import write_report
 
@@ -46,7 +46,7 @@ class RunFolder:
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
         """A new ``<runs>/<conf>/<time>`` with the run's config in it; processes that the first one starts share it."""
-        if _SHARED in os.environ:
+        if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
             return cls(Path(os.environ[_SHARED]))
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = Path(config.runs) / config.conf / stamp
@@ -61,7 +61,7 @@ class RunFolder:
                     f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
                 ) from error
         OmegaConf.save(OmegaConf.structured(config), path / CONFIG)
-        if config.trainer.devices * config.trainer.nodes > 1:
+        if config.trainer.devices > 1:
             os.environ[_SHARED] = str(path)
         return cls(path)
 
@@ -72,13 +72,18 @@ def preflight(config: RunConfig) -> None:
     Raises:
         UserError: weights or shards are missing, or settings that do not fit together.
     """
+    family_of(config.model)
     if config.model.architecture is None:
         model_folder(config.model)
+    elif config.model.path is not None:
+        raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
     if config.data.shards is None and not config.data.synthetic_clips:
         raise UserError(
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
             "(what data.writer.ShardWriter makes; README, 'Train Wan 4x on your videos')"
         )
+    if config.data.shards is not None:
+        _check_shapes(config, Manifest.load(config.data.shards))
     if config.report.clips and config.data.shards is not None:
         raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
@@ -113,6 +118,9 @@ def synthetic_shards(config: RunConfig, clips: int, seed: int) -> Manifest:
 
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
     """The LightningModule of a run; injects the LoRA into the adapter's transformer."""
+    layers = adapter.attention_shape[0]
+    if config.attention.dense_layers > layers:
+        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
     if config.lora is not None:
         inject_lora(
             adapter.transformer,
@@ -205,8 +213,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     trainer = L.Trainer(
         accelerator="auto",
         devices=config.trainer.devices,
-        num_nodes=config.trainer.nodes,
-        strategy="ddp" if config.trainer.devices * config.trainer.nodes > 1 else "auto",
+        strategy="ddp" if config.trainer.devices > 1 else "auto",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
@@ -232,9 +239,10 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         assert folder.checkpoint is not None
         module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
     if trainer.is_global_zero:
+        export_run(folder.path)
+        module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         context = trainer.precision_plugin.forward_context
         write_report(config, module, folder.path, shards, lambda clips: _held_out(config, clips), context)
-        export_run(folder.path)
         print(f"\nEverything is in {folder.path}")
 
 
@@ -256,6 +264,10 @@ def _check_shapes(config: RunConfig, shards: Manifest) -> None:
         raise UserError(
             f"{shards.folder} has latents of (frames, height, width) {sorted(found)}, but clip is "
             f"{cells}: set clip.frames, clip.height, clip.width or data.shards"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{shards.folder} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
         )
 
 

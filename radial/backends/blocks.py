@@ -75,13 +75,13 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, valid_N = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
         work, low = torch.float64 if q.dtype == torch.float64 else torch.float32, q.dtype
-        q_NTBD, k_NTBD, v_NTBD, grad_NTBD = (_to_blocks(t, layout.block) for t in (scale * q, k, v, grad))
+        q_NTBD, k_NTBD, v_NTBD, grad_NTBD = (_to_blocks(t, layout.block) for t in (q, k, v, grad))
         q_work, k_work, v_work, grad_work = (t.to(work) for t in (q_NTBD, k_NTBD, v_NTBD, grad_NTBD))
         dq = torch.empty_like(q_NTBD)
         dk, dv = torch.zeros_like(k_work), torch.zeros_like(v_work)
         for i, columns in _rows_of(layout):
             k_NKD, v_NKD = k_work[:, columns].flatten(1, 2), v_work[:, columns].flatten(1, 2)
-            p = q_work[:, i] @ k_NKD.transpose(1, 2)
+            p = (q_work[:, i] @ k_NKD.transpose(1, 2)).mul_(scale)
             padding = _padding(columns, layout, valid_N)
             if padding is not None:
                 p.masked_fill_(padding[:, None], float("-inf"))
@@ -93,7 +93,7 @@ class _BlockAttention(torch.autograd.Function):
             dv.index_add_(1, columns, (p.to(low).transpose(1, 2) @ grad_NTBD[:, i]).view(shape).to(work))
             dk.index_add_(1, columns, (ds.transpose(1, 2) @ q_NTBD[:, i]).view(shape).to(work))
             dq[:, i] = scale * (ds @ k_NTBD[:, columns].flatten(1, 2))
-        return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v), None, None, None
+        return _from_blocks(dq, q), _from_blocks(dk.mul_(scale), k), _from_blocks(dv, v), None, None, None
 
 
 def _rows_of(layout: BlockLayout) -> Iterator[tuple[int, Tensor]]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from data.errors import DataError
 from train.compose import compose_run, finish, run_names, split_arguments
 from train.errors import UserError
 from train.run import preflight
@@ -58,6 +59,16 @@ def test_the_published_recipe(name, tokens):
         (["objective.caption_dropout=2"], "objective.caption_dropout is 2.0"),
         (["model.vae=[1,2]"], r"model.vae is \[1, 2\], expected three sizes"),
         (["lora.rank=0"], "lora.rank is 0"),
+        (["lora.targets=("], r"lora.targets is '\(', expected a regular expression"),
+        (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
+        (["optim.lr=inf"], "optim.lr is inf"),
+        (["seed=99999999999999999999"], "seed is 99999999999999999999"),
+        (["report.clips=3"], "report.clips is 3, expected 0 or at least 32"),
+        (["attention.backend=fast"], "attention.backend is 'fast', expected one of"),
+        (
+            ["model.architecture.num_layers=3"],
+            "model.architecture.num_layers cannot be set, model.architecture is null",
+        ),
         (["lora=null", "lora.rank=4"], "lora.rank cannot be set, lora is null"),
         (["trainer.steps"], "'trainer.steps' is not a setting, expected key=value"),
         (["seed=1", "seed=2"], "seed is given twice"),
@@ -70,6 +81,7 @@ def test_mistakes_name_the_key(words, message):
 
 
 def test_values_are_taken_as_typed():
+    assert finish(compose_run({"runs": "a${b}"})).runs == "a${b}"
     words = ["runs=a=b, {000..009}'s", "lora.targets=x,y|z", "optim.lr=5e-5", "optim.betas=[0.8, 0.95]"]
     config = finish(compose_run(split_arguments(words)))
     assert config.runs == "a=b, {000..009}'s"
@@ -85,14 +97,17 @@ def test_values_are_taken_as_typed():
     ("settings", "message"),
     [
         ({"conf": "wan_4x"}, "model.path is not set.*hf download Wan-AI/Wan2.1-T2V-14B-Diffusers"),
-        ({"conf": "wan_4x", "model.path": "./nowhere"}, "model.path nowhere does not exist; get the weights with"),
+        ({"conf": "wan_4x", "model.path": "weights/x"}, "model.path weights/x is no folder .*; get the weights with"),
+        ({"model.path": "builtin:x"}, "model.path builtin:x is no folder"),
+        ({"model.family": "wam"}, "model.family is 'wam', expected one of"),
+        ({"conf": "shapes_base", "model.path": "x"}, "model.architecture asks for random weights"),
         ({"model.path": "/tmp"}, "has no .*config.json"),
-        ({"report.clips": "3", "data.shards": "x"}, "report.clips needs synthetic data"),
+        ({"data.shards": "/nowhere"}, "/nowhere"),
         ({"data.synthetic_clips": "0"}, "data.shards is not set"),
     ],
 )
 def test_a_run_that_cannot_work_stops_before_anything_else(settings, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises((UserError, DataError), match=message):
         preflight(finish(compose_run(settings)))
 
 
@@ -107,6 +122,7 @@ def test_the_command_line(tmp_path):
     shown = command("--cfg", "job", "conf=wan_4x", "optim.lr=3e-5")
     assert shown.returncode == 0
     assert OmegaConf.create(shown.stdout).optim.lr == 3e-5
+    assert command("--cfg", "hydra").returncode == 2
     wrong = command("conf=wan_4x", f"runs={tmp_path}")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: model.path is not set")

@@ -21,7 +21,7 @@ from train.export import read_config
 from train.models import load_adapter
 from train.run import RunFolder, build_module, resume, train, training_shards
 
-# conf=shapes_4x of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
+# The run of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
 GOLDEN = [2.40824, 2.50663, 2.41728, 2.46747]
 
 
@@ -98,12 +98,13 @@ def test_resume_is_exact(tmp_path, accumulate):
     assert losses(folder.path) == losses(whole)
     for load in (load_weights, lambda path: load_state(path)["optimizer_states"][0]["state"]):
         a, b = (load(path / "checkpoints" / "step-000004") for path in (whole, folder.path))
-        assert str(a) == str(b)
         assert a.keys() == b.keys()
-    assert all(
-        torch.equal(a, load_weights(folder.path / "checkpoints" / "step-000004")[n])
-        for n, a in load_weights(whole / "checkpoints" / "step-000004").items()
-    )
+        for key in a:
+            left, right = (x[key] if isinstance(x[key], dict) else {"": x[key]} for x in (a, b))
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[part], right[part]) for part in left)
+    for file in (folder.path / "checkpoints" / "step-000002").iterdir():
+        assert file.read_bytes() == (whole / "checkpoints" / "step-000002" / file.name).read_bytes()
 
 
 def test_resume_of_a_finished_run_only_reports_and_exports(finished):
@@ -162,10 +163,12 @@ def test_two_processes_train_like_one(tmp_path):
         assert done.returncode == 0, done.stderr
         folders = list((tmp_path / name / "shapes_4x").iterdir())
         assert len(folders) == 1
-        results.append(load_weights(last_checkpoint(folders[0])))
-    one, two = results
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-6)
+        state = load_state(last_checkpoint(folders[0]))["optimizer_states"][0]["state"]
+        results.append((losses(folders[0]), {index: entry["exp_avg"] for index, entry in state.items()}))
+    (one_loss, one), (two_loss, two) = results
+    assert one_loss == pytest.approx(two_loss, rel=1e-5)
+    for index in one:  # the first moment, linear in the gradients: Adam's steps would hide a wrong scale
+        torch.testing.assert_close(one[index], two[index], rtol=1e-3, atol=1e-3 * one[index].abs().max().item())
 
 
 def _words(tmp: Path, *more: str) -> list[str]:

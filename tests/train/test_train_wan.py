@@ -30,15 +30,19 @@ def stock(folder, x, sigma, text):
     return model, model(x, 1000 * sigma, text["text"].tokens, return_dict=False)[0]
 
 
+def load(folder):
+    return WanAdapter.load(folder, text_tokens=32, dtype=torch.float32)
+
+
 def plan_for(adapter, x, pattern, block=16, **settings):
     return AttentionPlan.of(pattern, adapter.grid(x), block=block, **settings)
 
 
-@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("backend", ["sdpa", "torch"])
 def test_dense_equals_the_stock_model(tmp_path, batch, backend):
     folder = save_model(tmp_path / "model")
     _, expected = stock(folder, *batch)
-    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    adapter = load(folder)
     x, sigma, text = batch
     adapter.set_plan(plan_for(adapter, x, Dense(), backend=backend))
     torch.testing.assert_close(adapter.velocity(x, sigma, text), expected, rtol=0, atol=1e-5)
@@ -47,7 +51,7 @@ def test_dense_equals_the_stock_model(tmp_path, batch, backend):
 def test_lora_gradients_equal_the_stock_model_with_peft(tmp_path, batch):
     folder = save_model(tmp_path / "model")
     x, sigma, text = batch
-    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    adapter = load(folder)
     names = inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=3)
     assert len(names) == 4 * ARCHITECTURE["num_layers"]
     model, _ = stock(folder, x, sigma, text)
@@ -79,7 +83,7 @@ def test_patterns_equal_a_masked_softmax_model(tmp_path, batch, pattern, dense_l
     folder = save_model(tmp_path / "model")
     _, sigma, text = batch
     x = torch.randn(2, 3, 12, 32, 32)
-    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    adapter = load(folder)
     plan = plan_for(adapter, x, pattern, dense_layers=dense_layers)
     assert not plan.pattern_layout.is_dense
     adapter.set_plan(plan)
@@ -101,7 +105,7 @@ def test_patterns_equal_a_masked_softmax_model(tmp_path, batch, pattern, dense_l
         oracle.layout = plan.layout(layer)
         block.attn1.set_processor(oracle)
     torch.testing.assert_close(got, adapter.velocity(x, sigma, text), rtol=0, atol=1e-5)
-    dense = WanAdapter.load(folder, dtype=torch.float32)
+    dense = load(folder)
     dense.set_plan(plan_for(dense, x, Dense()))
     assert (got - dense.velocity(x, sigma, text)).abs().max() > 1e-4
 
@@ -111,7 +115,7 @@ def test_checkpointing_gives_the_same_gradients(tmp_path, batch):
     x, sigma, text = batch
     gradients = []
     for checkpointing in (False, True):
-        adapter = WanAdapter.load(folder, dtype=torch.float32)
+        adapter = load(folder)
         inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=3)
         if checkpointing:
             adapter.transformer.enable_gradient_checkpointing()
@@ -121,6 +125,21 @@ def test_checkpointing_gives_the_same_gradients(tmp_path, batch):
         gradients.append([p.grad for p in adapter.transformer.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_short_text_is_padded_as_in_the_familys_training(tmp_path, batch):
+    """Text is not masked, so the zeros after it count: shards may store it cut or whole, and give the same."""
+    folder = save_model(tmp_path / "model")
+    x, sigma, _ = batch
+    tokens, mask = torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.bool)
+    whole = torch.cat([tokens, torch.zeros(2, 512 - 7, 64)], dim=1)
+    _, expected = stock(folder, x, sigma, {"text": TextTokens(whole, mask)})
+    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    adapter.set_plan(plan_for(adapter, x, Dense()))
+    got = adapter.velocity(x, sigma, {"text": TextTokens(tokens, mask)})
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="the shards' text has 513 tokens"):
+        adapter.velocity(x, sigma, {"text": TextTokens(torch.zeros(2, 513, 64), mask)})
 
 
 def test_another_family_is_refused(tmp_path):

@@ -49,6 +49,8 @@ def run_config(tmp: Path, **settings: object) -> RunConfig:
         "lora.alpha": 8,
         "data.synthetic_clips": 12,
         "data.workers": 0,
+        "optim.lr": 2e-3,
+        "optim.warmup": 5,
         "trainer.steps": 4,
         "trainer.precision": "fp32",
         "trainer.checkpoint_every": 2,

@@ -11,16 +11,16 @@ from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.models.wan import WanAdapter
 
-__all__ = ["ADAPTERS", "ModelAdapter", "load_adapter", "model_folder"]
+__all__ = ["ADAPTERS", "ModelAdapter", "family_of", "load_adapter", "model_folder"]
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {WanAdapter.family: WanAdapter}
 
-_BUILTIN = "builtin:"
+_BUILTIN, _HUB = "builtin:", "hub:"
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def model_folder(config: ModelConfig) -> tuple[str, str | None]:
-    """(diffusers folder or hub id, subfolder of the transformer), checked without loading anything.
+    """(diffusers folder or hub id, subfolder of the transformer); a local folder is checked without loading anything.
 
     Raises:
         UserError: ``model.path`` is not set, or a local folder that lacks the model.
@@ -28,21 +28,20 @@ def model_folder(config: ModelConfig) -> tuple[str, str | None]:
     if config.path is None:
         how = f"; get the weights with: {config.weights}" if config.weights else ""
         raise UserError(f"model.path is not set, expected a diffusers folder or a hub id{how}")
-    if config.path.startswith(_BUILTIN):
-        return str(_ASSETS / config.path.removeprefix(_BUILTIN)), None
-    path = Path(config.path)
-    looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
-    if path.is_dir():
-        for subfolder in (config.subfolder, None):
-            if (path / (subfolder or "") / "config.json").is_file():
-                return str(path), subfolder
-        raise UserError(
-            f"model.path {path} has no {config.subfolder or ''}/config.json, expected a diffusers model folder"
-        )
-    if looks_local:
+    if config.path.startswith(_HUB):
+        return config.path.removeprefix(_HUB), config.subfolder
+    builtin = config.path.startswith(_BUILTIN)
+    path = _ASSETS / config.path.removeprefix(_BUILTIN) if builtin else Path(config.path).expanduser()
+    if not path.is_dir():
         how = f"; get the weights with: {config.weights}" if config.weights else ""
-        raise UserError(f"model.path {path} does not exist{how}")
-    return config.path, config.subfolder
+        raise UserError(f"model.path {config.path} is no folder (a hub id is written hub:org/name){how}")
+    for subfolder in (config.subfolder, None):
+        inner = path / (subfolder or "")
+        if (inner / "config.json").is_file():
+            if not any(inner.glob("*.safetensors")):
+                raise UserError(f"model.path {inner} has a config.json but no *.safetensors, is the download complete?")
+            return str(path), subfolder
+    raise UserError(f"model.path {path} has no {config.subfolder or ''}/config.json, expected a diffusers model folder")
 
 
 def load_adapter(config: ModelConfig, dtype: torch.dtype, seed: int) -> ModelAdapter:
@@ -52,11 +51,28 @@ def load_adapter(config: ModelConfig, dtype: torch.dtype, seed: int) -> ModelAda
         config: where the model is; with ``architecture`` its weights are random, drawn from ``seed``.
         dtype: of the weights; layers that the family keeps in fp32 stay there.
     """
-    if config.family not in ADAPTERS:
-        raise UserError(f"model.family is {config.family!r}, expected one of {', '.join(ADAPTERS)}")
-    family = ADAPTERS[config.family]
+    family = family_of(config)
     if config.architecture is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return family.from_config(config.architecture)
-    return family.load(*model_folder(config), dtype=dtype)
+            return family.from_config(config.architecture, text_tokens=config.text_tokens)
+    path, subfolder = model_folder(config)
+    try:
+        adapter = family.load(path, subfolder, text_tokens=config.text_tokens, dtype=dtype)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path {config.path} cannot be loaded: {reason}") from error
+    if adapter.patch != tuple(config.patch):
+        raise UserError(f"model.patch is {config.patch}, the model in {config.path} has {list(adapter.patch)}")
+    return adapter
+
+
+def family_of(config: ModelConfig) -> type[ModelAdapter]:
+    """The adapter class of ``model.family``.
+
+    Raises:
+        UserError: an unknown family.
+    """
+    if config.family not in ADAPTERS:
+        raise UserError(f"model.family is {config.family!r}, expected one of {', '.join(ADAPTERS)}")
+    return ADAPTERS[config.family]

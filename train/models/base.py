@@ -26,18 +26,21 @@ class ModelAdapter(ABC):
     lora_targets: ClassVar[str]
     """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention."""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, text_tokens: int) -> None:
         self.transformer = transformer  # a diffusers model; the library has no types
+        self.text_tokens = text_tokens
         self.install_processors()
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str | Path, subfolder: str | None = None, *, dtype: torch.dtype) -> ModelAdapter:
+    def load(
+        cls, path: str | Path, subfolder: str | None = None, *, text_tokens: int, dtype: torch.dtype
+    ) -> ModelAdapter:
         """Loads the transformer from a diffusers folder or a hub id; what the family keeps in fp32 stays so."""
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelAdapter:
+    def from_config(cls, config: Mapping[str, Any], *, text_tokens: int) -> ModelAdapter:
         """A transformer with random weights (training a base, tests)."""
 
     @abstractmethod
@@ -61,6 +64,11 @@ class ModelAdapter(ABC):
             sigma: (batch,) noise levels in (0, 1).
             text: the text tensors of the samples.
         """
+
+    @property
+    @abstractmethod
+    def patch(self) -> tuple[int, int, int]:
+        """Patch size in latent cells, (t, h, w)."""
 
     @property
     @abstractmethod

@@ -1,8 +1,8 @@
 """Wan2.1 text-to-video: diffusers' WanTransformer3DModel with radial self-attention.
 
 The class stays as diffusers ships it. Each block's ``attn1`` gets a `WanSelfAttention` processor, the cross-attention
-``attn2`` keeps its own. The model predicts the velocity eps - x0 at timestep 1000 sigma; text is zero-padded and not
-masked, as in the family's own training.
+``attn2`` keeps its own. The model predicts the velocity eps - x0 at timestep 1000 sigma; text is zero-padded to 512
+tokens and not masked, as in the family's own training.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.sample import TextTokens
 from radial import BlockLayout, VideoGrid, attention_over
@@ -68,7 +69,9 @@ class WanAdapter(ModelAdapter):
     lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
 
     @classmethod
-    def load(cls, path: str | Path, subfolder: str | None = None, *, dtype: torch.dtype) -> WanAdapter:
+    def load(
+        cls, path: str | Path, subfolder: str | None = None, *, text_tokens: int = 512, dtype: torch.dtype
+    ) -> WanAdapter:
         """See `ModelAdapter.load`.
 
         Raises:
@@ -80,18 +83,21 @@ class WanAdapter(ModelAdapter):
                 f"model.path {path} holds a {config.get('_class_name')}, expected a WanTransformer3DModel: "
                 "choose the model=... that fits the weights"
             )
-        return cls(WanTransformer3DModel.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype))
+        model = WanTransformer3DModel.from_pretrained(
+            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+        )
+        return cls(model, text_tokens)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> WanAdapter:
-        return cls(WanTransformer3DModel(**config))
+    def from_config(cls, config: Mapping[str, Any], *, text_tokens: int = 512) -> WanAdapter:
+        return cls(WanTransformer3DModel(**config), text_tokens)
 
     def install_processors(self) -> None:
         for block in self.transformer.blocks:
             block.attn1.set_processor(WanSelfAttention())
 
     def grid(self, latent: Tensor) -> VideoGrid:
-        return VideoGrid.from_latent(*latent.shape[2:], patch=tuple(self.transformer.config.patch_size))
+        return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
 
     def set_plan(self, plan: AttentionPlan) -> None:
         for layer, block in enumerate(self.transformer.blocks):
@@ -101,9 +107,16 @@ class WanAdapter(ModelAdapter):
     def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
         parameter = self.transformer.patch_embedding.weight
         tokens = named_text(text, "text").tokens
+        if tokens.shape[1] > self.text_tokens:
+            raise UserError(f"the shards' text has {tokens.shape[1]} tokens, model.text_tokens is {self.text_tokens}")
+        tokens = F.pad(tokens, (0, 0, 0, self.text_tokens - tokens.shape[1]))
         return self.transformer(x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False)[
             0
         ].float()
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return tuple(self.transformer.config.patch_size)
 
     @property
     def attention_shape(self) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from lightning.pytorch.callbacks import Callback
-from tiny import run_config
+from tiny import run_config, words
 
 from data.order import BatchOrder
 from data.stream import LatentStream
@@ -142,9 +142,8 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 
 
 def test_wandb_works_offline(tmp_path):
-    run_config(tmp_path)
-    words = _words(tmp_path, "log.wandb=offline")
-    done = subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, text=True)
+    command = [sys.executable, "-m", "train", *words(tmp_path, log__wandb="offline", trainer__steps=2)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = next((tmp_path / "runs" / "shapes_4x").iterdir())
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -152,14 +151,10 @@ def test_wandb_works_offline(tmp_path):
 
 def test_two_processes_train_like_one(tmp_path):
     """DDP over gloo with one clip each equals one process with both clips: the same steps, the same weights."""
-    run_config(tmp_path)
     results = []
-    for name, words in (("one", ["data.batch_size=2"]), ("two", ["trainer.devices=2"])):
-        done = subprocess.run(
-            [sys.executable, "-m", "train", *_words(tmp_path, *words, f"runs={tmp_path / name}")],
-            capture_output=True,
-            text=True,
-        )
+    for name, change in (("one", {"data__batch_size": 2}), ("two", {"trainer__devices": 2})):
+        command = words(tmp_path, runs=tmp_path / name, trainer__steps=2, **change)
+        done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         folders = list((tmp_path / name / "shapes_4x").iterdir())
         assert len(folders) == 1
@@ -169,25 +164,6 @@ def test_two_processes_train_like_one(tmp_path):
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     for index in one:  # the first moment, linear in the gradients: Adam's steps would hide a wrong scale
         torch.testing.assert_close(one[index], two[index], rtol=1e-3, atol=1e-3 * one[index].abs().max().item())
-
-
-def _words(tmp: Path, *more: str) -> list[str]:
-    """The command line of tests/train/tiny.py's run."""
-    settings = {
-        "runs": tmp / "runs",
-        "model.path": tmp / "model",
-        "clip.frames": 8,
-        "attention.block": 64,
-        "lora.rank": 4,
-        "lora.alpha": 8,
-        "data.synthetic_clips": 12,
-        "data.workers": 0,
-        "trainer.steps": 2,
-        "trainer.precision": "fp32",
-        "report.clips": 0,
-    }
-    settings.update(word.split("=", 1) for word in more)
-    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def test_a_failing_write_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch):

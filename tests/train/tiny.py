@@ -34,15 +34,18 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def run_config(tmp: Path, **settings: object) -> RunConfig:
-    """conf=shapes_4x cut down to seconds: 8 frames, a tiny model, 4 steps, fp32, no report."""
+def settings(tmp: Path, **changes: object) -> dict[str, str]:
+    """conf=shapes_4x cut down to seconds, as the command line takes it: 8 frames, a tiny model, 4 steps, no report.
+
+    ``changes`` are keys of the config with ``__`` for the dot.
+    """
     model = tmp / "model"
     if not model.exists():
         save_model(model)
     given = {
         "conf": "shapes_4x",
-        "runs": str(tmp / "runs"),
-        "model.path": str(model),
+        "runs": tmp / "runs",
+        "model.path": model,
         "clip.frames": 8,
         "attention.block": 64,
         "lora.rank": 4,
@@ -55,6 +58,16 @@ def run_config(tmp: Path, **settings: object) -> RunConfig:
         "trainer.precision": "fp32",
         "trainer.checkpoint_every": 2,
         "report.clips": 0,
-        **{key.replace("__", "."): value for key, value in settings.items()},
+        **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    return finish(compose_run({key: str(value) for key, value in given.items()}))
+    return {key: str(value) for key, value in given.items()}
+
+
+def run_config(tmp: Path, **changes: object) -> RunConfig:
+    """The config of `settings`."""
+    return finish(compose_run(settings(tmp, **changes)))
+
+
+def words(tmp: Path, **changes: object) -> list[str]:
+    """The command line of `settings`."""
+    return [f"{key}={value}" for key, value in settings(tmp, **changes).items()]

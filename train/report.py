@@ -88,7 +88,7 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
         module.transformer.enable_adapters()
         rows.append(row(f"{name} + LoRA", clips, pattern))
     else:
-        rows.append(row(f"base, {name}", clips, pattern))
+        rows.append(row(f"trained, {name}", clips, pattern))
     return rows
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_tuned_model_beats_the_untuned_one_at_4x(tmp_path, seed):
+def test_the_tuned_model_beats_the_dense_base_at_4x(tmp_path, seed):
     """Against the base with its own, dense attention: paired over 32 held-out clips, the interval excludes zero."""
     done = subprocess.run(
         [sys.executable, "-m", "train", f"seed={seed}", f"runs={tmp_path}"], capture_output=True, text=True

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.batch import Batch
 from data.sample import Prompt, TextTokens
@@ -17,6 +16,7 @@ from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noise
 from train.lora import load_lora_state, lora_state
 from train.models import ModelAdapter
 from train.plan import AttentionPlan
+from train.sequence import SequenceGroup, flow_loss
 
 
 class LengthExtensionModule(L.LightningModule):
@@ -31,6 +31,7 @@ class LengthExtensionModule(L.LightningModule):
         seed: all randomness is a function of (seed, step, sample).
         lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
         lora: whether the weights to save are the LoRA's alone.
+        sequence_size: ranks that share each sample's tokens.
     """
 
     strict_loading = False  # the frozen weights are in no checkpoint
@@ -55,6 +56,7 @@ class LengthExtensionModule(L.LightningModule):
         decay: str,
         steps: int,
         lora: bool,
+        sequence_size: int = 1,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -67,9 +69,14 @@ class LengthExtensionModule(L.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup, self.decay, self.steps = warmup, decay, steps
         self.lora = lora
+        self.sequence_size = sequence_size
+        self.sequence: SequenceGroup | None = None
         self._micro_losses: list[Tensor] = []
         self.position = 0
         """Micro-batches that training has consumed: where the data goes on after a resume."""
+
+    def setup(self, stage: str) -> None:
+        self.sequence = SequenceGroup.of(self.sequence_size)
 
     def plan(self, latent: Tensor, *, all_dense: bool) -> AttentionPlan:
         """The attention of a micro-batch."""
@@ -80,6 +87,7 @@ class LengthExtensionModule(L.LightningModule):
             dense_layers=self.dense_layers,
             all_dense=all_dense,
             backend=self.backend,
+            sequence=self.sequence,
         )
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -91,8 +99,10 @@ class LengthExtensionModule(L.LightningModule):
             [noise_like(x, self.seed, batch.step, key) for x, key in zip(batch.latent, batch.keys, strict=True)]
         )
         x, target = noised(batch.latent, noise, sigma)
-        self.adapter.set_plan(self.plan(batch.latent, all_dense=draw.dense))
-        loss = F.mse_loss(self.adapter.velocity(x, sigma, self._drop_captions(batch)), target)
+        plan = self.plan(batch.latent, all_dense=draw.dense)
+        self.adapter.set_plan(plan)
+        velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch))
+        loss = flow_loss(velocity, target, plan.shard, self.adapter.patch)
         self._micro_losses.append(loss.detach())
         self.log("sigma", sigma.mean(), batch_size=len(batch.keys))
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radial import BlockLayout, Dense, Pattern, VideoGrid, build_layout
+from train.sequence import SequenceGroup, SequenceShard
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class AttentionPlan:
         dense_layers: the first blocks, which stay dense.
         all_dense: the whole step is dense (a noise level at or above ``dense_sigma``).
         backend: an attention backend by name, or None for the fastest.
+        shard: this rank's share of the sequence, or None where each rank holds whole samples.
     """
 
     pattern_layout: BlockLayout
@@ -24,6 +26,7 @@ class AttentionPlan:
     dense_layers: int = 0
     all_dense: bool = False
     backend: str | None = None
+    shard: SequenceShard | None = None
 
     @classmethod
     def of(
@@ -35,9 +38,15 @@ class AttentionPlan:
         dense_layers: int = 0,
         all_dense: bool = False,
         backend: str | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> AttentionPlan:
         return cls(
-            build_layout(pattern, grid, block), build_layout(Dense(), grid, block), dense_layers, all_dense, backend
+            build_layout(pattern, grid, block),
+            build_layout(Dense(), grid, block),
+            dense_layers,
+            all_dense,
+            backend,
+            sequence and SequenceShard(grid.video_tokens, sequence),
         )
 
     def layout(self, layer: int) -> BlockLayout:

@@ -53,7 +53,10 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def set_plan(self, plan: AttentionPlan) -> None:
-        """Gives each self-attention its layout for the micro-batches that follow."""
+        """Gives each self-attention its layout, and everything that follows the sequence its shard.
+
+        It holds for the micro-batches that follow, until their backward has run.
+        """
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
@@ -63,6 +66,9 @@ class ModelAdapter(ABC):
             x: (batch, C, F, H, W) noised latent.
             sigma: (batch,) noise levels in (0, 1).
             text: the text tensors of the samples.
+
+        Returns:
+            (batch, C, F, H, W) float32, whole on every rank of a sequence-parallel group.
         """
 
     @property

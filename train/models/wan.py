@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.sample import TextTokens
-from radial import BlockLayout, VideoGrid, attention_over
+from radial import BlockLayout, VideoGrid
 from train.errors import UserError
 from train.models.base import ModelAdapter, named_text
 from train.plan import AttentionPlan
+from train.sequence import SequenceShard, sharded_attention
 
 
 class WanSelfAttention:
@@ -29,6 +30,7 @@ class WanSelfAttention:
     def __init__(self) -> None:
         self.layout: BlockLayout | None = None
         self.backend: str | None = None
+        self.shard: SequenceShard | None = None
 
     def __call__(
         self,
@@ -38,7 +40,7 @@ class WanSelfAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Same contract as diffusers' WanAttnProcessor; hidden_states is (batch, tokens, dim)."""
+        """Same contract as diffusers' WanAttnProcessor; hidden_states is (batch, this rank's tokens, dim)."""
         assert self.layout is not None, "set_plan comes before the forward"
         assert encoder_hidden_states is None and attention_mask is None, "self-attention only"
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
@@ -46,7 +48,7 @@ class WanSelfAttention:
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
-        out = attention_over(q.type_as(v), k.type_as(v), v, self.layout, backend=self.backend)
+        out = sharded_attention(q.type_as(v), k.type_as(v), v, self.layout, self.shard, backend=self.backend)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -93,6 +95,8 @@ class WanAdapter(ModelAdapter):
         return cls(WanTransformer3DModel(**config), text_tokens)
 
     def install_processors(self) -> None:
+        self._shard: SequenceShard | None = None
+        self._follows_shard = False
         for block in self.transformer.blocks:
             block.attn1.set_processor(WanSelfAttention())
 
@@ -103,6 +107,25 @@ class WanAdapter(ModelAdapter):
         for layer, block in enumerate(self.transformer.blocks):
             block.attn1.processor.layout = plan.layout(layer)
             block.attn1.processor.backend = plan.backend_of(layer)
+            block.attn1.processor.shard = plan.shard
+        self._shard = plan.shard
+        if plan.shard is not None and not self._follows_shard:
+            # where the sequence enters and leaves the blocks; now, since a LoRA may have replaced proj_out
+            self.transformer.rope.register_forward_hook(self._slice_rotary)
+            self.transformer.patch_embedding.register_forward_hook(self._slice_patches)
+            self.transformer.proj_out.register_forward_hook(self._gather_output)
+            self._follows_shard = True
+
+    def _slice_rotary(self, module: Any, inputs: Any, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        shard = self._shard
+        return angles if shard is None else (shard.slice(angles[0]), shard.slice(angles[1]))
+
+    def _slice_patches(self, module: Any, inputs: Any, patches: Tensor) -> Tensor:
+        """(batch, dim, F, H, W) -> (batch, dim, tokens): the model flattens the last dimensions next."""
+        return patches if self._shard is None else self._shard.slice(patches.flatten(2), dim=2)
+
+    def _gather_output(self, module: Any, inputs: Any, tokens: Tensor) -> Tensor:
+        return tokens if self._shard is None else self._shard.gather(tokens)
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
         parameter = self.transformer.patch_embedding.weight

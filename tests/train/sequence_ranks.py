@@ -1,0 +1,170 @@
+"""What each rank of the sequence-parallel tests runs (tests/train/test_train_sequence.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import ARCHITECTURE
+from torch import Tensor
+
+from data.sample import TextTokens
+from radial import Dense, Released, VideoGrid, build_layout
+from train.collectives import all_gather, all_to_all
+from train.flow import SigmaSchedule, noised
+from train.lora import inject_lora
+from train.models.wan import WanAdapter
+from train.plan import AttentionPlan
+from train.sampling import sample
+from train.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
+
+FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16}
+PATTERNS = {"dense": Dense(), "released": Released()}
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group_of(size: int) -> SequenceGroup | None:
+    return SequenceGroup.of(size) if size > 1 else None
+
+
+def wan_gradients(
+    pattern: str, cells: tuple[int, int, int], size: int, samples: int, checkpointing: bool
+) -> dict[str, Any]:
+    """LoRA gradients, averaged over the world, and the mean loss, of ``samples`` clips split over the groups."""
+    sequence = group_of(size)
+    groups = world_size() // size
+    mine = (dist.get_rank() if dist.is_initialized() else 0) // size
+    adapter = tiny_adapter()
+    if checkpointing:
+        adapter.transformer.enable_gradient_checkpointing()
+    adapter.transformer.train()
+    x0, eps, sigma, text = clips(samples, cells)
+    part = slice(mine, None, groups)
+    x, target = noised(x0[part], eps[part], sigma[part])
+    text = {"text": TextTokens(text.tokens[part], text.mask[part])}
+    plan = AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16, sequence=sequence)
+    adapter.set_plan(plan)
+    loss = flow_loss(adapter.velocity(x, sigma[part], text), target, plan.shard, adapter.patch)
+    loss.backward()
+    gradients = {n: average(p.grad) for n, p in adapter.transformer.named_parameters() if p.requires_grad}
+    return {"loss": average(loss.detach()), "gradients": gradients}
+
+
+def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
+    """A latent sampled in three Euler steps."""
+    sequence = group_of(size)
+    adapter = tiny_adapter()
+    _, noise, _, text = clips(1, cells)
+    batched = {"text": text}
+    return sample(
+        adapter,
+        noise,
+        batched,
+        batched,
+        lambda sigma: AttentionPlan.of(Released(), adapter.grid(noise), block=16, sequence=sequence),
+        steps=3,
+        shift=SigmaSchedule().shift,
+        guidance=1.0,
+    )
+
+
+def tiny_adapter() -> WanAdapter:
+    torch.manual_seed(0)
+    adapter = WanAdapter.from_config(FOUR_HEADS, text_tokens=32)
+    inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=1)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.transformer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return adapter
+
+
+def clips(samples: int, cells: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, TextTokens]:
+    torch.manual_seed(3)
+    x0, eps = torch.randn(samples, 3, *cells), torch.randn(samples, 3, *cells)
+    tokens = torch.randn(samples, 32, 64)
+    return x0, eps, torch.linspace(0.2, 0.9, samples), TextTokens(tokens, torch.ones(samples, 32, dtype=torch.bool))
+
+
+def average(x: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def joint_attention(size: int, tokens: tuple[int, int, int], text: int) -> dict[str, Tensor]:
+    """Output and gradients of q, k, v with text tokens after the video, in float64, put together over the ranks."""
+    sequence = group_of(size)
+    grid = VideoGrid(*tokens, text_tokens=text)
+    layout = build_layout(Released(), grid, 16)
+    torch.manual_seed(5)
+    inputs = [torch.randn(2, grid.tokens, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, grid.tokens, 4, 8, dtype=torch.float64)
+    lengths = torch.tensor([text, max(text - 3, 1)]) if text else None
+    if sequence is None:
+        out = sharded_attention(*inputs, layout, None, text_lengths=lengths)
+        (out * weight).sum().backward()
+        return {"out": out, **{f"d{name}": x.grad for name, x in zip("qkv", inputs, strict=True)}}
+    shard = SequenceShard(grid.video_tokens, sequence)
+
+    def local(x: Tensor) -> Tensor:
+        video, words = x.split([grid.video_tokens, text], dim=1)
+        return torch.cat([shard.slice(video), words], dim=1)
+
+    out = sharded_attention(*map(local, inputs), layout, shard, text_lengths=lengths)
+    own_video, own_text = (out * local(weight)).split([shard.length, text], dim=1)
+    # every rank computes the text's term, so that it counts 1 / S of the sum of the ranks' losses
+    (own_video.sum() + own_text.sum() / size).backward()
+    video, words = out.detach().split([shard.length, text], dim=1)
+    whole = torch.cat([shard.gather(video), words], dim=1)
+    for x in inputs:
+        dist.all_reduce(x.grad)
+    return {"out": whole, **{f"d{name}": x.grad for name, x in zip("qkv", inputs, strict=True)}}
+
+
+def adjoints() -> dict[str, float]:
+    """|<A x, y> - <x, A' y>| over the whole world for each collective, float64."""
+    group = SequenceGroup.of(dist.get_world_size())
+    assert group is not None
+    shard = SequenceShard(7, group)
+    local = {"all_to_all": (group.size, 3), "all_gather": (2, 3), "gather": (1, shard.length, 2)}
+    local |= {"to_heads": (2, shard.length, 4, 3), "to_tokens": (2, 7, 4 // group.size, 3), "slice": (1, 7, 2)}
+    moves = {
+        "all_to_all": lambda x: all_to_all(x, group.group),
+        "all_gather": lambda x: all_gather(x, 1, group.group),
+        "gather": shard.gather,
+        "to_heads": shard.to_heads,
+        "to_tokens": shard.to_tokens,
+        "slice": shard.slice,
+    }
+    torch.manual_seed(dist.get_rank())
+    errors = {}
+    for name, move in moves.items():
+        x = torch.randn(local[name], dtype=torch.float64, requires_grad=True)
+        out = move(x)
+        y = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad(out, x, y)
+        products = torch.stack([(out * y).sum().detach(), (x * gradient).sum().detach()])
+        dist.all_reduce(products)
+        errors[name] = (products[0] - products[1]).abs().item()
+    return errors
+
+
+def round_trips(tokens: int) -> dict[str, bool]:
+    """Whether each move followed by its inverse gives back what went in, and heads hold what they should."""
+    group = SequenceGroup.of(dist.get_world_size())
+    assert group is not None
+    shard = SequenceShard(tokens, group)
+    whole = torch.randn(2, tokens, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, heads = shard.slice(whole), 4 // group.size
+    mine = whole[:, :, group.rank * heads : (group.rank + 1) * heads]
+    return {
+        "gather": torch.equal(shard.gather(own), whole),
+        "to_heads": torch.equal(shard.to_heads(own), mine),
+        "to_tokens": torch.equal(shard.to_tokens(mine), own),
+    }

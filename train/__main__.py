@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
         return
     config = finish(composed)
     # after the config is known to be right: torch and lightning take seconds to import
-    from train.run import RunFolder, preflight, train
+    from train.preflight import preflight
+    from train.run import RunFolder, train
 
     preflight(config)
     train(config, RunFolder.create(config))

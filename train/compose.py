@@ -76,7 +76,7 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
             )
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose(run, overrides=[f"{group}={option}" for group, option in chosen.items()])
+            composed = compose(run, overrides=[_override(run, group, option) for group, option in chosen.items()])
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), composed, {"conf": run})
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"conf/{run}.yaml: {_one_line(error)}") from error
@@ -84,6 +84,13 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
     for key, text in settings.items():
         _assign(config, key, text)
     return config
+
+
+def _override(run: str, group: str, option: str) -> str:
+    """Hydra's override; a group that the run file leaves at the schema's defaults is added with ``+``."""
+    defaults = yaml.safe_load((CONF / f"{run}.yaml").read_text()).get("defaults", [])
+    listed = any(isinstance(entry, dict) and group in entry for entry in defaults)
+    return f"{'' if listed else '+'}{group}={option}"
 
 
 def finish(config: DictConfig) -> RunConfig:

@@ -111,6 +111,16 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the work is spread over GPUs."""
+
+    strategy: str = "ddp"  # ddp; zero1, zero2, zero3: DeepSpeed, on GPUs only
+    sequence: int = 1  # GPUs that share each clip's tokens
+    offload_optimizer: bool = False  # of ZeRO: the optimizer state, and its step, on the CPU
+    offload_parameters: bool = False  # of zero3: the weights in CPU memory
+
+
+@dataclass
 class LogConfig:
     """metrics.csv is always written; Weights & Biases on request."""
 
@@ -144,6 +154,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -163,6 +174,7 @@ _CHOICES = {
     "objective.density": ("uniform", "logit_normal"),
     "optim.decay": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp32", "auto"),
+    "parallel.strategy": ("ddp", "zero1", "zero2", "zero3"),
     "log.wandb": ("disabled", "offline", "online"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -179,6 +191,7 @@ _AT_LEAST: dict[str, float] = {
     "trainer.devices": 1,
     "trainer.checkpoint_every": 1,
     "trainer.keep": 1,
+    "parallel.sequence": 1,
     "log.every": 1,
     "report.clips": 0,
     "report.sampling_steps": 1,
@@ -227,6 +240,13 @@ def validate(config: RunConfig) -> None:
             raise UserError(
                 f"lora.targets is {config.lora.targets!r}, expected a regular expression: {error}"
             ) from error
+    parallel = config.parallel
+    for key, allowed in (
+        ("offload_optimizer", ("zero1", "zero2", "zero3")),
+        ("offload_parameters", ("zero3",)),
+    ):
+        if getattr(parallel, key) and parallel.strategy not in allowed:
+            raise UserError(f"parallel.{key} needs parallel.strategy={' or '.join(allowed)}, it is {parallel.strategy}")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"attention.backend is {backend!r}, expected one of {', '.join(BACKENDS)}")

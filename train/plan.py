@@ -46,7 +46,7 @@ class AttentionPlan:
             dense_layers,
             all_dense,
             backend,
-            sequence and SequenceShard(grid.video_tokens, sequence),
+            None if sequence is None else SequenceShard(grid.video_tokens, sequence),
         )
 
     def layout(self, layer: int) -> BlockLayout:

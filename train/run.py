@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +22,15 @@ from torch.utils.data import DataLoader
 from data.manifest import Manifest
 from data.order import BatchOrder
 from data.stream import LatentStream
-from data.synth import synthesize
-from radial import make_pattern
+from train.build import build_module, resolve_precision, synthetic_shards, training_shards
 from train.callbacks import StepBar, StepCheckpoints, csv_log
 from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state
 from train.config import RunConfig
 from train.errors import UserError
 from train.export import export_run
-from train.flow import SigmaSchedule
-from train.lora import inject_lora
-from train.models import ModelAdapter, family_of, load_adapter, model_folder
+from train.models import load_adapter
 from train.module import LengthExtensionModule
+from train.preflight import check_shapes
 from train.report import write_report
 
 CONFIG = "config.yaml"
@@ -66,98 +67,10 @@ class RunFolder:
         return cls(path)
 
 
-def preflight(config: RunConfig) -> None:
-    """Stops a run that cannot work before anything is loaded, made or written.
-
-    Raises:
-        UserError: weights or shards are missing, or settings that do not fit together.
-    """
-    family_of(config.model)
-    if config.model.architecture is None:
-        model_folder(config.model)
-    elif config.model.path is not None:
-        raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
-    if config.data.shards is None and not config.data.synthetic_clips:
-        raise UserError(
-            "data.shards is not set, expected a folder of latent shards with a manifest.json "
-            "(what data.writer.ShardWriter makes; README, 'Train Wan 4x on your videos')"
-        )
-    if config.data.shards is not None:
-        _check_shapes(config, Manifest.load(config.data.shards))
-    if config.report.clips and config.data.shards is not None:
-        raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
-    if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
-        raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
-
-
-def resolve_precision(name: str) -> str:
-    """``bf16`` or ``fp32``; ``auto`` is bf16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-def training_shards(config: RunConfig) -> Manifest:
-    """The manifest to train on; synthetic clips are made if the config asks for them and they are not there yet."""
-    if config.data.shards is not None:
-        return Manifest.load(config.data.shards)
-    return synthetic_shards(config, config.data.synthetic_clips, config.seed)
-
-
-def synthetic_shards(config: RunConfig, clips: int, seed: int) -> Manifest:
-    """A folder of synthetic clips beside the runs, shared by all runs that need the same."""
-    clip = config.clip
-    name = f"{clips}-clips-{clip.frames}x{clip.height}x{clip.width}-seed-{seed}"
-    folder = Path(config.runs) / "synthetic" / name
-    # long sets of short clips are for machines with many cores
-    workers = torch.get_num_threads() if clips >= 1024 else 0
-    return synthesize(folder, clips, clip.frames, clip.height, clip.width, seed, workers=workers, progress=True)
-
-
-def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
-    """The LightningModule of a run; injects the LoRA into the adapter's transformer."""
-    layers = adapter.attention_shape[0]
-    if config.attention.dense_layers > layers:
-        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
-    if config.lora is not None:
-        inject_lora(
-            adapter.transformer,
-            config.lora.rank,
-            config.lora.alpha,
-            config.lora.targets or adapter.lora_targets,
-            config.seed,
-        )
-    if config.model.checkpointing:
-        adapter.transformer.enable_gradient_checkpointing()
-    adapter.transformer.train()
-    if config.trainer.compile:
-        adapter.transformer.compile_repeated_blocks()
-    attention, objective, optim = config.attention, config.objective, config.optim
-    return LengthExtensionModule(
-        adapter,
-        pattern=make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
-        block=attention.block,
-        dense_layers=attention.dense_layers,
-        dense_sigma=attention.dense_sigma,
-        backend=attention.backend,
-        schedule=SigmaSchedule(objective.shift, objective.density, objective.mean, objective.std),
-        caption_dropout=objective.caption_dropout,
-        empty_prompt=shards.load_empty_prompt(),
-        seed=config.seed,
-        lr=optim.lr,
-        betas=(optim.betas[0], optim.betas[1]),
-        weight_decay=optim.weight_decay,
-        warmup=optim.warmup,
-        decay=optim.decay,
-        steps=config.trainer.steps,
-        lora=config.lora is not None,
-    )
-
-
 def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> DataLoader:
-    world = trainer.world_size
+    # the ranks of a sequence-parallel group get the same samples
+    sequence = config.parallel.sequence
+    world = trainer.world_size // sequence
     order = BatchOrder(
         shards.shapes(),
         seed=config.seed,
@@ -167,7 +80,7 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
     stream = LatentStream(
         shards,
         order,
-        rank=trainer.global_rank,
+        rank=trainer.global_rank // sequence,
         world=world,
         start_step=start,
         num_steps=config.trainer.steps * config.optim.accumulate - start,
@@ -203,7 +116,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     precision = resolve_precision(config.trainer.precision)
     shards = training_shards(config)
-    _check_shapes(config, shards)
+    check_shapes(config, shards)
     frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
     module = build_module(config, load_adapter(config.model, frozen_dtype, config.seed), shards)
     start, resumed_step = 0, 0
@@ -240,9 +153,12 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
     if trainer.is_global_zero:
         export_run(folder.path)
+    if trainer.global_rank < config.parallel.sequence:  # all ranks of the first group, since they share its clips
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         context = trainer.precision_plugin.forward_context
-        write_report(config, module, folder.path, shards, lambda clips: _held_out(config, clips), context)
+        with _report_folder(folder.path, trainer.global_rank) as out:
+            write_report(config, module, out, shards, lambda clips: _held_out(config, clips), context)
+    if trainer.is_global_zero:
         print(f"\nEverything is in {folder.path}")
 
 
@@ -251,24 +167,24 @@ def resume(folder: Path, config: RunConfig) -> None:
     train(config, RunFolder(folder, last_checkpoint(folder)))
 
 
+@contextmanager
+def _report_folder(folder: Path, rank: int) -> Iterator[Path]:
+    """Where a rank's report goes: rank 0's to the run's folder; another rank computes its part and says nothing."""
+    if rank == 0:
+        yield folder
+        return
+    with (
+        tempfile.TemporaryDirectory() as nowhere,
+        Path(os.devnull).open("w") as silence,
+        redirect_stdout(silence),
+        redirect_stderr(silence),
+    ):
+        yield Path(nowhere)
+
+
 def _held_out(config: RunConfig, clips: int) -> Manifest:
     # far from any training seed a person would choose
     return synthetic_shards(config, clips, config.seed + 1_000_003)
-
-
-def _check_shapes(config: RunConfig, shards: Manifest) -> None:
-    frames = (config.clip.frames - 1) // config.model.vae[0] + 1
-    cells = (frames, config.clip.height // config.model.vae[1], config.clip.width // config.model.vae[2])
-    found = {tuple(info.shape[1:]) for info in shards.samples}
-    if cells not in found:
-        raise UserError(
-            f"{shards.folder} has latents of (frames, height, width) {sorted(found)}, but clip is "
-            f"{cells}: set clip.frames, clip.height, clip.width or data.shards"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{shards.folder} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
-        )
 
 
 def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModule, precision: str) -> None:

@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from data.errors import DataError
 from train.compose import compose_run, finish, run_names, split_arguments
 from train.errors import UserError
-from train.run import preflight
+from train.preflight import check_heads, preflight
 
 
 @pytest.mark.parametrize("name", run_names())
@@ -64,6 +65,11 @@ def test_the_published_recipe(name, tokens):
         (["optim.lr=inf"], "optim.lr is inf"),
         (["seed=99999999999999999999"], "seed is 99999999999999999999"),
         (["report.clips=3"], "report.clips is 3, expected 0 or at least 32"),
+        (["parallel.strategy=fsdp"], "parallel.strategy is 'fsdp', expected one of ddp, zero1, zero2, zero3"),
+        (["parallel=zero4"], "parallel is 'zero4', expected one of ddp, zero1.*; did you mean"),
+        (["parallel.sequence=0"], "parallel.sequence is 0, expected at least 1"),
+        (["parallel.offload_optimizer=true"], "parallel.offload_optimizer needs parallel.strategy=zero1 or zero2"),
+        (["parallel=zero2", "parallel.offload_parameters=true"], "parallel.offload_parameters needs .*=zero3, it is"),
         (["attention.backend=fast"], "attention.backend is 'fast', expected one of"),
         (
             ["model.architecture.num_layers=3"],
@@ -104,11 +110,27 @@ def test_values_are_taken_as_typed():
         ({"model.path": "/tmp"}, "has no .*config.json"),
         ({"data.shards": "/nowhere"}, "/nowhere"),
         ({"data.synthetic_clips": "0"}, "data.shards is not set"),
+        ({"parallel.sequence": "2"}, "parallel.sequence is 2, expected a divisor of trainer.devices=1: 1$"),
+        ({"parallel.sequence": "3", "trainer.devices": "4"}, "expected a divisor of trainer.devices=4: 1, 2, 4"),
     ],
 )
 def test_a_run_that_cannot_work_stops_before_anything_else(settings, message):
     with pytest.raises((UserError, DataError), match=message):
         preflight(finish(compose_run(settings)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ZeRO runs here")
+@pytest.mark.parametrize("parallel", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_zero_without_a_gpu_is_refused_and_not_replaced(parallel):
+    config = finish(compose_run({"parallel": parallel}))
+    with pytest.raises(UserError, match=f"parallel.strategy is {parallel[:5]}, but DeepSpeed .* set parallel=ddp"):
+        preflight(config)
+
+
+def test_sequence_parallelism_says_which_sizes_divide_the_heads():
+    check_heads(8, 40)
+    with pytest.raises(UserError, match="parallel.sequence is 5, expected a divisor .* 12 heads: 1, 2, 3, 4, 6, 12"):
+        check_heads(5, 12)
 
 
 def command(*words):

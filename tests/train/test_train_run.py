@@ -15,11 +15,12 @@ from tiny import run_config, words
 
 from data.order import BatchOrder
 from data.stream import LatentStream
+from train.build import build_module, training_shards
 from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, load_weights
 from train.errors import UserError
 from train.export import read_config
 from train.models import load_adapter
-from train.run import RunFolder, build_module, resume, train, training_shards
+from train.run import RunFolder, resume, train
 
 # The run of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
 GOLDEN = [2.40824, 2.50663, 2.41728, 2.46747]
@@ -164,6 +165,25 @@ def test_two_processes_train_like_one(tmp_path):
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     for index in one:  # the first moment, linear in the gradients: Adam's steps would hide a wrong scale
         torch.testing.assert_close(one[index], two[index], rtol=1e-3, atol=1e-3 * one[index].abs().max().item())
+
+
+def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
+    """Sequence parallelism with a token count that two ranks cannot split evenly; the report runs in the group."""
+    odd = {"clip__frames": 5, "clip__height": 20, "clip__width": 20, "attention__block": 16, "trainer__steps": 3}
+    assert run_config(tmp_path, **odd).grid().tokens == 125
+    one = run(run_config(tmp_path, **odd))
+    shared = {**odd, "trainer__devices": 2, "parallel__sequence": 2, "runs": tmp_path / "two"}
+    shared |= {"report__clips": 32, "report__short_frames": 0}
+    done = subprocess.run([sys.executable, "-m", "train", *words(tmp_path, **shared)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out clips") == 1
+    (two,) = (tmp_path / "two" / "shapes_4x").iterdir()
+    assert (two / "report.json").exists()
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    first, second = (load_state(last_checkpoint(folder))["optimizer_states"][0]["state"] for folder in (one, two))
+    for index in first:
+        expected, got = first[index]["exp_avg"], second[index]["exp_avg"]
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_a_failing_write_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch):

@@ -1,0 +1,86 @@
+"""From a validated config to what training works on: its precision, its shards, its module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data.manifest import Manifest
+from data.synth import synthesize
+from radial import make_pattern
+from train.config import RunConfig
+from train.errors import UserError
+from train.flow import SigmaSchedule
+from train.lora import inject_lora
+from train.models import ModelAdapter
+from train.module import LengthExtensionModule
+from train.preflight import check_heads
+
+
+def resolve_precision(name: str) -> str:
+    """``bf16`` or ``fp32``; ``auto`` is bf16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def training_shards(config: RunConfig) -> Manifest:
+    """The manifest to train on; synthetic clips are made if the config asks for them and they are not there yet."""
+    if config.data.shards is not None:
+        return Manifest.load(config.data.shards)
+    return synthetic_shards(config, config.data.synthetic_clips, config.seed)
+
+
+def synthetic_shards(config: RunConfig, clips: int, seed: int) -> Manifest:
+    """A folder of synthetic clips beside the runs, shared by all runs that need the same."""
+    clip = config.clip
+    name = f"{clips}-clips-{clip.frames}x{clip.height}x{clip.width}-seed-{seed}"
+    folder = Path(config.runs) / "synthetic" / name
+    # long sets of short clips are for machines with many cores
+    workers = torch.get_num_threads() if clips >= 1024 else 0
+    return synthesize(folder, clips, clip.frames, clip.height, clip.width, seed, workers=workers, progress=True)
+
+
+def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
+    """The LightningModule of a run; injects the LoRA into the adapter's transformer."""
+    layers, heads, _ = adapter.attention_shape
+    if config.attention.dense_layers > layers:
+        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
+    check_heads(config.parallel.sequence, heads)
+    if config.lora is not None:
+        inject_lora(
+            adapter.transformer,
+            config.lora.rank,
+            config.lora.alpha,
+            config.lora.targets or adapter.lora_targets,
+            config.seed,
+        )
+    if config.model.checkpointing:
+        adapter.transformer.enable_gradient_checkpointing()
+    adapter.transformer.train()
+    if config.trainer.compile:
+        adapter.transformer.compile_repeated_blocks()
+    attention, objective, optim = config.attention, config.objective, config.optim
+    return LengthExtensionModule(
+        adapter,
+        pattern=make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+        block=attention.block,
+        dense_layers=attention.dense_layers,
+        dense_sigma=attention.dense_sigma,
+        backend=attention.backend,
+        schedule=SigmaSchedule(objective.shift, objective.density, objective.mean, objective.std),
+        caption_dropout=objective.caption_dropout,
+        empty_prompt=shards.load_empty_prompt(),
+        seed=config.seed,
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        weight_decay=optim.weight_decay,
+        warmup=optim.warmup,
+        decay=optim.decay,
+        steps=config.trainer.steps,
+        lora=config.lora is not None,
+        sequence_size=config.parallel.sequence,
+    )

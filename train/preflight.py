@@ -1,0 +1,80 @@
+"""What stops a run before anything is loaded, made or written."""
+
+from __future__ import annotations
+
+import torch
+
+from data.manifest import Manifest
+from train.config import RunConfig
+from train.errors import UserError
+from train.models import family_of, model_folder
+
+
+def preflight(config: RunConfig) -> None:
+    """Stops a run that cannot work.
+
+    Raises:
+        UserError: weights or shards are missing, or settings that do not fit together or this machine.
+    """
+    family_of(config.model)
+    if config.model.architecture is None:
+        model_folder(config.model)
+    elif config.model.path is not None:
+        raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
+    _check_parallel(config)
+    if config.data.shards is None and not config.data.synthetic_clips:
+        raise UserError(
+            "data.shards is not set, expected a folder of latent shards with a manifest.json "
+            "(what data.writer.ShardWriter makes; README, 'Train Wan 4x on your videos')"
+        )
+    if config.data.shards is not None:
+        check_shapes(config, Manifest.load(config.data.shards))
+    if config.report.clips and config.data.shards is not None:
+        raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
+    if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
+        raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
+
+
+def check_heads(sequence: int, heads: int) -> None:
+    """Sequence parallelism gives each rank some of the heads.
+
+    Raises:
+        UserError: the group size does not divide them; says which sizes do.
+    """
+    if heads % sequence:
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise UserError(f"parallel.sequence is {sequence}, expected a divisor of the model's {heads} heads: {sizes}")
+
+
+def check_shapes(config: RunConfig, shards: Manifest) -> None:
+    """The shards hold the configured clip.
+
+    Raises:
+        UserError: they hold other shapes, or several.
+    """
+    frames = (config.clip.frames - 1) // config.model.vae[0] + 1
+    cells = (frames, config.clip.height // config.model.vae[1], config.clip.width // config.model.vae[2])
+    found = {tuple(info.shape[1:]) for info in shards.samples}
+    if cells not in found:
+        raise UserError(
+            f"{shards.folder} has latents of (frames, height, width) {sorted(found)}, but clip is "
+            f"{cells}: set clip.frames, clip.height, clip.width or data.shards"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{shards.folder} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
+        )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    parallel, devices = config.parallel, config.trainer.devices
+    if devices % parallel.sequence:
+        sizes = ", ".join(str(size) for size in range(1, devices + 1) if devices % size == 0)
+        raise UserError(
+            f"parallel.sequence is {parallel.sequence}, expected a divisor of trainer.devices={devices}: {sizes}"
+        )
+    if parallel.strategy != "ddp" and not torch.cuda.is_available():
+        raise UserError(
+            f"parallel.strategy is {parallel.strategy}, but DeepSpeed trains on NVIDIA GPUs only and none is here: "
+            "set parallel=ddp"
+        )

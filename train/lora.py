@@ -9,10 +9,12 @@ import re
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from train.errors import UserError
+from train.zero import set_whole_parameter, whole_shape
 
 ADAPTER = "default"
 
@@ -41,29 +43,31 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
     return matched
 
 
-def lora_state(transformer: Any) -> dict[str, Tensor]:
-    """The LoRA weights, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``; no other tensor."""
-    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+def lora_parameters(transformer: Any) -> dict[str, Parameter]:
+    """The LoRA's parameters by their names in files, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``."""
+    parameters = {n.replace(f".{ADAPTER}.", "."): p for n, p in transformer.named_parameters() if ".lora_" in n}
+    assert parameters.keys() == get_peft_model_state_dict(transformer, adapter_name=ADAPTER).keys()
+    return parameters
 
 
-def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
-    """Loads what `lora_state` gave.
+def load_parameters(expected: dict[str, Parameter], state: dict[str, Tensor]) -> None:
+    """Loads saved tensors into parameters, whole or spread over ranks by ZeRO; every rank must call it.
 
     Raises:
-        UserError: the tensors do not fit the model's LoRA; nothing is loaded then.
+        UserError: the tensors do not fit the parameters; nothing is loaded then.
     """
-    expected = lora_state(transformer)
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         name = (missing or unknown)[0]
         raise UserError(
-            f"the LoRA has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
+            f"the checkpoint has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
             "it was made for another model or other lora.targets"
         )
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != whole_shape(expected[name]):
             raise UserError(
-                f"LoRA tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}: "
+                f"LoRA tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(whole_shape(expected[name]))}: "
                 "check lora.rank and the model"
             )
-    set_peft_model_state_dict(transformer, state, adapter_name=ADAPTER)
+    for name, parameter in expected.items():
+        set_whole_parameter(parameter, state[name])

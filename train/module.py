@@ -13,10 +13,11 @@ from data.batch import Batch
 from data.sample import Prompt, TextTokens
 from radial import Pattern
 from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noised
-from train.lora import load_lora_state, lora_state
+from train.lora import load_parameters, lora_parameters
 from train.models import ModelAdapter
 from train.plan import AttentionPlan
 from train.sequence import SequenceGroup, flow_loss
+from train.zero import whole_parameter
 
 
 class LengthExtensionModule(L.LightningModule):
@@ -72,6 +73,8 @@ class LengthExtensionModule(L.LightningModule):
         self.sequence_size = sequence_size
         self.sequence: SequenceGroup | None = None
         self._micro_losses: list[Tensor] = []
+        self._gradient_norm: Tensor | float = math.nan
+        self._step = 0
         self.position = 0
         """Micro-batches that training has consumed: where the data goes on after a resume."""
 
@@ -127,11 +130,27 @@ class LengthExtensionModule(L.LightningModule):
         return text
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        gradients = [p.grad for p in self.transformer.parameters() if p.grad is not None]
+        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        if self.trainer.global_step == self._step:
+            return  # a micro-batch that was only accumulated
+        self._step = self.trainer.global_step
+        engine: Any = self.trainer.model
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed reduces the gradients itself, and knows after the step
+            self._gradient_norm = engine.get_global_grad_norm()
+        self.log("grad_norm", self._gradient_norm)
         # the mean of the step's micro-batches and of all ranks
         self.log("loss", torch.stack(self._micro_losses).mean(), prog_bar=True, sync_dist=True)
         self._micro_losses.clear()
+
+    def on_train_start(self) -> None:
+        self._step = self.trainer.global_step
+
+    def cpu(self) -> LengthExtensionModule:
+        """Nothing: Lightning calls it after training, when it would copy the whole model on every rank."""
+        return self
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]
@@ -148,15 +167,15 @@ class LengthExtensionModule(L.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the LoRA's tensors, or all of the transformer's."""
-        return lora_state(self.transformer) if self.lora else dict(self.transformer.state_dict())
+        """What a checkpoint holds, whole: the LoRA's tensors, or all of the transformer's. Every rank must call it."""
+        return {name: whole_parameter(parameter) for name, parameter in self._trained().items()}
 
     def load_trained_weights(self, state: dict[str, Tensor]) -> None:
         """The inverse of `trained_weights`."""
-        if self.lora:
-            load_lora_state(self.transformer, state)
-        else:
-            self.transformer.load_state_dict(state)
+        load_parameters(self._trained(), state)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return lora_parameters(self.transformer) if self.lora else dict(self.transformer.named_parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_weights()

@@ -32,6 +32,7 @@ from train.models import load_adapter
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes
 from train.report import write_report
+from train.strategy import trainer_plan
 
 CONFIG = "config.yaml"
 _SHARED = "RADIAL_RUN_FOLDER"  # how Lightning's launcher's other processes learn the folder
@@ -118,7 +119,6 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     shards = training_shards(config)
     check_shapes(config, shards)
     frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    module = build_module(config, load_adapter(config.model, frozen_dtype, config.seed), shards)
     start, resumed_step = 0, 0
     if folder.checkpoint is not None:
         state = load_state(folder.checkpoint)
@@ -126,8 +126,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     trainer = L.Trainer(
         accelerator="auto",
         devices=config.trainer.devices,
-        strategy="ddp" if config.trainer.devices > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        **trainer_plan(config.parallel, config.trainer.devices, precision, frozen_dtype),
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
         gradient_clip_val=config.optim.clip,
@@ -144,6 +143,10 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         default_root_dir=folder.path,
         use_distributed_sampler=False,
     )
+    # stage 3 spreads the weights over the ranks straight from their files
+    settled_dtype = None if config.parallel.strategy == "zero3" else frozen_dtype
+    adapter = load_adapter(config.model, settled_dtype, config.seed, trainer.strategy.root_device)
+    module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
         _say_hello(config, folder, module, precision)
     if resumed_step < config.trainer.steps:
@@ -153,8 +156,8 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
     if trainer.is_global_zero:
         export_run(folder.path)
-    if trainer.global_rank < config.parallel.sequence:  # all ranks of the first group, since they share its clips
-        module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    # all ranks of the first group share the report's clips; under stage 3 all ranks hold a part of every weight
+    if trainer.global_rank < config.parallel.sequence or config.parallel.strategy == "zero3":
         context = trainer.precision_plugin.forward_context
         with _report_folder(folder.path, trainer.global_rank) as out:
             write_report(config, module, out, shards, lambda clips: _held_out(config, clips), context)

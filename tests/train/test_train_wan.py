@@ -11,7 +11,7 @@ from data.sample import TextTokens
 from radial import Dense, Paper, Released
 from train.errors import UserError
 from train.flow import noised
-from train.lora import inject_lora, lora_state
+from train.lora import inject_lora, lora_parameters
 from train.models.wan import WanAdapter, WanSelfAttention
 from train.plan import AttentionPlan
 
@@ -73,7 +73,7 @@ def test_lora_gradients_equal_the_stock_model_with_peft(tmp_path, batch):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
             assert ours.grad.abs().max() > 0
             compared += 1
-    assert compared == 2 * len(names) == len(lora_state(adapter.transformer))
+    assert compared == 2 * len(names) == len(lora_parameters(adapter.transformer))
 
 
 @pytest.mark.parametrize("pattern", [Released(), Released(0.5, "ports"), Paper()])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 
 from train.config import ModelConfig
 from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.models.wan import WanAdapter
+from train.models.weights import settle, stored_dtype
 
 __all__ = ["ADAPTERS", "ModelAdapter", "family_of", "load_adapter", "model_folder"]
 
@@ -44,13 +46,24 @@ def model_folder(config: ModelConfig) -> tuple[str, str | None]:
     raise UserError(f"model.path {path} has no {config.subfolder or ''}/config.json, expected a diffusers model folder")
 
 
-def load_adapter(config: ModelConfig, dtype: torch.dtype, seed: int) -> ModelAdapter:
-    """The adapter of a run's model, on the CPU.
+def load_adapter(
+    config: ModelConfig, dtype: torch.dtype | None, seed: int, device: torch.device | str = "cpu"
+) -> ModelAdapter:
+    """The adapter of a run's model.
 
     Args:
         config: where the model is; with ``architecture`` its weights are random, drawn from ``seed``.
-        dtype: of the weights; layers that the family keeps in fp32 stay there.
+        dtype: of the weights; layers that the family keeps in fp32 stay there. None leaves them as they are stored,
+            mapped from their files, for `train.models.weights.settle`.
+        device: where the weights go.
     """
+    adapter = _load_as_stored(config, seed)
+    if dtype is not None:
+        settle(adapter.transformer, dtype, device)
+    return adapter
+
+
+def _load_as_stored(config: ModelConfig, seed: int) -> ModelAdapter:
     family = family_of(config)
     if config.architecture is not None:
         with torch.random.fork_rng(devices=[]):
@@ -58,7 +71,10 @@ def load_adapter(config: ModelConfig, dtype: torch.dtype, seed: int) -> ModelAda
             return family.from_config(config.architecture, text_tokens=config.text_tokens)
     path, subfolder = model_folder(config)
     try:
-        adapter = family.load(path, subfolder, text_tokens=config.text_tokens, dtype=dtype)
+        if config.path is not None and config.path.startswith(_HUB):
+            path = snapshot_download(path, allow_patterns=[f"{subfolder}/*" if subfolder else "*"])
+        stored = stored_dtype(Path(path) / (subfolder or ""))
+        adapter = family.load(path, subfolder, text_tokens=config.text_tokens, dtype=stored)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path {config.path} cannot be loaded: {reason}") from error

@@ -1,0 +1,110 @@
+"""What each rank of the ZeRO tests runs (tests/train/test_train_zero.py): DeepSpeed on the CPU, without Lightning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sequence_ranks import PATTERNS, clips, group_of, tiny_adapter, world_size
+from torch import Tensor, nn
+
+from data.sample import TextTokens
+from train.checkpoint import FolderCheckpointIO, load_state, load_weights
+from train.flow import noised
+from train.lora import load_parameters, lora_parameters
+from train.models.weights import settle
+from train.plan import AttentionPlan
+from train.sequence import flow_loss
+from train.zero import gather_optimizer_state, scatter_optimizer_state, whole_parameter, zero_config
+
+CELLS = (3, 12, 20)
+LR, CLIP = 1e-2, 0.02  # below the gradients' norm, so that clipping counts
+
+
+class Step(nn.Module):
+    """What DeepSpeed wraps: the loss of this rank's share of the clips, as `LengthExtensionModule` computes it."""
+
+    def __init__(self, size: int, samples: int) -> None:
+        super().__init__()
+        self.adapter, self.sequence = tiny_adapter(), group_of(size)
+        self.transformer = self.adapter.transformer
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.part, self.samples = slice(rank // size, None, world_size() // size), samples
+
+    def forward(self) -> Tensor:
+        x0, eps, sigma, text = (entry for entry in clips(self.samples, CELLS))
+        sigma = sigma[self.part]
+        x, target = noised(x0[self.part], eps[self.part], sigma)
+        plan = AttentionPlan.of(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
+        self.adapter.set_plan(plan)
+        words = {"text": TextTokens(text.tokens[self.part], text.mask[self.part])}
+        return flow_loss(self.adapter.velocity(x, sigma, words), target, plan.shard, self.adapter.patch)
+
+
+def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> list[float]:
+    """One process, torch alone: the losses of ``steps`` steps; saves a checkpoint after each."""
+    step = Step(1, samples)
+    parameters = list(lora_parameters(step.transformer).values())
+    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    if start is not None:
+        load_parameters(lora_parameters(step.transformer), load_weights(start))
+        optimizer.load_state_dict(load_state(start)["optimizer_states"][0])
+    losses = []
+    for index in range(steps):
+        loss = step()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        save(folder / f"step-{index + 1}", step.transformer, optimizer.state_dict())
+    return losses
+
+
+def zero(stage: int, size: int, steps: int, samples: int, folder: Path, start: Path | None = None) -> list[float]:
+    """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo")
+    config = zero_config(stage, bf16=False, offload_optimizer=False, offload_parameters=False)
+    config |= {"gradient_clipping": CLIP}
+    step = Step(size, samples)
+    if start is not None:
+        with torch.no_grad():
+            for parameter in lora_parameters(step.transformer).values():
+                parameter.add_(1)
+    if stage == 3:
+        spread = lambda part: deepspeed.zero.Init(module=part, config_dict_or_path=config)  # noqa: E731
+        settle(step.transformer, torch.float32, "cpu", spread)
+    parameters = list(lora_parameters(step.transformer).values())
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=step, model_parameters=parameters, optimizer=torch.optim.AdamW(parameters, lr=LR), config=config
+    )
+    if start is not None:
+        load_parameters(lora_parameters(step.transformer), load_weights(start))
+        scatter_optimizer_state(optimizer, parameters, load_state(start)["optimizer_states"][0])
+    losses = []
+    for _ in range(steps):
+        loss = engine()
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / dist.get_world_size())
+    state = gather_optimizer_state(optimizer, parameters, keep=dist.get_rank() == 0)
+    save(folder, step.transformer, state)
+    dist.barrier()
+    return losses
+
+
+def save(folder: Path, transformer: Any, optimizer_state: dict[str, Any]) -> None:
+    weights = {name: whole_parameter(parameter).clone() for name, parameter in lora_parameters(transformer).items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        FolderCheckpointIO().save_checkpoint({"state_dict": weights, "optimizer_states": [optimizer_state]}, folder)

@@ -1,0 +1,64 @@
+"""Frozen weights on their way from the files to where they are used, without a private copy in CPU memory.
+
+safetensors maps its files into memory. As long as a tensor keeps the dtype of its file, all processes of a node share
+the pages of the file's cache; converting a whole model on the CPU would cost each process a copy. So a model is loaded
+as it is stored, and moved and converted tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first floating-point tensor in a folder's safetensors files; float32 if there is none."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                found = _DTYPES.get(tensors.get_slice(name).get_dtype())
+                if found is not None:
+                    return found
+    return torch.float32
+
+
+def settle(
+    transformer: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    each: Callable[[nn.Module], None] = lambda part: None,
+) -> None:
+    """Converts and moves the weights, one part of the model (a block, an embedder) after the other.
+
+    Args:
+        transformer: a diffusers model. What it keeps in fp32 gets there, and so does what is trained.
+        dtype: of all other weights.
+        device: where to.
+        each: called with each part when its weights are there, for instance to spread them over ranks.
+    """
+    keep = set(transformer._keep_in_fp32_modules or ())
+    for name, part in _parts(transformer):
+        for inner, parameter in part.named_parameters(prefix=name):
+            exact = parameter.requires_grad or not keep.isdisjoint(inner.split("."))
+            parameter.data = parameter.data.to(device, torch.float32 if exact else dtype)
+        each(part)
+    for parameter in transformer.parameters(recurse=False):  # the model's own tables, such as Wan's scale_shift_table
+        parameter.data = parameter.data.to(device, torch.float32)
+    for module in transformer.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def _parts(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in transformer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{index}", block) for index, block in enumerate(child))
+        else:
+            yield name, child

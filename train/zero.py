@@ -1,0 +1,145 @@
+"""DeepSpeed ZeRO: its config, and the way between the shares of the ranks and whole tensors.
+
+What is trained is fp32 on every rank, the frozen weights keep their own dtype, and the arithmetic runs under autocast:
+the numbers of a run without ZeRO. DeepSpeed's own bf16 mode would round the LoRA's forward and the layers that a family
+keeps in fp32. Checkpoints hold whole tensors in torch's format, so that any number of ranks, with or without ZeRO, goes
+on from them.
+
+    stage 1    optimizer state is spread over all ranks
+    stage 2    and gradients
+    stage 3    and weights, frozen ones included
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+# deepspeed is imported where it is used: only a run with ZeRO waits for it
+
+
+def zero_config(stage: int, *, bf16: bool, offload_optimizer: bool, offload_parameters: bool) -> dict[str, Any]:
+    """DeepSpeed's config of a run; clipping and accumulation come from the trainer."""
+    stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
+    if offload_optimizer:
+        stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload_parameters:
+        stage_config["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for its throughput figures only
+        "zero_optimization": stage_config,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well, and needs no compiler
+        "bf16": {"enabled": False},
+        # no module is listed as safe to communicate in bf16: gradients are reduced in fp32
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+    }
+
+
+def is_whole(parameter: Parameter) -> bool:
+    """Whether this rank's tensor is the parameter's one and only value: no ZeRO optimizer holds its fp32 master."""
+    return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+
+def whole_shape(parameter: Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO 3 has spread it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_parameter(parameter: Parameter) -> Tensor:
+    """The value of a trained parameter, gathered. Every rank must call it."""
+    if is_whole(parameter):
+        return parameter.detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+@torch.no_grad()
+def set_whole_parameter(parameter: Parameter, value: Tensor) -> None:
+    """The inverse of `whole_parameter`; ``value`` is whole on every rank. Every rank must call it."""
+    value = value.to(parameter.device, torch.float32)
+    if is_whole(parameter):
+        parameter.copy_(value)
+        return
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # of stage 3; does nothing to others
+        parameter.copy_(value)
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_fp32_param(parameter, _share(parameter, value))
+    else:
+        safe_set_full_fp32_param(parameter, value)
+
+
+def gather_optimizer_state(optimizer: Any, parameters: Sequence[Parameter], keep: bool) -> dict[str, Any]:
+    """The state of a DeepSpeed optimizer in the format of the torch optimizer that it wraps. Every rank must call it.
+
+    Args:
+        optimizer: what ``deepspeed.initialize`` returned.
+        parameters: what the wrapped optimizer was made with, one group.
+        keep: whether this rank wants the result; it is collected on the CPU.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    group = {key: value for key, value in optimizer.optimizer.param_groups[0].items() if key != "params"}
+    groups = [{**group, "params": list(range(len(parameters)))}]
+    masters = _masters(optimizer)
+    first = optimizer.optimizer.state.get(masters[0], {})
+    state: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(parameters if first else ()):
+        state[index] = {}
+        for key, value in first.items():
+            whole = safe_get_full_optimizer_state(parameter, key) if value.shape == masters[0].shape else value
+            if keep:
+                state[index][key] = whole.detach().cpu().clone()
+    return {"state": state if keep else {}, "param_groups": groups}
+
+
+@torch.no_grad()
+def scatter_optimizer_state(optimizer: Any, parameters: Sequence[Parameter], saved: dict[str, Any]) -> None:
+    """The inverse of `gather_optimizer_state`; ``saved`` is whole on every rank. Every rank must call it."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    group = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
+    for own in optimizer.optimizer.param_groups:
+        own.update(group)
+    if not saved["state"]:
+        return
+    scalars = {key for key, value in saved["state"][0].items() if value.shape != whole_shape(parameters[0])}
+    for master in _masters(optimizer):
+        optimizer.optimizer.state[master] = {
+            key: value.clone() if key in scalars else torch.zeros_like(master)
+            for key, value in saved["state"][0].items()
+        }
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link these at the first step
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for index, parameter in enumerate(parameters):
+        for key, value in saved["state"][index].items():
+            if key in scalars:
+                continue
+            value = value.to(parameter.device, torch.float32)
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_optimizer_state(parameter, _share(parameter, value), key)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _masters(optimizer: Any) -> list[Tensor]:
+    """The flat fp32 tensors of this rank that the wrapped optimizer really steps on."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def _share(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole tensor under ZeRO 3; the last part is padded by zeros."""
+    length, rank = parameter.partition_numel(), torch.distributed.get_rank()
+    part = value.flatten()[rank * length : (rank + 1) * length]
+    return F.pad(part, (0, length - part.numel()))

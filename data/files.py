@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +14,11 @@ def temporary(path: Path) -> Path:
 
 
 def commit(file: BinaryIO, path: Path) -> None:
-    """Close `file`, which was written at `temporary(path)`, and make it `path`, both safe on disk when this returns."""
+    """Close `file`, which was written beside `path`, and make it `path`, both safe on disk when this returns."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    temporary(path).replace(path)
+    Path(file.name).replace(path)
     # The new name is an entry of the folder, which has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -27,12 +28,12 @@ def commit(file: BinaryIO, path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` under a temporary name, sync it, rename it."""
-    file = temporary(path).open("wb")
+    """Write `content` to `path` under a temporary name, sync it, rename it; several processes may do so at once."""
+    file = temporary(path.with_name(f"{path.name}.{secrets.token_hex(4)}")).open("wb")
     try:
         file.write(content)
         commit(file, path)
     except BaseException:
         file.close()
-        temporary(path).unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +19,22 @@ from data.sample import Prompt
 
 FILE = "manifest.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
-VERSION = 1
+VERSION = 2
 Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """A sample's key and its latent's shape (C, F, H, W)."""
+    """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included."""
 
     key: str
     shape: Shape
+    offset: int
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample as it stands in a manifest."""
+        return {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,30 @@ class ShardInfo:
     samples: tuple[SampleInfo, ...]
     bytes: int
     sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The shard as it stands in a manifest."""
+        samples = [sample.to_json() for sample in self.samples]
+        return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, "samples": samples}
+
+    @classmethod
+    def parse(cls, raw: Any, path: Path, where: str) -> ShardInfo:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: naming the file `path` and the field, which starts with `where`.
+        """
+        samples = []
+        for j, sample in enumerate(_get(raw, "samples", list, path, where)):
+            inner = f"{where}samples[{j}]."
+            key, shape = _get(sample, "key", str, path, inner), _get(sample, "shape", list, path, inner)
+            if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
+                raise DataError(f"{path}: {inner}shape is {shape}, expected [C, F, H, W]; make the folder anew")
+            offset, size = (_get(sample, name, int, path, inner) for name in ("offset", "bytes"))
+            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size))
+        name = _get(raw, "file", str, path, where)
+        size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
+        return cls(name, tuple(samples), size, digest)
 
 
 @dataclass(frozen=True)
@@ -99,16 +130,7 @@ class Manifest:
             "text": self.text,
             "arguments": self.arguments,
         }
-        shards = [
-            {
-                "file": shard.file,
-                "bytes": shard.bytes,
-                "sha256": shard.sha256,
-                "samples": [{"key": sample.key, "shape": list(sample.shape)} for sample in shard.samples],
-            }
-            for shard in self.shards
-        ]
-        lines = ",\n  ".join(json.dumps(shard) for shard in shards)
+        lines = ",\n  ".join(json.dumps(shard.to_json()) for shard in self.shards)
         text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
         write_bytes(folder / FILE, text.encode())
 
@@ -157,22 +179,11 @@ class Manifest:
         if raw.get("version") != VERSION:
             found = raw.get("version")
             raise DataError(f"{path}: version is {found!r}, this code reads {VERSION}; make the folder anew")
-        shards = []
-        for i, shard in enumerate(_get(raw, "shards", list, path)):
-            samples = []
-            for j, sample in enumerate(_get(shard, "samples", list, path, f"shards[{i}].")):
-                where = f"shards[{i}].samples[{j}]."
-                key, shape = _get(sample, "key", str, path, where), _get(sample, "shape", list, path, where)
-                if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
-                    raise DataError(f"{path}: {where}shape is {shape}, expected [C, F, H, W]; make the folder anew")
-                samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3])))
-            name = _get(shard, "file", str, path, f"shards[{i}].")
-            size = _get(shard, "bytes", int, path, f"shards[{i}].")
-            digest = _get(shard, "sha256", str, path, f"shards[{i}].")
-            shards.append(ShardInfo(name, tuple(samples), size, digest))
+        listed = enumerate(_get(raw, "shards", list, path))
+        shards = [ShardInfo.parse(shard, path, f"shards[{i}].") for i, shard in listed]
         keys = [sample.key for shard in shards for sample in shard.samples]
         if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+            (twice, _), *_ = Counter(keys).most_common(1)
             raise DataError(f"{path}: key {twice} is listed twice, expected unique keys; make the folder anew")
         return cls(
             shards=tuple(shards),

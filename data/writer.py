@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import math
 import re
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 import safetensors.torch
-from webdataset.writer import TarWriter
 
 from data.errors import DataError
 from data.files import commit, temporary, write_bytes
 from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
 from data.sample import Prompt, Sample
 
-LEFTOVER = re.compile(r"shard-\d{5}\.tar|\.(shard-\d{5}\.tar|manifest\.json|empty_prompt\.safetensors)\.tmp")
+LEFTOVER = re.compile(r"shard-\d{5}\.tar|\.(shard-\d{5}\.tar|manifest\.json\..*|empty_prompt\.safetensors\..*)\.tmp")
+
+PARTS = ("json", "safetensors")
 
 
 class _Hashed:
@@ -37,6 +42,9 @@ class _Hashed:
         self.size += len(content)
         return self.file.write(content)
 
+    def tell(self) -> int:
+        return self.size
+
 
 class _OpenShard:
     """A shard while it is written: a tar under a temporary name and the samples in it."""
@@ -44,14 +52,25 @@ class _OpenShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples: list[SampleInfo] = []
-        self.payload = 0
         self._file: BinaryIO = temporary(path).open("wb")
         self._hashed = _Hashed(self._file)
-        self._tar = TarWriter(cast(BinaryIO, self._hashed), encoder=False, mtime=0.0, user="data", group="data")
+        self._tar = tarfile.open(fileobj=cast(BinaryIO, self._hashed), mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
-    def write(self, entry: dict[str, Any], info: SampleInfo) -> None:
-        self.payload += self._tar.write(entry)
-        self.samples.append(info)
+    def size_with(self, entry: dict[str, Any]) -> int:
+        """The finished file's bytes with one more entry, in tar's blocks and records."""
+        blocks = sum(1 + math.ceil(len(entry[part]) / tarfile.BLOCKSIZE) for part in PARTS)
+        size = self._hashed.size + (blocks + 2) * tarfile.BLOCKSIZE
+        return math.ceil(size / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+    def write(self, sample: Sample, entry: dict[str, Any]) -> None:
+        start = self._hashed.size
+        for part in PARTS:
+            member = tarfile.TarInfo(f"{entry['__key__']}.{part}")
+            member.size, member.mode, member.uname, member.gname = len(entry[part]), 0o444, "data", "data"
+            self._tar.addfile(member, io.BytesIO(entry[part]))
+        channels, frames, height, width = sample.latent.shape
+        length = self._hashed.size - start
+        self.samples.append(SampleInfo(sample.key, (channels, frames, height, width), start, length))
 
     def finish(self) -> ShardInfo:
         self._tar.close()
@@ -67,6 +86,70 @@ class _OpenShard:
         temporary(self.path).unlink(missing_ok=True)
 
 
+class TarShards:
+    """Writes samples into one tar after the other; each is whole on disk before it is told.
+
+    Args:
+        folder: where they go; it has to be there.
+        name: the file name of shard n, n from 0.
+        finished: is told of each shard that is whole on disk under its name.
+        max_samples: at most this many samples a shard.
+        max_bytes: at most this many bytes a shard; a larger sample gets a shard of its own.
+
+    Raises:
+        DataError: when a limit is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: Callable[[int], str],
+        finished: Callable[[ShardInfo], None],
+        *,
+        max_samples: int,
+        max_bytes: int,
+    ) -> None:
+        for limit, value in (("max_samples", max_samples), ("max_bytes", max_bytes)):
+            if value < 1:
+                raise DataError(f"{limit} is {value}, expected at least 1")
+        self._folder, self._name, self._finished = folder, name, finished
+        self._max_samples, self._max_bytes = max_samples, max_bytes
+        self._keys: set[str] = set()
+        self._count = 0
+        self._open: _OpenShard | None = None
+
+    def write(self, sample: Sample) -> None:
+        """Add a sample.
+
+        Raises:
+            DataError: when it is not valid, or its key was written before.
+        """
+        entry = sample.to_entry()
+        if sample.key in self._keys:
+            raise DataError(f"sample {sample.key}: this key is in {self._folder} already, expected unique keys")
+        self._keys.add(sample.key)
+        if self._open and (
+            len(self._open.samples) >= self._max_samples or self._open.size_with(entry) > self._max_bytes
+        ):
+            self.flush()
+        if self._open is None:
+            self._open = _OpenShard(self._folder / self._name(self._count))
+            self._count += 1
+        self._open.write(sample, entry)
+
+    def flush(self) -> None:
+        """Finish the shard in work, if there is one."""
+        if self._open is not None:
+            shard, self._open = self._open, None
+            self._finished(shard.finish())
+
+    def abort(self) -> None:
+        """Drop the shard in work."""
+        if self._open is not None:
+            self._open.abort()
+            self._open = None
+
+
 class ShardWriter:
     """Writes samples into `folder` as shard-00000.tar, shard-00001.tar, …, and the manifest when it is closed.
 
@@ -77,8 +160,7 @@ class ShardWriter:
         folder: made when missing.
         fps, encoder, latent, text, arguments: as in `Manifest`.
         empty_prompt: the embedding of the empty prompt.
-        max_samples: at most this many samples a shard.
-        max_bytes: at most this many bytes of samples a shard; a larger sample gets a shard of its own.
+        max_samples, max_bytes: as in `TarShards`.
 
     Raises:
         DataError: when the folder is finished already, or a limit is below 1.
@@ -97,10 +179,11 @@ class ShardWriter:
         max_samples: int = 1024,
         max_bytes: int = 1 << 30,
     ) -> None:
-        for name, limit in (("max_samples", max_samples), ("max_bytes", max_bytes)):
-            if limit < 1:
-                raise DataError(f"{name} is {limit}, expected at least 1")
         self.folder = Path(folder)
+        self._done: list[ShardInfo] = []
+        self._shards = TarShards(
+            self.folder, "shard-{:05d}.tar".format, self._done.append, max_samples=max_samples, max_bytes=max_bytes
+        )
         if (self.folder / FILE).exists():
             raise DataError(f"{self.folder / FILE}: the folder is finished already; choose another or delete this one")
         if self.folder.exists() and not self.folder.is_dir():
@@ -118,29 +201,10 @@ class ShardWriter:
             "arguments": arguments,
         }
         self._empty_prompt = empty_prompt
-        self._max_samples = max_samples
-        self._max_bytes = max_bytes
-        self._keys: set[str] = set()
-        self._done: list[ShardInfo] = []
-        self._open: _OpenShard | None = None
 
     def write(self, sample: Sample) -> None:
-        """Add a sample.
-
-        Raises:
-            DataError: when it is not valid, or its key was written before.
-        """
-        entry = sample.to_entry()
-        if sample.key in self._keys:
-            raise DataError(f"sample {sample.key}: this key is in {self.folder} already, expected unique keys")
-        self._keys.add(sample.key)
-        size = len(entry["safetensors"]) + len(entry["json"])
-        if self._open and (len(self._open.samples) >= self._max_samples or self._open.payload + size > self._max_bytes):
-            self._finish_shard()
-        if self._open is None:
-            self._open = _OpenShard(self.folder / f"shard-{len(self._done):05d}.tar")
-        channels, frames, height, width = sample.latent.shape
-        self._open.write(entry, SampleInfo(sample.key, (channels, frames, height, width)))
+        """Add a sample, see `TarShards.write`."""
+        self._shards.write(sample)
 
     def close(self) -> Manifest:
         """Finish the last shard, write the empty prompt, then the manifest, and return it as loaded from disk.
@@ -148,24 +212,15 @@ class ShardWriter:
         Raises:
             DataError: when no sample was written.
         """
-        self._finish_shard()
+        self._shards.flush()
         if not self._done:
             raise DataError(f"{self.folder}: no sample was written, expected at least one")
-        tensors = {name: tensor.contiguous().clone() for name, tensor in self._empty_prompt.tensors().items()}
-        write_bytes(self.folder / EMPTY_PROMPT, safetensors.torch.save(tensors))
-        Manifest(shards=tuple(self._done), **self._about).save(self.folder)
+        finish_folder(self.folder, Manifest(shards=tuple(self._done), **self._about), self._empty_prompt)
         return Manifest.load(self.folder)
 
     def abort(self) -> None:
         """Drop the shard in work; the folder stays unfinished."""
-        if self._open is not None:
-            self._open.abort()
-            self._open = None
-
-    def _finish_shard(self) -> None:
-        if self._open is not None:
-            self._done.append(self._open.finish())
-            self._open = None
+        self._shards.abort()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -177,3 +232,10 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+def finish_folder(folder: Path, manifest: Manifest, empty_prompt: Prompt) -> None:
+    """Write the empty prompt, then the manifest, which says that the folder is whole."""
+    tensors = {name: tensor.contiguous().clone() for name, tensor in empty_prompt.tensors().items()}
+    write_bytes(folder / EMPTY_PROMPT, safetensors.torch.save(tensors))
+    manifest.save(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -53,12 +54,15 @@ def test_equal_samples_give_equal_bytes(make_folder: Any) -> None:
 
 
 def test_shards_are_bounded_in_bytes(tmp_path: Path, make_sample: Any) -> None:
-    entry = make_sample(0).to_entry()
-    size = len(entry["safetensors"]) + len(entry["json"])
-    with ShardWriter(tmp_path / "a", max_bytes=int(2.9 * size), **ABOUT) as writer:
-        for i in range(5):
+    limit = 2 * tarfile.RECORDSIZE
+    with ShardWriter(tmp_path / "a", max_bytes=limit, **ABOUT) as writer:
+        for i in range(20):
             writer.write(make_sample(i))
-    assert [len(shard.samples) for shard in Manifest.load(tmp_path / "a").shards] == [2, 2, 1]
+    shards = Manifest.load(tmp_path / "a").shards
+    assert all(shard.bytes <= limit for shard in shards) and sum(len(shard.samples) for shard in shards) == 20
+    for shard, following in itertools.pairwise(shards):
+        entries = [*shard.samples, following.samples[0]]
+        assert sum(entry.bytes for entry in entries) + 2 * tarfile.BLOCKSIZE > limit, "one more would have fitted"
     with ShardWriter(tmp_path / "b", max_bytes=1, **ABOUT) as writer:
         writer.write(make_sample(0))
         writer.write(make_sample(1))
@@ -96,7 +100,7 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     with pytest.raises(DataError, match=r"nowhere/manifest.json: no manifest"):
         Manifest.load(tmp_path / "nowhere")
     refused({"format": "other"}, "not a manifest of shards")
-    refused({"version": 2}, "version is 2, this code reads 1")
+    refused({"version": 1}, "version is 1, this code reads 2")
     refused({"fps": "16"}, "fps is '16', expected int or float")
     refused({"shards": [{"samples": [{"key": "a", "shape": [1, 2]}]}]}, r"shards\[0\].samples\[0\].shape is \[1, 2\]")
     refused({"shards": [{"file": "x", "samples": []}]}, r"shards\[0\].bytes is None, expected int")

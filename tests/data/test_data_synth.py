@@ -147,7 +147,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
         [sys.executable, "-m", "data.synth", "--out", str(tmp_path)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "version is 99, this code reads 1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "version is 99, this code reads 2" in done.stderr
 
 
 def test_tiny_text_encoder() -> None:

@@ -1,0 +1,125 @@
+"""What a model family must tell to make shards for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.encoders.weights import fingerprint_of
+from data.errors import DataError
+from data.sample import Prompt
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How an encoder is loaded.
+
+    Attributes:
+        folder: the diffusers folder; None for a family without weights.
+        device: where VAE and text encoders run.
+        vae_dtype, text_dtype: their weights' dtypes.
+        image_to_video: load what the first frame's conditions need too.
+    """
+
+    folder: Path | None
+    device: torch.device
+    vae_dtype: torch.dtype
+    text_dtype: torch.dtype
+    image_to_video: bool = False
+
+
+class Encoder(ABC):
+    """A family's frozen VAE and text encoders.
+
+    Class attributes:
+        family: the name in `data.encoders.FAMILIES`.
+        fps: pace of the family's clips.
+        lengths: frames of a clip at 1x, 2x and 4x of the native length, those of the published recipe.
+        size: (height, width) of a clip unless told otherwise.
+        parts: kind (vae, text) -> subfolders of the diffusers folder that make it up.
+        latent_is: what the latents are, in words, for the manifest.
+        text_is: what the text tensors are, in words, for the manifest.
+    """
+
+    family: ClassVar[str]
+    fps: ClassVar[float]
+    lengths: ClassVar[dict[str, int]]
+    size: ClassVar[tuple[int, int]]
+    parts: ClassVar[dict[str, tuple[str, ...]]]
+    latent_is: ClassVar[str]
+    text_is: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Load the weights."""
+
+    @classmethod
+    def fingerprint(cls, folder: Path | None) -> str:
+        """What identifies VAE and text encoders, see `data.encoders.fingerprint`."""
+        if folder is None:
+            raise DataError(f"weights is not set, model={cls.family} needs its diffusers folder")
+        return fingerprint_of(cls.family, folder, cls.parts)
+
+    @property
+    @abstractmethod
+    def strides(self) -> tuple[int, int]:
+        """(time, space): pixels of a latent cell; a clip has 1 + n * time frames."""
+
+    patch: ClassVar[int] = 2
+    """Latent cells of a token, in height and width."""
+
+    @abstractmethod
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """Frames (F, H, W, 3) uint8 as the latent (C, f, h, w) that the transformer is trained on, bfloat16, CPU."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> np.ndarray:
+        """A latent (C, f, h, w) as frames (F, H, W, 3) uint8."""
+
+    @abstractmethod
+    def prompt(self, text: str) -> Prompt:
+        """A caption's embeddings, bfloat16, CPU, without padding."""
+
+    def image(self, frames: np.ndarray) -> dict[str, Tensor]:
+        """Image conditions of the first of frames (F, H, W, 3) uint8 by name, bfloat16, CPU.
+
+        Raises:
+            DataError: the family has no image-to-video model here.
+        """
+        raise DataError("image_to_video is true, but this model has no image-to-video encoder; leave it out")
+
+    def check(self, frames: int, sizes: list[tuple[int, int]]) -> None:
+        """Raise a DataError that names the nearest fit unless clips of this length and these sizes can be encoded."""
+        time, space = self.strides
+        if frames < 1 or (frames - 1) % time:
+            below = max(0, (frames - 1) // time) * time + 1
+            raise DataError(f"frames is {frames}, expected 1 + a multiple of {time}, such as {below} or {below + time}")
+        step = space * self.patch
+        for height, width in sizes:
+            if min(height, width) < step or height % step or width % step:
+                near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))
+                raise DataError(f"size is {height}x{width}, expected sides that divide by {step}, such as {near}")
+
+
+def to_video(frames: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Frames (F, H, W, 3) uint8 as a video (1, 3, F, H, W) in [-1, 1]."""
+    # Bytes travel to the device, floats are made there.
+    video = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]
+    return video.to(dtype).div_(127.5).sub_(1)
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """The inverse of `to_video`: (1, 3, F, H, W) in [-1, 1] as (F, H, W, 3) uint8."""
+    pixels = video[0].float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor as shards hold it: bfloat16 on the CPU."""
+    return tensor.detach().to("cpu", torch.bfloat16)

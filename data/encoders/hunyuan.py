@@ -1,0 +1,71 @@
+"""HunyuanVideo: AutoencoderKLHunyuanVideo, LLaMA and CLIP, through diffusers' own pipeline.
+
+The VAE has no cache to carry, so clips are encoded in tiles of 256 x 256 pixels and 17 frames that overlap by a quarter
+and are blended. `tests/data/test_data_encoders.py` holds a floor for how far that is from the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
+from torch import Tensor
+from transformers import CLIPTextModel, LlamaModel
+
+from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
+from data.encoders.weights import load_part, load_tokenizer
+from data.sample import Prompt, TextTokens
+
+
+class HunyuanEncoder(Encoder):
+    """Encoder of HunyuanVideo; `text.text` is LLaMA's, `pooled.clip` is CLIP's pooled output."""
+
+    family = "hunyuan"
+    fps = 24.0
+    lengths = {"1x": 129, "2x": 253, "4x": 509}  # noqa: RUF012
+    size = (720, 1280)
+    parts = {  # noqa: RUF012
+        "vae": ("vae",),
+        "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    }
+    latent_is = "mode of AutoencoderKLHunyuanVideo in blended tiles, times scaling_factor"
+    text_is = "text: LLaMA hidden state, third from last, up to 256 tokens, without template and padding; pooled: CLIP"
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        folder = settings.folder
+        assert folder is not None
+        self.device = settings.device
+        self.vae = load_part(AutoencoderKLHunyuanVideo, folder / "vae", self.device, settings.vae_dtype)
+        self.vae.enable_tiling()
+        self.pipeline: Any = HunyuanVideoPipeline(
+            text_encoder=load_part(LlamaModel, folder / "text_encoder", self.device, settings.text_dtype),
+            tokenizer=load_tokenizer(folder / "tokenizer"),
+            transformer=None,
+            vae=self.vae,
+            scheduler=None,
+            text_encoder_2=load_part(CLIPTextModel, folder / "text_encoder_2", self.device, settings.text_dtype),
+            tokenizer_2=load_tokenizer(folder / "tokenizer_2"),
+        )
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.vae.config.temporal_compression_ratio, self.vae.config.spatial_compression_ratio
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        with torch.no_grad():
+            latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode()
+        return stored(latent[0].float() * self.vae.config.scaling_factor)
+
+    def decode(self, latent: Tensor) -> np.ndarray:
+        latent = latent[None].to(self.device, torch.float32) / self.vae.config.scaling_factor
+        with torch.no_grad():
+            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
+
+    def prompt(self, text: str) -> Prompt:
+        with torch.no_grad():
+            tokens, pooled, mask = self.pipeline.encode_prompt(text, device=self.device)
+        tokens = stored(tokens[0][mask[0].bool()])
+        words = TextTokens(tokens, torch.ones(len(tokens), dtype=torch.bool))
+        return Prompt({"text": words}, {"clip": stored(pooled[0])})

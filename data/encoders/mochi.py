@@ -1,0 +1,76 @@
+"""Mochi-1: AutoencoderKLMochi and T5, through diffusers' own pipeline.
+
+The encoder attends over all frames of a place, so a clip cannot be cut in time; it is encoded in tiles of 256 x 256
+pixels that overlap by a quarter and are blended. `tests/data/test_data_encoders.py` holds a floor for how far that is
+from the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLMochi, MochiPipeline
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
+from data.encoders.weights import load_part, load_tokenizer
+from data.sample import Prompt, TextTokens
+
+
+class MochiEncoder(Encoder):
+    """Encoder of Mochi-1; the empty prompt is one masked token where model_index.json says that it is zeroed."""
+
+    family = "mochi"
+    fps = 30.0
+    lengths = {"1x": 163, "2x": 331, "4x": 667}  # noqa: RUF012
+    size = (480, 848)
+    parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
+    latent_is = "mode of AutoencoderKLMochi in blended tiles, (x - latents_mean) / latents_std * scaling_factor"
+    text_is = "text: T5 last hidden state, up to 256 tokens, without padding"
+    strides = (6, 8)
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        folder = settings.folder
+        assert folder is not None
+        self.device = settings.device
+        self.vae = load_part(AutoencoderKLMochi, folder / "vae", self.device, settings.vae_dtype)
+        self.vae.enable_tiling()
+        index = MochiPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
+        self.pipeline: Any = MochiPipeline(
+            scheduler=None,
+            vae=self.vae,
+            text_encoder=load_part(T5EncoderModel, folder / "text_encoder", self.device, settings.text_dtype),
+            tokenizer=load_tokenizer(folder / "tokenizer"),
+            transformer=None,
+            force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", False),
+        )
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        mean, std = self._statistics()
+        with torch.no_grad():
+            latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()
+        return stored(((latent - mean) / std)[0])
+
+    def decode(self, latent: Tensor) -> np.ndarray:
+        mean, std = self._statistics()
+        latent = latent[None].to(self.device, torch.float32) * std + mean
+        with torch.no_grad():
+            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
+
+    def prompt(self, text: str) -> Prompt:
+        with torch.no_grad():
+            tokens, mask, _, _ = self.pipeline.encode_prompt(
+                text, do_classifier_free_guidance=False, device=self.device
+            )
+        kept = tokens[0][mask[0]] if mask.any() else torch.zeros_like(tokens[0, :1])
+        return Prompt({"text": TextTokens(stored(kept), mask[0, : len(kept)].cpu())}, {})
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """What the latents are shifted and divided by, (1, C, 1, 1, 1) each."""
+        config = self.vae.config
+        mean = torch.tensor(config.latents_mean or [0.0], device=self.device)
+        std = torch.tensor(config.latents_std or [1.0], device=self.device) / config.scaling_factor
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

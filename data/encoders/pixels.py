@@ -1,0 +1,45 @@
+"""Pixels as latents and the tiny text encoder: shards for the models that train without a VAE (`model=shapes`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
+from data.errors import DataError
+from data.sample import Prompt
+from data.text import TinyTextEncoder
+
+
+class PixelEncoder(Encoder):
+    """Latents are the pixels themselves, (3, F, H, W) in [-1, 1]."""
+
+    family = "pixels"
+    fps = 16.0
+    lengths = {"1x": 16, "2x": 32, "4x": 64}  # noqa: RUF012
+    size = (32, 64)
+    parts = {}  # noqa: RUF012
+    latent_is = "RGB pixels in [-1, 1]"
+    text_is = "text: one random vector a word plus its position (data.text)"
+    strides = (1, 1)
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._text = TinyTextEncoder()
+
+    @classmethod
+    def fingerprint(cls, folder: Path | None) -> str:
+        if folder is not None:
+            raise DataError(f"weights is {folder}, but model=pixels has none; leave it out")
+        return f"pixels-v1+{TinyTextEncoder().fingerprint}"
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        return stored(to_video(frames, torch.device("cpu"), torch.float32)[0])
+
+    def decode(self, latent: Tensor) -> np.ndarray:
+        return to_frames(latent[None])
+
+    def prompt(self, text: str) -> Prompt:
+        return self._text.prompt(text)

@@ -1,0 +1,111 @@
+"""Wan2.1 and Wan2.2: AutoencoderKLWan and UMT5, through diffusers' own pipelines.
+
+The VAE encodes four frames at a time and carries its causal convolutions' cache from chunk to chunk, so memory does not
+grow with the clip's length and the latent is that of the whole clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+
+from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
+from data.encoders.weights import load_part, load_tokenizer
+from data.errors import DataError
+from data.sample import Prompt, TextTokens
+
+TEXT_TOKENS = 512
+
+
+class WanEncoder(Encoder):
+    """Encoder of the Wan family; the VAE's own config says 4x8x8 (Wan2.1, Wan2.2-A14B) or 4x16x16 (TI2V-5B).
+
+    For image-to-video, `image.condition` is what the pipeline concatenates to the latent, without its mask: the VAE's
+    latent of the first frame followed by grey, (C, f, h, w), or of the first frame alone for TI2V-5B. `image.clip`
+    (tokens, D) is the image encoder's second-to-last layer where the folder has an image_encoder (Wan2.1).
+    """
+
+    family = "wan"
+    fps = 16.0
+    lengths = {"1x": 81, "2x": 161, "4x": 321}  # noqa: RUF012
+    size = (720, 1280)
+    parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
+    latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
+    text_is = "text: UMT5 last hidden state, up to 512 tokens, without padding"
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        folder = settings.folder
+        assert folder is not None
+        self.device = settings.device
+        self.vae = load_part(AutoencoderKLWan, folder / "vae", self.device, settings.vae_dtype)
+        text_encoder = load_part(UMT5EncoderModel, folder / "text_encoder", self.device, settings.text_dtype)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        self.pipeline: Any = WanPipeline(tokenizer, text_encoder, self.vae, scheduler=None, transformer=None)
+        index = WanPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
+        # Wan2.2 TI2V-5B takes the first frame's own latent in place of a condition as long as the clip.
+        self.first_frame_alone = bool(index.get("expand_timesteps", False))
+        self.images: Any = None
+        if settings.image_to_video:
+            image_encoder, processor = None, None
+            if (folder / "image_encoder").is_dir():
+                dtype = settings.text_dtype
+                image_encoder = load_part(CLIPVisionModel, folder / "image_encoder", self.device, dtype)
+                processor = CLIPImageProcessor.from_pretrained(folder / "image_processor")
+            self.images = WanImageToVideoPipeline(
+                tokenizer, text_encoder, self.vae, None, processor, image_encoder, transformer=None
+            )
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
+
+    def decode(self, latent: Tensor) -> np.ndarray:
+        mean, std = self._statistics()
+        latent = latent[None].to(self.device, torch.float32) * std + mean
+        with torch.no_grad():
+            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
+
+    def prompt(self, text: str) -> Prompt:
+        with torch.no_grad():
+            tokens, _ = self.pipeline.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=self.device
+            )
+        ids = self.pipeline.tokenizer(prompt_clean(text), truncation=True, max_length=TEXT_TOKENS).input_ids
+        return Prompt({"text": TextTokens(stored(tokens[0, : len(ids)]), torch.ones(len(ids), dtype=torch.bool))}, {})
+
+    def image(self, frames: np.ndarray) -> dict[str, Tensor]:
+        if self.images is None:
+            raise DataError("image conditions are asked for, but the encoder was loaded without image_to_video=true")
+        video = to_video(frames[:1], self.device, self.vae.dtype)
+        if not self.first_frame_alone:
+            grey = video.new_zeros(1, 3, len(frames) - 1, *video.shape[3:])
+            video = torch.cat([video, grey], dim=2)
+        conditions = {"condition": stored(self._latent(video))}
+        if self.images.image_encoder is not None:
+            from PIL import Image
+
+            with torch.no_grad():
+                embeds = self.images.encode_image(Image.fromarray(frames[0]), self.device)
+            conditions["clip"] = stored(embeds[0])
+        return conditions
+
+    def _latent(self, video: Tensor) -> Tensor:
+        """(1, 3, F, H, W) in [-1, 1] as the normalised latent (C, f, h, w), float32."""
+        mean, std = self._statistics()
+        with torch.no_grad():
+            latent = self.vae.encode(video).latent_dist.mode().float()
+        return ((latent - mean) / std)[0]
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        mean, std = (torch.tensor(v, device=self.device) for v in (config.latents_mean, config.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -1,0 +1,124 @@
+"""What identifies a model's parts on disk, and loading them with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import DataError
+
+SLICE = 4096  # bytes at the start, middle and end of each tensor that enter a fingerprint
+
+
+def fingerprint_of(family: str, folder: Path, parts: Mapping[str, tuple[str, ...]]) -> str:
+    """`family:vae-0123456789ab+text-0123456789ab`: equal where latents and embeddings mean the same.
+
+    Each kind of part is hashed over its configs and vocabularies, and over name, dtype, shape and three slices of each
+    tensor: a second instead of the minutes that tens of gigabytes take. How weights are split into files does not
+    matter.
+
+    Args:
+        family: the model family.
+        folder: the diffusers folder.
+        parts: kind -> the folder's subfolders, as `Encoder.parts`.
+
+    Raises:
+        DataError: a subfolder is missing or has no weights.
+    """
+    names = []
+    for kind, subfolders in parts.items():
+        digest = hashlib.sha256()
+        for subfolder in subfolders:
+            _hash_part(folder / subfolder, digest)
+        names.append(f"{kind}-{digest.hexdigest()[:12]}")
+    return f"{family}:{'+'.join(names)}"
+
+
+def _hash_part(folder: Path, digest: Any) -> None:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
+    if "tokenizer" in folder.name:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".txt", ".model"):
+                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return
+    config = read_config(folder)
+    # What versions of libraries write of themselves, and what a loader was asked for, changes no output.
+    idle = ("transformers_version", "dtype", "torch_dtype")
+    kept = {name: value for name, value in config.items() if name[0] != "_" and name not in idle}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder}: has no *.safetensors, is the download complete?")
+    tensors: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        tensors.update({n: (path, entry, 8 + length) for n, entry in header.items() if n != "__metadata__"})
+    for name, (path, entry, start) in sorted(tensors.items()):
+        first, last = entry["data_offsets"]
+        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+        with path.open("rb") as file:
+            for offset in (first, (first + last) // 2, max(first, last - SLICE)):
+                file.seek(start + offset)
+                digest.update(file.read(min(SLICE, last - offset)))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A part's config.json.
+
+    Raises:
+        DataError: it is missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing, expected a diffusers model folder in {folder.parent}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); download it again") from error
+    return config
+
+
+def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen model of the class `loader` from its subfolder, in eval mode on the device.
+
+    Args:
+        loader: a class of diffusers or transformers with `from_pretrained`.
+
+    Raises:
+        DataError: the folder is missing, holds another class, or cannot be loaded.
+    """
+    config = read_config(folder)
+    # diffusers writes one name, transformers a list; an encoder's weights may be saved by a class with more heads.
+    found = config.get("_class_name")
+    if found is not None and found != loader.__name__:
+        raise DataError(f"{folder}: holds a {found}, expected a {loader.__name__}; choose the model= that fits")
+    try:
+        name = "torch_dtype" if found is not None else "dtype"
+        model = loader.from_pretrained(folder, use_safetensors=True, **{name: dtype})
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{folder}: cannot be loaded as {loader.__name__}: {' '.join(str(error).split())}") from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a subfolder.
+
+    Raises:
+        DataError: it is missing or cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error

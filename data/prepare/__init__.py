@@ -1,0 +1,6 @@
+"""From a folder or table of videos to shards: `python -m data.prepare`.
+
+Open `data.prepare.sources` for lists, filters and ranking, `data.prepare.video` for decoding, `data.prepare.plan` for
+what a folder is going to hold, `data.prepare.decoders` for the processes that decode while the device encodes,
+`data.prepare.journal` for how a killed run goes on, and `data.prepare.run` for how they work together.
+"""

@@ -1,0 +1,129 @@
+"""`python -m data.prepare`: the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data import cli
+from data.cli import setting
+from data.encoders import FAMILIES, encoder_class
+from data.errors import DataError
+from data.prepare.video import Size
+
+if TYPE_CHECKING:
+    from data.encoders.base import Encoder
+
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class Arguments:
+    """The keys of the command line."""
+
+    source: Path = setting("folder of videos with .txt captions, or a .csv, .tsv, .jsonl or .parquet table")
+    out: Path = setting("folder for the shards; an unfinished one is continued")
+    model: str = setting("model family", "wan", tuple(FAMILIES))
+    weights: Path | None = setting("the model's diffusers folder, with vae, text_encoder and tokenizer", None)
+    frames: str = setting("frames of a clip: a number, or 1x, 2x, 4x of the model's native clip", "4x")
+    size: str | None = setting(
+        "buckets as HEIGHTxWIDTH,...; the nearest in aspect is used; null: the model's own", None
+    )
+    fps: float | None = setting("frames a second; null: the model's own", None)
+    clips: int | None = setting("most clips from one video; null: all that fit, end to end", None)
+    where: str | None = setting("conditions on columns, or on frames, seconds, fps, width, height, aspect", None)
+    sort: str | None = setting("best first by this column, or by the sum of several joined by +", None)
+    top: int | None = setting("keep that many videos; null: all", 2000)
+    videos: Path | None = setting("folder that the table's paths are relative to; null: the table's own", None)
+    path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
+    caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
+    image_to_video: bool = setting("also write the first frame's condition latent and embedding", False)
+    device: str | None = setting("where to encode; null: a GPU where there is one", None)
+    vae_dtype: str = setting("the VAE's numbers", "fp32", _DTYPES)
+    text_dtype: str = setting("the text encoders' numbers", "bf16", _DTYPES)
+    workers: int = setting("decoding processes", 4)
+    shard_gb: float = setting("largest tar, in 10^9 bytes", 3.0)
+    bad_share: float = setting("share of bad files above which the exit code is 1", 0.05)
+
+
+USAGE = cli.usage(
+    Arguments,
+    "python -m data.prepare source=PATH out=FOLDER weights=FOLDER [key=value ...]",
+    "Turns videos with captions into shards of VAE latents and text embeddings for training. Kill it whenever you\n"
+    "like: the same command goes on where it stopped. Under torchrun or srun each rank takes its share of the videos.\n"
+    "Bad files are listed in rejected.jsonl. Values are taken as typed; null unsets.",
+    [
+        "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
+        "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
+        "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
+        "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
+    ],
+)
+
+
+def main(words: list[str]) -> int:
+    """Parse, check, run; returns the exit code."""
+    given = cli.parse(Arguments, words)
+    for name, value, least in (("workers", given.workers, 1), ("top", given.top, 1), ("clips", given.clips, 1)):
+        if value is not None and value < least:
+            raise DataError(f"{name} is {value}, expected at least {least}")
+    if not 0 <= given.bad_share <= 1:
+        raise DataError(f"bad_share is {given.bad_share}, expected a share from 0 to 1")
+    if given.shard_gb <= 0 or (given.fps is not None and given.fps <= 0):
+        raise DataError(f"shard_gb is {given.shard_gb} and fps {given.fps}, expected both above 0")
+    # torch and diffusers take seconds to import: after what is typed is known to be right
+    import torch
+
+    from data.prepare.run import Rank, Recipe, prepare
+
+    family = encoder_class(given.model)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    recipe = Recipe(
+        out=given.out,
+        family=given.model,
+        weights=given.weights,
+        fps=given.fps or family.fps,
+        frames=_frames(given.frames, family),
+        sizes=[family.size] if given.size is None else _sizes(given.size),
+        clips=given.clips,
+        selection={
+            "source": given.source,
+            "videos": given.videos,
+            "path_column": given.path_column,
+            "caption_column": given.caption_column,
+            "where": given.where,
+            "sort": given.sort,
+            "top": given.top,
+        },
+        image_to_video=given.image_to_video,
+        device=given.device,
+        vae_dtype=dtypes[given.vae_dtype],
+        text_dtype=dtypes[given.text_dtype],
+        workers=given.workers,
+        shard_bytes=int(given.shard_gb * 1e9),
+        bad_share=given.bad_share,
+    )
+    return prepare(recipe, Rank.from_environment())
+
+
+def _frames(text: str, family: type[Encoder]) -> int:
+    if text in family.lengths:
+        return family.lengths[text]
+    if not text.isdecimal():
+        raise DataError(f"frames is {text!r}, expected a number or one of {', '.join(family.lengths)}")
+    return int(text)
+
+
+def _sizes(text: str) -> list[Size]:
+    sizes = []
+    for part in text.split(","):
+        height, _, width = part.strip().partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise DataError(f"size is {part.strip()!r}, expected HEIGHTxWIDTH such as 720x1280")
+        sizes.append((int(height), int(width)))
+    return sizes
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m data.prepare", USAGE)

@@ -1,0 +1,172 @@
+"""Processes that decode videos while the device encodes.
+
+Process w of W decodes videos w, w + W, …, and sends clips through a pipe, which holds it back until they are taken: one
+clip waits in each process, and a few in the queue of `prefetch`. So memory is bounded, the order is that of the videos
+whatever W is, and nothing stays behind when all is killed. A process that dies takes one video with it, not the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from data.errors import DataError
+from data.prepare.video import Clip, Size, read_clips
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A video to decode: its number, where it lies, and the numbers of its clips that are not needed."""
+
+    row: int
+    path: Path
+    skip: Collection[int]
+
+
+@dataclass(frozen=True)
+class End:
+    """A video's end: how many of its clips there are, and the reason when the file is bad."""
+
+    row: int
+    clips: int
+    reason: str | None
+
+
+class Decoders:
+    """Decodes videos in `workers` processes; iterate once.
+
+    Args:
+        tasks: the videos.
+        workers: how many processes.
+        fps, frames, sizes, most: as in `read_clips`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        workers: int,
+        *,
+        fps: float,
+        frames: int,
+        sizes: Sequence[Size],
+        most: int | None,
+    ) -> None:
+        self._tasks = tasks
+        self._options: dict[str, Any] = {"fps": fps, "frames": frames, "sizes": sizes, "most": most}
+        # Spawned, not forked: a fork of a process whose torch has run threads can hang.
+        self._context = multiprocessing.get_context("spawn")
+        self._workers = [self._start(tasks[w::workers]) for w in range(min(workers, len(tasks)))]
+
+    def __iter__(self) -> Iterator[tuple[int, Clip] | End]:
+        """(video's number, clip) for each clip and an `End` for each video, in the order of the tasks."""
+        count = len(self._workers)
+        for position, task in enumerate(self._tasks):
+            clips = 0
+            while True:
+                try:
+                    event = _receive(self._workers[position % count][1])
+                except (EOFError, OSError):
+                    process = self._workers[position % count][0]
+                    process.join()
+                    rest = self._tasks[position + count :: count]
+                    self._workers[position % count] = self._start(rest)
+                    event = (clips, f"the decoder died ({_death(process.exitcode)})")
+                if isinstance(event, Clip):
+                    clips += 1
+                    yield task.row, event
+                else:
+                    yield End(task.row, *event)
+                    break
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for process, connection in self._workers:
+            connection.close()
+            process.terminate()
+            process.join()
+
+    def _start(self, tasks: Sequence[Task]) -> tuple[Any, Connection]:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_decode, args=(theirs, list(tasks), self._options), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+
+def _decode(connection: Connection, tasks: Sequence[Task], options: dict[str, Any]) -> None:
+    """The life of a decoding process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        for task in tasks:
+            clips, reason = 0, None
+            try:
+                for clip in read_clips(task.path, skip=task.skip, **options):
+                    connection.send((clip.index, clip.start, clip.frames.shape))
+                    connection.send_bytes(clip.frames.data.cast("B"))
+                    clips += 1
+            except DataError as error:
+                reason = str(error)
+            connection.send((clips, reason))
+
+
+def _receive(connection: Connection) -> Clip | tuple[int, str | None]:
+    message = connection.recv()
+    if len(message) == 2:
+        return message
+    index, start, shape = message
+    frames = np.empty(shape, np.uint8)
+    connection.recv_bytes_into(frames.data.cast("B"))
+    return Clip(index, start, frames)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, up to `depth` of them taken ahead in a thread."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def fill() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            good, item = waiting.get()
+            if not good:
+                if item is not None:
+                    raise item
+                return
+            yield item
+    finally:
+        stopped.set()

@@ -1,0 +1,288 @@
+"""One run of `data.prepare`: decode, encode, write, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.encoders import fingerprint, load_encoder
+from data.encoders.base import Encoder, EncoderSettings
+from data.errors import DataError
+from data.files import write_bytes
+from data.manifest import FILE, Manifest
+from data.prepare import journal, plan
+from data.prepare.decoders import Decoders, End, Task, prefetch
+from data.prepare.journal import Journal
+from data.prepare.plan import Plan, Rejected
+from data.prepare.video import Clip, Size
+from data.sample import Sample
+from data.writer import finish_folder
+
+REJECTED = "rejected.jsonl"
+AHEAD = 2  # decoded clips that wait in this process
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's part of the run: number `index` of `world`, with device `local` of its node."""
+
+    index: int
+    world: int
+    local: int
+
+    @classmethod
+    def from_environment(cls) -> Rank:
+        """From what torchrun or srun set; alone otherwise. A batch script that runs outside srun is alone, too."""
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+            if all(name in os.environ for name in names):
+                return cls(*(int(os.environ[name]) for name in names))
+        return cls(0, 1, 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make: the arguments of the command line, in the types that the work needs.
+
+    Attributes:
+        out: the folder of shards.
+        family: of the model, a key of `data.encoders.FAMILIES`.
+        weights: its diffusers folder, or None.
+        fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
+        selection: further arguments of `make_plan`, as they are.
+        image_to_video: write the first frame's conditions.
+        device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
+        workers: decoding processes.
+        shard_bytes: of a tar, at most.
+        bad_share: the share of bad files above which the run counts as failed.
+    """
+
+    out: Path
+    family: str
+    weights: Path | None
+    fps: float
+    frames: int
+    sizes: list[Size]
+    clips: int | None
+    selection: dict[str, Any]
+    image_to_video: bool
+    device: str | None
+    vae_dtype: torch.dtype
+    text_dtype: torch.dtype
+    workers: int
+    shard_bytes: int
+    bad_share: float
+
+    def arguments(self) -> dict[str, Any]:
+        """What decides the folder's contents, as JSON: a folder is only continued with the same."""
+        return {
+            "made_by": "data.prepare",
+            "model": self.family,
+            "fps": self.fps,
+            "frames": self.frames,
+            "sizes": [list(size) for size in self.sizes],
+            "clips": self.clips,
+            "image_to_video": self.image_to_video,
+            "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+            **{name: str(v) if isinstance(v, Path) else v for name, v in self.selection.items()},
+        }
+
+
+def prepare(recipe: Recipe, rank: Rank) -> int:
+    """Make the folder, or this rank's part of it, or keep the finished one that is there.
+
+    Returns:
+        the exit code: 0, or 1 when more than `bad_share` of the files are bad or no clip came out.
+
+    Raises:
+        DataError: arguments that do not fit the weights or the folder, or an unusable source.
+    """
+    arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights)}
+    if (recipe.out / FILE).exists():
+        manifest = Manifest.load(recipe.out)
+        _check_same(recipe.out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
+        journal.remove(recipe.out)
+        _say(rank, f"{recipe.out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there")
+        return 0
+    encoder = _load(recipe, rank)
+    encoder.check(recipe.frames, recipe.sizes)
+    planned = _plan(recipe, rank, arguments)
+    records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
+    try:
+        _encode_all(recipe, rank, planned, encoder, records)
+        records.flush()
+    except BaseException:
+        records.abort()
+        raise
+    return _finish(recipe, rank, planned, encoder, arguments["encoder"])
+
+
+def _load(recipe: Recipe, rank: Rank) -> Encoder:
+    if recipe.weights is not None and not recipe.weights.is_dir():
+        raise DataError(f"weights is {recipe.weights}, expected a diffusers folder; download it first")
+    available = torch.cuda.is_available()
+    device = torch.device(recipe.device or (f"cuda:{rank.local % torch.cuda.device_count()}" if available else "cpu"))
+    _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
+    settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
+    return load_encoder(recipe.family, settings)
+
+
+def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
+    """The folder's plan, which rank 0 makes and the others wait for."""
+    home = recipe.out / journal.FOLDER
+    found = Plan.load(home)
+    if found is None and rank.index == 0:
+        if recipe.out.exists() and not recipe.out.is_dir():
+            raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
+        found = plan.make_plan(
+            arguments,
+            fps=recipe.fps,
+            frames=recipe.frames,
+            clips=recipe.clips,
+            progress=True,
+            **recipe.selection,
+        )
+        home.mkdir(parents=True, exist_ok=True)
+        found.save(home)
+        bad = f"{len(found.rejected)} files are bad"
+        _say(rank, f"{len(found.rows)} videos chosen, {found.passed} do not qualify, {bad}")
+    while found is None:
+        time.sleep(0.5)
+        found = Plan.load(home)
+    _check_same(recipe.out, found.arguments, arguments)
+    return found
+
+
+def _check_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    other = [f"{name}={there.get(name)} (asked: {value})" for name, value in asked.items() if there.get(name) != value]
+    if other:
+        raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")
+
+
+def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal) -> None:
+    """Decode, encode and write this rank's videos that are not done."""
+    rows = [row for row in range(rank.index, len(planned.rows), rank.world) if row not in records.done]
+    tasks = [Task(row, planned.path(row), _present(row, records.keys)) for row in rows]
+    expected = {task.row: max(0, planned.rows[task.row].clips - len(task.skip)) for task in tasks}
+    bar = tqdm(total=sum(expected.values()), unit="clip", disable=rank.index != 0, smoothing=0.05)
+    bar.set_description(f"encoding (rank 0 of {rank.world})" if rank.world > 1 else "encoding")
+    bad = len(planned.rejected) + records.rejected
+    decoders = Decoders(
+        tasks, recipe.workers, fps=recipe.fps, frames=recipe.frames, sizes=recipe.sizes, most=recipe.clips
+    )
+    events: Iterator[tuple[int, Clip] | End] = prefetch(iter(decoders), AHEAD)
+    try:
+        failed: str | None = None
+        kept = 0
+        for event in events:
+            bar.set_postfix(bad=bad, refresh=False)
+            if isinstance(event, End):
+                kept += len(_present(event.row, records.keys))
+                reason = event.reason or failed or (None if kept else f"ends before {recipe.frames} frames")
+                rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
+                records.finish_row(event.row, rejected)
+                bar.total += event.clips - expected[event.row]
+                if rejected:
+                    bad += 1
+                    bar.write(f"bad: {rejected.path}: {reason}", file=sys.stderr)
+                failed, kept = None, 0
+                continue
+            row, clip = event
+            try:
+                records.write(make_sample(encoder, recipe, planned, row, clip))
+                kept += 1
+            except DataError as error:
+                failed = str(error)
+            bar.update()
+        bar.set_postfix(bad=bad)
+    finally:
+        bar.close()
+        decoders.close()
+
+
+def key_of(row: int, clip: int) -> str:
+    """The key of a clip: the same in every run of a plan."""
+    return f"v{row:07d}-{clip:04d}"
+
+
+def _present(row: int, keys: set[str]) -> set[int]:
+    """The clips of a video that are on disk."""
+    prefix = f"v{row:07d}-"
+    return {int(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
+
+
+def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip: Clip) -> Sample:
+    """Encode a clip with its caption.
+
+    Raises:
+        DataError: what came out is no valid sample, a latent with NaN for example.
+    """
+    video = planned.rows[row]
+    prompt = encoder.prompt(video.caption)
+    image = encoder.image(clip.frames) if recipe.image_to_video else {}
+    frames, height, width = clip.frames.shape[:3]
+    meta = {
+        "caption": video.caption,
+        "source": video.path,
+        "clip_start": round(clip.start, 6),
+        "fps": recipe.fps,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "encoder": planned.arguments["encoder"],
+    }
+    sample = Sample(key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta)
+    sample.validate()
+    return sample
+
+
+def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
+    """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
+    shards, done, rejected = journal.read_records(recipe.out)
+    if len(done) < len(planned.rows):
+        left = len(planned.rows) - len(done)
+        _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
+        return 0
+    rejected = planned.rejected + sorted(rejected, key=lambda entry: entry.path)
+    write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
+    files = len(planned.rows) + len(planned.rejected)
+    share = len(rejected) / files
+    if not shards:
+        journal.remove(recipe.out)
+        print(f"{recipe.out}: no clip came out, all {files} files are bad; see {REJECTED}", file=sys.stderr)
+        return 1
+    manifest = Manifest(
+        shards=tuple(shards),
+        fps=recipe.fps,
+        encoder=encoder_id,
+        latent=encoder.latent_is,
+        text=encoder.text_is,
+        arguments={name: value for name, value in planned.arguments.items() if name != "encoder"},
+    )
+    finish_folder(recipe.out, manifest, encoder.prompt(""))
+    journal.remove(recipe.out)
+    print(
+        f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(planned.rows)} videos, "
+        f"{len(rejected)} bad files"
+    )
+    if share > recipe.bad_share:
+        print(
+            f"{recipe.out}: {share:.1%} of the files are bad, more than bad_share={recipe.bad_share:g}; see {REJECTED}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _say(rank: Rank, text: str, every: bool = False) -> None:
+    if rank.index == 0 or every:
+        print(text, flush=True)

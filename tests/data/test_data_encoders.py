@@ -1,0 +1,162 @@
+"""The families' real classes, tiny, saved to disk and loaded: what they store is what their pipelines would use."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_hunyuan, save_mochi, save_wan
+from torch.nn import functional as F
+
+from data.encoders import fingerprint, load_encoder
+from data.encoders.base import Encoder, EncoderSettings, to_video
+from data.errors import DataError
+from data.sample import Sample
+
+SAVE = {"wan": save_wan, "hunyuan": save_hunyuan, "mochi": save_mochi}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: save(tmp_path_factory.mktemp(family)) for family, save in SAVE.items()}
+
+
+def load(family: str, folder: Path, **more: Any) -> Encoder:
+    return load_encoder(family, EncoderSettings(folder, torch.device("cpu"), torch.float32, torch.float32, **more))
+
+
+def moving(frames: int, height: int, width: int) -> np.ndarray:
+    """A smooth random picture that slides: frames (F, H, W, 3) uint8."""
+    noise = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=torch.Generator().manual_seed(0))
+    wide = F.interpolate(noise, size=(height + 128, width + 128), mode="bicubic")[0].clamp(0, 1)
+    steps = [(t % 120, t // 2 % 120) for t in range(frames)]
+    views = [wide[:, y : y + height, x : x + width].permute(1, 2, 0) for y, x in steps]
+    return np.stack([(view * 255).byte().numpy() for view in views])
+
+
+@pytest.mark.parametrize(("family", "frames", "shape"), [
+    ("wan", 9, (16, 3, 6, 8)), ("hunyuan", 9, (4, 3, 6, 8)), ("mochi", 13, (4, 3, 6, 8)),
+])  # fmt: skip
+def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, frames: int, shape: Any) -> None:
+    encoder = load(family, folders[family])
+    encoder.check(frames, [(48, 64)])
+    prompt = encoder.prompt("a red ball")
+    latent = encoder.encode(moving(frames, 48, 64))
+    assert latent.dtype == torch.bfloat16 and latent.shape == shape
+    Sample("k", latent, prompt.text, prompt.pooled, {}, {"caption": "a red ball"}).validate()
+    assert encoder.decode(latent).shape == (frames, 48, 64, 3)
+    encoder.prompt("").validate("the empty prompt")
+    with pytest.raises(DataError, match=rf"frames is {frames + 1}, expected 1 \+ a multiple of"):
+        encoder.check(frames + 1, [(48, 64)])
+    with pytest.raises(DataError, match="size is 48x60, expected sides that divide by 16, such as 48x64"):
+        encoder.check(frames, [(48, 60)])
+
+
+def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:
+    encoder: Any = load("wan", folders["wan"])
+    text = encoder.prompt("a  red &amp; ball").text["text"]
+    padded, _ = encoder.pipeline.encode_prompt(
+        "a red & ball", do_classifier_free_guidance=False, max_sequence_length=512
+    )
+    assert len(text.tokens) == 5 and text.mask.all()
+    assert torch.equal(padded[0, :5].bfloat16(), text.tokens) and not padded[0, 5:].any()
+    assert len(encoder.prompt("red ball " * 400).text["text"].tokens) == 512
+    frames = moving(9, 48, 64)
+    mode = encoder.vae.encode(to_video(frames, torch.device("cpu"), torch.float32)).latent_dist.mode()[0]
+    mean, std = (
+        torch.tensor(v)[:, None, None, None] for v in (encoder.vae.config.latents_mean, encoder.vae.config.latents_std)
+    )
+    assert torch.equal(encoder.encode(frames), ((mode - mean) / std).bfloat16())
+
+
+def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[str, Path]) -> None:
+    """Causal chunks: the start of a clip has the latent that it has alone, whatever follows, with bounded memory."""
+    encoder: Any = load("wan", folders["wan"])
+    seen: list[int] = []
+    encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    frames = moving(33, 32, 48)
+    whole = encoder.encode(frames)
+    assert whole.shape[1] == 9 and max(seen) == 4
+    assert torch.equal(encoder.encode(frames[:17]), whole[:, :5])
+
+
+def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
+    encoder: Any = load("wan", save_wan(tmp_path, image=True), image_to_video=True)
+    frames = moving(9, 48, 64)
+    found = encoder.image(frames)
+    first = to_video(frames[:1], torch.device("cpu"), torch.float32)[:, :, 0]
+    _, condition = encoder.images.prepare_latents(first, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"))
+    assert torch.equal(found["condition"], condition[0, 4:].bfloat16())
+    assert found["clip"].shape == (17, 32)
+    with pytest.raises(DataError, match="loaded without image_to_video"):
+        load("wan", tmp_path).image(frames)
+    with pytest.raises(DataError, match="no image-to-video encoder"):
+        load("pixels", None).image(frames)  # type: ignore[arg-type]
+
+
+def test_hunyuan_text_is_without_template_and_padding(folders: dict[str, Path]) -> None:
+    encoder: Any = load("hunyuan", folders["hunyuan"])
+    prompt = encoder.prompt("a red ball")
+    tokens, pooled, mask = encoder.pipeline.encode_prompt("a red ball", device=torch.device("cpu"))
+    assert tokens.shape[1] == 256 and 0 < mask.sum() < 256
+    assert torch.equal(prompt.text["text"].tokens, tokens[0, : int(mask.sum())].bfloat16())
+    assert torch.equal(prompt.pooled["clip"], pooled[0].bfloat16())
+
+
+def test_mochi_empty_prompt(tmp_path: Path, folders: dict[str, Path]) -> None:
+    assert load("mochi", folders["mochi"]).prompt("").text["text"].mask.tolist() == [True]
+    zeroed = load("mochi", save_mochi(tmp_path, force_zeros=True)).prompt("").text["text"]
+    assert zeroed.mask.tolist() == [False] and not zeroed.tokens.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "frames", "floor"), [("hunyuan", 33, 25.0), ("mochi", 19, 35.0)])
+def test_tiles_are_near_the_whole(folders: dict[str, Path], family: str, frames: int, floor: float) -> None:
+    """PSNR in dB over the latent's range, for random weights, whose norms know nothing of natural pictures."""
+    encoder: Any = load(family, folders[family])
+    clip = moving(frames, 288, 384)
+    tiled = encoder.encode(clip).float()
+    encoder.vae.use_tiling = encoder.vae.use_framewise_encoding = False
+    whole = encoder.encode(clip).float()
+    assert not torch.equal(tiled, whole)
+    psnr = 10 * torch.log10((whole.max() - whole.min()) ** 2 / (whole - tiled).square().mean())
+    assert psnr > floor, psnr
+
+
+def test_fingerprints_tell_weights_apart(tmp_path: Path, folders: dict[str, Path]) -> None:
+    known = fingerprint("wan", folders["wan"])
+    copy = shutil.copytree(folders["wan"], tmp_path / "copy")
+    assert fingerprint("wan", copy) == known and known.startswith("wan:vae-")
+    tensors = load_file(copy / "vae" / "diffusion_pytorch_model.safetensors")
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, copy / "vae" / f"part-{i}.safetensors")
+    assert fingerprint("wan", copy) == known, "how weights are split into files does not matter"
+    tensors[names[0]].view(-1)[-1] += 1
+    save_file({name: tensors[name] for name in names[::2]}, copy / "vae" / "part-0.safetensors")
+    other = fingerprint("wan", copy)
+    assert other.split("+")[1] == known.split("+")[1] and other.split("+")[0] != known.split("+")[0]
+    other_text = fingerprint("wan", save_wan(tmp_path / "other", seed=1))
+    assert other_text.split("+")[1] != known.split("+")[1]
+
+
+def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"vae: missing, expected this part of a diffusers model folder"):
+        fingerprint("wan", tmp_path)
+    with pytest.raises(DataError, match="holds a AutoencoderKLMochi, expected a AutoencoderKLWan; choose the model="):
+        load("wan", folders["mochi"])
+    broken = shutil.copytree(folders["wan"], tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"vae: cannot be loaded as AutoencoderKLWan"):
+        load("wan", broken)
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"has no \*.safetensors"):
+        fingerprint("wan", broken)
+    with pytest.raises(DataError, match="model is 'flux'"):
+        fingerprint("flux", tmp_path)

@@ -1,0 +1,152 @@
+"""Lists of videos: readers, conditions, ranking, and mistakes in them; the grammar of the command lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data.cli import parse
+from data.errors import DataError
+from data.prepare.__main__ import Arguments, main
+from data.prepare.sources import Video, number, parse_conditions, ranked, read_source, split_conditions
+
+ROWS: list[dict[str, Any]] = [
+    {"video": "a.mp4", "caption": "first, with a comma", "aesthetic score": 5.5, "motion": 1.0, "camera": "static"},
+    {"video": "sub/b.mp4", "caption": "second\nline", "aesthetic score": 4.5, "motion": 9.0, "camera": "pan"},
+    {"video": "c.mp4", "caption": "", "aesthetic score": None, "motion": 2.0, "camera": "static"},
+    {"video": "d.mp4", "caption": "fourth", "aesthetic score": 6.0, "motion": 0.5, "camera": "static"},
+]
+
+
+def write_table(folder: Path, kind: str) -> Path:
+    path = folder / f"list.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_kind_of_table_gives_the_same_list(tmp_path: Path, kind: str) -> None:
+    videos, columns = read_source(write_table(tmp_path, kind))
+    assert columns == ["video", "caption", "aesthetic score", "motion", "camera"]
+    assert [(video.path, video.caption) for video in videos] == [
+        ("a.mp4", "first, with a comma"), ("sub/b.mp4", "second\nline"), ("c.mp4", None), ("d.mp4", "fourth"),
+    ]  # fmt: skip
+    assert [number(video.columns["aesthetic score"]) for video in videos] == [5.5, 4.5, None, 6.0]
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "csv")
+    videos, _ = read_source(path, "camera", "video")
+    assert (videos[0].path, videos[0].caption) == ("static", "a.mp4")
+    with pytest.raises(DataError, match="caption_column: there is no column 'captions', .*; did you mean caption"):
+        read_source(path, None, "captions")
+
+
+def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
+    for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b.txt").write_text(" caption of b\n")
+    (tmp_path / "a.txt").write_text(" \n")
+    videos, columns = read_source(tmp_path)
+    assert columns == [] and [(v.path, v.caption) for v in videos] == [
+        ("a.webm", None), ("b.mp4", "caption of b"), ("sub/c.MKV", None),
+    ]  # fmt: skip
+
+
+def chosen(where: str) -> list[str]:
+    columns = [name for name in ROWS[0] if name not in ("video", "caption")]
+    conditions, _ = split_conditions(parse_conditions(where), columns)
+    return [row["video"][-5] for row in ROWS if all(condition.holds(row) for condition in conditions)]
+
+
+def test_conditions() -> None:
+    assert chosen("aesthetic score>4.5") == ["a", "d"]
+    assert chosen("aesthetic score>=4.5, motion<=1") == ["a", "d"]
+    assert chosen("camera=static and motion > 0.5") == ["a", "c"]
+    assert chosen("camera!=static") == ["b"] and chosen("aesthetic score!=6") == ["a", "b", "c"]
+    own, probed = split_conditions(parse_conditions("motion>1,height>=720"), ["motion"])
+    assert [c.column for c in own] == ["motion"] and [c.column for c in probed] == ["height"]
+    for where, message in [
+        ("score", "'score' is not a condition"),
+        ("motion>high", "compares with 'high', expected a number"),
+        ("motoin>1", "no column 'motoin', .*did you mean motion"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            chosen(where)
+
+
+def test_ranking() -> None:
+    columns = ["aesthetic score", "motion"]
+    videos = [Video(row["video"], row["caption"], row) for row in ROWS]
+    assert [v.path[-5] for v in ranked(videos, "aesthetic score", columns)] == ["d", "a", "b", "c"]
+    assert [v.path[-5] for v in ranked(videos, "aesthetic score+motion", columns)] == ["b", "a", "d", "c"]
+    with pytest.raises(DataError, match="sort: there is no column 'x'"):
+        ranked(videos, "x", columns)
+
+
+def test_unusable_sources(tmp_path: Path) -> None:
+    (tmp_path / "list.xlsx").touch()
+    (tmp_path / "empty.csv").write_text("path,caption\n")
+    (tmp_path / "other.csv").write_text("id,caption\n1,x\n")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "bad.parquet").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name, message in [
+        ("gone.csv", "no such folder or table"),
+        ("gone", "no such folder or table"),
+        ("list.xlsx", "unknown kind of list"),
+        ("empty.csv", "the table is empty"),
+        ("other.csv", "no column named path or video .* found id, caption; give path_column=NAME"),
+        ("bad.jsonl", "cannot be read as jsonl"),
+        ("bad.parquet", "cannot be read as parquet"),
+        ("folder", "no videos in this folder"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read_source(tmp_path / name)
+
+
+def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
+    given = parse(Arguments, ["source=a=b.csv", "out=o", "where=score>4.5, x='y'", "top=null", "--image-to-video"])
+    assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
+    assert given.image_to_video and given.frames == "4x" and given.weights is None
+    mistakes = [
+        (["out=o"], "source is not set, give source=VALUE; folder of videos"),
+        (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
+        (["source=s", "source=t"], "source is given twice"),
+        (["source=s", "out=o", "top=many"], "top is 'many', expected a whole number"),
+        (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, hunyuan"),
+        (["source=s", "out=o", "image_to_video=maybe"], "image_to_video is 'maybe', expected true or false"),
+        (["source"], "'source' is not a setting, expected key=value"),
+        (["--top"], "'--top' is not a setting"),
+        (["source=s", "out=o", "workers=0"], "workers is 0, expected at least 1"),
+        (["source=s", "out=o", "bad_share=2"], "bad_share is 2.0, expected a share from 0 to 1"),
+        (["source=s", "out=o", "model=pixels", "frames=5x"], "frames is '5x', expected a number or one of 1x, 2x, 4x"),
+        (["source=s", "out=o", "model=pixels", "size=32"], "size is '32', expected HEIGHTxWIDTH"),
+        (
+            ["source=s", "out=o", "model=pixels", "size=33x64"],
+            "size is 33x64, expected sides that divide by 2, such as",
+        ),
+        (["source=s", "out=o", "model=wan"], "weights is not set, model=wan needs its diffusers folder"),
+        (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),
+        (["source=s", f"out={tmp_path / 'o'}", "model=pixels"], "s: no such folder or table"),
+    ]
+    for words, message in mistakes:
+        with pytest.raises(DataError) as caught:
+            main(words)
+        assert message in str(caught.value), (words, caught.value)
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,203 @@
+"""Decoding real files: pace, size, rotation, colour, and what is wrong with bad ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from videos import number_of, numbered, turn_clockwise, write_sound, write_video
+
+from data.errors import DataError
+from data.prepare.video import Clip, nearest_size, probe, read_clips
+
+
+def codecs() -> list[str]:
+    """The encoders of this build of FFmpeg."""
+    found = []
+    for name in ("libx264", "libx265", "libvpx-vp9", "mpeg4"):
+        try:
+            av.Codec(name, "w")
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+def clips_of(
+    path: Path, frames: int = 10, fps: float = 16, size: tuple[int, int] = (64, 96), **more: Any
+) -> list[Clip]:
+    return list(read_clips(path, fps=fps, frames=frames, sizes=[size], **more))
+
+
+def numbers(clip: Clip) -> list[int]:
+    return [number_of(picture) for picture in clip.frames]
+
+
+def check_times(clip: Clip, times: list[float], fps: float) -> None:
+    """Each frame is the one that a player shows at its time; containers keep times to a millisecond or two."""
+    for k, shown in enumerate(numbers(clip)):
+        near = [max((i for i, t in enumerate(times) if t <= k / fps + slack), default=0) for slack in (-2e-3, 2e-3)]
+        assert shown in range(near[0], near[1] + 1), (k, shown, near)
+
+
+def test_this_build_has_the_codecs_that_matter() -> None:
+    assert {"libx264", "libvpx-vp9"} <= set(codecs())
+
+
+@pytest.mark.parametrize("codec", codecs())
+def test_every_codec_gives_the_frames_in_order(tmp_path: Path, codec: str) -> None:
+    path = write_video(tmp_path / ("v.webm" if codec == "libvpx-vp9" else "v.mp4"), 35, codec=codec)
+    info = probe(path)
+    assert (info.height, info.width, info.fps) == (64, 96, 16) and info.frames_at(16) == 35
+    clips = clips_of(path)
+    assert [(clip.index, clip.start) for clip in clips] == [(0, 0), (1, 0.625), (2, 1.25)]
+    assert [n for clip in clips for n in numbers(clip)] == list(range(30))
+    assert clips[0].frames.shape == (10, 64, 96, 3) and clips[0].frames.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("source", "target"), [(30, 16), (24, 30), (50, 24), (60, 16)])
+def test_another_pace_shows_what_a_player_shows(tmp_path: Path, source: int, target: int) -> None:
+    path = write_video(tmp_path / "v.mp4", 60, fps=source)
+    (clip,) = clips_of(path, frames=math.floor(60 / source * target), fps=target)
+    check_times(clip, [i / source for i in range(60)], target)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_a_variable_rate_follows_the_clock(tmp_path: Path, name: str) -> None:
+    gaps = [0.02, 0.05, 0.3, 0.04, 0.125, 0.06] * 8
+    times = [sum(gaps[:i]) for i in range(len(gaps))]
+    (clip,) = clips_of(write_video(tmp_path / name, len(times), times=times, fps=1000), frames=64)
+    check_times(clip, times, 16)
+
+
+def test_clips_are_counted_and_skipped(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 45)
+    assert [clip.index for clip in clips_of(path, most=2)] == [0, 1]
+    rest = clips_of(path, skip={0, 2})
+    assert [(clip.index, clip.start, numbers(clip)[0]) for clip in rest] == [(1, 0.625, 10), (3, 1.875, 30)]
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_rotation_is_undone(tmp_path: Path, quarters: int) -> None:
+    corners = np.zeros((64, 96, 3), np.uint8)
+    corners[:32, :48], corners[:32, 48:], corners[32:, :48] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    path = write_video(tmp_path / "v.mp4", 12, picture=lambda i: corners)
+    turn_clockwise(path, quarters)
+    upright = np.rot90(corners, -quarters)
+    info = probe(path)
+    assert (info.height, info.width) == upright.shape[:2]
+    (clip,) = clips_of(path, size=(info.height, info.width))
+    assert np.abs(clip.frames[0].astype(int) - upright)[4:28, 4:28].max() < 40
+    assert np.abs(clip.frames[5].astype(int) - upright)[-28:-4, -28:-4].max() < 40
+
+
+def test_odd_sizes_and_buckets(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 12, height=75, width=133, pixels="yuv444p")
+    assert (probe(path).height, probe(path).width) == (75, 133)
+    sizes = [(32, 32), (64, 32), (32, 64)]
+    (clip,) = read_clips(path, fps=16, frames=12, sizes=sizes)
+    assert clip.frames.shape == (12, 32, 64, 3) and numbers(clip) == list(range(12))
+    assert nearest_size(100, 99, sizes) == (32, 32) and nearest_size(1920, 1080, sizes) == (64, 32)
+
+
+def test_the_centre_is_kept_and_not_stretched(tmp_path: Path) -> None:
+    disc = np.zeros((120, 240, 3), np.uint8)
+    y, x = np.mgrid[:120, :240]
+    disc[(y - 60) ** 2 + (x - 120) ** 2 < 40**2] = 255
+    (clip,) = clips_of(
+        write_video(tmp_path / "v.mp4", 4, height=120, width=240, picture=lambda i: disc), 4, size=(64, 64)
+    )
+    white = clip.frames[2].mean(axis=2) > 127
+    rows, columns = np.nonzero(white.any(axis=1))[0], np.nonzero(white.any(axis=0))[0]
+    expected = 2 * 40 * 64 / 120
+    assert abs(len(rows) - expected) <= 2 and abs(len(columns) - expected) <= 2
+    assert abs(rows.mean() - 31.5) < 1.5 and abs(columns.mean() - 31.5) < 1.5
+
+
+def test_wide_pixels_are_made_square(tmp_path: Path) -> None:
+    def anamorphic(stream: Any) -> None:
+        stream.codec_context.sample_aspect_ratio = 2
+
+    path = write_video(tmp_path / "v.mp4", 8, before=anamorphic)
+    assert (probe(path).height, probe(path).width) == (64, 192)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", [1, 5])
+def test_colours_survive_range_and_matrix(tmp_path: Path, full: bool, matrix: int) -> None:
+    colour = np.array([200, 30, 90])
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 64, "yuv444p", {"crf": "1"}
+        stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, matrix
+        image = np.broadcast_to(colour.astype(np.uint8), (64, 64, 3)).copy()
+        frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(
+            format="yuv444p", dst_colorspace=matrix, src_color_range=2, dst_color_range=1 + full
+        )
+        for i in range(8):
+            frame.pts = i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (clip,) = clips_of(path, 8, size=(32, 32))
+    # The wrong matrix or range is 9 or more off.
+    assert np.abs(clip.frames[4, 16, 16].astype(int) - colour).max() <= 4
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        probe(path)
+    return str(caught.value)
+
+
+def test_files_that_are_no_video(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video " * 50)
+    headless = write_video(tmp_path / "headless.mp4")
+    headless.write_bytes(headless.read_bytes()[: headless.read_bytes().index(b"moov")])
+    short = write_video(tmp_path / "short.mp4")
+    short.write_bytes(short.read_bytes()[:-600])
+    hdr = write_video(tmp_path / "hdr.mp4", 4, before=lambda s: setattr(s.codec_context, "color_trc", 16))
+    assert refused(write_sound(tmp_path / "sound.mp4")) == "no video stream"
+    for name in ("empty.mp4", "headless.mp4"):
+        assert refused(tmp_path / name) == "Invalid data found when processing input"
+    assert refused(tmp_path / "text.mp4")
+    assert refused(short).startswith("its header is damaged")
+    assert "HDR video (PQ)" in refused(hdr)
+    assert "No such file" in refused(tmp_path / "gone.mp4")
+
+
+def noisy(i: int) -> np.ndarray:
+    """A numbered picture that takes some bytes to store."""
+    noise = np.random.default_rng(i).integers(0, 60, (64, 96, 3), dtype=np.uint8)
+    return np.clip(numbered(i).astype(int) + noise - 30, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_a_truncated_file_keeps_the_clips_before_its_end(tmp_path: Path, name: str) -> None:
+    container = {"movflags": "faststart"} if name.endswith("mp4") else {}
+    path = write_video(tmp_path / name, 80, picture=noisy, container=container)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    clips: list[Clip] = []
+    with pytest.raises(DataError, match=r"truncated: ends after|Invalid data|damaged"):
+        for clip in read_clips(path, fps=16, frames=10, sizes=[(64, 96)]):
+            clips.append(clip)
+    assert 2 <= len(clips) <= 5
+    assert [n for clip in clips for n in numbers(clip)] == list(range(10 * len(clips)))
+
+
+def test_a_file_damaged_in_the_middle_gives_no_wrong_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 80, picture=noisy)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(bytes(content))
+    clips: list[Clip] = []
+    with pytest.raises(DataError):
+        for clip in read_clips(path, fps=16, frames=10, sizes=[(64, 96)]):
+            clips.append(clip)
+    assert len(clips) >= 1 and [n for clip in clips for n in numbers(clip)] == list(range(10 * len(clips)))

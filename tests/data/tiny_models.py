@@ -1,0 +1,115 @@
+"""Tiny VAEs and text encoders in the families' real classes, saved in the layout of a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WORDS = ["a", "red", "ball", "moving", "bar", "clip", "video", "of", "the", "and", "&"]
+
+
+def _tokenizer(length: int, side: str = "right") -> Any:
+    """Words of letters; pad 0, end 1, unknown 2, start 3."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<s>", *dict.fromkeys(WORDS)])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>",
+        model_max_length=length, padding_side=side,
+    )  # fmt: skip
+
+
+def _random(model: torch.nn.Module) -> Any:
+    """The model with every parameter drawn, so that no bias or norm is trivial."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_wan(folder: Path, seed: int = 0, *, image: bool = False) -> Path:
+    """A Wan folder; `image` adds what image-to-video needs."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    config = UMT5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0, decoder_start_token_id=0
+    )
+    _random(vae).save_pretrained(folder / "vae")
+    _random(UMT5EncoderModel(config)).save_pretrained(folder / "text_encoder")
+    _tokenizer(512).save_pretrained(folder / "tokenizer")
+    if image:
+        vision = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        )
+        _random(CLIPVisionModel(vision)).save_pretrained(folder / "image_encoder")
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+            folder / "image_processor"
+        )
+    return folder
+
+
+def save_hunyuan(folder: Path, seed: int = 0) -> Path:
+    """A HunyuanVideo folder."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    llama = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=3, eos_token_id=1,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, pad_token_id=0, bos_token_id=3, eos_token_id=1,
+    )  # fmt: skip
+    _random(vae).save_pretrained(folder / "vae")
+    _random(LlamaModel(llama)).save_pretrained(folder / "text_encoder")
+    _random(CLIPTextModel(clip)).save_pretrained(folder / "text_encoder_2")
+    _tokenizer(512).save_pretrained(folder / "tokenizer")
+    _tokenizer(77).save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
+def save_mochi(folder: Path, seed: int = 0, *, force_zeros: bool = False) -> Path:
+    """A Mochi folder."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLMochi(
+        latent_channels=4, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1, 1, 1, 1, 1), latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8],
+    )  # fmt: skip
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
+    _random(vae).save_pretrained(folder / "vae")
+    _random(T5EncoderModel(config)).save_pretrained(folder / "text_encoder")
+    _tokenizer(256).save_pretrained(folder / "tokenizer")
+    index = {"_class_name": "MochiPipeline", "force_zeros_for_empty_prompt": force_zeros}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

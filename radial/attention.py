@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from radial.backends import AttentionCall, choose_backend
+from radial.backends import BACKENDS, AttentionCall, choose_backend
 from radial.errors import RadialError
 from radial.grid import VideoGrid
-from radial.layout import BlockLayout, build_layout
+from radial.layout import BlockLayout, build_layout, layout_of
 from radial.patterns import Pattern, Released
 
 
@@ -78,14 +78,33 @@ def attention_over(
             f"expected integers of shape ({q.shape[0]},)"
         )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    call = AttentionCall(q.device, q.dtype, q.shape[-1], needs_grad, text_lengths is not None, layout)
-    chosen = choose_backend(call, backend)
-    return chosen(
+    name = _backend_name(
+        layout.handle, str(q.device), q.dtype, q.shape[-1], needs_grad, text_lengths is not None, backend
+    )
+    return BACKENDS[name](
         q,
         k,
         v,
-        layout.to(q.device),
+        layout,
         # clamped, since checking the values would wait for the device
         text_lengths=None if text_lengths is None else text_lengths.clamp(0, grid.text_tokens),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+
+
+def _backend_name(
+    layout: int,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    masks_text: bool,
+    name: str | None,
+) -> str:
+    """`choose_backend` for the compiler, which must not look inside: a constant of constants."""
+    call = AttentionCall(torch.device(device), dtype, head_dim, needs_grad, masks_text, layout_of(layout))
+    return choose_backend(call, name).name
+
+
+# torch.compiler.assume_constant_result does just this, but importing the compiler for it takes seconds
+_backend_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -15,8 +15,12 @@ What the released code leaves undefined is defined here, for every pattern:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +28,10 @@ from torch import Tensor
 from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.patterns import Pattern
+
+_LISTS = ("row_offsets", "columns", "column_offsets", "rows")
+_HANDLES = itertools.count()
+_LIVE: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +42,7 @@ class BlockLayout:
         pattern, grid, block: what it was built from; block size in tokens.
         row_offsets: (blocks + 1,) int32. columns: (kept,) int32, ascending in each row.
         column_offsets: (blocks + 1,) int32. rows: (kept,) int32, ascending in each column.
+        handle: a number that stands for this object where only numbers and tensors may pass (`layout_of`).
     """
 
     pattern: Pattern
@@ -43,7 +52,11 @@ class BlockLayout:
     columns: Tensor
     column_offsets: Tensor
     rows: Tensor
-    _copies: dict[torch.device, BlockLayout] = field(default_factory=dict, repr=False)
+    handle: int = field(default_factory=_HANDLES.__next__)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _LIVE[self.handle] = self
 
     @property
     def blocks(self) -> int:
@@ -98,18 +111,28 @@ class BlockLayout:
         dense[torch.repeat_interleave(torch.arange(self.blocks), counts), self.columns.cpu().long()] = True
         return dense
 
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returns, made once for each key and kept as long as this layout: a backend's own tables."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """This layout on ``device``; the copy is made once and kept."""
         device = torch.device(device)
         if device == self.columns.device:
             return self
-        if device not in self._copies:
-            row_offsets, columns = self.row_offsets.to(device), self.columns.to(device)
-            column_offsets, rows = self.column_offsets.to(device), self.rows.to(device)
-            self._copies[device] = BlockLayout(
-                self.pattern, self.grid, self.block, row_offsets, columns, column_offsets, rows
-            )
-        return self._copies[device]
+        return self.derived(
+            device,
+            lambda: replace(
+                self, **{name: getattr(self, name).to(device) for name in _LISTS}, handle=next(_HANDLES), _derived={}
+            ),
+        )
+
+
+def layout_of(handle: int) -> BlockLayout:
+    """The living layout with this handle. A custom operator takes numbers and tensors, not objects."""
+    return _LIVE[handle]
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,8 @@ from radial.errors import RadialError
 
 __all__ = ["BACKENDS", "AttentionCall", "Backend", "choose_backend"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), TorchBlocks())}
+_FASTEST_FIRST: tuple[Backend, ...] = (Sdpa(), TorchBlocks())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _FASTEST_FIRST}
 
 
 def choose_backend(call: AttentionCall, name: str | None = None) -> Backend:

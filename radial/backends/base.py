@@ -26,7 +26,8 @@ class AttentionCall:
 class Backend(Protocol):
     """One implementation of block-sparse attention. Implementations are stateless.
 
-    Adding one: a file in this folder with a class of this shape, and a line in `radial.backends.BACKENDS`.
+    Adding one: a file in this folder with a class of this shape, and a line in `radial.backends.BACKENDS`. One that
+    brings kernels of its own derives from `radial.backends.op.KernelBackend`, which makes it a torch operator.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Backend(Protocol):
 
         Args:
             q, k, v: (batch, tokens, heads, head_dim), any strides.
-            layout: the block lists, on the device of q.
+            layout: the block lists, on any device.
             text_lengths: (batch,) integer, valid text tokens of each sample; keys after them are masked.
             scale: factor of the scores before the softmax.
 

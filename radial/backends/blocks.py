@@ -17,44 +17,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from radial.backends.base import AttentionCall
+from radial.backends.op import KernelBackend
 from radial.layout import BlockLayout
 
 
-class TorchBlocks:
+class TorchBlocks(KernelBackend):
     """The reference backend; differentiable, any device and floating dtype."""
 
     name = "torch"
+    gives_lse = False
 
     def why_not(self, call: AttentionCall) -> str | None:
         if not call.dtype.is_floating_point:
             return f"q, k and v are {call.dtype}, expected a floating-point dtype"
         return None
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
-    ) -> Tensor:
-        return _BlockAttention.apply(q, k, v, layout, text_lengths, scale)
-
-
-class _BlockAttention(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: BlockLayout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         q_NTBD, k_NTBD, v_NTBD = (_to_blocks(t, layout.block) for t in (q, k, v))
         valid_N = _valid_keys(layout, text_lengths, q)
         out_NTBD = torch.empty_like(q_NTBD)
@@ -65,15 +51,21 @@ class _BlockAttention(torch.autograd.Function):
             out_NTBD[:, i] = F.scaled_dot_product_attention(
                 q_NTBD[None, :, i], k_NKD[None], v_NKD[None], attn_mask=keep, scale=scale
             )[0]
-        ctx.save_for_backward(q, k, v, valid_N)
-        ctx.layout, ctx.scale = layout, scale
-        return _from_blocks(out_NTBD, q)
+        return _from_blocks(out_NTBD, q), q.new_empty(0, dtype=torch.float32)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, valid_N = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        valid_N = _valid_keys(layout, text_lengths, q)
         work, low = torch.float64 if q.dtype == torch.float64 else torch.float32, q.dtype
         q_NTBD, k_NTBD, v_NTBD, grad_NTBD = (_to_blocks(t, layout.block) for t in (q, k, v, grad))
         q_work, k_work, v_work, grad_work = (t.to(work) for t in (q_NTBD, k_NTBD, v_NTBD, grad_NTBD))
@@ -93,7 +85,7 @@ class _BlockAttention(torch.autograd.Function):
             dv.index_add_(1, columns, (p.to(low).transpose(1, 2) @ grad_NTBD[:, i]).view(shape).to(work))
             dk.index_add_(1, columns, (ds.transpose(1, 2) @ q_NTBD[:, i]).view(shape).to(work))
             dq[:, i] = scale * (ds @ k_NTBD[:, columns].flatten(1, 2))
-        return _from_blocks(dq, q), _from_blocks(dk.mul_(scale), k), _from_blocks(dv, v), None, None, None
+        return _from_blocks(dq, q), _from_blocks(dk.mul_(scale), k), _from_blocks(dv, v)
 
 
 def _rows_of(layout: BlockLayout) -> Iterator[tuple[int, Tensor]]:

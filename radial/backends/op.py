@@ -1,0 +1,123 @@
+"""The torch operators ``radial::attention`` and ``radial::attention_backward``, and the backends behind them.
+
+A kernel that torch does not know would break the graph of a compiled transformer block. As an operator with a fake
+implementation and a registered gradient it is one node of the graph, and selective checkpointing can name it and keep
+its results (the output and the log-sum-exp), so that attention is not computed again. An operator takes tensors and
+numbers only, so a layout goes in as its handle and a backend as its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radial.backends.base import AttentionCall
+from radial.layout import BlockLayout, layout_of
+
+
+class KernelBackend(ABC):
+    """A backend with kernels of its own. Subclasses give `forward`, and `backward` when they are differentiable."""
+
+    name: str
+    # Does forward return the log-sum-exp (batch, heads, tokens) that backward needs? An empty tensor stands in if not.
+    gives_lse: bool
+
+    @abstractmethod
+    def why_not(self, call: AttentionCall) -> str | None:
+        """See `radial.backends.base.Backend`."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Contiguous output (batch, tokens, heads, head_dim), dtype of q, and the log-sum-exp, float32 (or empty).
+
+        Arguments as in `radial.backends.base.Backend`, with the layout on the device of q.
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Contiguous gradients of q, k and v, from the gradient of the output and what `forward` returned."""
+        raise NotImplementedError(f"attention backend {self.name} runs forward only")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+    ) -> Tensor:
+        return torch.ops.radial.attention(q, k, v, text_lengths, scale, layout.handle, self.name)[0]
+
+
+def _kernels(name: str) -> KernelBackend:
+    from radial.backends import BACKENDS  # here, since the registry imports the backends and they import this file
+
+    backend = BACKENDS[name]
+    assert isinstance(backend, KernelBackend)
+    return backend
+
+
+@torch.library.custom_op("radial::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None, scale: float, layout: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).forward(q, k, v, layout_of(layout).to(q.device), text_lengths, scale)
+
+
+@torch.library.custom_op("radial::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    text_lengths: Tensor | None,
+    scale: float,
+    layout: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    on_device = layout_of(layout).to(q.device)
+    return _kernels(backend).backward(grad, q, k, v, out, lse, on_device, text_lengths, scale)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None, scale: float, layout: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    shape = (batch, heads, tokens) if _kernels(backend).gives_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, text_lengths, ctx.scale, ctx.layout, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, text_lengths, *output)
+    # the graph keeps the layout alive as long as its backward may come
+    ctx.owner = layout_of(ctx.layout)
+
+
+def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, text_lengths, out, lse = ctx.saved_tensors
+    gradients = torch.ops.radial.attention_backward(
+        grad, q, k, v, out, lse, text_lengths, ctx.scale, ctx.layout, ctx.backend
+    )
+    return (*gradients, None, None, None, None)
+
+
+_attention.register_autograd(_gradients, setup_context=_save)

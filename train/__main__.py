@@ -8,7 +8,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from train.cli import guarded
-from train.compose import CONF, DEFAULT_RUN, compose_run, finish, group_options, run_names, split_arguments
+from train.compose import (
+    CONF,
+    DEFAULT_RUN,
+    change_layout,
+    compose_run,
+    finish,
+    group_options,
+    run_names,
+    split_arguments,
+)
 from train.errors import UserError
 
 
@@ -20,7 +29,7 @@ def usage() -> str:
     """The text of --help, made of the files in conf/."""
     lines = [
         "python -m train [conf=RUN] [group=option ...] [key=value ...]",
-        "python -m train resume=<run folder>",
+        "python -m train resume=<run folder> [trainer.devices=N] [parallel.KEY=value] [data.batch_size=N]",
         "",
         "Trains a LoRA that extends a video model to longer clips with radial attention.",
         f"Without arguments it runs conf={DEFAULT_RUN}.",
@@ -76,11 +85,12 @@ def main(arguments: list[str]) -> None:
 
 def _resume(folder: Path, settings: dict[str, str]) -> None:
     from train.export import read_config
+    from train.preflight import preflight
     from train.run import resume
 
-    if settings:
-        raise UserError(f"{next(iter(settings))} cannot be changed on resume; start a new run for other settings")
-    resume(folder, read_config(folder))
+    config = change_layout(read_config(folder), settings)
+    preflight(config)
+    resume(folder, config)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import torch
 from data.manifest import Manifest
 from data.synth import synthesize
 from radial import make_pattern
-from train.config import RunConfig
+from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
 from train.flow import SigmaSchedule
 from train.lora import inject_lora
+from train.memory import block_runner, chunk_tokens
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule
+from train.offload import Offload
 from train.preflight import check_heads
 
 
@@ -44,6 +46,19 @@ def synthetic_shards(config: RunConfig, clips: int, seed: int) -> Manifest:
     return synthesize(folder, clips, clip.frames, clip.height, clip.width, seed, workers=workers, progress=True)
 
 
+def set_memory_policy(adapter: ModelAdapter, parallel: ParallelConfig, *, compiled: bool) -> None:
+    """What the model's blocks keep for the backward, and whether they are compiled."""
+    if parallel.ffn_chunk is not None:
+        for layer in adapter.feed_forwards():
+            chunk_tokens(layer, parallel.ffn_chunk)
+    if parallel.activations != "none":
+        offload = Offload() if parallel.offload_activations else None
+        runner = block_runner(parallel.activations, offload, compiled=compiled)
+        adapter.transformer.enable_gradient_checkpointing(runner)
+    elif compiled:
+        adapter.transformer.compile_repeated_blocks()
+
+
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
     """The LightningModule of a run; injects the LoRA into the adapter's transformer."""
     layers, heads, _ = adapter.attention_shape
@@ -58,11 +73,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
             config.lora.targets or adapter.lora_targets,
             config.seed,
         )
-    if config.model.checkpointing:
-        adapter.transformer.enable_gradient_checkpointing()
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
     adapter.transformer.train()
-    if config.trainer.compile:
-        adapter.transformer.compile_repeated_blocks()
     attention, objective, optim = config.attention, config.objective, config.optim
     return LengthExtensionModule(
         adapter,

@@ -107,6 +107,27 @@ def finish(config: DictConfig) -> RunConfig:
     return run
 
 
+def change_layout(config: RunConfig, settings: dict[str, str]) -> RunConfig:
+    """The config of a run that goes on with other GPUs: the same steps on the same samples, spread otherwise.
+
+    Raises:
+        UserError: a key that would change the results, or a layout that takes another number of samples at once.
+    """
+    typed = OmegaConf.structured(config)
+    for key, text in settings.items():
+        if key not in ("trainer.devices", "data.batch_size", "data.workers") and not key.startswith("parallel."):
+            raise UserError(f"{key} cannot be changed on resume; start a new run for other settings")
+        _assign(typed, key, text)
+    changed = finish(typed)
+    before, now = config.clips_at_once(), changed.clips_at_once()
+    if now != before:
+        raise UserError(
+            f"data.batch_size x trainer.devices / parallel.sequence is {now:g}, the run was started with {before:g}: "
+            "set data.batch_size"
+        )
+    return changed
+
+
 def _assign(config: DictConfig, key: str, text: str) -> None:
     known = _leaves(RunConfig)
     parts = key.split(".")

@@ -29,7 +29,6 @@ class ModelConfig:
     vae: list[int] = MISSING  # compression of the VAE in (t, h, w)
     patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
     text_tokens: int = MISSING  # the family pads every prompt to this many tokens
-    checkpointing: bool = True  # recompute each block in the backward
 
 
 @dataclass
@@ -112,12 +111,15 @@ class TrainerConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the work is spread over GPUs."""
+    """How the work is spread over GPUs, and what is kept for the backward."""
 
     strategy: str = "ddp"  # ddp; zero1, zero2, zero3: DeepSpeed, on GPUs only
     sequence: int = 1  # GPUs that share each clip's tokens
     offload_optimizer: bool = False  # of ZeRO: the optimizer state, and its step, on the CPU
     offload_parameters: bool = False  # of zero3: the weights in CPU memory
+    activations: str = "none"  # what blocks keep: none, full, selective (`train.memory`)
+    offload_activations: bool = False  # what full or selective keep goes to CPU memory
+    ffn_chunk: int | None = None  # tokens that a feed-forward layer takes at a time
 
 
 @dataclass
@@ -158,6 +160,10 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
+    def clips_at_once(self) -> float:
+        """Clips in a micro-batch of all devices together."""
+        return self.data.batch_size * self.trainer.devices / self.parallel.sequence
+
     def grid(self) -> VideoGrid:
         """The token grid of the configured clip."""
         vae, patch = self.model.vae, self.model.patch
@@ -175,6 +181,7 @@ _CHOICES = {
     "optim.decay": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp32", "auto"),
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3"),
+    "parallel.activations": ("none", "full", "selective"),
     "log.wandb": ("disabled", "offline", "online"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -192,6 +199,7 @@ _AT_LEAST: dict[str, float] = {
     "trainer.checkpoint_every": 1,
     "trainer.keep": 1,
     "parallel.sequence": 1,
+    "parallel.ffn_chunk": 1,
     "log.every": 1,
     "report.clips": 0,
     "report.sampling_steps": 1,
@@ -247,6 +255,8 @@ def validate(config: RunConfig) -> None:
     ):
         if getattr(parallel, key) and parallel.strategy not in allowed:
             raise UserError(f"parallel.{key} needs parallel.strategy={' or '.join(allowed)}, it is {parallel.strategy}")
+    if parallel.offload_activations and parallel.activations == "none":
+        raise UserError("parallel.offload_activations needs parallel.activations=full or selective, it is none")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"attention.backend is {backend!r}, expected one of {', '.join(BACKENDS)}")

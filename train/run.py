@@ -69,20 +69,18 @@ class RunFolder:
 
 
 def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> DataLoader:
-    # the ranks of a sequence-parallel group get the same samples
-    sequence = config.parallel.sequence
-    world = trainer.world_size // sequence
+    sequence = config.parallel.sequence  # ranks that get the same samples
     order = BatchOrder(
         shards.shapes(),
         seed=config.seed,
-        global_batch=config.data.batch_size * world,
+        global_batch=int(config.clips_at_once()),
         shuffle_window=config.data.shuffle_window,
     )
     stream = LatentStream(
         shards,
         order,
         rank=trainer.global_rank // sequence,
-        world=world,
+        world=trainer.world_size // sequence,
         start_step=start,
         num_steps=config.trainer.steps * config.optim.accumulate - start,
     )

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import ParallelConfig
 from train.models.weights import settle
@@ -49,6 +49,10 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided the loss by the accumulated micro-batches already
+        model.trainer.model.backward(tensor, scale_wrt_gas=False)
 
     def forward_context(self) -> AbstractContextManager[None]:
         if self.precision == "32-true":

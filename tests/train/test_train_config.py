@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import DataError
-from train.compose import compose_run, finish, run_names, split_arguments
+from train.compose import change_layout, compose_run, finish, run_names, split_arguments
 from train.errors import UserError
 from train.preflight import check_heads, preflight
 
@@ -131,6 +131,16 @@ def test_sequence_parallelism_says_which_sizes_divide_the_heads():
     check_heads(8, 40)
     with pytest.raises(UserError, match="parallel.sequence is 5, expected a divisor .* 12 heads: 1, 2, 3, 4, 6, 12"):
         check_heads(5, 12)
+
+
+def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
+    config = finish(compose_run({"trainer.devices": "2"}))
+    changed = change_layout(config, {"trainer.devices": "8", "parallel.sequence": "4", "parallel.strategy": "zero2"})
+    assert (changed.trainer.devices, changed.parallel.sequence, changed.data.batch_size) == (8, 4, 1)
+    with pytest.raises(UserError, match="optim.lr cannot be changed on resume"):
+        change_layout(config, {"optim.lr": "1"})
+    with pytest.raises(UserError, match="/ parallel.sequence is 1, .* started with 2: set data"):
+        change_layout(config, {"trainer.devices": "1"})
 
 
 def command(*words):

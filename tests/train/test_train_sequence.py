@@ -24,7 +24,6 @@ def close(got, expected, tolerance=2e-5):
 def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samples, checkpointing):
     settings = (pattern, ODD)
     ranks = run_ranks(world, sequence_ranks.wan_gradients, *settings, size, samples, checkpointing)
-    torch.set_num_threads(1)
     expected = sequence_ranks.wan_gradients(*settings, 1, samples, checkpointing)
     assert len(expected["gradients"]) == 2 * 4 * 3
     for got in ranks:

@@ -1,11 +1,19 @@
-"""ZeRO's numbers and checkpoints, with DeepSpeed on the CPU in real processes; Lightning's part is in tests/gpu."""
+"""ZeRO's numbers and checkpoints, with DeepSpeed on the CPU in real processes; on GPUs in tests/gpu."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import zero_ranks
 from ranks import run_ranks
+from tiny import run_config
 
 from train.checkpoint import load_state, load_weights
+from train.run import RunFolder, resume, train
 
 
 def same(a, b):
@@ -44,3 +52,50 @@ def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, s
     same(tmp_path / "resumed", tmp_path / "plain" / "step-2")
 
     assert zero_ranks.plain(1, samples, tmp_path / "on", tmp_path / "zero") == pytest.approx(expected[2:], rel=1e-4)
+
+
+def curve(folder):
+    """(step, loss, gradient norm) of each step in a run's log."""
+    with (folder / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["loss"]]
+    return [(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["parallel.strategy=zero3", "trainer.devices=2", "data.batch_size=1"],
+        pytest.param(["parallel.strategy=zero1", "trainer.devices=2", "data.batch_size=1"], marks=pytest.mark.slow),
+        pytest.param(
+            ["parallel.strategy=zero2", "trainer.devices=4", "data.batch_size=1", "parallel.sequence=2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_goes_on_with_zero_and_back(tmp_path, settings):
+    """One process takes two steps, ZeRO through Lightning the next two, one process the last two."""
+    config = run_config(tmp_path, data__batch_size=2, optim__accumulate=2, trainer__steps=6, trainer__keep=3)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    other = RunFolder.create(config)
+    keep(folder.path, other.path, 2)
+    script = Path(__file__).parent / "zero_on_cpu.py"
+    done = subprocess.run(
+        [sys.executable, str(script), f"resume={other.path}", *settings], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in curve(other.path)] == [0, 1, 2, 3, 4, 5]
+    for got, expected in zip(curve(other.path), curve(folder.path), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+    same(other.path / "checkpoints" / "step-000006", folder.path / "checkpoints" / "step-000006")
+
+    back = RunFolder.create(config)
+    keep(other.path, back.path, 4)
+    resume(back.path, config)
+    for got, expected in zip(curve(back.path), curve(folder.path), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+def keep(run, copy, step):
+    shutil.copytree(run / "checkpoints" / f"step-{step:06d}", copy / "checkpoints" / f"step-{step:06d}")
+    shutil.copy(run / "metrics.csv", copy / "metrics.csv")

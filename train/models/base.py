@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.sample import TextTokens
 from radial import VideoGrid
@@ -46,6 +46,10 @@ class ModelAdapter(ABC):
     @abstractmethod
     def install_processors(self) -> None:
         """Puts our processor on each self-attention."""
+
+    @abstractmethod
+    def feed_forwards(self) -> list[nn.Module]:
+        """The feed-forward layers of the video tokens, (batch, tokens, dim) in and out."""
 
     @abstractmethod
     def grid(self, latent: Tensor) -> VideoGrid:

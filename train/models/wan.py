@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.sample import TextTokens
@@ -99,6 +99,9 @@ class WanAdapter(ModelAdapter):
         self._follows_shard = False
         for block in self.transformer.blocks:
             block.attn1.set_processor(WanSelfAttention())
+
+    def feed_forwards(self) -> list[nn.Module]:
+        return [block.ffn for block in self.transformer.blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)

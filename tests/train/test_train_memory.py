@@ -1,0 +1,122 @@
+"""Activation policies: the same gradients from less memory."""
+
+import pytest
+import torch
+from sequence_ranks import PATTERNS, clips, tiny_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from radial.backends import BACKENDS
+from train.build import set_memory_policy
+from train.config import ParallelConfig
+from train.flow import noised
+from train.memory import block_runner
+from train.offload import Offload
+from train.plan import AttentionPlan
+
+CELLS = (3, 12, 20)  # 45 tokens
+
+
+def gradients(prepare=lambda adapter: None, pattern="released"):
+    """LoRA gradients of a tiny Wan after ``prepare(adapter)``."""
+    adapter = tiny_adapter()
+    prepare(adapter)
+    adapter.transformer.train()
+    x0, eps, sigma, text = clips(2, CELLS)
+    x, target = noised(x0, eps, sigma)
+    adapter.set_plan(AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16))
+    (adapter.velocity(x, sigma, {"text": text}) - target).square().mean().backward()
+    return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
+
+
+def policy(**settings):
+    return lambda adapter: set_memory_policy(adapter, ParallelConfig(**settings), compiled=False)
+
+
+def with_offload(name, offload):
+    return lambda adapter: adapter.transformer.enable_gradient_checkpointing(block_runner(name, offload))
+
+
+@pytest.mark.parametrize("pattern", ["released", "dense"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        policy(activations="full"),
+        policy(activations="selective"),
+        policy(activations="full", offload_activations=True),
+        policy(ffn_chunk=16),
+        policy(activations="selective", ffn_chunk=7),
+        with_offload("full", Offload(least=0)),
+        with_offload("selective", Offload(least=0)),
+    ],
+)
+def test_gradients_are_those_without_a_policy(prepare, pattern):
+    for got, expected in zip(gradients(prepare, pattern), gradients(pattern=pattern), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "forwards"), [("none", 3), ("full", 6), ("selective", 3)])
+def test_selective_never_computes_attention_again(monkeypatch, name, forwards):
+    calls = []
+    kernel = type(BACKENDS["torch"])
+    whole = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
+    gradients(policy(activations=name))
+    assert len(calls) == forwards
+
+
+class Sizes(TorchDispatchMode):
+    """Records the shapes of everything that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+def test_the_wide_middle_of_a_chunked_ffn_never_exists_whole():
+    wide = 96
+
+    def longest(prepare):
+        with Sizes() as sizes:
+            gradients(prepare)
+        return max(shape[-2] for shape in sizes.shapes if len(shape) > 1 and shape[-1] == wide)
+
+    assert longest(policy()) >= 45
+    assert longest(policy(ffn_chunk=16)) <= 64  # 64 is the weight itself, (64, 96) transposed
+
+
+@pytest.mark.parametrize(("name", "kept"), [("full", 3), ("selective", 6)])
+def test_what_is_kept_goes_out_and_all_of_it_comes_back(name, kept):
+    offload = Offload(least=0)
+    put, out = offload.put, []
+
+    def counted(x):
+        stored = put(x)
+        if not isinstance(stored, torch.Tensor):
+            out.append(stored)
+        return stored
+
+    offload.put = counted
+    gradients(with_offload(name, offload))
+    assert len(out) == kept  # each block's input, and with selective attention's output; all share text and angles
+    assert not offload._stored
+    assert sum(len(buffers) for buffers in offload._free.values()) == kept
+    gradients(with_offload(name, offload))
+    assert sum(len(buffers) for buffers in offload._free.values()) == kept  # the second step used them again
+
+
+def test_tensors_come_back_as_they_were_in_any_order():
+    offload = Offload(least=0)
+    tensors = [torch.randn(5, 7).t(), torch.randn(3, dtype=torch.bfloat16), torch.arange(6), torch.randn(2, 3, 4)]
+    stored = [offload.put(x) for x in tensors]
+    for index in (3, 1, 2, 0):
+        back = offload.get(stored[index])
+        assert torch.equal(back, tensors[index])
+        assert back.stride() == tensors[index].stride()
+    small = torch.ones(3)
+    assert Offload(least=13).put(small) is small

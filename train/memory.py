@@ -1,0 +1,143 @@
+"""What a transformer block keeps for its backward: one policy a run.
+
+    none        everything that autograd saves
+    full        the block's input; the block runs again in the backward
+    selective   the input, and attention's output and log-sum-exp: all but attention runs again
+
+What is kept can go to CPU memory (`train.offload`). A feed-forward layer can run in stretches of tokens, each of which
+runs again in the backward, so that its wide middle never exists for all tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from train.offload import Offload, Stored
+
+POLICIES = ("none", "full", "selective")
+
+_Runner = Callable[..., Tensor]
+
+
+def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool = False) -> _Runner:
+    """How a model calls its blocks, ``run(block, hidden_states, *rest)``, for diffusers' gradient checkpointing.
+
+    Args:
+        policy: ``full`` or ``selective``.
+        offload: where to what is kept goes; None leaves it on the device.
+        compiled: compile the block with its checkpoint as one graph. Operators inside a compiled block are out of
+            reach from outside, so that checkpointing a compiled block would compute attention again.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        settings["context_fn"] = _compiled_contexts if compiled else functools.partial(_contexts, offload)
+    inner: _Runner = functools.partial(checkpoint, **settings)
+    if compiled:
+        inner = torch.compile(inner)
+    if offload is None:
+        return inner
+
+    def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
+        # what all blocks share (text, modulation, rotary angles), and weights, stay
+        shared = {x.data_ptr() for x in _tensors(rest)}
+
+        def pack(x: Tensor) -> Any:
+            stays = isinstance(x, nn.Parameter) or x.data_ptr() in shared
+            return x if stays else offload.put(x)
+
+        with saved_tensors_hooks(pack, offload.get):
+            return inner(block, hidden, *rest)
+
+    return run
+
+
+def chunk_tokens(layer: nn.Module, tokens: int) -> None:
+    """Makes a layer that treats each token alone run on ``tokens`` of them at a time, and again in the backward.
+
+    Args:
+        layer: takes and gives (batch, tokens, features).
+    """
+    whole = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.cat([checkpoint(whole, part, use_reentrant=False) for part in x.split(tokens, dim=1)], dim=1)
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _is_self_attention(operator: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator's results are worth keeping; cross-attention to a few text tokens is not."""
+    if operator is torch.ops.radial.attention.default:
+        return True
+    return operator in _DENSE and args[0].shape == args[1].shape
+
+
+_DENSE = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _compiled_contexts() -> Any:
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if _is_self_attention(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _contexts(offload: Offload | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    results: deque[Any] = deque()
+    put, get = (offload.put, offload.get) if offload is not None else (_same, _same)
+    return _Keep(results, put), _Reuse(results, get)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps what attention gives. torch's selective contexts do so too, but have no way to move it off the GPU."""
+
+    def __init__(self, results: deque[Any], put: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.results, self.put = results, put
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        if _is_self_attention(operator, args):
+            self.results.append(tree_map_only(Tensor, lambda x: self.put(x.detach()), out))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives what `_Keep` kept, in the same order, instead of computing it."""
+
+    def __init__(self, results: deque[Any], get: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.results, self.get = results, get
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_self_attention(operator, args):
+            return operator(*args, **(kwargs or {}))
+        return tree_map_only((Tensor, Stored), self.get, self.results.popleft())
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _tensors(items: Iterable[Any]) -> Iterable[Tensor]:
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from _tensors(item)

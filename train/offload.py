@@ -1,0 +1,106 @@
+"""Kept activations in CPU memory: copied out while the forward goes on, and back before the backward asks for them.
+
+Page-locked memory copies at the bus's full rate and beside the GPU's work. torch's pinned allocator rounds sizes up to
+a power of two (2.99 GB takes 4.29), so buffers are ordinary memory of the exact size that CUDA is asked to lock; they
+are kept for the next step. On a CPU the tensors are copied too: slower and pointless, but the same path.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_AHEAD = 2  # tensors on their way back while the backward works on one
+
+
+@dataclass(eq=False)
+class Stored:
+    """A tensor that lies in CPU memory."""
+
+    buffer: Tensor  # uint8, page-locked on a machine with CUDA
+    like: Tensor  # meta tensor: shape, strides, dtype
+    device: torch.device
+    done: Any = None  # event after the last copy
+    returned: Tensor | None = None  # on its device again
+
+
+class Offload:
+    """Moves tensors out (`put`) and back (`get`) on a stream of its own.
+
+    Each `get` also starts bringing back what was stored last, which the backward asks for next.
+
+    Args:
+        least: smaller tensors stay where they are, in bytes.
+    """
+
+    def __init__(self, least: int = 2**20) -> None:
+        self.least = least
+        self._stored: dict[Stored, None] = {}  # in the order of `put`
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+        self._streams: dict[torch.device, Any] = {}
+
+    def put(self, x: Tensor) -> Tensor | Stored:
+        """Starts the copy to the CPU; the caller drops ``x`` when it has no more use for it."""
+        size = x.numel() * x.element_size()
+        if size < max(self.least, 1):
+            return x
+        stored = Stored(self._buffer(size, x.device), torch.empty_like(x, device="meta"), x.device)
+        self._stored[stored] = None
+        target = stored.buffer.view(x.dtype).as_strided(stored.like.shape, stored.like.stride())
+        if x.device.type != "cuda":
+            target.copy_(x)
+            return stored
+        stream = self._stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            target.copy_(x, non_blocking=True)
+            stored.done = stream.record_event()
+        x.record_stream(stream)
+        return stored
+
+    def get(self, stored: Tensor | Stored) -> Tensor:
+        """The tensor, on its device again."""
+        if isinstance(stored, Tensor):
+            return stored
+        del self._stored[stored]
+        for wanted in (stored, *itertools.islice(reversed(self._stored), _AHEAD)):
+            self._bring_back(wanted)
+        x = stored.returned
+        assert x is not None
+        if stored.done is not None:
+            current = torch.cuda.current_stream(x.device)
+            current.wait_event(stored.done)
+            x.record_stream(current)
+        stored.returned = None
+        self._free[stored.buffer.numel()].append(stored.buffer)
+        return x
+
+    def _bring_back(self, stored: Stored) -> None:
+        if stored.returned is not None:
+            return
+        source = stored.buffer.view(stored.like.dtype).as_strided(stored.like.shape, stored.like.stride())
+        if stored.device.type != "cuda":
+            stored.returned = torch.empty_like(stored.like, device=stored.device).copy_(source)
+            return
+        with torch.cuda.stream(self._stream(stored.device)):
+            stored.returned = torch.empty_like(stored.like, device=stored.device)
+            stored.returned.copy_(source, non_blocking=True)
+            stored.done = self._stream(stored.device).record_event()
+
+    def _stream(self, device: torch.device) -> Any:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def _buffer(self, size: int, device: torch.device) -> Tensor:
+        if self._free[size]:
+            return self._free[size].pop()
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if device.type == "cuda":
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
+        return buffer

@@ -17,3 +17,7 @@ class DataError(ValueError):
         if lines[0].startswith("Caught DataError in "):
             lines = [lines[-1].partition("DataError: ")[2]]
         super().__init__(" ".join(line.strip() for line in lines))
+
+
+class BadSampleError(DataError):
+    """A sample whose bytes arrived, but are not what the manifest lists; the others of its shard may be good."""

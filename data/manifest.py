@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,10 @@ from safetensors import SafetensorError
 
 from data.errors import DataError
 from data.files import write_bytes
+from data.remote import read_all, scheme_of
 from data.sample import Prompt
+
+log = logging.getLogger(__name__)
 
 FILE = "manifest.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
@@ -52,7 +57,7 @@ class ShardInfo:
         return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, "samples": samples}
 
     @classmethod
-    def parse(cls, raw: Any, path: Path, where: str) -> ShardInfo:
+    def parse(cls, raw: Any, path: str | Path, where: str) -> ShardInfo:
         """The inverse of `to_json`.
 
         Raises:
@@ -82,8 +87,8 @@ class Manifest:
         latent: what the latents are, in words.
         text: what the text tensors are, in words.
         arguments: the arguments that made the folder, as JSON.
-        folder: where it was loaded from; not part of the file.
-        urls: where each shard is read from, anything that webdataset opens; not part of the file.
+        home: where it was loaded from, see `load`; not part of the file.
+        urls: where each shard is read from, see `data.remote`; not part of the file.
     """
 
     shards: tuple[ShardInfo, ...]
@@ -92,8 +97,13 @@ class Manifest:
     latent: str
     text: str
     arguments: dict[str, Any]
-    folder: Path = field(default=Path(), compare=False)
+    home: str = field(default="", compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder that it was loaded from."""
+        return Path(self.home)
 
     @property
     def samples(self) -> list[SampleInfo]:
@@ -110,14 +120,14 @@ class Manifest:
         Raises:
             DataError: when the file is missing or is not a prompt.
         """
-        path = self.folder / EMPTY_PROMPT
+        path = locate(self.home, EMPTY_PROMPT)
         try:
-            tensors = safetensors.torch.load_file(path)
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: missing, it holds the empty prompt's embedding; make the folder anew") from error
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            tensors = safetensors.torch.load(read_all(path))
+        except (SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise DataError(f"{error}; it holds the empty prompt's embedding") from error
             raise DataError(f"{path}: cannot be read ({error}); make the folder anew") from error
-        return Prompt.from_tensors(tensors, str(path))
+        return Prompt.from_tensors(tensors, path)
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, atomically, one line a shard."""
@@ -136,44 +146,57 @@ class Manifest:
 
     @classmethod
     def load(cls, source: str | Path, urls: str | Sequence[str] | None = None) -> Manifest:
-        """Read a manifest, and check that its shards are there in the sizes it says.
+        """Read a manifest, and check that local shards are there.
 
         Args:
-            source: the folder, or the JSON file itself.
+            source: the folder or the JSON file itself; or the folder's URL, which may be http(s)://, anything that
+                fsspec opens, or `pipe:` with a command that has {} for a file's name, such as
+                `pipe:aws s3 cp s3://bucket/shards/{} -`.
             urls: where the shards are read from when they are not beside the manifest: one URL a shard in the
                 manifest's order, or one brace pattern such as `pipe:aws s3 cp s3://b/shard-{00000..00009}.tar -`.
-                Remote shards are not checked here.
+
+        A local shard of another size than it should have is told in the log, and read as far as it goes.
 
         Raises:
-            DataError: no manifest, not a manifest, wrong version, a bad field, a shard missing or of another size,
-                or a number of URLs that is not the number of shards.
+            DataError: no manifest, not a manifest, wrong version, a bad field, a shard missing, or a number of URLs
+                that is not the number of shards.
         """
-        path = Path(source)
-        path = path if path.suffix == ".json" else path / FILE
-        try:
-            raw = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError) as error:
+        home = str(source)
+        if scheme_of(home) == "pipe" and "{}" not in home:
+            raise DataError(f"{home}: names no file, expected {{}} in the command where a file's name goes")
+        local = scheme_of(home) == "file"
+        if home.endswith(".json") and scheme_of(home) != "pipe":
+            home = home.rpartition("/")[0] or "."
+        if local:
+            # A run may change its working directory.
+            home = str(Path(home.removeprefix("file://")).absolute())
+        path = locate(home, FILE)
+        if local and not Path(path).is_file():
             hint = "the folder is unfinished or not one of shards; make it first, or correct the path"
-            raise DataError(f"{path}: no manifest; {hint}") from error
-        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: no manifest; {hint}")
+        try:
+            raw = json.loads(read_all(path))
+        except DataError:
+            raise
+        except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON ({error}); make the folder anew") from error
-        manifest = cls._parse(raw, path)
+        manifest = cls._parse(raw, home, path)
         if urls is not None:
             listed = list(braceexpand.braceexpand(urls)) if isinstance(urls, str) else list(urls)
             if len(listed) != len(manifest.shards):
                 raise DataError(f"{path}: lists {len(manifest.shards)} shards, but {len(listed)} URLs were given")
-            return cls(**{**manifest.__dict__, "urls": tuple(listed)})
-        for shard in manifest.shards:
-            local = path.parent / shard.file
-            if not local.is_file():
-                raise DataError(f"{local}: missing, {path} lists it; copy it here or make the folder anew")
-            if local.stat().st_size != shard.bytes:
-                sizes = f"is {local.stat().st_size} bytes, {path} says {shard.bytes}"
-                raise DataError(f"{local}: {sizes}; copy it again or make the folder anew")
+            return dataclasses.replace(manifest, urls=tuple(listed))
+        for shard in manifest.shards if local else ():
+            file = Path(home) / shard.file
+            if not file.is_file():
+                raise DataError(f"{file}: missing, {path} lists it; copy it here or make the folder anew")
+            if file.stat().st_size != shard.bytes:
+                sizes = f"is {file.stat().st_size} bytes, {path} says {shard.bytes}"
+                log.warning("%s: %s; samples that are not whole are going to be skipped", file, sizes)
         return manifest
 
     @classmethod
-    def _parse(cls, raw: Any, path: Path) -> Manifest:
+    def _parse(cls, raw: Any, home: str, path: str) -> Manifest:
         if not isinstance(raw, dict) or raw.get("format") != "latent-shards":
             raise DataError(f'{path}: not a manifest of shards, expected "format": "latent-shards"')
         if raw.get("version") != VERSION:
@@ -192,13 +215,17 @@ class Manifest:
             latent=_get(raw, "latent", str, path),
             text=_get(raw, "text", str, path),
             arguments=_get(raw, "arguments", dict, path),
-            folder=path.parent,
-            # Absolute, since a run may change its working directory, and since no URL scheme starts with a slash.
-            urls=tuple(str(path.parent.absolute() / shard.file) for shard in shards),
+            home=home,
+            urls=tuple(locate(home, shard.file) for shard in shards),
         )
 
 
-def _get(raw: Any, name: str, kind: type | tuple[type, ...], path: Path, where: str = "") -> Any:
+def locate(home: str, file: str) -> str:
+    """Where a file of a folder lies, `home` being the folder's path, URL or `pipe:` command with {}."""
+    return home.replace("{}", file) if scheme_of(home) == "pipe" else f"{home.rstrip('/')}/{file}"
+
+
+def _get(raw: Any, name: str, kind: type | tuple[type, ...], path: str | Path, where: str = "") -> Any:
     """`raw[name]`, or a DataError that names the field when it is missing or of another kind."""
     value = raw.get(name) if isinstance(raw, dict) else None
     if not isinstance(value, kind):

@@ -1,10 +1,10 @@
 """Which samples a training step gets: a pure function of (seed, step) over the shapes in a manifest.
 
 An epoch visits the shards in an order drawn from (seed, epoch). The samples, lined up in that order, are permuted
-inside windows of `shuffle_window` consecutive ones, so a reader that walks through the shards never holds more than
-one window and the unfilled buckets. Walking through the permuted samples, each goes to the bucket of its shape; a
-full bucket is the next global batch. What is left in the buckets when the epoch ends is dropped: with other epochs,
-other samples.
+inside windows of `shuffle_window` consecutive ones, so that steps near each other read the same few shards. Walking
+through the permuted samples, each goes to the bucket of its shape; a full bucket is the next global batch. What is left
+in the buckets when the epoch ends opens the next one: every sample is in exactly one batch an epoch, and none is
+dropped or repeated, whatever the batch.
 
 Nothing here knows of workers, and ranks only take parts of a batch that is the same for all, so any number of either
 sees the same steps.
@@ -15,10 +15,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
 from data.errors import DataError
+
+_LINES = 4  # epochs whose order is remembered
 
 
 class BatchOrder:
@@ -31,12 +34,8 @@ class BatchOrder:
         shuffle_window: how many consecutive samples are permuted among each other, in samples; 1 leaves them in the
             order of their shard.
 
-    Attributes:
-        batches_per_epoch: the same for each epoch.
-        unused: shapes with fewer samples than a global batch, and how many; these samples are never seen.
-
     Raises:
-        DataError: when a number is below 1 or no shape has enough samples for one batch.
+        DataError: when a number is below 1 or there are no samples.
     """
 
     def __init__(
@@ -50,14 +49,11 @@ class BatchOrder:
         self.global_batch = global_batch
         self.shuffle_window = shuffle_window
         self._flat = [shape for shard in self.shapes for shape in shard]
-        counts = Counter(self._flat)
-        self.batches_per_epoch = sum(count // global_batch for count in counts.values())
-        self.unused = {shape: count for shape, count in counts.items() if count < global_batch}
-        if self.batches_per_epoch == 0:
-            found = ", ".join(f"{count} of shape {list(shape)}" for shape, count in sorted(counts.items()))
-            hint = "a batch holds one shape; make more clips or lower the global batch"
-            raise DataError(f"no batch of {global_batch} samples can be made of {found or 'no samples'}: {hint}")
+        if not self._flat:
+            raise DataError("the manifest lists no samples, expected at least one; make more clips")
+        self._counts = Counter(self._flat)
         self._starts = list(itertools.accumulate((len(shard) for shard in self.shapes), initial=0))
+        self._lines: dict[int, list[int]] = {}
         self._memo: tuple[int, list[list[int]]] | None = None
 
     def shards(self, epoch: int) -> list[int]:
@@ -68,33 +64,79 @@ class BatchOrder:
         """The numbers of a shard's samples."""
         return range(self._starts[shard], self._starts[shard + 1])
 
+    def shard_of(self, sample: int) -> tuple[int, int]:
+        """The number of the shard that holds a sample, and the sample's place in it."""
+        shard = bisect_right(self._starts, sample) - 1
+        return shard, sample - self._starts[shard]
+
+    def first_step(self, epoch: int) -> int:
+        """The first global step that an epoch's samples complete: where the epoch begins."""
+        return sum(epoch * count // self.global_batch for count in self._counts.values())
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch whose samples complete global step `step` (from 0)."""
+        epoch = step * self.global_batch // len(self._flat)  # not above it, as halves of buckets only delay steps
+        while self.first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch
+
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The epoch's global batches: lists of `global_batch` sample numbers, all of one shape within a batch."""
+        """The global batches that an epoch completes: `global_batch` sample numbers each, of one shape within a batch.
+
+        The first of each shape may begin with samples that the epochs before left over. There are none when an epoch
+        fills no bucket.
+        """
         if self._memo is None or self._memo[0] != epoch:
             self._memo = (epoch, self._batches(epoch))
         return self._memo[1]
 
     def batch(self, step: int) -> tuple[int, list[int]]:
-        """The epoch in which global step `step` (from 0) lies, and its batch."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        return epoch, self.epoch(epoch)[position]
+        """The epoch that completes global step `step` (from 0), and its batch."""
+        epoch = self.epoch_of(step)
+        return epoch, self.epoch(epoch)[step - self.first_step(epoch)]
 
     def part(self, step: int, rank: int, world: int) -> list[int]:
         """The samples of one data-parallel rank: every `world`-th of the global batch, from `rank` on."""
         return self.batch(step)[1][rank::world]
 
+    def next_alike(self, sample: int) -> int:
+        """The next sample of the same shape in the numbering, from the last on to the first: what stands in for it."""
+        following = itertools.chain(range(sample + 1, len(self._flat)), range(sample + 1))
+        return next(other for other in following if self._flat[other] == self._flat[sample])
+
     def _batches(self, epoch: int) -> list[list[int]]:
-        line = [sample for shard in self.shards(epoch) for sample in self.samples_of(shard)]
-        buckets: dict[tuple[int, ...], list[int]] = {}
+        buckets = {shape: self._left_over(shape, epoch) for shape in self._counts}
         batches = []
-        for start in range(0, len(line), self.shuffle_window):
-            window = line[start : start + self.shuffle_window]
-            for sample in _permuted(window, f"{self.seed}/{epoch}/window/{start}"):
-                bucket = buckets.setdefault(self._flat[sample], [])
-                bucket.append(sample)
-                if len(bucket) == self.global_batch:
-                    batches.append(buckets.pop(self._flat[sample]))
+        for sample in self._line(epoch):
+            bucket = buckets[self._flat[sample]]
+            bucket.append(sample)
+            if len(bucket) == self.global_batch:
+                batches.append(bucket)
+                buckets[self._flat[sample]] = []
         return batches
+
+    def _left_over(self, shape: tuple[int, ...], epoch: int) -> list[int]:
+        """The samples of a shape that wait in its bucket when an epoch begins, in their order."""
+        waiting = epoch * self._counts[shape] % self.global_batch
+        found: list[int] = []
+        while len(found) < waiting:
+            epoch -= 1
+            found = [sample for sample in self._line(epoch) if self._flat[sample] == shape] + found
+        return found[len(found) - waiting :]
+
+    def _line(self, epoch: int) -> list[int]:
+        """All samples in the order of an epoch."""
+        if epoch not in self._lines:
+            line = [sample for shard in self.shards(epoch) for sample in self.samples_of(shard)]
+            windows = range(0, len(line), self.shuffle_window)
+            shuffled = [
+                _permuted(line[start : start + self.shuffle_window], f"{self.seed}/{epoch}/window/{start}")
+                for start in windows
+            ]
+            self._lines[epoch] = list(itertools.chain.from_iterable(shuffled))
+            while len(self._lines) > _LINES:
+                del self._lines[next(iter(self._lines))]
+        return self._lines[epoch]
 
 
 def _permuted(items: list[int], seed: str) -> list[int]:

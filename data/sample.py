@@ -167,11 +167,11 @@ class Sample:
             if part not in entry:
                 raise DataError(f"{where}: {key}.{part} is missing from its shard; make this shard anew")
         try:
-            tensors = safetensors.torch.load(entry["safetensors"])
+            tensors = safetensors.torch.load(bytes(entry["safetensors"]))
         except (SafetensorError, ValueError, KeyError) as error:
             raise DataError(f"{where}: {key}.safetensors cannot be read ({error}); make this shard anew") from error
         try:
-            meta = json.loads(entry["json"])
+            meta = json.loads(bytes(entry["json"]))
         except ValueError as error:
             raise DataError(f"{where}: {key}.json is not JSON ({error}); make this shard anew") from error
         if not isinstance(meta, dict):

@@ -113,10 +113,6 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     assert Manifest.load(manifest.folder, urls="pipe:cat x-{0..1}.tar").urls == ("pipe:cat x-0.tar", "pipe:cat x-1.tar")
     with pytest.raises(DataError, match="lists 2 shards, but 1 URLs"):
         Manifest.load(manifest.folder, urls=["a.tar"])
-    with (manifest.folder / "shard-00001.tar").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match=r"shard-00001.tar: is \d+ bytes, .*manifest.json says \d+"):
-        Manifest.load(manifest.folder)
     (manifest.folder / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar: missing"):
         Manifest.load(manifest.folder)
@@ -124,7 +120,7 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     with pytest.raises(DataError, match=r"empty_prompt.safetensors: cannot be read"):
         manifest.load_empty_prompt()
     (manifest.folder / EMPTY_PROMPT).unlink()
-    with pytest.raises(DataError, match=r"empty_prompt.safetensors: missing"):
+    with pytest.raises(DataError, match=r"empty_prompt.safetensors: cannot be read \(No such file .* empty prompt"):
         manifest.load_empty_prompt()
 
 

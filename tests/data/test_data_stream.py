@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from webdataset.pipeline import DataPipeline
+from webdataset.shardlists import SimpleShardList
+from webdataset.tariterators import tarfile_to_samples
 
-from data import stream
+from data import remote
 from data.batch import Batch, collate
 from data.errors import DataError
 from data.manifest import FILE, Manifest
 from data.order import BatchOrder
+from data.reader import SampleReader
+from data.sample import Sample
 from data.stream import LatentStream, read_samples
 
 
@@ -47,7 +55,7 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_change_nothing(manifest: Manifest, workers: int) -> None:
-    """11 steps are more than two epochs of 5, and no multiple of the workers."""
+    """11 steps are almost two epochs, and no multiple of the workers."""
     batches = LatentStream(manifest, order_of(manifest), num_steps=11)
     found = list(DataLoader(batches, batch_size=None, num_workers=workers))
     assert [batch.step for batch in found] == list(range(11))
@@ -83,32 +91,40 @@ def test_ranks_share_the_global_batch(manifest: Manifest, world: int) -> None:
             assert torch.equal(ranks[r][step].latent, batch.latent[r::world])
 
 
-def test_shards_without_ours_stay_closed_and_entries_not_ours_undecoded(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_bytes_of_ours_are_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of(manifest)
-    opened, decoded, read = [], [], stream.read_shard
+    read, opened = [], remote._LocalFile._read
 
-    def watch(url: str, wanted: Any) -> Any:
-        opened.append(Path(url).name)
-        for sample in read(url, wanted):
-            decoded.append(sample.key)
-            yield sample
+    def watch(self: Any, offset: int, size: int) -> bytes:
+        read.append((Path(self._url).name, offset, size))
+        return opened(self, offset, size)
 
-    monkeypatch.setattr(stream, "read_shard", watch)
+    monkeypatch.setattr(remote._LocalFile, "_read", watch)
     (batch,) = LatentStream(manifest, order, start_step=4, num_steps=1)
-    files = {info.key: shard.file for shard in manifest.shards for info in shard.samples}
-    assert sorted(opened) == sorted({files[key] for key in batch.keys}) and len(opened) < len(manifest.shards)
-    assert sorted(decoded) == sorted(batch.keys)
+    where = {info.key: (shard.file, info.offset, info.bytes) for shard in manifest.shards for info in shard.samples}
+    assert read == [where[key] for key in batch.keys]
 
 
-def test_shards_behind_a_command(manifest: Manifest) -> None:
-    urls = [f"pipe:cat {manifest.folder}/{shard.file}" for shard in manifest.shards]
-    piped = LatentStream(Manifest.load(manifest.folder, urls=urls), order_of(manifest), num_steps=6)
-    assert_equal(list(piped), list(LatentStream(manifest, order_of(manifest), num_steps=6)))
-    broken = Manifest.load(manifest.folder, urls=["pipe:exit 3"] * len(urls))
-    with pytest.raises(DataError, match="pipe:exit 3: reading failed at or after sample s000"):
-        list(read_samples(broken))
+def test_shards_are_closed_after_their_last_sample(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a window of one the shards are read one after the other."""
+    order = BatchOrder(manifest.shapes(), seed=1, global_batch=1, shuffle_window=1)
+    open_at_once: list[int] = []
+    read = SampleReader.read
+
+    def watch(self: SampleReader, shard: int, place: int) -> Any:
+        sample = read(self, shard, place)
+        open_at_once.append(len(self._open))
+        return sample
+
+    monkeypatch.setattr(SampleReader, "read", watch)
+    assert len(list(LatentStream(manifest, order, num_steps=23))) == 23 and set(open_at_once) == {1}
+
+
+def test_webdataset_itself_reads_the_shards(manifest: Manifest) -> None:
+    pipeline = DataPipeline(SimpleShardList(list(manifest.urls)), tarfile_to_samples())
+    found = [Sample.from_entry(entry) for entry in pipeline]
+    assert [sample.key for sample in found] == [info.key for info in manifest.samples]
+    assert all(torch.equal(a.latent, b.latent) for a, b in zip(found, read_samples(manifest), strict=True))
 
 
 def test_read_samples(manifest: Manifest) -> None:
@@ -161,34 +177,79 @@ def offset_of(manifest: Manifest, shard: int, name: str) -> int:
         return tar.getmember(name).offset_data
 
 
-@pytest.mark.parametrize("kind", ["cut", "header", "tensors", "json", "gone"])
-def test_damaged_shards_are_named_with_the_key(manifest: Manifest, kind: str) -> None:
-    tensors = offset_of(manifest, 1, "s007.safetensors")
-    if kind == "cut":
-        damage(manifest, 1, tensors + 10, None)
-    elif kind == "header":
-        damage(manifest, 1, offset_of(manifest, 1, "s007.json") - 512, b"\xff" * 512)
-    elif kind == "tensors":
-        damage(manifest, 1, tensors, b"\xff" * 8)
-    elif kind == "json":
-        damage(manifest, 1, offset_of(manifest, 1, "s007.json"), b"]")
-    else:
-        (manifest.folder / manifest.shards[1].file).unlink()
-    key = {"gone": "s005"}.get(kind, "s007")
-    with pytest.raises(DataError, match=f"shard-00001.tar: .*sample {key}"):
-        list(read_samples(manifest))
+def with_nan(manifest: Manifest) -> None:
+    """The latent of s007 holds a NaN, in a shard that is whole."""
+    start = offset_of(manifest, 1, "s007.safetensors")
+    path = manifest.folder / manifest.shards[1].file
+    header = int.from_bytes(path.read_bytes()[start : start + 8], "little")
+    names = json.loads(path.read_bytes()[start + 8 : start + 8 + header])
+    damage(manifest, 1, start + 8 + header + names["latent"]["data_offsets"][0], b"\xff\x7f")
 
 
-def test_a_worker_s_error_arrives_as_one_line(manifest: Manifest) -> None:
-    damage(manifest, 1, offset_of(manifest, 1, "s007.safetensors"), b"\xff" * 8)
-    batches = LatentStream(manifest, order_of(manifest), num_steps=10)
+DAMAGE: dict[str, tuple[Any, list[str]]] = {
+    "cut": (lambda m: damage(m, 1, offset_of(m, 1, "s007.safetensors") + 10, None), ["s007", "s008", "s009"]),
+    "header": (lambda m: damage(m, 1, offset_of(m, 1, "s007.json") - 512, b"\xff" * 512), ["s007"]),
+    "tensors": (lambda m: damage(m, 1, offset_of(m, 1, "s007.safetensors"), b"\xff" * 8), ["s007"]),
+    "json": (lambda m: damage(m, 1, offset_of(m, 1, "s007.json"), b"]"), ["s007"]),
+    "nan": (with_nan, ["s007"]),
+    "whole": (lambda m: damage(m, 1, 0, b"\0" * m.shards[1].bytes), ["s005", "s006", "s007", "s008", "s009"]),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damaged_samples_are_skipped_counted_and_named(
+    manifest: Manifest, kind: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil, bad = DAMAGE[kind]
+    whole = list(LatentStream(manifest, order_of(manifest), num_steps=12))
+    spoil(manifest)
+    again = Manifest.load(manifest.folder)
+    stream = LatentStream(again, order_of(again), num_steps=12)
+    found = list(DataLoader(stream, batch_size=None, num_workers=workers))
+    assert stream.bad_samples == bad
+    for batch, good in zip(found, whole, strict=True):
+        for key, expected in zip(batch.keys, good.keys, strict=True):
+            assert key not in bad and (key == expected or expected in bad)
+        assert batch.latent.shape == good.latent.shape
+    if workers == 0:
+        for key in bad:
+            assert sum(f"shard-00001.tar: sample {key}: " in message for message in caplog.messages) == 1
+    # Ranks of one sequence-parallel group read the same and so replace the same.
+    twin = LatentStream(Manifest.load(manifest.folder), order_of(manifest), num_steps=12)
+    assert_equal(list(twin), found)
+
+
+def test_too_many_damaged_samples_stop_the_run(manifest: Manifest) -> None:
+    DAMAGE["whole"][0](manifest)
+    allowed = LatentStream(manifest, order_of(manifest), num_steps=20, max_bad=5)
+    assert len(list(allowed)) == 20 and len(allowed.bad_samples) == 5
+    batches = LatentStream(manifest, order_of(manifest), num_steps=20, max_bad=4)
     loader = iter(DataLoader(batches, batch_size=None, num_workers=2))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"shard-00001.tar: sample s00\d: .*\(5 damaged samples, at most 4") as caught:
         list(loader)
     # The error's traceback keeps the loader in a cycle; torch takes 5 s a worker to shut down one that gc collects.
     loader._shutdown_workers()  # type: ignore[attr-defined]
-    message = str(caught.value)
-    assert message.startswith(f"{manifest.folder}/shard-00001.tar: sample s007: ") and "\n" not in message
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shape_without_a_good_sample_stops_the_run(make_folder: Any) -> None:
+    manifest = make_folder(5)
+    damage(manifest, 0, 0, b"\0" * manifest.shards[0].bytes)
+    with pytest.raises(DataError, match="5 damaged samples"):
+        list(LatentStream(manifest, order_of(manifest, 1), num_steps=5))
+
+
+def test_a_shard_that_cannot_be_reached_stops_the_run(manifest: Manifest) -> None:
+    (manifest.folder / manifest.shards[1].file).unlink()
+    with pytest.raises(DataError, match=r"shard-00001.tar: cannot be read \(No such file"):
+        list(LatentStream(manifest, order_of(manifest), num_steps=12))
+
+
+def test_read_samples_refuses_damage(manifest: Manifest) -> None:
+    damage(manifest, 1, offset_of(manifest, 1, "s007.json"), b"]")
+    with pytest.raises(DataError, match="shard-00001.tar: sample s007: s007.json is not JSON"):
+        list(read_samples(manifest))
 
 
 def test_a_manifest_of_other_shapes_is_noticed(manifest: Manifest) -> None:
@@ -198,3 +259,52 @@ def test_a_manifest_of_other_shapes_is_noticed(manifest: Manifest) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(DataError, match=r"shard-00000.tar: sample s000: latent has shape \[4, 3, 2, 2\], the manifest"):
         list(read_samples(manifest.folder))
+
+
+WALK = """
+import json, sys, torch
+from torch.utils.data import DataLoader
+from data.manifest import Manifest
+from data.order import BatchOrder
+from data.stream import LatentStream
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, rank, world, workers, start, steps = sys.argv[1], *map(int, sys.argv[2:])
+    manifest = Manifest.load(folder)
+    order = BatchOrder(manifest.shapes(), seed=1, global_batch=4, shuffle_window=9)
+    stream = LatentStream(manifest, order, rank=rank, world=world, start_step=start, num_steps=steps)
+    for batch in DataLoader(stream, batch_size=None, num_workers=workers):
+        print(json.dumps([batch.step, batch.keys, batch.latent.float().sum().item()]), flush=True)
+"""
+
+
+def walk(folder: Path, rank: int, world: int, workers: int, start: int, steps: int) -> subprocess.Popen[str]:
+    words = [str(word) for word in (folder, rank, world, workers, start, steps)]
+    return subprocess.Popen([sys.executable, "-c", WALK, *words], stdout=subprocess.PIPE, text=True)
+
+
+def lines_of(process: subprocess.Popen[str]) -> list[Any]:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_processes_of_groups_see_every_sample_once_an_epoch(manifest: Manifest) -> None:
+    """Four processes, two sequence-parallel groups of two, other numbers of workers in each; 23 samples, 4 a step."""
+    steps = 23  # four epochs exactly
+    started = [walk(manifest.folder, group, 2, workers, 0, steps) for group in (0, 1) for workers in (0, 1)]
+    first, first_twin, second, second_twin = map(lines_of, started)
+    assert first == first_twin and second == second_twin
+    keys = [key for a, b in zip(first, second, strict=True) for key in (*a[1], *b[1])]
+    assert Counter(keys) == dict.fromkeys([info.key for info in manifest.samples], 4)
+    assert not {key for a in first[:5] for key in a[1]} & {key for b in second[:5] for key in b[1]}
+
+
+def test_a_killed_reader_resumes_where_it_was(manifest: Manifest) -> None:
+    whole = lines_of(walk(manifest.folder, 0, 1, 0, 0, 40))
+    killed = walk(manifest.folder, 0, 1, 2, 0, 40)
+    assert killed.stdout is not None
+    seen = [json.loads(killed.stdout.readline()) for _ in range(13)]
+    killed.kill()
+    killed.communicate()
+    assert seen + lines_of(walk(manifest.folder, 0, 1, 1, 13, 27)) == whole

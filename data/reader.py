@@ -1,0 +1,91 @@
+"""One sample out of a shard: its bytes, and no others."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from types import TracebackType
+
+from data.errors import BadSampleError, DataError
+from data.manifest import Manifest, SampleInfo
+from data.remote import ShardFile, open_shard
+from data.sample import Sample
+
+
+class SampleReader:
+    """Reads samples of a manifest by number; shards stay open until they are released.
+
+    Args:
+        manifest: what lies where.
+        cache: a folder that keeps whole remote shards; None for no cache.
+    """
+
+    def __init__(self, manifest: Manifest, cache: Path | None = None) -> None:
+        self._manifest = manifest
+        self._cache = cache
+        self._open: dict[int, ShardFile] = {}
+
+    def read(self, shard: int, place: int) -> Sample:
+        """The sample at a place of a shard, decoded and checked against schema and manifest.
+
+        Raises:
+            BadSampleError: what lies there is not the sample that the manifest lists.
+            DataError: the shard cannot be reached.
+        """
+        url, about = self._manifest.urls[shard], self._manifest.shards[shard]
+        info = about.samples[place]
+        if shard not in self._open:
+            self._open[shard] = open_shard(url, about.sha256, self._cache)
+        content = self._open[shard].read(info.offset, info.bytes)
+        try:
+            return decode(content, info)
+        except DataError as error:
+            raise BadSampleError(f"{url}: {error}") from error
+
+    def release(self, shard: int) -> None:
+        """Close a shard."""
+        if shard in self._open:
+            self._open.pop(shard).close()
+
+    def close(self) -> None:
+        """Close all shards."""
+        for shard in list(self._open):
+            self.release(shard)
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def decode(content: bytes, info: SampleInfo) -> Sample:
+    """A sample from its bytes in a tar, headers included.
+
+    Raises:
+        DataError: naming the key: the bytes are too few, no entries of a tar or those of another sample, the sample is
+            not valid, or its latent's shape is not that of the manifest.
+    """
+    where = f"sample {info.key}"
+    if len(content) < info.bytes:
+        raise DataError(f"{where}: the shard ends {info.bytes - len(content)} bytes before it does; copy it again")
+    parts: dict[str, memoryview | str] = {"__key__": info.key}
+    rest = memoryview(content)
+    while len(rest):
+        try:
+            member = tarfile.TarInfo.frombuf(bytes(rest[: tarfile.BLOCKSIZE]), "utf-8", "strict")
+        except tarfile.HeaderError as error:
+            raise DataError(f"{where}: no entry of a tar where the manifest says ({error}); copy it again") from error
+        end = tarfile.BLOCKSIZE + member.size
+        key, _, part = member.name.partition(".")
+        if key != info.key or end > len(rest):
+            raise DataError(f"{where}: found {member.name} of {member.size} bytes in its place; copy it again")
+        parts[part] = rest[tarfile.BLOCKSIZE : end]
+        rest = rest[tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE :]
+    sample = Sample.from_entry(parts)
+    if tuple(sample.latent.shape) != info.shape:
+        found, expected = list(sample.latent.shape), list(info.shape)
+        raise DataError(f"{where}: latent has shape {found}, the manifest says {expected}; make the folder anew")
+    return sample

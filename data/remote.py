@@ -1,0 +1,254 @@
+"""Bytes from wherever shards lie: local files, http(s), `pipe:` commands, and what fsspec opens (S3 and the like).
+
+Local files, HTTP servers that know ranges and fsspec URLs are read where a sample lies; the rest of a shard is never
+touched. A `pipe:` command and a server without ranges can only be read through: the shard is fetched whole, once for
+each reader, into the cache folder or a temporary one. Failures of the way are tried again, then stop the run: a sample
+is only ever judged by bytes that arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+from data.errors import DataError
+
+T = TypeVar("T")
+ATTEMPTS = 3
+TIMEOUT = 60  # seconds without a byte
+CHUNK = 1 << 20
+log = logging.getLogger(__name__)
+
+
+class ShardFile(Protocol):
+    """An open shard."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes from `offset` on; fewer than `size` only where the shard ends."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+def scheme_of(url: str) -> str:
+    """`file` for a path, else what stands before the colon: http, https, pipe, s3, …"""
+    if url.startswith("pipe:"):
+        return "pipe"
+    head, colon, _ = url.partition("://")
+    return head.lower() if colon else "file"
+
+
+def open_shard(url: str, sha256: str, cache: Path | None) -> ShardFile:
+    """Open a shard for reading.
+
+    Args:
+        url: where it lies.
+        sha256: of the whole shard, which names it in the cache.
+        cache: a folder that keeps whole remote shards, shared by all processes of a machine; None for no cache.
+
+    Raises:
+        DataError: it cannot be reached.
+    """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        return _LocalFile(Path(url.removeprefix("file://")))
+    if cache is not None:
+        return _LocalFile(_cached(url, sha256, cache))
+    if scheme == "pipe":
+        return _Fetched(url, "commands cannot be read from the middle")
+    if scheme in ("http", "https"):
+        if _knows_ranges(url):
+            return _HttpFile(url)
+        return _Fetched(url, "this server does not answer ranges")
+    return _FsspecFile(url)
+
+
+def read_all(url: str) -> bytes:
+    """A small file, whole.
+
+    Raises:
+        DataError: it cannot be reached.
+    """
+    return persistently(url, lambda: b"".join(_stream(url)))
+
+
+def persistently(url: str, action: Callable[[], T]) -> T:
+    """What `action` returns; it is tried again after failures of the way.
+
+    Raises:
+        DataError: it failed `ATTEMPTS` times, or in a way that time does not mend.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", None)
+            lasting = isinstance(error, FileNotFoundError | PermissionError) or (code is not None and 400 <= code < 500)
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            if lasting or attempt == ATTEMPTS:
+                reason = f"HTTP {code} {reason}" if code is not None else reason
+                raise DataError(f"{url}: cannot be read ({reason}); check that it can be reached") from error
+            log.warning("%s: %s, trying again", url, reason)
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._url = str(path)
+        self._file: BinaryIO = persistently(self._url, lambda: path.open("rb", buffering=0))
+
+    def read(self, offset: int, size: int) -> bytes:
+        return persistently(self._url, lambda: self._read(offset, size))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        parts = []
+        # One call gives at most 2 GiB, and fewer on some network file systems.
+        while size and (part := self._file.read(size)):
+            parts.append(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _HttpFile:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def read(self, offset: int, size: int) -> bytes:
+        return persistently(self._url, lambda: self._read(offset, size))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        try:
+            with _request(self._url, offset, size) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""  # the shard ends before
+            raise
+
+    def close(self) -> None:
+        pass
+
+
+class _FsspecFile:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._file: Any = persistently(url, lambda: _fsspec_open(url))
+
+    def read(self, offset: int, size: int) -> bytes:
+        return persistently(self._url, lambda: self._read(offset, size))
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return bytes(self._file.read(size))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Fetched(_LocalFile):
+    """A shard that can only be read through, in a temporary file of this reader."""
+
+    def __init__(self, url: str, why: str) -> None:
+        log.warning("%s: is read through for each reader (%s); a cache folder reads it once", url, why)
+        handle, name = tempfile.mkstemp(prefix="shard-", suffix=".tar")
+        os.close(handle)
+        path = Path(name)
+        try:
+            persistently(url, lambda: _download(url, path))
+            super().__init__(path)
+        finally:
+            path.unlink()  # the open file keeps the bytes, and nothing stays behind when the process is killed
+
+
+def _cached(url: str, sha256: str, cache: Path) -> Path:
+    """The shard in the cache, fetched when it is not there yet; one process fetches, the others wait."""
+    path = cache / f"{sha256}.tar"
+    if path.exists():
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f".{sha256}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = cache / f".{sha256}.tmp"
+            found = persistently(url, lambda: _download(url, partial))
+            if found != sha256:
+                log.warning("%s: is not what its manifest says (SHA-256 %s, not %s)", url, found, sha256)
+            partial.replace(path)
+    return path
+
+
+def _download(url: str, path: Path) -> str:
+    """Fetch a whole file; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in _stream(url):
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
+
+
+def _stream(url: str) -> Iterator[bytes]:
+    """A file's bytes from start to end."""
+    scheme = scheme_of(url)
+    with contextlib.ExitStack() as stack:
+        source: Any
+        if scheme == "pipe":
+            from webdataset.gopen import gopen
+
+            source = gopen(url)
+            stack.callback(source.proc.wait)
+            stack.callback(source.stream.close)
+        elif scheme in ("http", "https"):
+            source = stack.enter_context(_request(url))
+        elif scheme == "file":
+            source = stack.enter_context(Path(url.removeprefix("file://")).open("rb"))
+        else:
+            source = stack.enter_context(_fsspec_open(url))
+        try:
+            while chunk := source.read(CHUNK):
+                yield chunk
+            if scheme == "pipe":
+                source.wait_for_child()  # raises when the command failed
+        except OSError as error:
+            if scheme == "pipe" and source.status:
+                raise OSError(f"the command exited with {source.status}") from error
+            raise
+
+
+def _request(url: str, offset: int | None = None, size: int = 0) -> Any:
+    headers = {} if offset is None else {"Range": f"bytes={offset}-{offset + size - 1}"}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+
+
+def _knows_ranges(url: str) -> bool:
+    def first_byte() -> bool:
+        with _request(url, 0, 1) as answer:
+            return bool(answer.status == http.HTTPStatus.PARTIAL_CONTENT)
+
+    return persistently(url, first_byte)
+
+
+def _fsspec_open(url: str) -> Any:
+    import fsspec
+
+    try:
+        # Samples are read whole and once: caching ahead would read what is not wanted.
+        return fsspec.open(url, "rb", cache_type="none").open()
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {' '.join(str(error).split())}") from error

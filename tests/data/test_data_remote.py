@@ -1,0 +1,194 @@
+"""Shards behind a real HTTP server, commands and fsspec, with and without a cache."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data import remote
+from data.batch import Batch
+from data.errors import DataError
+from data.manifest import Manifest
+from data.order import BatchOrder
+from data.stream import LatentStream
+
+
+@dataclass
+class Server:
+    """A local HTTP server over a folder: what it was asked for, and how it misbehaves."""
+
+    url: str
+    ranges: bool = True
+    failures: int = 0
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    sent: int = 0
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, server: Server, *arguments: Any, **more: Any) -> None:
+        self.state = server
+        super().__init__(*arguments, **more)
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range") if self.state.ranges else None
+        self.state.requests.append((self.path, wanted))
+        if self.state.failures:
+            self.state.failures -= 1
+            self.send_error(503)
+            return
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        if wanted is None:
+            self.send_response(200)
+        else:
+            first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
+            if first >= len(content):
+                self.send_error(416)
+                return
+            content = content[first : last + 1]
+            self.send_response(206)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.state.sent += len(content)
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def manifest(make_folder: Any) -> Manifest:
+    """23 samples of two shapes in 5 shards."""
+    made: Manifest = make_folder(23, frames=lambda i: 3 + i % 2)
+    return made
+
+
+@pytest.fixture
+def server(manifest: Manifest) -> Iterator[Server]:
+    state = Server("")
+    handler = functools.partial(Handler, state, directory=str(manifest.folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        state.url = f"http://127.0.0.1:{running.server_address[1]}"
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield state
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+
+
+def batches_of(manifest: Manifest, workers: int = 0, **more: Any) -> list[Batch]:
+    order = BatchOrder(manifest.shapes(), seed=1, global_batch=4, shuffle_window=9)
+    stream = LatentStream(manifest, order, **{"num_steps": 8, **more})
+    return list(DataLoader(stream, batch_size=None, num_workers=workers))
+
+
+def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
+    assert [(b.step, b.keys) for b in found] == [(b.step, b.keys) for b in expected]
+    assert all(torch.equal(a.latent, b.latent) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_http_reads_ranges_of_what_is_wanted(manifest: Manifest, server: Server, workers: int) -> None:
+    far = Manifest.load(server.url)
+    assert far == manifest and far.urls[1] == f"{server.url}/shard-00001.tar"
+    assert_equal(batches_of(far, workers), batches_of(manifest))
+    prompt, expected = far.load_empty_prompt(), manifest.load_empty_prompt()
+    assert torch.equal(prompt.text["umt5"].tokens, expected.text["umt5"].tokens)
+    shards = [wanted for path, wanted in server.requests if path.endswith(".tar")]
+    assert shards and all(wanted is not None for wanted in shards)
+
+
+def test_resuming_over_http_fetches_no_payload_that_is_skipped(manifest: Manifest, server: Server) -> None:
+    far = Manifest.load(server.url)
+    server.sent = 0
+    (batch,) = batches_of(far, start_step=1000, num_steps=1)
+    sizes = {info.key: info.bytes for info in manifest.samples}
+    probes = len(manifest.shards)
+    assert server.sent <= sum(sizes[key] for key in batch.keys) + probes
+
+
+@pytest.mark.parametrize("kind", ["server", "pipe"])
+def test_what_cannot_seek_is_read_through_and_says_so(
+    manifest: Manifest, server: Server, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.ranges = False
+    far = Manifest.load(server.url if kind == "server" else f"pipe:cat {manifest.folder}/{{}}")
+    assert_equal(batches_of(far), batches_of(manifest))
+    why = "does not answer ranges" if kind == "server" else "cannot be read from the middle"
+    assert any("is read through" in message and why in message for message in caplog.messages)
+
+
+def test_urls_beside_a_local_manifest(manifest: Manifest, server: Server) -> None:
+    patterns = [f"pipe:cat {manifest.folder}/shard-{{00000..00004}}.tar", f"{server.url}/shard-{{00000..00004}}.tar"]
+    for urls in (*patterns, [f"file://{manifest.folder}/{shard.file}" for shard in manifest.shards]):
+        assert_equal(batches_of(Manifest.load(manifest.folder, urls=urls)), batches_of(manifest))
+
+
+def test_fsspec_urls(manifest: Manifest) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(manifest.folder), "/bucket/shards", recursive=True)
+    far = Manifest.load("memory://bucket/shards")
+    assert far == manifest
+    assert_equal(batches_of(far), batches_of(manifest))
+    with pytest.raises(DataError, match=r"nosuch://x/manifest.json: .*nosuch"):
+        Manifest.load("nosuch://x")
+
+
+@pytest.mark.parametrize("kind", ["http", "pipe"])
+def test_a_cache_fetches_each_shard_once(tmp_path: Path, manifest: Manifest, server: Server, kind: str) -> None:
+    far = Manifest.load(server.url if kind == "http" else f"pipe:cat {manifest.folder}/{{}}")
+    cache = tmp_path / "cache"
+    assert_equal(batches_of(far, workers=2, cache=cache), batches_of(manifest))
+    assert sorted(path.stem for path in cache.glob("*.tar")) == sorted(shard.sha256 for shard in manifest.shards)
+    fetched = [path for path, wanted in server.requests if path.endswith(".tar")]
+    assert sorted(fetched) == (sorted(f"/{shard.file}" for shard in manifest.shards) if kind == "http" else [])
+    for shard in manifest.shards:
+        (manifest.folder / shard.file).unlink()
+    assert len(batches_of(far, cache=cache)) == 8
+
+
+def test_failures_of_the_way_are_tried_again_then_stop_the_run(manifest: Manifest, server: Server) -> None:
+    far = Manifest.load(server.url)
+    server.failures = 2
+    assert_equal(batches_of(far), batches_of(manifest))
+    server.failures = 3
+    with pytest.raises(DataError, match=r"shard-\d+.tar: cannot be read \(HTTP 503 Service Unavailable\)"):
+        batches_of(far)
+    server.failures = 0
+    (manifest.folder / manifest.shards[2].file).unlink()
+    server.requests.clear()
+    with pytest.raises(DataError, match=r"shard-00002.tar: cannot be read \(HTTP 404 Not Found\)"):
+        batches_of(far)
+    assert [path for path, _ in server.requests].count("/shard-00002.tar") == 1, "time does not mend a 404"
+    with pytest.raises(DataError, match=r"pipe:exit 3 #manifest.json: cannot be read \(the command exited with 3\)"):
+        Manifest.load("pipe:exit 3 #{}")
+    with pytest.raises(DataError, match=r"pipe:cat x: names no file, expected \{\}"):
+        Manifest.load("pipe:cat x")
+    with pytest.raises(DataError, match=r"127.0.0.1:1/manifest.json: cannot be read \(.*refused"):
+        Manifest.load("http://127.0.0.1:1")
+
+
+def test_a_shard_cut_off_on_the_server_is_damage_not_failure(manifest: Manifest, server: Server) -> None:
+    path = manifest.folder / manifest.shards[1].file
+    path.write_bytes(path.read_bytes()[: manifest.shards[1].samples[2].offset + 100])
+    far = Manifest.load(server.url)
+    order = BatchOrder(far.shapes(), seed=1, global_batch=4, shuffle_window=9)
+    stream = LatentStream(far, order, num_steps=12)
+    assert len(list(stream)) == 12 and stream.bad_samples == ["s007", "s008", "s009"]

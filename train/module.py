@@ -72,6 +72,8 @@ class LengthExtensionModule(L.LightningModule):
         self.lora = lora
         self.sequence_size = sequence_size
         self.sequence: SequenceGroup | None = None
+        self.current_plan: AttentionPlan | None = None
+        """The attention of the micro-batch in work."""
         self._micro_losses: list[Tensor] = []
         self._gradient_norm: Tensor | float = math.nan
         self._step = 0
@@ -104,6 +106,7 @@ class LengthExtensionModule(L.LightningModule):
         x, target = noised(batch.latent, noise, sigma)
         plan = self.plan(batch.latent, all_dense=draw.dense)
         self.adapter.set_plan(plan)
+        self.current_plan = plan
         velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch))
         loss = flow_loss(velocity, target, plan.shard, self.adapter.patch)
         self._micro_losses.append(loss.detach())

@@ -33,6 +33,7 @@ from train.module import LengthExtensionModule
 from train.preflight import check_shapes
 from train.report import write_report
 from train.strategy import trainer_plan
+from train.throughput import Throughput
 
 CONFIG = "config.yaml"
 _SHARED = "RADIAL_RUN_FOLDER"  # how Lightning's launcher's other processes learn the folder
@@ -133,6 +134,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         callbacks=[
             StepBar(config.log.every),
             LearningRateMonitor("step"),
+            Throughput(config.log.every),
             StepCheckpoints(folder.path / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep),
         ],
         plugins=[FolderCheckpointIO()],

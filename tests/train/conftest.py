@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny tensors gain nothing from threads, and on shared cores waiting for them takes most of the time."""
     before = torch.get_num_threads()

@@ -75,6 +75,10 @@ class ModelAdapter(ABC):
             (batch, C, F, H, W) float32, whole on every rank of a sequence-parallel group.
         """
 
+    @abstractmethod
+    def linear_flops(self, grid: VideoGrid) -> float:
+        """Floating-point operations of one sample's forward outside self-attention, without a LoRA."""
+
     @property
     @abstractmethod
     def patch(self) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ tokens and not masked, as in the family's own training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,15 @@ class WanAdapter(ModelAdapter):
         return self.transformer(x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False)[
             0
         ].float()
+
+    def linear_flops(self, grid: VideoGrid) -> float:
+        config, n, text = self.transformer.config, grid.tokens, self.text_tokens
+        dim, patch = config.num_attention_heads * config.attention_head_dim, math.prod(config.patch_size)
+        projections = 12 * n * dim**2 + 4 * text * dim**2  # Q, K, V, O of both attentions; text only as K and V
+        cross_attention, feed_forward = 4 * n * text * dim, 4 * n * dim * config.ffn_dim
+        ends = 2 * n * dim * patch * (config.in_channels + config.out_channels)
+        embedding = 2 * text * dim * (config.text_dim + dim)
+        return float(config.num_layers * (projections + cross_attention + feed_forward) + ends + embedding)
 
     @property
     def patch(self) -> tuple[int, int, int]:

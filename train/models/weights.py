@@ -38,7 +38,7 @@ def settle(
     """Converts and moves the weights, one part of the model (a block, an embedder) after the other.
 
     Args:
-        transformer: a diffusers model. What it keeps in fp32 gets there, and so does what is trained.
+        transformer: a diffusers model. The layers that it keeps in fp32 come to fp32, and so does a LoRA.
         dtype: of all other weights.
         device: where to.
         each: called with each part when its weights are there, for instance to spread them over ranks.
@@ -46,7 +46,7 @@ def settle(
     keep = set(transformer._keep_in_fp32_modules or ())
     for name, part in _parts(transformer):
         for inner, parameter in part.named_parameters(prefix=name):
-            exact = parameter.requires_grad or not keep.isdisjoint(inner.split("."))
+            exact = ".lora_" in inner or not keep.isdisjoint(inner.split("."))
             parameter.data = parameter.data.to(device, torch.float32 if exact else dtype)
         each(part)
     for parameter in transformer.parameters(recurse=False):  # the model's own tables, such as Wan's scale_shift_table

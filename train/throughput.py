@@ -1,0 +1,79 @@
+"""How fast a run is: tokens and FLOPs a second, MFU, memory, waiting for data, time left."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from data.batch import Batch
+from train.flops import SampleFlops, peak_rate
+from train.module import LengthExtensionModule
+
+
+class Throughput(Callback):
+    """Logs, every ``every`` optimizer steps, means over the steps since the last time.
+
+        tokens_per_second   video tokens of all devices together
+        tflops, mfu         of each device; mfu only where `train.flops.PEAK_RATES` knows it
+        memory_gib          peak since the start: of the GPU, or of the process on a CPU
+        data_wait           seconds a step that training stood still for data
+        step_seconds, hours_left
+
+    Args:
+        every: optimizer steps; each time the device is waited for.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._reset(0)
+
+    def _reset(self, step: int) -> None:
+        self._first_step = step
+        self._start = self._idle_since = time.perf_counter()
+        self._waited = self._flops = self._tokens = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._reset(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, index: int) -> None:
+        self._waited += time.perf_counter() - self._idle_since
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        assert isinstance(module, LengthExtensionModule)
+        samples, sharing = len(batch.keys), module.sequence_size
+        assert module.current_plan is not None
+        self._flops += samples * SampleFlops.of(module.adapter, module.current_plan).step / sharing
+        groups = trainer.world_size // sharing
+        self._tokens += samples * groups * module.current_plan.pattern_layout.grid.video_tokens
+        steps = trainer.global_step - self._first_step
+        if steps and trainer.global_step % self.every == 0:
+            self._log(trainer, module, steps)
+            self._reset(trainer.global_step)
+        self._idle_since = time.perf_counter()
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule, steps: int) -> None:
+        device = module.device
+        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+        seconds = time.perf_counter() - self._start
+        values = {
+            "tokens_per_second": self._tokens / seconds,
+            "tflops": self._flops / seconds / 1e12,
+            "memory_gib": memory / 2**30,
+            "data_wait": self._waited / steps,
+            "step_seconds": seconds / steps,
+            "hours_left": (trainer.max_steps - trainer.global_step) * seconds / steps / 3600,
+        }
+        peak = peak_rate(name)
+        if peak is not None:
+            values["mfu"] = self._flops / seconds / peak
+        module.log_dict({key: float(value) for key, value in values.items()})

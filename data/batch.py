@@ -44,6 +44,12 @@ class Batch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        text = [tensor for entry in self.text.values() for tensor in (entry.tokens, entry.mask)]
+        return sum(tensor.nbytes for tensor in (self.latent, *text, *self.pooled.values(), *self.image.values()))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return dataclasses.replace(
             self,
@@ -71,7 +77,7 @@ def collate(samples: Sequence[Sample], step: int) -> Batch:
         tokens = [sample.text[name].tokens for sample in samples]
         _check_alike(samples, f"text.{name}", [(t.shape[1:], t.dtype) for t in tokens])
         masks = [sample.text[name].mask for sample in samples]
-        text[name] = TextTokens(pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True))
+        text[name] = TextTokens(_pad(tokens), _pad(masks))
     return Batch(
         latent=_stack(samples, "latent", [sample.latent for sample in samples]),
         text=text,
@@ -88,7 +94,12 @@ _HINT = "samples of one folder have to agree; make the folder anew with one enco
 
 def _stack(samples: Sequence[Sample], field: str, tensors: list[Tensor]) -> Tensor:
     _check_alike(samples, field, [(tensor.shape, tensor.dtype) for tensor in tensors])
-    return torch.stack(tensors)
+    # One sample is no copy: what a loader's process read into shared memory goes to the training process as it is.
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _pad(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else pad_sequence(tensors, batch_first=True)
 
 
 def _check_alike(samples: Sequence[Sample], field: str, kinds: list[tuple[torch.Size, torch.dtype]]) -> None:

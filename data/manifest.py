@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FILE = "manifest.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
+REJECTED = "rejected.jsonl"
 VERSION = 2
 Shape = tuple[int, int, int, int]
 

@@ -6,6 +6,10 @@ import tarfile
 from pathlib import Path
 from types import TracebackType
 
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
 from data.errors import BadSampleError, DataError
 from data.manifest import Manifest, SampleInfo
 from data.remote import ShardFile, open_shard
@@ -36,9 +40,10 @@ class SampleReader:
         info = about.samples[place]
         if shard not in self._open:
             self._open[shard] = open_shard(url, about.sha256, self._cache)
-        content = self._open[shard].read(info.offset, info.bytes)
+        content = _buffer(info.bytes)
+        filled = self._open[shard].read_into(info.offset, content.numpy().data)
         try:
-            return decode(content, info)
+            return decode(content[:filled], info)
         except DataError as error:
             raise BadSampleError(f"{url}: {error}") from error
 
@@ -61,8 +66,15 @@ class SampleReader:
         self.close()
 
 
-def decode(content: bytes, info: SampleInfo) -> Sample:
-    """A sample from its bytes in a tar, headers included.
+def _buffer(size: int) -> Tensor:
+    """Room for so many bytes, uint8; a loader's process reads into shared memory, which the training process maps."""
+    worker = get_worker_info() is not None
+    storage = torch.UntypedStorage._new_shared(size) if worker else torch.UntypedStorage(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def decode(content: Tensor, info: SampleInfo) -> Sample:
+    """A sample from its bytes in a tar, uint8, headers included; its tensors are views of them.
 
     Raises:
         DataError: naming the key: the bytes are too few, no entries of a tar or those of another sample, the sample is
@@ -71,19 +83,19 @@ def decode(content: bytes, info: SampleInfo) -> Sample:
     where = f"sample {info.key}"
     if len(content) < info.bytes:
         raise DataError(f"{where}: the shard ends {info.bytes - len(content)} bytes before it does; copy it again")
-    parts: dict[str, memoryview | str] = {"__key__": info.key}
-    rest = memoryview(content)
-    while len(rest):
+    parts: dict[str, Tensor | str] = {"__key__": info.key}
+    while len(content):
+        header = content[: tarfile.BLOCKSIZE].numpy().tobytes()
         try:
-            member = tarfile.TarInfo.frombuf(bytes(rest[: tarfile.BLOCKSIZE]), "utf-8", "strict")
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except tarfile.HeaderError as error:
             raise DataError(f"{where}: no entry of a tar where the manifest says ({error}); copy it again") from error
         end = tarfile.BLOCKSIZE + member.size
         key, _, part = member.name.partition(".")
-        if key != info.key or end > len(rest):
+        if key != info.key or end > len(content):
             raise DataError(f"{where}: found {member.name} of {member.size} bytes in its place; copy it again")
-        parts[part] = rest[tarfile.BLOCKSIZE : end]
-        rest = rest[tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE :]
+        parts[part] = content[tarfile.BLOCKSIZE : end]
+        content = content[tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE :]
     sample = Sample.from_entry(parts)
     if tuple(sample.latent.shape) != info.shape:
         found, expected = list(sample.latent.shape), list(info.shape)

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class ShardFile(Protocol):
     """An open shard."""
 
-    def read(self, offset: int, size: int) -> bytes:
-        """The bytes from `offset` on; fewer than `size` only where the shard ends."""
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `offset` on; how many, fewer than it holds only where the shard ends."""
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -109,17 +109,12 @@ class _LocalFile:
         self._url = str(path)
         self._file: BinaryIO = persistently(self._url, lambda: path.open("rb", buffering=0))
 
-    def read(self, offset: int, size: int) -> bytes:
-        return persistently(self._url, lambda: self._read(offset, size))
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return persistently(self._url, lambda: self._fill(offset, buffer))
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _fill(self, offset: int, buffer: memoryview) -> int:
         self._file.seek(offset)
-        parts = []
-        # One call gives at most 2 GiB, and fewer on some network file systems.
-        while size and (part := self._file.read(size)):
-            parts.append(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return _fill(self._file, buffer)
 
     def close(self) -> None:
         self._file.close()
@@ -129,36 +124,29 @@ class _HttpFile:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def read(self, offset: int, size: int) -> bytes:
-        return persistently(self._url, lambda: self._read(offset, size))
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return persistently(self._url, lambda: self._fill(offset, buffer))
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _fill(self, offset: int, buffer: memoryview) -> int:
         try:
-            with _request(self._url, offset, size) as answer:
-                return bytes(answer.read())
+            with _request(self._url, offset, len(buffer)) as answer:
+                filled = _fill(answer, buffer)
+                if answer.length:
+                    raise http.client.IncompleteRead(b"", answer.length)
+                return filled
         except urllib.error.HTTPError as error:
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return b""  # the shard ends before
+                return 0  # the shard ends before
             raise
 
     def close(self) -> None:
         pass
 
 
-class _FsspecFile:
+class _FsspecFile(_LocalFile):
     def __init__(self, url: str) -> None:
         self._url = url
-        self._file: Any = persistently(url, lambda: _fsspec_open(url))
-
-    def read(self, offset: int, size: int) -> bytes:
-        return persistently(self._url, lambda: self._read(offset, size))
-
-    def _read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return bytes(self._file.read(size))
-
-    def close(self) -> None:
-        self._file.close()
+        self._file = persistently(url, lambda: _fsspec_open(url))
 
 
 class _Fetched(_LocalFile):
@@ -174,6 +162,14 @@ class _Fetched(_LocalFile):
             super().__init__(path)
         finally:
             path.unlink()  # the open file keeps the bytes, and nothing stays behind when the process is killed
+
+
+def _fill(file: Any, buffer: memoryview) -> int:
+    """Read into all of `buffer`; one call may give fewer bytes than it is asked for."""
+    filled = 0
+    while filled < len(buffer) and (count := file.readinto(buffer[filled:])):
+        filled += count
+    return filled
 
 
 def _cached(url: str, sha256: str, cache: Path) -> Path:

@@ -15,6 +15,7 @@ fps, width and height. Nothing is pickled, so shards of strangers can be read sa
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from data.errors import DataError
 # WebDataset splits a file name at its first dot, skips names that start with "__", and ustar holds 100 characters.
 KEY = re.compile(r"(?!__)[A-Za-z0-9_\-]{1,80}")
 NAME = re.compile(r"[A-Za-z0-9_\-]+")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
 LATENT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -79,6 +81,13 @@ class Prompt:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], where: str) -> Prompt:
         """The inverse of `tensors`, validated; a DataError names any tensor that is not part of a prompt."""
+        prompt = cls.group(tensors, where)
+        prompt.validate(where)
+        return prompt
+
+    @classmethod
+    def group(cls, tensors: Mapping[str, Tensor], where: str) -> Prompt:
+        """As `from_tensors`, without looking at the tensors themselves."""
         text: dict[str, TextTokens] = {}
         pooled: dict[str, Tensor] = {}
         for full, tensor in tensors.items():
@@ -95,9 +104,7 @@ class Prompt:
             else:
                 expected = "latent, text.<name>, text.<name>.mask, pooled.<name> or image.<name>"
                 raise DataError(f"{where}: unknown tensor {full}, expected {expected}")
-        prompt = cls(text, pooled)
-        prompt.validate(where)
-        return prompt
+        return cls(text, pooled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +163,9 @@ class Sample:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> Sample:
-        """Decode and validate a WebDataset sample as `to_entry` makes it.
+        """Decode and validate a WebDataset sample as `to_entry` makes it; its parts may also be uint8 tensors.
+
+        The sample's tensors are views of a part that is a tensor, wherever that lies.
 
         Raises:
             DataError: naming the key and what is missing, unreadable or not as the schema says.
@@ -167,11 +176,11 @@ class Sample:
             if part not in entry:
                 raise DataError(f"{where}: {key}.{part} is missing from its shard; make this shard anew")
         try:
-            tensors = safetensors.torch.load(bytes(entry["safetensors"]))
-        except (SafetensorError, ValueError, KeyError) as error:
+            tensors = _unpack(entry["safetensors"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: {key}.safetensors cannot be read ({error}); make this shard anew") from error
         try:
-            meta = json.loads(bytes(entry["json"]))
+            meta = json.loads(_bytes(entry["json"]))
         except ValueError as error:
             raise DataError(f"{where}: {key}.json is not JSON ({error}); make this shard anew") from error
         if not isinstance(meta, dict):
@@ -181,10 +190,37 @@ class Sample:
             found = ", ".join(sorted(tensors)) or "nothing"
             raise DataError(f"{where}: tensor latent is missing, found {found}; make this shard anew")
         image = {name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("image.")}
-        prompt = Prompt.from_tensors(tensors, where)
+        prompt = Prompt.group(tensors, where)
         sample = cls(key, latent, prompt.text, prompt.pooled, image, meta)
         sample.validate()
         return sample
+
+
+def _bytes(part: bytes | Tensor) -> bytes:
+    return part.numpy().tobytes() if isinstance(part, Tensor) else part
+
+
+def _unpack(part: bytes | Tensor) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; as views, where the file is a uint8 tensor itself.
+
+    The library copies each tensor out of the file, which is what a loader of 41 MB samples would spend its time on.
+
+    Raises:
+        SafetensorError, ValueError, KeyError, TypeError: it is no such file.
+    """
+    if not isinstance(part, Tensor):
+        return safetensors.torch.load(part)
+    length = int.from_bytes(part[:8].numpy().tobytes(), "little")
+    header = json.loads(part[8 : 8 + length].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, about in header.items():
+        start, end = (8 + length + offset for offset in about["data_offsets"])
+        dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+        if not 8 + length <= start <= end <= len(part) or math.prod(shape) * dtype.itemsize != end - start:
+            raise ValueError(f"tensor {name} does not fit into the file")
+        tensors[name] = part[start:end].view(dtype).view(shape)
+    return tensors
 
 
 def _check_floating(where: str, field: str, name: str, tensor: Tensor, rank: int | None) -> None:
@@ -197,5 +233,6 @@ def _check_floating(where: str, field: str, name: str, tensor: Tensor, rank: int
         raise DataError(f"{where}: {field} has shape {tuple(tensor.shape)}, expected {rank} dimensions")
     if tensor.numel() == 0:
         raise DataError(f"{where}: {field} is empty, its shape is {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
+    # Both carry a NaN on; twenty times faster than looking at each number.
+    if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
         raise DataError(f"{where}: {field} holds NaN or infinity; encode this clip anew, in float32 if need be")

@@ -13,8 +13,9 @@ from data.errors import DataError
 
 if TYPE_CHECKING:
     from data.encoders.base import Encoder, EncoderSettings
+    from data.manifest import Manifest
 
-__all__ = ["FAMILIES", "encoder_class", "fingerprint", "load_encoder"]
+__all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_encoder"]
 
 # By name, not by class: torch, diffusers and transformers take seconds to import, and decoding processes need none.
 FAMILIES = {
@@ -49,6 +50,26 @@ def fingerprint(family: str, folder: Path | None) -> str:
         DataError: an unknown family, or a part of it is missing in the folder.
     """
     return encoder_class(family).fingerprint(folder)
+
+
+def check_encoder(manifest: Manifest, family: str, folder: Path | None) -> None:
+    """Refuse shards that were made for another model, or by another VAE or text encoder.
+
+    Args:
+        manifest: of the shards.
+        family: the model that they are for, a key of `FAMILIES`.
+        folder: its diffusers folder. Where that has no VAE and text encoders, only the family is compared.
+
+    Raises:
+        DataError: naming both.
+    """
+    there = folder is not None and all(
+        (folder / part).is_dir() for part in sum(encoder_class(family).parts.values(), ())
+    )
+    mine = fingerprint(family, folder) if there or folder is None else f"{family}:"
+    if not manifest.encoder.startswith(mine):
+        hint = "give the weights that made them, or make the shards anew with data.prepare"
+        raise DataError(f"{manifest.home}: was made with {manifest.encoder}, expected {mine}; {hint}")
 
 
 def load_encoder(family: str, settings: EncoderSettings) -> Encoder:

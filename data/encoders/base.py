@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.encoders.weights import fingerprint_of
+from data.encoders.weights import fingerprint_of, load_part
 from data.errors import DataError
 from data.sample import Prompt
 
@@ -25,6 +25,7 @@ class EncoderSettings:
         device: where VAE and text encoders run.
         vae_dtype, text_dtype: their weights' dtypes.
         image_to_video: load what the first frame's conditions need too.
+        vae_only: load no text encoders; the encoder then encodes and decodes clips, but no prompts.
     """
 
     folder: Path | None
@@ -32,6 +33,7 @@ class EncoderSettings:
     vae_dtype: torch.dtype
     text_dtype: torch.dtype
     image_to_video: bool = False
+    vae_only: bool = False
 
 
 class Encoder(ABC):
@@ -105,6 +107,38 @@ class Encoder(ABC):
             if min(height, width) < step or height % step or width % step:
                 near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))
                 raise DataError(f"size is {height}x{width}, expected sides that divide by {step}, such as {near}")
+
+
+def load_text(loader: Any, settings: EncoderSettings, part: str) -> Any:
+    """A text encoder of the class `loader`, or None for `vae_only`.
+
+    Raises:
+        DataError: as `load_part`.
+    """
+    if settings.vae_only:
+        return None
+    assert settings.folder is not None
+    return load_part(loader, settings.folder / part, settings.device, settings.text_dtype)
+
+
+def load_tokenizer(settings: EncoderSettings, part: str) -> Any:
+    """A tokenizer, or None for `vae_only`.
+
+    Raises:
+        DataError: it is missing or cannot be loaded.
+    """
+    if settings.vae_only:
+        return None
+    from transformers import AutoTokenizer
+
+    assert settings.folder is not None
+    folder = settings.folder / part
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error
 
 
 def to_video(frames: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

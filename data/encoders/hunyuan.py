@@ -14,8 +14,8 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from torch import Tensor
 from transformers import CLIPTextModel, LlamaModel
 
-from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
-from data.encoders.weights import load_part, load_tokenizer
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.weights import load_part
 from data.sample import Prompt, TextTokens
 
 
@@ -40,13 +40,13 @@ class HunyuanEncoder(Encoder):
         self.vae = load_part(AutoencoderKLHunyuanVideo, folder / "vae", self.device, settings.vae_dtype)
         self.vae.enable_tiling()
         self.pipeline: Any = HunyuanVideoPipeline(
-            text_encoder=load_part(LlamaModel, folder / "text_encoder", self.device, settings.text_dtype),
-            tokenizer=load_tokenizer(folder / "tokenizer"),
+            text_encoder=load_text(LlamaModel, settings, "text_encoder"),
+            tokenizer=load_tokenizer(settings, "tokenizer"),
             transformer=None,
             vae=self.vae,
             scheduler=None,
-            text_encoder_2=load_part(CLIPTextModel, folder / "text_encoder_2", self.device, settings.text_dtype),
-            tokenizer_2=load_tokenizer(folder / "tokenizer_2"),
+            text_encoder_2=load_text(CLIPTextModel, settings, "text_encoder_2"),
+            tokenizer_2=load_tokenizer(settings, "tokenizer_2"),
         )
 
     @property

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKLMochi, MochiPipeline
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
-from data.encoders.weights import load_part, load_tokenizer
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.weights import load_part
 from data.sample import Prompt, TextTokens
 
 
@@ -42,8 +42,8 @@ class MochiEncoder(Encoder):
         self.pipeline: Any = MochiPipeline(
             scheduler=None,
             vae=self.vae,
-            text_encoder=load_part(T5EncoderModel, folder / "text_encoder", self.device, settings.text_dtype),
-            tokenizer=load_tokenizer(folder / "tokenizer"),
+            text_encoder=load_text(T5EncoderModel, settings, "text_encoder"),
+            tokenizer=load_tokenizer(settings, "tokenizer"),
             transformer=None,
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", False),
         )

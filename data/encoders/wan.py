@@ -15,8 +15,8 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
-from data.encoders.weights import load_part, load_tokenizer
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.weights import load_part
 from data.errors import DataError
 from data.sample import Prompt, TextTokens
 
@@ -44,8 +44,8 @@ class WanEncoder(Encoder):
         assert folder is not None
         self.device = settings.device
         self.vae = load_part(AutoencoderKLWan, folder / "vae", self.device, settings.vae_dtype)
-        text_encoder = load_part(UMT5EncoderModel, folder / "text_encoder", self.device, settings.text_dtype)
-        tokenizer = load_tokenizer(folder / "tokenizer")
+        text_encoder = load_text(UMT5EncoderModel, settings, "text_encoder")
+        tokenizer = load_tokenizer(settings, "tokenizer")
         self.pipeline: Any = WanPipeline(tokenizer, text_encoder, self.vae, scheduler=None, transformer=None)
         index = WanPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
         # Wan2.2 TI2V-5B takes the first frame's own latent in place of a condition as long as the clip.

@@ -106,19 +106,3 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{folder}: cannot be loaded as {loader.__name__}: {' '.join(str(error).split())}") from error
     return model.eval().requires_grad_(False).to(device)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a subfolder.
-
-    Raises:
-        DataError: it is missing or cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error

@@ -18,7 +18,7 @@ from data.encoders import fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.files import write_bytes
-from data.manifest import FILE, Manifest
+from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal, plan
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.journal import Journal
@@ -27,7 +27,6 @@ from data.prepare.video import Clip, Size
 from data.sample import Sample
 from data.writer import finish_folder
 
-REJECTED = "rejected.jsonl"
 AHEAD = 2  # decoded clips that wait in this process
 
 

@@ -93,13 +93,13 @@ def test_ranks_share_the_global_batch(manifest: Manifest, world: int) -> None:
 
 def test_only_the_bytes_of_ours_are_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of(manifest)
-    read, opened = [], remote._LocalFile._read
+    read, fill = [], remote._LocalFile._fill
 
-    def watch(self: Any, offset: int, size: int) -> bytes:
-        read.append((Path(self._url).name, offset, size))
-        return opened(self, offset, size)
+    def watch(self: Any, offset: int, buffer: memoryview) -> int:
+        read.append((Path(self._url).name, offset, len(buffer)))
+        return fill(self, offset, buffer)
 
-    monkeypatch.setattr(remote._LocalFile, "_read", watch)
+    monkeypatch.setattr(remote._LocalFile, "_fill", watch)
     (batch,) = LatentStream(manifest, order, start_step=4, num_steps=1)
     where = {info.key: (shard.file, info.offset, info.bytes) for shard in manifest.shards for info in shard.samples}
     assert read == [where[key] for key in batch.keys]

@@ -1,0 +1,161 @@
+"""How fast the loader is: `python -m data.bench`.
+
+Two questions. Does the loader keep up with the disk: its samples a second against reading the same tars raw, member
+after member, with Python's tarfile. And does it stall training: the share of a step that is spent waiting for its
+batch, beside a step of a given length. Every figure is of this machine, with the shards in the page cache if they fit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import cli
+from data.batch import Batch
+from data.cli import setting
+from data.errors import DataError
+from data.manifest import Manifest
+from data.order import BatchOrder
+from data.remote import scheme_of
+from data.sample import Prompt, Sample, TextTokens
+from data.stream import LatentStream
+from data.writer import ShardWriter
+
+ROUNDS = 3
+
+
+@dataclass
+class Arguments:
+    """The keys of the command line."""
+
+    shards: str | None = setting(
+        "folder or URL; null: shards of Wan-14B at 4x (41 MB a sample) are made and removed", None
+    )
+    samples: int = setting("how many to make when shards is null", 24)
+    workers: int = setting("loader processes", 1)
+    step_seconds: float = setting("length of the training step that the loader runs beside", 2.0)
+    steps: int = setting("how many such steps", 15)
+
+
+USAGE = cli.usage(
+    Arguments,
+    "python -m data.bench [key=value ...]",
+    "Measures the loader: samples/s and GB/s against raw tarfile reading, and the share of a step spent waiting.",
+    ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=16"],
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Samples and bytes of a second."""
+
+    samples: float
+    bytes: float
+
+
+def raw_speed(files: list[Path]) -> Speed:
+    """Read every member of the tars with Python's tarfile, and nothing more; two members are a sample."""
+    start, members, size = time.perf_counter(), 0, 0
+    for file in files:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                size += len(content.read())
+                members += 1
+    seconds = time.perf_counter() - start
+    return Speed(members / 2 / seconds, size / seconds)
+
+
+def loader_speed(shards: str, workers: int, samples: int) -> Speed:
+    """Take so many samples from a DataLoader, one a batch, after a first one that starts its processes."""
+    loader = iter(_loader(shards, workers, samples + 1))
+    next(loader)
+    start, taken, size = time.perf_counter(), 0, 0
+    for batch in loader:
+        taken += 1
+        size += batch.nbytes
+    seconds = time.perf_counter() - start
+    return Speed(taken / seconds, size / seconds)
+
+
+def waiting_share(shards: str, workers: int, steps: int, step_seconds: float) -> float:
+    """The share of a step's time that goes into waiting for its batch, the first step's apart."""
+    loader = iter(_loader(shards, workers, steps + 1))
+    next(loader)
+    waited = 0.0
+    for _ in range(steps):
+        time.sleep(step_seconds)
+        start = time.perf_counter()
+        next(loader)
+        waited += time.perf_counter() - start
+    return waited / (waited + steps * step_seconds)
+
+
+def _loader(shards: str, workers: int, steps: int) -> DataLoader[Batch]:
+    manifest = Manifest.load(shards)
+    order = BatchOrder(manifest.shapes(), seed=0, global_batch=1, shuffle_window=256)
+    return DataLoader(LatentStream(manifest, order, num_steps=steps), batch_size=None, num_workers=workers)
+
+
+def make_shards(folder: Path, samples: int) -> None:
+    """Shards like those of Wan-14B at 4x and 720p: latents of 321 frames, text of 512 tokens."""
+    noise = torch.Generator().manual_seed(0)
+    latent = torch.randn(16, 81, 90, 160, generator=noise).to(torch.bfloat16)
+    text = TextTokens(torch.randn(512, 4096, generator=noise).to(torch.bfloat16), torch.ones(512, dtype=torch.bool))
+    about: dict[str, Any] = {"encoder": "noise", "latent": "noise", "text": "noise", "arguments": {}}
+    empty = Prompt({"text": text}, {})
+    with ShardWriter(folder, fps=16.0, empty_prompt=empty, max_samples=max(3, samples // 4), **about) as writer:
+        for i in tqdm(range(samples), "writing", unit="sample"):
+            writer.write(Sample(f"s{i:04d}", latent.roll(i), {"text": text}, {}, {}, {"caption": ""}))
+
+
+def main(words: list[str]) -> int:
+    """Measure and print."""
+    given = cli.parse(Arguments, words)
+    for name in ("samples", "workers", "steps"):
+        if getattr(given, name) < 1:
+            raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
+    if given.shards is not None:
+        return _report(given, given.shards)
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder) / "shards", given.samples)
+        return _report(given, f"{folder}/shards")
+
+
+def _report(given: Arguments, shards: str) -> int:
+    manifest = Manifest.load(shards)
+    count = len(manifest.samples)
+    size = sum(shard.bytes for shard in manifest.shards) / count
+    print(f"{count} samples of {size / 1e6:.1f} MB in {len(manifest.shards)} shards, median of {ROUNDS}")
+    local = [Path(url) for url in manifest.urls if scheme_of(url) == "file"]
+    raw = _median(lambda: raw_speed(local)) if len(local) == len(manifest.shards) else None
+    loaded = _median(lambda: loader_speed(shards, given.workers, count))
+    print(f"{'':<24}{'samples/s':>12}{'GB/s':>8}")
+    if raw is not None:
+        print(f"{'raw tarfile':<24}{raw.samples:>12.1f}{raw.bytes / 1e9:>8.2f}")
+    print(f"{f'loader, {given.workers} workers':<24}{loaded.samples:>12.1f}{loaded.bytes / 1e9:>8.2f}")
+    if raw is not None:
+        print(f"loader / raw: {loaded.samples / raw.samples:.2f}")
+    share = waiting_share(shards, given.workers, given.steps, given.step_seconds)
+    print(f"waiting for data beside steps of {given.step_seconds:g} s: {share:.2%} of the time")
+    return 0
+
+
+def _median(measure: Callable[[], Speed]) -> Speed:
+    found = [measure() for _ in range(ROUNDS)]
+    return Speed(statistics.median(s.samples for s in found), statistics.median(s.bytes for s in found))
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m data.bench", USAGE)

@@ -1,0 +1,213 @@
+"""Is a folder of shards what its manifest says: `python -m data.check SHARDS`.
+
+Every byte of every shard is read: its size and SHA-256 are compared, its tar is walked, and every sample is decoded and
+held to the schema. What is wrong is listed line by line, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from data import cli
+from data.cli import setting
+from data.encoders import FAMILIES, check_encoder, load_encoder
+from data.encoders.base import Encoder, EncoderSettings
+from data.errors import DataError
+from data.manifest import REJECTED, Manifest, ShardInfo, locate
+from data.order import BatchOrder
+from data.reader import SampleReader, decode
+from data.remote import CHUNK, open_shard, read_all
+
+PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, height of a line of text
+
+
+@dataclass
+class Arguments:
+    """The keys of the command line."""
+
+    shards: str = setting("folder or URL of the shards, the bare word")
+    contact_sheet: bool = setting("decode a few clips and draw them into a PNG", False)
+    png: Path = setting("where the contact sheet goes", Path("contact_sheet.png"))
+    clips: int = setting("rows of the contact sheet: clips spread over the folder", 8)
+    pictures: int = setting("columns of the contact sheet: frames spread over a clip", 6)
+    weights: Path | None = setting("the diffusers folder whose VAE decodes; not needed for pixels", None)
+    device: str = setting("where the VAE runs", "cpu")
+
+
+USAGE = cli.usage(
+    Arguments,
+    "python -m data.check SHARDS [--contact-sheet] [key=value ...]",
+    "Verifies every shard against the manifest and prints what the folder holds; the exit code is 1 for a damaged one.",
+    ["python -m data.check shards/openvid_4x", "python -m data.check shards/mine --contact-sheet weights=weights/wan"],
+)
+
+
+@dataclass
+class Findings:
+    """What a folder holds and what is wrong with it."""
+
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    seconds: float = 0.0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def check(manifest: Manifest, progress: bool = False) -> Findings:
+    """Verify every shard; remote ones are read whole.
+
+    Args:
+        manifest: of the folder.
+        progress: show a progress bar on stderr.
+    """
+    findings = Findings()
+    total = sum(shard.bytes for shard in manifest.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
+        for url, shard in zip(manifest.urls, manifest.shards, strict=True):
+            try:
+                _check_shard(url, shard, manifest.fps, findings, bar.update)
+            except DataError as error:
+                findings.problems.append(str(error))
+    return findings
+
+
+def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, advance: Callable[[int], object]) -> None:
+    """One pass over a shard: everything enters the hash, samples are decoded on the way."""
+    digest, position = hashlib.sha256(), 0
+    file = open_shard(url, shard.sha256, None)
+
+    def take(size: int) -> Tensor:
+        nonlocal position
+        content = torch.empty(size, dtype=torch.uint8)
+        content = content[: file.read_into(position, content.numpy().data)]
+        digest.update(content.numpy().data)
+        position += len(content)
+        advance(len(content))
+        return content
+
+    try:
+        for info in shard.samples:
+            if info.offset != position:
+                findings.problems.append(f"{url}: sample {info.key} is listed at byte {info.offset}, not {position}")
+                return
+            try:
+                sample = decode(take(info.bytes), info)
+            except DataError as error:
+                findings.problems.append(f"{url}: {error}")
+                continue
+            findings.shapes[info.shape] += 1
+            findings.seconds += float(sample.meta.get("frames", info.shape[1])) / fps
+        # What follows the samples ends the tar; a byte more is one too many.
+        while len(take(CHUNK)):
+            pass
+    finally:
+        file.close()
+    findings.bytes += position
+    if position != shard.bytes:
+        findings.problems.append(f"{url}: is {position} bytes, the manifest says {shard.bytes}; copy it again")
+    elif digest.hexdigest() != shard.sha256:
+        findings.problems.append(f"{url}: SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
+
+
+def contact_sheet(manifest: Manifest, encoder: Encoder, clips: int, pictures: int) -> Image.Image:
+    """Clips spread evenly over the folder, one a row, with frames spread evenly over each, and captions."""
+    count = len(manifest.samples)
+    order = BatchOrder(manifest.shapes(), seed=0, global_batch=1, shuffle_window=1)
+    rows: list[Image.Image] = []
+    with SampleReader(manifest) as reader:
+        for number in sorted({round(i * (count - 1) / max(1, clips - 1)) for i in range(clips)}):
+            sample = reader.read(*order.shard_of(number))
+            frames = encoder.decode(sample.latent)
+            chosen = sorted({round(i * (len(frames) - 1) / max(1, pictures - 1)) for i in range(pictures)})
+            rows.append(
+                _row([frames[i] for i in chosen], f"{sample.key}  {list(sample.latent.shape)}  {sample.caption}")
+            )
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _row(frames: Sequence[np.ndarray], label: str) -> Image.Image:
+    height, width = frames[0].shape[:2]
+    scale = PICTURE / width
+    size = (PICTURE, max(1, round(height * scale)))
+    row = Image.new("RGB", (len(frames) * (PICTURE + 2), size[1] + LABEL), "white")
+    for i, frame in enumerate(frames):
+        row.paste(Image.fromarray(frame).resize(size), (i * (PICTURE + 2), LABEL))
+    ImageDraw.Draw(row).text((2, 2), label[: row.width // 7], fill="black")
+    return row
+
+
+def decoder_of(manifest: Manifest, weights: Path | None, device: str) -> Encoder:
+    """What decodes a folder's latents.
+
+    Raises:
+        DataError: no family is known for them, weights are missing, or the weights are not those that made them.
+    """
+    family = "pixels" if manifest.encoder.startswith("pixels-") else manifest.encoder.partition(":")[0]
+    if family not in FAMILIES:
+        raise DataError(f"{manifest.home}: was made with {manifest.encoder}, which nothing here decodes")
+    check_encoder(manifest, family, weights)
+    settings = EncoderSettings(weights, torch.device(device), torch.float32, torch.float32, vae_only=True)
+    return load_encoder(family, settings)
+
+
+def main(words: list[str]) -> int:
+    """Check, print, draw; returns 1 when something is wrong."""
+    given = cli.parse(Arguments, words, positional="shards")
+    for name in ("clips", "pictures"):
+        if getattr(given, name) < 1:
+            raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
+    manifest = Manifest.load(given.shards)
+    encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
+    found = check(manifest, progress=True)
+    manifest.load_empty_prompt()
+    print(table(manifest, found))
+    for problem in found.problems:
+        print(f"damaged: {problem}")
+    if encoder is not None and not found.problems:
+        contact_sheet(manifest, encoder, given.clips, given.pictures).save(given.png)
+        print(f"{given.png}: contact sheet")
+    return 1 if found.problems else 0
+
+
+def table(manifest: Manifest, found: Findings) -> str:
+    """What a folder holds, in lines."""
+    whole = sum(found.shapes.values())
+    lines = [
+        f"{manifest.home}",
+        f"  encoder    {manifest.encoder}",
+        f"  latents    {manifest.latent}",
+        f"  text       {manifest.text}",
+        f"  shards     {len(manifest.shards)}, {found.bytes / 1e9:.3f} GB",
+        f"  samples    {whole} of {len(manifest.samples)} whole, {found.seconds / 3600:.3f} h at {manifest.fps:g} fps",
+        f"  rejects    {_rejects(manifest)}",
+        f"  {'shape (C, F, H, W)':<24}{'samples':>9}",
+    ]
+    lines += [f"  {list(shape)!s:<24}{count:>9}" for shape, count in sorted(found.shapes.items())]
+    return "\n".join(lines)
+
+
+def _rejects(manifest: Manifest) -> str:
+    """How many bad files `data.prepare` met, from its list beside the manifest."""
+    try:
+        listed = read_all(locate(manifest.home, REJECTED)).decode()
+    except DataError:
+        return f"no {REJECTED}"
+    return f"{len(listed.splitlines())} files, see {REJECTED}"
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m data.check", USAGE)

@@ -1,0 +1,131 @@
+"""`python -m data.check`: what it prints, what it finds, what it draws; and shards of another encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import save_wan
+from videos import write_video
+
+from data.check import main
+from data.encoders import check_encoder, fingerprint
+from data.errors import DataError
+from data.manifest import FILE, Manifest
+from data.prepare.__main__ import main as prepare
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Manifest:
+    """Four clips of pixels in two shards, from a green and a red video."""
+    for name, colour in (("green", (0, 220, 0)), ("red", (220, 0, 0))):
+        picture = np.broadcast_to(np.array(colour, np.uint8), (64, 96, 3)).copy()
+        write_video(tmp_path / "videos" / f"{name}.mp4", 21, picture=lambda i, p=picture: p, caption=f"all {name}")
+    out = tmp_path / "out"
+    words = ["model=pixels", "frames=10", "size=16x32", "workers=1", "shard_gb=0.0001"]
+    assert prepare([f"source={tmp_path / 'videos'}", f"out={out}", *words]) == 0
+    return Manifest.load(out)
+
+
+def test_a_whole_folder(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main([shards.home]) == 0
+    shown = capsys.readouterr()
+    for line in (
+        "encoder    pixels-v1+tiny-text-v1-32x64",
+        "shards     2, 0.000 GB",
+        "samples    4 of 4 whole, 0.001 h at 16 fps",
+        "rejects    0 files, see rejected.jsonl",
+        "[3, 10, 16, 32]                 4",
+    ):
+        assert line in shown.out, shown.out
+    assert "checking: 100%" in shown.err
+
+
+def damage_payload(path: Path, shards: Manifest) -> str:
+    content = bytearray(path.read_bytes())
+    content[shards.shards[1].samples[0].offset + 3000] ^= 1
+    path.write_bytes(bytes(content))
+    return "shard-000-00001.tar: SHA-256 is"
+
+
+def damage_header(path: Path, shards: Manifest) -> str:
+    content = bytearray(path.read_bytes())
+    content[:10] = b"\xff" * 10
+    path.write_bytes(bytes(content))
+    return "shard-000-00001.tar: sample v0000001-0000: no entry of a tar where the manifest says"
+
+
+def cut(path: Path, shards: Manifest) -> str:
+    path.write_bytes(path.read_bytes()[:-3000])
+    return "bytes, the manifest says"
+
+
+def lengthen(path: Path, shards: Manifest) -> str:
+    path.write_bytes(path.read_bytes() + b"\0")
+    return "bytes, the manifest says"
+
+
+@pytest.mark.parametrize("spoil", [damage_payload, damage_header, cut, lengthen])
+def test_damage_is_found(shards: Manifest, spoil: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    message = spoil(shards.folder / shards.shards[1].file, shards)
+    assert main([shards.home]) == 1
+    damaged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged: ")]
+    assert damaged and message in " ".join(damaged)
+
+
+def test_a_missing_shard_and_mistakes(shards: Manifest) -> None:
+    (shards.folder / shards.shards[0].file).unlink()
+    with pytest.raises(DataError, match=r"shard-000-00000.tar: missing"):
+        main([shards.home])
+    with pytest.raises(DataError, match="shards is not set, give it; folder or URL"):
+        main([])
+    with pytest.raises(DataError, match="clips is 0, expected at least 1"):
+        main([shards.home, "clips=0"])
+
+
+def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> None:
+    png = tmp_path / "sheet.png"
+    assert main([shards.home, "--contact-sheet", f"png={png}", "clips=2", "pictures=3"]) == 0
+    sheet = np.asarray(Image.open(png)).astype(int)
+    rows, columns = sheet.shape[0] // 2, sheet.shape[1] // 3
+    assert (columns, rows) == (242, 136)
+    for row, colour in enumerate(((0, 220, 0), (220, 0, 0))):
+        for column in range(3):
+            centre = sheet[row * rows + rows // 2 + 8, column * columns + columns // 2]
+            assert np.abs(centre - colour).max() < 25, (row, column, centre)
+    assert (sheet[:14, :200] < 100).any(), "the label is written"
+
+
+def test_latents_are_decoded_by_the_vae_that_made_them(tmp_path: Path) -> None:
+    write_video(tmp_path / "videos" / "v.mp4", 9, caption="a red ball")
+    weights, other = save_wan(tmp_path / "wan"), save_wan(tmp_path / "other", seed=1)
+    out, png = tmp_path / "out", tmp_path / "sheet.png"
+    assert prepare([f"source={tmp_path / 'videos'}", f"out={out}", f"weights={weights}", "frames=9", "size=32x48"]) == 0
+    assert main([str(out), "--contact-sheet", f"png={png}", f"weights={weights}", "pictures=2"]) == 0
+    assert Image.open(png).size == (484, 176)
+    with pytest.raises(DataError, match=r"was made with wan:vae-\w+\+text-\w+, expected wan:vae-"):
+        main([str(out), "--contact-sheet", f"weights={other}"])
+    with pytest.raises(DataError, match="weights is not set, model=wan needs"):
+        main([str(out), "--contact-sheet"])
+
+
+def test_shards_of_another_encoder_model_or_version_are_refused(tmp_path: Path, shards: Manifest) -> None:
+    weights = save_wan(tmp_path / "wan")
+    check_encoder(shards, "pixels", None)
+    with pytest.raises(DataError, match=r"was made with pixels-v1\+tiny-text-v1-32x64, expected wan:vae-\w+\+text-"):
+        check_encoder(shards, "wan", weights)
+    (tmp_path / "transformer_alone").mkdir()
+    with pytest.raises(DataError, match=r"was made with pixels-v1\+tiny-text-v1-32x64, expected wan:;"):
+        check_encoder(shards, "wan", tmp_path / "transformer_alone")
+    raw = json.loads((shards.folder / FILE).read_text())
+    (shards.folder / FILE).write_text(json.dumps({**raw, "encoder": fingerprint("wan", weights)}))
+    check_encoder(Manifest.load(shards.home), "wan", weights)
+    check_encoder(Manifest.load(shards.home), "wan", tmp_path / "transformer_alone")
+    (shards.folder / FILE).write_text(json.dumps({**raw, "version": 3}))
+    with pytest.raises(DataError, match="version is 3, this code reads 2"):
+        Manifest.load(shards.home)

@@ -26,6 +26,7 @@ class ModelConfig:
     subfolder: str | None = None  # where in it the transformer lies
     weights: str | None = None  # how to get the weights: said when path is not set
     architecture: dict[str, Any] | None = None  # random weights of this config instead of path
+    dimensions: dict[str, Any] | None = None  # of the public model: what benchmarks and plans need without its weights
     vae: list[int] = MISSING  # compression of the VAE in (t, h, w)
     patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
     text_tokens: int = MISSING  # the family pads every prompt to this many tokens

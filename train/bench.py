@@ -1,0 +1,256 @@
+"""``python -m train.bench``: one LoRA step on random weights and data of the real shapes, measured and taken apart.
+
+Every case runs in fresh processes. Kernels are sorted by their names as a profiler sees them in one step; what is left
+of the step's time is waiting. The speed of a case whose loss or gradients are not finite is not printed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.sample import TextTokens
+from radial import make_pattern
+from train.build import resolve_precision, set_memory_policy
+from train.cli import guarded
+from train.compose import compose_run, finish, split_arguments
+from train.config import RunConfig, validate
+from train.errors import UserError
+from train.flops import SampleFlops, peak_rate
+from train.flow import noised
+from train.lora import inject_lora
+from train.models import family_of
+from train.models.weights import settle
+from train.plan import AttentionPlan
+from train.preflight import check_heads
+from train.sequence import SequenceGroup, flow_loss
+
+USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
+                      [key=value ...] [--json FILE]
+
+Measures a LoRA step of each pattern on each number of GPUs that share the clip (sp), on random weights.
+Other keys are those of a run: parallel.activations=selective trainer.compile=true lora.rank=64 clip.height=480
+"""
+_OURS = {"model": "wan_14b", "frames": "321", "blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
+# in the names of kernels on a GPU, and of operators on a CPU
+_KINDS = {
+    "communication": ("nccl", "c10d::", "gloo:", "_c10d_functional"),
+    "attention": ("flash", "fmha", "attention", "attn"),
+    "linear": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_linear"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case, of rank 0."""
+
+    pattern: str
+    sp: int
+    blocks: int
+    tokens: int
+    device: str
+    first_step: float  # seconds, compilation included
+    step: float  # seconds, median
+    block: float  # seconds of a step for each block
+    parts: dict[str, float]  # seconds of a step by kind
+    memory: float  # GiB, peak of the GPU
+    tflops: float
+    mfu: float | None
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the cases and prints a line for each."""
+    out = None
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        if at + 1 == len(arguments):
+            raise UserError("--json needs a file name")
+        out = Path(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    settings = split_arguments(arguments)
+    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
+    base = {"conf": "wan_4x", "attention.dense_layers": "0", "clip.frames": ours["frames"], **settings}
+    config = finish(compose_run({**base, "model": ours["model"]}))
+    if config.model.dimensions is None and config.model.architecture is None:
+        raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
+    blocks = None if ours["blocks"] == "all" else _number("blocks", ours["blocks"])
+    cases = [
+        (replace(config, attention=replace(config.attention, pattern=name)), _number("sp", word))
+        for word in ours["sp"].split(",")
+        for name in ours["pattern"].split(",")
+    ]
+    for case, _ in cases:
+        validate(case)
+    steps, results = _number("steps", ours["steps"]), []
+    print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
+    for case, sp in cases:
+        results.append(run_case(case, sp, blocks, steps))
+        print(_line(results[-1]), flush=True)
+    for sp in sorted({result.sp for result in results}):
+        taken = {result.pattern: result.step for result in results if result.sp == sp}
+        if "dense" in taken and len(taken) > 1:
+            ratios = ", ".join(f"{name} {taken['dense'] / s:.2f}x" for name, s in taken.items() if name != "dense")
+            print(f"faster than dense with sp={sp}: {ratios}")
+    if out is not None:
+        about = {"torch": torch.__version__, "arguments": arguments}
+        out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+
+
+def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
+    """Measures ``steps`` steps of one clip on ``sp`` new processes.
+
+    Raises:
+        UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
+    """
+    if torch.cuda.is_available() and sp > torch.cuda.device_count():
+        raise UserError(f"sp is {sp}, but there are {torch.cuda.device_count()} GPUs")
+    context = multiprocessing.get_context("forkserver")  # a process without CUDA that has imported everything once
+    context.set_forkserver_preload(["train.build"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
+        store = f"file://{folder}/store"
+        tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps) for rank in range(sp)]
+        results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
+    return results[0]
+
+
+def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None, steps: int) -> Result:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would announce each start and stop
+    torch.set_num_threads(max(1, torch.get_num_threads() // sp))
+    if cuda:
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=sp)
+    try:
+        return _measure(config, device, sp, blocks, steps)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
+    dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
+    shape: dict[str, Any] = dict(config.model.architecture or config.model.dimensions or {})
+    shape |= {"num_layers": blocks} if blocks else {}
+    torch.manual_seed(config.seed)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        adapter = family_of(config.model).from_config(shape, text_tokens=config.model.text_tokens)
+    torch.set_default_dtype(torch.float32)
+    layers, heads, _ = adapter.attention_shape
+    check_heads(sp, heads)
+    assert config.lora is not None
+    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, config.seed)
+    settle(adapter.transformer, dtype, device)
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
+    adapter.transformer.train()
+    trained = [p for p in adapter.transformer.parameters() if p.requires_grad]
+    for parameter in trained:  # B starts at zero: A would have no gradient
+        torch.nn.init.normal_(parameter, std=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    vae, clip, channels = config.model.vae, config.clip, adapter.transformer.config.in_channels
+    cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
+    latent, noise = (torch.randn(1, channels, *cells, device=device) for _ in range(2))
+    text_dim = adapter.transformer.config.text_dim
+    tokens = torch.randn(1, config.model.text_tokens, text_dim, device=device)
+    text = {"text": TextTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))}
+    sigma = torch.tensor([0.6], device=device)
+    x, target = noised(latent, noise, sigma)
+    attention = config.attention
+    plan = AttentionPlan.of(
+        make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+        adapter.grid(x),
+        block=attention.block,
+        dense_layers=attention.dense_layers,
+        backend=attention.backend if attention.pattern != "dense" else None,
+        sequence=SequenceGroup.of(sp),
+    )
+    adapter.set_plan(plan)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            loss = flow_loss(adapter.velocity(x, sigma, text), target, plan.shard, adapter.patch)
+        loss.backward()
+        for parameter in trained if sp > 1 else ():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        optimizer.zero_grad()
+        if not torch.isfinite(loss + norm) or norm == 0:
+            raise UserError(f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: no speed to tell")
+        return loss.item()
+
+    first = _timed(step)
+    step()
+    seconds = statistics.median(_timed(step) for _ in range(steps))
+    flops = SampleFlops.of(adapter, plan).step / sp
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_rate(name)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    return Result(
+        pattern=attention.pattern,
+        sp=sp,
+        blocks=layers,
+        tokens=plan.pattern_layout.grid.tokens,
+        device=name,
+        first_step=first,
+        step=seconds,
+        block=seconds / layers,
+        parts=_parts(step, device, seconds),
+        memory=memory,
+        tflops=flops / seconds / 1e12,
+        mfu=flops / seconds / peak if peak else None,
+    )
+
+
+def _timed(step: Any) -> float:
+    start = time.perf_counter()
+    step()  # ends by reading the loss, that is, with all work done
+    return time.perf_counter() - start
+
+
+def _parts(step: Any, device: torch.device, seconds: float) -> dict[str, float]:
+    """Seconds of one step by kind of kernel; ``waiting`` is what none of them accounts for."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+    parts = dict.fromkeys([*_KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        name = event.key.lower()
+        kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+        parts[kind] += spent
+    return {**parts, "waiting": max(0.0, seconds - sum(parts.values()))}
+
+
+def _number(key: str, word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise UserError(f"{key} is {word!r}, expected a whole number of at least 1")
+    return int(word)
+
+
+def _line(result: Result) -> str:
+    parts = "  ".join(f"{kind} {seconds:.3f}" for kind, seconds in result.parts.items())
+    rest = f"{result.memory:.1f} GiB  {result.tflops:.1f} TFLOP/s" + (f"  MFU {result.mfu:.1%}" if result.mfu else "")
+    return (
+        f"{result.pattern:<10} {result.sp:>2} {result.blocks:>6} {result.step:>8.3f} {result.block:>8.3f}   "
+        f"{parts}  |  {rest}  first step {result.first_step:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:], USAGE)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import DataError
-from data.sample import Sample, TextTokens
+from data.sample import Prompt, Sample, TextTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,27 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def with_prompt(self, rows: Sequence[int], prompt: Prompt) -> Batch:
+        """The same batch with another prompt in these rows: caption dropout puts the empty prompt there.
+
+        Raises:
+            DataError: the prompt has other encoders than the batch.
+        """
+        for kind in ("text", "pooled"):
+            found, expected = sorted(getattr(prompt, kind)), sorted(getattr(self, kind))
+            if found != expected:
+                raise DataError(f"the empty prompt has {kind} {found}, the samples have {expected}; {_HINT}")
+        text, pooled = {}, {}
+        for name, own in self.text.items():
+            other = prompt.text[name]
+            length = max(own.tokens.shape[1], len(other.tokens))
+            tokens = F.pad(own.tokens, (0, 0, 0, length - own.tokens.shape[1]))
+            mask = F.pad(own.mask, (0, length - own.mask.shape[1]))
+            text[name] = TextTokens(_with_rows(tokens, rows, other.tokens), _with_rows(mask, rows, other.mask))
+        for name, vectors in self.pooled.items():
+            pooled[name] = _with_rows(vectors, rows, prompt.pooled[name])
+        return dataclasses.replace(self, text=text, pooled=pooled)
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +118,15 @@ def _stack(samples: Sequence[Sample], field: str, tensors: list[Tensor]) -> Tens
     _check_alike(samples, field, [(tensor.shape, tensor.dtype) for tensor in tensors])
     # One sample is no copy: what a loader's process read into shared memory goes to the training process as it is.
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _with_rows(batch: Tensor, rows: Sequence[int], value: Tensor) -> Tensor:
+    """(B, L, …) with `value` (l, …), l at most L and zeros after it, in these rows; or (B, D) with (D,)."""
+    batch = batch.clone()
+    for row in rows:
+        batch[row] = 0
+        batch[row, : len(value)] = value.to(batch)
+    return batch
 
 
 def _pad(tensors: list[Tensor]) -> Tensor:

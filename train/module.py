@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from data.sample import Prompt, TextTokens
+from data.sample import Prompt
 from radial import Pattern
 from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noised
 from train.lora import load_parameters, lora_parameters
@@ -107,30 +107,19 @@ class LengthExtensionModule(L.LightningModule):
         plan = self.plan(batch.latent, all_dense=draw.dense)
         self.adapter.set_plan(plan)
         self.current_plan = plan
-        velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch))
+        velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch).text)
         loss = flow_loss(velocity, target, plan.shard, self.adapter.patch)
         self._micro_losses.append(loss.detach())
         self.log("sigma", sigma.mean(), batch_size=len(batch.keys))
         return loss
 
-    def _drop_captions(self, batch: Batch) -> dict[str, TextTokens]:
+    def _drop_captions(self, batch: Batch) -> Batch:
         dropped = [
-            torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")).item() < self.caption_dropout
-            for key in batch.keys
+            row
+            for row, key in enumerate(batch.keys)
+            if torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")) < self.caption_dropout
         ]
-        if not any(dropped):
-            return batch.text
-        text = {}
-        for name, entry in batch.text.items():
-            tokens, mask = entry.tokens.clone(), entry.mask.clone()
-            empty = self.empty_prompt.text[name]
-            length = min(len(empty.tokens), tokens.shape[1])
-            for row in (i for i, drop in enumerate(dropped) if drop):
-                tokens[row], mask[row] = 0, False
-                tokens[row, :length] = empty.tokens[:length].to(tokens)
-                mask[row, :length] = empty.mask[:length].to(mask.device)
-            text[name] = TextTokens(tokens, mask)
-        return text
+        return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.transformer.parameters() if p.grad is not None]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from data.encoders import check_encoder
 from data.manifest import Manifest
 from train.config import RunConfig
 from train.errors import UserError
@@ -25,14 +28,23 @@ def preflight(config: RunConfig) -> None:
     if config.data.shards is None and not config.data.synthetic_clips:
         raise UserError(
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
-            "(what data.writer.ShardWriter makes; README, 'Train Wan 4x on your videos')"
+            "(what python -m data.prepare makes; README, 'Train Wan 4x on your videos')"
         )
     if config.data.shards is not None:
-        check_shapes(config, Manifest.load(config.data.shards))
+        shards = Manifest.load(config.data.shards)
+        check_encoder(shards, *_encoder(config))
+        check_shapes(config, shards)
     if config.report.clips and config.data.shards is not None:
         raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
+
+
+def _encoder(config: RunConfig) -> tuple[str, Path | None]:
+    """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
+    if tuple(config.model.vae) == (1, 1, 1):
+        return "pixels", None
+    return config.model.family, Path(config.model.path or "").expanduser()
 
 
 def check_heads(sequence: int, heads: int) -> None:

@@ -26,7 +26,7 @@ def test_both_sides_read_the_same_bytes(make_folder: Any, monkeypatch: pytest.Mo
     raw = bench.raw_speed([manifest.folder / shard.file for shard in manifest.shards])
     loaded = bench.loader_speed(manifest.home, 0, 6)
     assert raw.samples == loaded.samples == 6
-    held = [sample for sample in read_samples(manifest)]
+    held = list(read_samples(manifest))
     tensors = sum(s.latent.nbytes + s.text["umt5"].tokens.nbytes for s in held)
     assert raw.bytes > loaded.bytes > tensors > 0
 

@@ -24,7 +24,7 @@ from data.errors import DataError
 from data.manifest import FILE, Manifest
 from data.order import BatchOrder
 from data.reader import SampleReader
-from data.sample import Sample
+from data.sample import Prompt, Sample, TextTokens
 from data.stream import LatentStream, read_samples
 
 
@@ -141,6 +141,24 @@ def test_texts_are_padded_and_masked(make_sample: Any) -> None:
     moved = batch.to("meta")
     assert moved.latent.is_meta and moved.text["umt5"].mask.is_meta and moved.image["first"].is_meta
     assert moved.step == 9 and moved.keys == ["s000", "s002"] and moved.latent.dtype == torch.bfloat16
+
+
+def test_another_prompt_takes_the_place_of_captions(make_sample: Any) -> None:
+    batch = collate([make_sample(0), make_sample(1), make_sample(2)], step=0)
+    for length in (2, 6):
+        prompt = Prompt({"umt5": TextTokens(torch.full((length, 6), 7.0), torch.ones(length, dtype=torch.bool))},
+                        {"clip": torch.full((5,), 8.0)})  # fmt: skip
+        found = batch.with_prompt([0, 2], prompt)
+        tokens, mask = found.text["umt5"].tokens, found.text["umt5"].mask
+        assert tokens.shape == (3, max(4, length), 6) and mask.sum(1).tolist() == [length, 3, length]
+        assert (tokens[0, :length] == 7).all() and not tokens[0, length:].any()
+        assert torch.equal(tokens[1, :4], batch.text["umt5"].tokens[1])
+        assert (found.pooled["clip"][[0, 2]] == 8).all() and torch.equal(
+            found.pooled["clip"][1], batch.pooled["clip"][1]
+        )
+    assert batch.text["umt5"].mask.sum(1).tolist() == [2, 3, 4], "the batch itself stays"
+    with pytest.raises(DataError, match=r"the empty prompt has pooled \[\], the samples have \['clip'\]"):
+        batch.with_prompt([0], Prompt(prompt.text, {}))
 
 
 def test_samples_that_do_not_match_are_named(make_sample: Any) -> None:

@@ -8,11 +8,12 @@ began. When all videos of the plan are done, the rank that sees it first writes 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +40,8 @@ class Journal:
 
     Attributes:
         done: the videos that are done, on any rank, when this rank started.
-        keys: the samples on disk, of any rank, when this rank started.
+        present: the clips on disk by video, of any rank, when this rank started.
+        rejected: how many bad files there were on any rank then, and on this one since.
 
     Raises:
         DataError: another process writes as this rank.
@@ -50,7 +52,11 @@ class Journal:
         self._home.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         shards, self.done, rejected = read_records(folder)
-        self.keys = {sample.key for shard in shards for sample in shard.samples}
+        self.present: dict[int, set[int]] = {}
+        for shard in shards:
+            for sample in shard.samples:
+                row, clip = _numbers_of(sample.key)
+                self.present.setdefault(row, set()).add(clip)
         self.rejected = len(rejected)
         recorded = {shard.file for shard in shards}
         for path in folder.iterdir():
@@ -118,6 +124,37 @@ class Journal:
                 f"{self._folder}: another data.prepare is writing rank {self._rank} of it; {hint}"
             ) from error
         return file
+
+
+def key_of(row: int, clip: int) -> str:
+    """The key of a video's clip: the same in every run of a plan."""
+    return f"v{row:07d}-{clip:04d}"
+
+
+def _numbers_of(key: str) -> tuple[int, int]:
+    """The inverse of `key_of`."""
+    row, _, clip = key.removeprefix("v").partition("-")
+    return int(row), int(clip)
+
+
+@contextlib.contextmanager
+def planning(folder: Path) -> Iterator[Path]:
+    """The journal's folder, for one process after the other; it is removed again when nothing is left in it."""
+    home = folder / FOLDER
+    made = [path for path in (folder, home) if not path.exists()]
+    home.mkdir(parents=True, exist_ok=True)
+    lock = home / "plan.lock"
+    try:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield home
+    except BaseException:
+        # Nothing was begun: leave no trace.
+        with contextlib.suppress(OSError):
+            lock.unlink(missing_ok=True)
+            for path in reversed(made):
+                path.rmdir()
+        raise
 
 
 def read_records(folder: Path) -> tuple[list[ShardInfo], set[int], list[Rejected]]:

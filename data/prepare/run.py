@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.files import write_bytes
 from data.manifest import FILE, REJECTED, Manifest
-from data.prepare import journal, plan
+from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.journal import Journal
-from data.prepare.plan import Plan, Rejected
+from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.video import Clip, Size
 from data.sample import Sample
 from data.writer import finish_folder
@@ -136,27 +135,23 @@ def _load(recipe: Recipe, rank: Rank) -> Encoder:
 
 
 def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
-    """The folder's plan, which rank 0 makes and the others wait for."""
-    home = recipe.out / journal.FOLDER
-    found = Plan.load(home)
-    if found is None and rank.index == 0:
-        if recipe.out.exists() and not recipe.out.is_dir():
-            raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
-        found = plan.make_plan(
-            arguments,
-            fps=recipe.fps,
-            frames=recipe.frames,
-            clips=recipe.clips,
-            progress=True,
-            **recipe.selection,
-        )
-        home.mkdir(parents=True, exist_ok=True)
-        found.save(home)
-        bad = f"{len(found.rejected)} files are bad"
-        _say(rank, f"{len(found.rows)} videos chosen, {found.passed} do not qualify, {bad}")
-    while found is None:
-        time.sleep(0.5)
+    """The folder's plan; the rank that comes first makes it, and the others wait for it."""
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
+    with journal.planning(recipe.out) as home:
         found = Plan.load(home)
+        if found is None:
+            found = make_plan(
+                arguments,
+                fps=recipe.fps,
+                frames=recipe.frames,
+                clips=recipe.clips,
+                progress=True,
+                **recipe.selection,
+            )
+            found.save(home)
+    bad = f"{len(found.rejected)} files are bad"
+    _say(rank, f"{len(found.rows)} videos chosen, {found.passed} do not qualify, {bad}")
     _check_same(recipe.out, found.arguments, arguments)
     return found
 
@@ -170,7 +165,7 @@ def _check_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None
 def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal) -> None:
     """Decode, encode and write this rank's videos that are not done."""
     rows = [row for row in range(rank.index, len(planned.rows), rank.world) if row not in records.done]
-    tasks = [Task(row, planned.path(row), _present(row, records.keys)) for row in rows]
+    tasks = [Task(row, planned.path(row), records.present.get(row, set())) for row in rows]
     expected = {task.row: max(0, planned.rows[task.row].clips - len(task.skip)) for task in tasks}
     bar = tqdm(total=sum(expected.values()), unit="clip", disable=rank.index != 0, smoothing=0.05)
     bar.set_description(f"encoding (rank 0 of {rank.world})" if rank.world > 1 else "encoding")
@@ -185,7 +180,7 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
         for event in events:
             bar.set_postfix(bad=bad, refresh=False)
             if isinstance(event, End):
-                kept += len(_present(event.row, records.keys))
+                kept += len(records.present.get(event.row, ()))
                 reason = event.reason or failed or (None if kept else f"ends before {recipe.frames} frames")
                 rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
                 records.finish_row(event.row, rejected)
@@ -208,17 +203,6 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
         decoders.close()
 
 
-def key_of(row: int, clip: int) -> str:
-    """The key of a clip: the same in every run of a plan."""
-    return f"v{row:07d}-{clip:04d}"
-
-
-def _present(row: int, keys: set[str]) -> set[int]:
-    """The clips of a video that are on disk."""
-    prefix = f"v{row:07d}-"
-    return {int(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
-
-
 def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip: Clip) -> Sample:
     """Encode a clip with its caption.
 
@@ -239,7 +223,9 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
         "width": width,
         "encoder": planned.arguments["encoder"],
     }
-    sample = Sample(key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta)
+    sample = Sample(
+        journal.key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta
+    )
     sample.validate()
     return sample
 

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from lightning.pytorch.callbacks import Callback
 from tiny import run_config, words
 
+from data.errors import DataError
 from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, training_shards
@@ -20,6 +21,7 @@ from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, lo
 from train.errors import UserError
 from train.export import read_config
 from train.models import load_adapter
+from train.preflight import preflight
 from train.run import RunFolder, resume, train
 
 # The run of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
@@ -237,3 +239,12 @@ def test_shards_of_another_size_are_refused(finished):
     wrong = replace(config, data=replace(config.data, shards=str(shards)), clip=replace(config.clip, frames=16))
     with pytest.raises(UserError, match=r"has latents of .*\[\(8, 32, 64\)\], but clip is \(16, 32, 64\)"):
         run(wrong)
+
+
+def test_shards_of_another_encoder_are_refused(finished, tmp_path):
+    config, _ = finished
+    shards = shutil.copytree(training_shards(config).folder, tmp_path / "shards")
+    manifest = shards / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("pixels-v1+tiny-text", "wan:vae-12+text"))
+    with pytest.raises(DataError, match=r"was made with wan:vae-12\+text-\S+, expected pixels-v1\+tiny-text-"):
+        preflight(replace(config, data=replace(config.data, shards=str(shards))))

@@ -1,6 +1,7 @@
-"""Shards of latents and text embeddings: their schema, writing, order and streaming.
+"""Shards of latents and text embeddings: making them from videos, checking them, streaming them in an exact order.
 
-Open `data.sample` for what one entry holds, `data.manifest` for what a folder of shards says about itself,
-`data.writer` to make one, `data.order` for which samples a step gets, `data.stream` to read them, and
-`data.synth` for the synthetic clips of the default run. The package needs torch, webdataset and safetensors.
+Commands: `data.prepare` turns videos into shards, `data.check` verifies them, `data.bench` measures the loader,
+`data.synth` makes the synthetic clips of the default run. To build on them, open `data.sample` for what one entry
+holds, `data.manifest` for what a folder says about itself, `data.writer` to write one, `data.encoders` for the model
+families, `data.order` for which samples a step gets, `data.stream` to read them, `data.remote` for where from.
 """

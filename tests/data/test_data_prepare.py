@@ -26,6 +26,8 @@ from data.manifest import Manifest
 from data.prepare import decoders
 from data.prepare.__main__ import USAGE, main
 from data.prepare.decoders import Decoders, End, Task
+from data.prepare.journal import Journal
+from data.prepare.run import Rank
 from data.sample import Sample
 from data.stream import read_samples
 
@@ -186,33 +188,48 @@ def test_a_killed_run_goes_on_without_a_clip_twice_or_lost(tmp_path: Path, video
     assert (out / "rejected.jsonl").read_text() == (tmp_path / "whole" / "rejected.jsonl").read_text()
 
 
-def ranks(words: Sequence[str], world: int, names: tuple[str, str, str]) -> list[subprocess.Popen[bytes]]:
-    def environment(rank: int) -> dict[str, str]:
-        return {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            **dict(zip(names, (str(rank), str(world), str(rank)), strict=True)),
-        }
-
-    return [subprocess.Popen(command(*words), env=environment(rank)) for rank in range(world)]
+def ranks(words: Sequence[str], world: int) -> list[subprocess.Popen[bytes]]:
+    """The processes that torchrun would start."""
+    own = [{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [subprocess.Popen(command(*words), env={**os.environ, "OMP_NUM_THREADS": "1", **names}) for names in own]
 
 
-TORCHRUN, SRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-
-
-@pytest.mark.parametrize("names", [TORCHRUN, SRUN])
-def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path, names: tuple[str, str, str]) -> None:
+def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "out"
-    started = ranks([f"source={videos}", f"out={out}", *FAST], 2, names)
+    started = ranks([f"source={videos}", f"out={out}", *FAST], 2)
     assert [process.wait(120) for process in started] == [0, 0]
     check_complete(out)
     files = {sample.key: shard.file for shard in Manifest.load(out).shards for sample in shard.samples}
     assert {file[:9] for file in files.values()} == {"shard-000", "shard-001"}
 
 
+def test_ranks_that_cannot_plan_all_say_why(tmp_path: Path) -> None:
+    """None waits for a plan that never comes."""
+    started = ranks([f"source={tmp_path / 'gone.csv'}", f"out={tmp_path / 'out'}", *FAST], 2)
+    assert [process.wait(120) for process in started] == [2, 2] and not (tmp_path / "out").exists()
+
+
+def test_ranks_come_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert Rank.from_environment() == Rank(0, 1, 0)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert Rank.from_environment() == Rank(0, 1, 0), "a batch script outside srun is alone"
+    monkeypatch.setenv("SLURM_PROCID", "9")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert Rank.from_environment() == Rank(9, 16, 1)
+    for name, value in zip(names[:3], "352", strict=True):
+        monkeypatch.setenv(name, value)
+    assert Rank.from_environment() == Rank(3, 5, 2), "torchrun inside srun"
+
+
 def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:
     out, words = tmp_path / "out", [f"source={videos}", *FAST, "shard_gb=0.00003"]
-    started = ranks([*words, f"out={out}"], 3, TORCHRUN)
+    started = ranks([*words, f"out={out}"], 3)
     deadline = time.monotonic() + 60
     while len(list((out / ".prepare").glob("record-*"))) < 2:
         assert time.monotonic() < deadline and any(process.poll() is None for process in started)
@@ -226,8 +243,6 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path) -> None:
-    from data.prepare.journal import Journal
-
     held = Journal(tmp_path / "out", 0, 1, 10**9)
     with pytest.raises(DataError, match="another data.prepare is writing rank 0 of it"):
         main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST])

@@ -143,13 +143,14 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         default_root_dir=folder.path,
         use_distributed_sampler=False,
     )
+    unfinished = resumed_step < config.trainer.steps
     # stage 3 spreads the weights over the ranks straight from their files
-    settled_dtype = None if config.parallel.strategy == "zero3" else frozen_dtype
+    settled_dtype = None if unfinished and config.parallel.strategy == "zero3" else frozen_dtype
     adapter = load_adapter(config.model, settled_dtype, config.seed, trainer.strategy.root_device)
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
         _say_hello(config, folder, module, precision)
-    if resumed_step < config.trainer.steps:
+    if unfinished:
         trainer.fit(module, _loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)
     else:
         assert folder.checkpoint is not None
@@ -212,5 +213,6 @@ def _quiet() -> None:
         ".*IterableDataset.*",
         ".*`_get_vscode.*",
         ".*exists and is not empty.*",
+        r".*`torch\.distributed\..*is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from tiny import ARCHITECTURE
 from torch import Tensor
 
 from data.sample import TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
+from train.build import set_memory_policy
 from train.collectives import all_gather, all_to_all
+from train.config import ParallelConfig
 from train.flow import SigmaSchedule, noised
 from train.lora import inject_lora
 from train.models.wan import WanAdapter
@@ -52,6 +55,27 @@ def wan_gradients(
     loss.backward()
     gradients = {n: average(p.grad) for n, p in adapter.transformer.named_parameters() if p.requires_grad}
     return {"loss": average(loss.detach()), "gradients": gradients}
+
+
+def compiled_gradients(size: int) -> dict[str, Any]:
+    """LoRA gradients with each block and its checkpoint compiled, those without, and what the compiler says."""
+    sequence = group_of(size)
+
+    def gradients(compiled: bool) -> list[Tensor]:
+        adapter = tiny_adapter()
+        set_memory_policy(adapter, ParallelConfig(activations="selective"), compiled=compiled)
+        adapter.transformer.train()
+        x0, eps, sigma, text = clips(1, (3, 12, 20))
+        x, target = noised(x0, eps, sigma)
+        plan = AttentionPlan.of(Released(), adapter.grid(x), block=16, sequence=sequence)
+        adapter.set_plan(plan)
+        flow_loss(adapter.velocity(x, sigma, {"text": text}), target, plan.shard, adapter.patch).backward()
+        return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
+
+    counters = torch._dynamo.utils.counters
+    compiled = gradients(True)
+    said = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
+    return {"compiled": compiled, "eager": gradients(False), **said}
 
 
 def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo
 from sequence_ranks import PATTERNS, clips, tiny_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,8 +33,9 @@ def policy(**settings):
     return lambda adapter: set_memory_policy(adapter, ParallelConfig(**settings), compiled=False)
 
 
-def with_offload(name, offload):
-    return lambda adapter: adapter.transformer.enable_gradient_checkpointing(block_runner(name, offload))
+def with_offload(name, offload, compiled=False):
+    runner = block_runner(name, offload, compiled=compiled)
+    return lambda adapter: adapter.transformer.enable_gradient_checkpointing(runner)
 
 
 @pytest.mark.parametrize("pattern", ["released", "dense"])
@@ -63,6 +65,31 @@ def test_selective_never_computes_attention_again(monkeypatch, name, forwards):
     monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
     gradients(policy(activations=name))
     assert len(calls) == forwards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prepare", "forwards"),
+    [
+        (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="full"), compiled=True), 6),
+        (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="selective"), compiled=True), 3),
+        (with_offload("selective", Offload(least=0), compiled=True), 3),
+    ],
+)
+def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
+    """One graph for the first block, whose input has no gradient, one for all others, and no breaks."""
+    expected, calls = gradients(), []
+    kernel = type(BACKENDS["torch"])
+    whole = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for got, want in zip(gradients(prepare), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    assert len(calls) == forwards
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 class Sizes(TorchDispatchMode):

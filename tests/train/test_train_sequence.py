@@ -33,6 +33,15 @@ def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samp
             close(got["gradients"][name], gradient.numpy(), 1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_hold_the_collectives_without_a_graph_break():
+    for rank in run_ranks(2, sequence_ranks.compiled_gradients, 2):
+        assert rank["breaks"] == {}
+        assert rank["graphs"] == 2  # the first block's input has no gradient
+        for got, expected in zip(rank["compiled"], rank["eager"], strict=True):
+            close(got, expected, 1e-4)
+
+
 def test_sampling_gives_the_single_processs_latent():
     expected = sequence_ranks.wan_sample(ODD, 1).numpy()
     for got in run_ranks(2, sequence_ranks.wan_sample, ODD, 2):

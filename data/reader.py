@@ -88,11 +88,11 @@ def decode(content: Tensor, info: SampleInfo) -> Sample:
         header = content[: tarfile.BLOCKSIZE].numpy().tobytes()
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError) as error:
             raise DataError(f"{where}: no entry of a tar where the manifest says ({error}); copy it again") from error
         end = tarfile.BLOCKSIZE + member.size
         key, _, part = member.name.partition(".")
-        if key != info.key or end > len(content):
+        if key != info.key or not 0 <= member.size <= len(content) - tarfile.BLOCKSIZE:
             raise DataError(f"{where}: found {member.name} of {member.size} bytes in its place; copy it again")
         parts[part] = content[tarfile.BLOCKSIZE : end]
         content = content[tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE :]

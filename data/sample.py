@@ -211,15 +211,27 @@ def _unpack(part: bytes | Tensor) -> dict[str, Tensor]:
     if not isinstance(part, Tensor):
         return safetensors.torch.load(part)
     length = int.from_bytes(part[:8].numpy().tobytes(), "little")
+    if length > len(part) - 8:
+        raise ValueError(f"its header of {length} bytes is longer than the file")
     header = json.loads(part[8 : 8 + length].numpy().tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
     tensors = {}
     for name, about in header.items():
-        start, end = (8 + length + offset for offset in about["data_offsets"])
-        dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-        if not 8 + length <= start <= end <= len(part) or math.prod(shape) * dtype.itemsize != end - start:
+        start, end = (8 + length + int(offset) for offset in about["data_offsets"])
+        dtype, shape = _DTYPES[about["dtype"]], [int(side) for side in about["shape"]]
+        count = math.prod(shape)
+        if (
+            not 8 + length <= start <= end <= len(part)
+            or count * dtype.itemsize != end - start
+            or min(shape, default=0) < 0
+        ):
             raise ValueError(f"tensor {name} does not fit into the file")
-        tensors[name] = part[start:end].view(dtype).view(shape)
+        content = part[start:end]
+        if content.storage_offset() % dtype.itemsize:
+            content = content.clone()
+        tensors[name] = content.view(dtype).view(shape)
     return tensors
 
 

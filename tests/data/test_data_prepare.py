@@ -23,7 +23,7 @@ from videos import number_of, numbered, write_sound, write_video
 from data import cli
 from data.errors import DataError
 from data.manifest import Manifest
-from data.prepare import decoders
+from data.prepare import decoders, journal, run
 from data.prepare.__main__ import USAGE, main
 from data.prepare.decoders import Decoders, End, Task
 from data.prepare.journal import Journal
@@ -186,6 +186,27 @@ def test_a_killed_run_goes_on_without_a_clip_twice_or_lost(tmp_path: Path, video
         assert torch.equal(sample.latent, whole.pop(sample.key).latent)
     assert not whole
     assert (out / "rejected.jsonl").read_text() == (tmp_path / "whole" / "rejected.jsonl").read_text()
+
+
+def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard is recorded and no manifest is there; then the manifest is there and the journal not gone."""
+    out, words = tmp_path / "out", [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
+
+    def dies(*arguments: Any) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(run, "finish_folder", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(words)
+    shards = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert shards and not (out / "manifest.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(journal, "remove", lambda folder: None)
+    assert main(words) == 0 and (out / ".prepare").exists()
+    monkeypatch.undo()
+    assert main(words) == 0
+    check_complete(out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")} == shards
 
 
 def ranks(words: Sequence[str], world: int) -> list[subprocess.Popen[bytes]]:

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.errors import DataError
+from data.reader import decode
 from data.sample import Sample, TextTokens
 
 
@@ -76,3 +79,40 @@ def test_damaged_entries_are_refused(make_sample: Any) -> None:
     del entry["json"]
     with pytest.raises(DataError, match=r"s000.json is missing"):
         Sample.from_entry(entry)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_breaks_more_than_its_sample(make_folder: Any, data: st.DataObject) -> None:
+    """Whatever bytes stand in a sample's place, reading it gives a valid sample or a DataError."""
+    content, info = _entry(make_folder)
+    damaged = content.clone()
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    try:
+        decode(damaged, info).validate()
+    except DataError as error:
+        assert info.key in str(error) and "\n" not in str(error)
+
+
+def test_decoded_tensors_are_views(make_folder: Any) -> None:
+    content, info = _entry(make_folder)
+    sample = decode(content, info)
+    storage = content.untyped_storage().data_ptr()
+    for tensor in (sample.latent, sample.text["umt5"].tokens, sample.pooled["clip"], sample.image["first"]):
+        assert tensor.untyped_storage().data_ptr() == storage
+
+
+_ENTRIES: list[tuple[torch.Tensor, Any]] = []
+
+
+def _entry(make_folder: Any) -> tuple[torch.Tensor, Any]:
+    """The bytes of a sample in its tar, and what the manifest says of it."""
+    if not _ENTRIES:
+        manifest = make_folder(1)
+        info = manifest.samples[0]
+        whole = (manifest.folder / manifest.shards[0].file).read_bytes()
+        part = bytearray(whole[info.offset : info.offset + info.bytes])
+        _ENTRIES.append((torch.frombuffer(part, dtype=torch.uint8), info))
+    return _ENTRIES[0]

@@ -46,6 +46,7 @@ Other keys are those of a run: parallel.activations=selective trainer.compile=tr
 _OURS = {"model": "wan_14b", "frames": "321", "blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
 # in the names of kernels on a GPU, and of operators on a CPU
 _KINDS = {
+    "copies": ("memcpy",),
     "communication": ("nccl", "c10d::", "gloo:", "_c10d_functional"),
     "attention": ("flash", "fmha", "attention", "attn"),
     "linear": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_linear"),
@@ -223,7 +224,7 @@ def _timed(step: Any) -> float:
 
 
 def _parts(step: Any, device: torch.device, seconds: float) -> dict[str, float]:
-    """Seconds of one step by kind of kernel; ``waiting`` is what none of them accounts for."""
+    """Seconds of one step by kind of kernel; ``waiting`` is what none but copies, which run beside, accounts for."""
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -234,7 +235,7 @@ def _parts(step: Any, device: torch.device, seconds: float) -> dict[str, float]:
         name = event.key.lower()
         kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
         parts[kind] += spent
-    return {**parts, "waiting": max(0.0, seconds - sum(parts.values()))}
+    return {**parts, "waiting": max(0.0, seconds - sum(parts.values()) + parts["copies"])}
 
 
 def _number(key: str, word: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def set_memory_policy(adapter: ModelAdapter, parallel: ParallelConfig, *, compil
         for layer in adapter.feed_forwards():
             chunk_tokens(layer, parallel.ffn_chunk)
     if parallel.activations != "none":
-        offload = Offload() if parallel.offload_activations else None
+        limit = math.inf if parallel.offload_gib is None else parallel.offload_gib * 2**30
+        offload = Offload(limit=limit) if parallel.offload_activations else None
         runner = block_runner(parallel.activations, offload, compiled=compiled)
         adapter.transformer.enable_gradient_checkpointing(runner)
     elif compiled:

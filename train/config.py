@@ -120,6 +120,7 @@ class ParallelConfig:
     offload_parameters: bool = False  # of zero3: the weights in CPU memory
     activations: str = "none"  # what blocks keep: none, full, selective (`train.memory`)
     offload_activations: bool = False  # what full or selective keep goes to CPU memory
+    offload_gib: float | None = None  # CPU memory that each GPU's activations may take; the rest stays; null: no limit
     ffn_chunk: int | None = None  # tokens that a feed-forward layer takes at a time
 
 
@@ -208,7 +209,15 @@ _AT_LEAST: dict[str, float] = {
     "model.text_tokens": 1,
     "optim.weight_decay": 0,
 }
-_POSITIVE = ("attention.decay", "lora.alpha", "objective.shift", "objective.std", "optim.lr", "optim.clip")
+_POSITIVE = (
+    "attention.decay",
+    "lora.alpha",
+    "objective.shift",
+    "objective.std",
+    "optim.lr",
+    "optim.clip",
+    "parallel.offload_gib",
+)
 
 
 def validate(config: RunConfig) -> None:
@@ -256,6 +265,8 @@ def validate(config: RunConfig) -> None:
     ):
         if getattr(parallel, key) and parallel.strategy not in allowed:
             raise UserError(f"parallel.{key} needs parallel.strategy={' or '.join(allowed)}, it is {parallel.strategy}")
+    if parallel.offload_gib is not None and not parallel.offload_activations:
+        raise UserError(f"parallel.offload_gib is {parallel.offload_gib}, it needs parallel.offload_activations=true")
     if parallel.offload_activations and parallel.activations == "none":
         raise UserError("parallel.offload_activations needs parallel.activations=full or selective, it is none")
     backend = config.attention.backend

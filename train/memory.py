@@ -49,11 +49,11 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
         return inner
 
     def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
-        # what all blocks share (text, modulation, rotary angles), and weights, stay
+        # what all blocks share stays: text, modulation, rotary angles; and so do weights, which compiled blocks save
         shared = {x.data_ptr() for x in _tensors(rest)}
 
         def pack(x: Tensor) -> Any:
-            stays = isinstance(x, nn.Parameter) or x.data_ptr() in shared
+            stays = x.data_ptr() in shared or any(x.data_ptr() == weight.data_ptr() for weight in block.parameters())
             return x if stays else offload.put(x)
 
         with saved_tensors_hooks(pack, offload.get):

@@ -8,6 +8,7 @@ are kept for the next step. On a CPU the tensors are copied too: slower and poin
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,13 @@ class Offload:
 
     Args:
         least: smaller tensors stay where they are, in bytes.
+        limit: bytes of CPU memory to take at most. Once it is full tensors stay: those of the last blocks, which the
+            backward asks for first.
     """
 
-    def __init__(self, least: int = 2**20) -> None:
-        self.least = least
+    def __init__(self, least: int = 2**20, limit: float = math.inf) -> None:
+        self.least, self.limit = least, limit
+        self._taken = 0
         self._stored: dict[Stored, None] = {}  # in the order of `put`
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, Any] = {}
@@ -49,7 +53,10 @@ class Offload:
         size = x.numel() * x.element_size()
         if size < max(self.least, 1):
             return x
-        stored = Stored(self._buffer(size, x.device), torch.empty_like(x, device="meta"), x.device)
+        buffer = self._buffer(size, x.device)
+        if buffer is None:
+            return x
+        stored = Stored(buffer, torch.empty_like(x, device="meta"), x.device)
         self._stored[stored] = None
         target = stored.buffer.view(x.dtype).as_strided(stored.like.shape, stored.like.stride())
         if x.device.type != "cuda":
@@ -97,9 +104,12 @@ class Offload:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def _buffer(self, size: int, device: torch.device) -> Tensor:
+    def _buffer(self, size: int, device: torch.device) -> Tensor | None:
         if self._free[size]:
             return self._free[size].pop()
+        if self._taken + size > self.limit:
+            return None
+        self._taken += size
         buffer = torch.empty(size, dtype=torch.uint8)
         if device.type == "cuda":
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))

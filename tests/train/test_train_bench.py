@@ -33,7 +33,7 @@ def test_the_figures_of_a_step(tmp_path):
         assert row["step"] == pytest.approx(2 * row["block"])
         assert row["tflops"] > 0
         assert row["mfu"] is None
-        assert set(row["parts"]) == {"attention", "linear", "communication", "other", "waiting"}
+        assert set(row["parts"]) == {"copies", "attention", "linear", "communication", "other", "waiting"}
         assert row["parts"]["linear"] > 0
         assert row["parts"]["attention"] > 0
         assert (row["parts"]["communication"] > 0) == (row["sp"] == 2)

@@ -69,6 +69,8 @@ def test_the_published_recipe(name, tokens):
         (["parallel=zero4"], "parallel is 'zero4', expected one of ddp, zero1.*; did you mean"),
         (["parallel.sequence=0"], "parallel.sequence is 0, expected at least 1"),
         (["parallel.offload_optimizer=true"], "parallel.offload_optimizer needs parallel.strategy=zero1 or zero2"),
+        (["parallel.offload_activations=true"], "parallel.offload_activations needs .*=full or selective, it is none"),
+        (["parallel.offload_gib=8"], "parallel.offload_gib is 8.0, it needs parallel.offload_activations=true"),
         (["parallel=zero2", "parallel.offload_parameters=true"], "parallel.offload_parameters needs .*=zero3, it is"),
         (["attention.backend=fast"], "attention.backend is 'fast', expected one of"),
         (

@@ -11,7 +11,7 @@ from train.build import set_memory_policy
 from train.config import ParallelConfig
 from train.flow import noised
 from train.memory import block_runner
-from train.offload import Offload
+from train.offload import Offload, Stored
 from train.plan import AttentionPlan
 
 CELLS = (3, 12, 20)  # 45 tokens
@@ -85,11 +85,15 @@ def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
+    out = []
+    monkeypatch.setattr("train.offload.Stored", lambda *arguments: out.append(Stored(*arguments)) or out[-1])
     for got, want in zip(gradients(prepare), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
     assert len(calls) == forwards
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+    weights = {tuple(p.shape) for p in tiny_adapter().transformer.parameters()}
+    assert not {tuple(stored.like.shape) for stored in out} & weights
 
 
 class Sizes(TorchDispatchMode):
@@ -135,6 +139,14 @@ def test_what_is_kept_goes_out_and_all_of_it_comes_back(name, kept):
     assert sum(len(buffers) for buffers in offload._free.values()) == kept
     gradients(with_offload(name, offload))
     assert sum(len(buffers) for buffers in offload._free.values()) == kept  # the second step used them again
+
+
+def test_what_exceeds_the_limit_stays():
+    offload = Offload(least=0, limit=100)
+    for _ in range(2):  # the same each step
+        first, second, third = (offload.put(torch.arange(n)) for n in (8, 4, 2))
+        assert [isinstance(x, torch.Tensor) for x in (first, second, third)] == [False, False, True]
+        assert [len(offload.get(x)) for x in (third, second, first)] == [2, 4, 8]
 
 
 def test_tensors_come_back_as_they_were_in_any_order():

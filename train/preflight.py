@@ -10,7 +10,7 @@ from data.encoders import check_encoder
 from data.manifest import Manifest
 from train.config import RunConfig
 from train.errors import UserError
-from train.models import family_of, model_folder
+from train.models import attention_shape, family_of, model_folder
 
 
 def preflight(config: RunConfig) -> None:
@@ -25,6 +25,10 @@ def preflight(config: RunConfig) -> None:
     elif config.model.path is not None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
     _check_parallel(config)
+    if config.parallel.sequence > 1:
+        shape = attention_shape(config.model)
+        if shape is not None:
+            check_heads(config.parallel.sequence, shape[1])
     if config.data.shards is None and not config.data.synthetic_clips:
         raise UserError(
             "data.shards is not set, expected a folder of latent shards with a manifest.json "

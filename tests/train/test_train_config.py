@@ -113,6 +113,14 @@ def test_values_are_taken_as_typed():
         ({"data.shards": "/nowhere"}, "/nowhere"),
         ({"data.synthetic_clips": "0"}, "data.shards is not set"),
         ({"parallel.sequence": "2"}, "parallel.sequence is 2, expected a divisor of trainer.devices=1: 1$"),
+        (
+            {"parallel.sequence": "3", "trainer.devices": "3"},
+            "parallel.sequence is 3, expected a divisor of the model's 2 heads: 1, 2$",
+        ),
+        (
+            {"conf": "shapes_base", "parallel.sequence": "4", "trainer.devices": "4"},
+            "parallel.sequence is 4, expected a divisor of the model's 2 heads: 1, 2$",
+        ),
         ({"parallel.sequence": "3", "trainer.devices": "4"}, "expected a divisor of trainer.devices=4: 1, 2, 4"),
     ],
 )

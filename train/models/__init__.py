@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from train.models.base import ModelAdapter
 from train.models.wan import WanAdapter
 from train.models.weights import settle, stored_dtype
 
-__all__ = ["ADAPTERS", "ModelAdapter", "family_of", "load_adapter", "model_folder"]
+__all__ = ["ADAPTERS", "ModelAdapter", "attention_shape", "family_of", "load_adapter", "model_folder"]
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {WanAdapter.family: WanAdapter}
 
@@ -44,6 +45,19 @@ def model_folder(config: ModelConfig) -> tuple[str, str | None]:
                 raise UserError(f"model.path {inner} has a config.json but no *.safetensors, is the download complete?")
             return str(path), subfolder
     raise UserError(f"model.path {path} has no {config.subfolder or ''}/config.json, expected a diffusers model folder")
+
+
+def attention_shape(config: ModelConfig) -> tuple[int, int, int] | None:
+    """(layers, heads, head_dim) without loading any weights; None for a model that is still on the hub."""
+    architecture = config.architecture
+    if architecture is None:
+        path, subfolder = model_folder(config)
+        file = Path(path) / (subfolder or "") / "config.json"
+        if not file.is_file():
+            return None
+        architecture = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        return family_of(config).from_config(architecture, text_tokens=config.text_tokens).attention_shape
 
 
 def load_adapter(

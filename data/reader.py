@@ -29,23 +29,33 @@ class SampleReader:
         self._cache = cache
         self._open: dict[int, ShardFile] = {}
 
-    def read(self, shard: int, place: int) -> Sample:
-        """The sample at a place of a shard, decoded and checked against schema and manifest.
+    def fetch(self, shard: int, place: int) -> Tensor:
+        """The bytes of the sample at a place of a shard, uint8; fewer than there should be where the shard ends.
 
         Raises:
-            BadSampleError: what lies there is not the sample that the manifest lists.
             DataError: the shard cannot be reached.
         """
-        url, about = self._manifest.urls[shard], self._manifest.shards[shard]
+        about = self._manifest.shards[shard]
         info = about.samples[place]
         if shard not in self._open:
-            self._open[shard] = open_shard(url, about.sha256, self._cache)
+            self._open[shard] = open_shard(self._manifest.urls[shard], about.sha256, self._cache)
         content = _buffer(info.bytes)
-        filled = self._open[shard].read_into(info.offset, content.numpy().data)
+        return content[: self._open[shard].read_into(info.offset, content.numpy().data)]
+
+    def decode(self, content: Tensor, shard: int, place: int) -> Sample:
+        """The sample whose bytes these are, checked against schema and manifest.
+
+        Raises:
+            BadSampleError: they are not those of the sample that the manifest lists.
+        """
         try:
-            return decode(content[:filled], info)
+            return decode(content, self._manifest.shards[shard].samples[place])
         except DataError as error:
-            raise BadSampleError(f"{url}: {error}") from error
+            raise BadSampleError(f"{self._manifest.urls[shard]}: {error}") from error
+
+    def read(self, shard: int, place: int) -> Sample:
+        """`fetch` and `decode`."""
+        return self.decode(self.fetch(shard, place), shard, place)
 
     def release(self, shard: int) -> None:
         """Close a shard."""

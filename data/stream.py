@@ -1,7 +1,7 @@
 """Streaming: from shards to batches in the exact order of a `BatchOrder`.
 
 Worker w of W makes steps w, w + W, …; a DataLoader asks its workers in turn, which restores the order. A step's samples
-are read where they lie, one range of bytes each, so nothing is held beyond a batch and nothing is read to be skipped:
+are read where they lie, one range of bytes each, so little is held beyond a batch and nothing is read to be skipped:
 where training stands is one number, the steps it consumed, and `start_step` resumes there at once, with any number of
 workers and ranks.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.batch import Batch, collate
@@ -24,6 +26,7 @@ from data.order import BatchOrder
 from data.reader import SampleReader
 from data.sample import Sample
 
+AHEAD = 2  # samples whose bytes are fetched before they are needed
 log = logging.getLogger(__name__)
 
 
@@ -96,9 +99,10 @@ class LatentStream(IterableDataset[Batch]):
         steps: Iterable[int] = itertools.count(self.start_step + worker, workers)
         if end is not None:
             steps = range(self.start_step + worker, end, workers)
-        with SampleReader(self.manifest, self.cache) as reader:
+        # One thread, so that no file is read by two at once: it fetches bytes while this one decodes and collates.
+        with SampleReader(self.manifest, self.cache) as reader, ThreadPoolExecutor(1) as pool:
             for _, group in itertools.groupby(self._parts(steps), key=lambda entry: entry[0]):
-                yield from self._epoch(reader, [(step, part) for _, step, part in group])
+                yield from self._epoch(reader, pool, [(step, part) for _, step, part in group])
 
     def _parts(self, steps: Iterable[int]) -> Iterator[tuple[int, int, list[int]]]:
         """(epoch, step, this rank's samples) of each step."""
@@ -106,24 +110,35 @@ class LatentStream(IterableDataset[Batch]):
             epoch, batch = self.order.batch(step)
             yield epoch, step, batch[self.rank :: self.world]
 
-    def _epoch(self, reader: SampleReader, parts: list[tuple[int, list[int]]]) -> Iterator[Batch]:
+    def _epoch(
+        self, reader: SampleReader, pool: ThreadPoolExecutor, parts: list[tuple[int, list[int]]]
+    ) -> Iterator[Batch]:
         """The batches of these steps, all of one epoch; a shard is closed after its last sample."""
-        left = Counter(self.order.shard_of(sample)[0] for _, part in parts for sample in part)
+        numbers = [number for _, part in parts for number in part]
+        left = Counter(self.order.shard_of(number)[0] for number in numbers)
+        coming = iter(numbers)
+        fetches = deque(self._fetch(reader, pool, number) for number in itertools.islice(coming, AHEAD))
         for step, part in parts:
-            samples = [self._sample(reader, number) for number in part]
+            samples = []
             for number in part:
+                content = fetches.popleft().result()
+                fetches += [self._fetch(reader, pool, after) for after in itertools.islice(coming, 1)]
+                samples.append(self._sample(reader, pool, number, content))
                 shard, _ = self.order.shard_of(number)
                 left[shard] -= 1
                 if left[shard] == 0:
                     reader.release(shard)
             yield collate(samples, step)
 
-    def _sample(self, reader: SampleReader, number: int) -> Sample:
-        """A sample, or what stands in for it where it is damaged."""
+    def _fetch(self, reader: SampleReader, pool: ThreadPoolExecutor, number: int) -> Future[Tensor]:
+        return pool.submit(reader.fetch, *self.order.shard_of(number))
+
+    def _sample(self, reader: SampleReader, pool: ThreadPoolExecutor, number: int, content: Tensor) -> Sample:
+        """The sample of these bytes, or what stands in for it where it is damaged."""
         wanted = number
         while True:
             try:
-                return reader.read(*self.order.shard_of(number))
+                return reader.decode(content, *self.order.shard_of(number))
             except BadSampleError as error:
                 if not self._bad[number]:
                     self._bad[number] = True
@@ -133,6 +148,7 @@ class LatentStream(IterableDataset[Batch]):
                 if count > self.max_bad or number == wanted:
                     limit = f"{count} damaged samples, at most {self.max_bad} are skipped"
                     raise DataError(f"{error} ({limit}; python -m data.check lists them all)") from error
+            content = self._fetch(reader, pool, number).result()
 
 
 def read_samples(source: Manifest | str | Path, limit: int | None = None) -> Iterator[Sample]:

@@ -98,9 +98,10 @@ class Journal:
         if self._rows:
             self._record(None)
 
-    def abort(self) -> None:
-        """Drop the shard in work; its videos are not done."""
+    def close(self) -> None:
+        """Drop the shard in work, whose videos are not done, and let other processes write."""
         self._shards.abort()
+        self._lock.close()
 
     def _record(self, shard: ShardInfo | None) -> None:
         content = {

@@ -118,9 +118,8 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     try:
         _encode_all(recipe, rank, planned, encoder, records)
         records.flush()
-    except BaseException:
-        records.abort()
-        raise
+    finally:
+        records.close()
     return _finish(recipe, rank, planned, encoder, arguments["encoder"])
 
 

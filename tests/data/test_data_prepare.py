@@ -267,7 +267,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path) -> None:
     held = Journal(tmp_path / "out", 0, 1, 10**9)
     with pytest.raises(DataError, match="another data.prepare is writing rank 0 of it"):
         main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST])
-    held.abort()
+    held.close()
 
 
 def dying(path: Any, **options: Any) -> Any:

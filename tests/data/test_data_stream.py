@@ -25,7 +25,7 @@ from data.manifest import FILE, Manifest
 from data.order import BatchOrder
 from data.reader import SampleReader
 from data.sample import Prompt, Sample, TextTokens
-from data.stream import LatentStream, read_samples
+from data.stream import AHEAD, LatentStream, read_samples
 
 
 def lengths(index: int) -> int:
@@ -109,15 +109,15 @@ def test_shards_are_closed_after_their_last_sample(manifest: Manifest, monkeypat
     """With a window of one the shards are read one after the other."""
     order = BatchOrder(manifest.shapes(), seed=1, global_batch=1, shuffle_window=1)
     open_at_once: list[int] = []
-    read = SampleReader.read
+    fetch = SampleReader.fetch
 
     def watch(self: SampleReader, shard: int, place: int) -> Any:
-        sample = read(self, shard, place)
+        content = fetch(self, shard, place)
         open_at_once.append(len(self._open))
-        return sample
+        return content
 
-    monkeypatch.setattr(SampleReader, "read", watch)
-    assert len(list(LatentStream(manifest, order, num_steps=23))) == 23 and set(open_at_once) == {1}
+    monkeypatch.setattr(SampleReader, "fetch", watch)
+    assert len(list(LatentStream(manifest, order, num_steps=23))) == 23 and max(open_at_once) <= 1 + AHEAD
 
 
 def test_webdataset_itself_reads_the_shards(manifest: Manifest) -> None:

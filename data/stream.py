@@ -107,8 +107,7 @@ class LatentStream(IterableDataset[Batch]):
     def _parts(self, steps: Iterable[int]) -> Iterator[tuple[int, int, list[int]]]:
         """(epoch, step, this rank's samples) of each step."""
         for step in steps:
-            epoch, batch = self.order.batch(step)
-            yield epoch, step, batch[self.rank :: self.world]
+            yield self.order.epoch_of(step), step, self.order.part(step, self.rank, self.world)
 
     def _epoch(
         self, reader: SampleReader, pool: ThreadPoolExecutor, parts: list[tuple[int, list[int]]]

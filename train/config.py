@@ -78,7 +78,9 @@ class ObjectiveConfig:
 class DataConfig:
     """The shards and how they are read."""
 
-    shards: str | None = None  # folder with manifest.json
+    shards: str | None = None  # folder or URL with manifest.json, or a pipe: command with {} for a file's name
+    cache: str | None = None  # folder that keeps whole remote shards; null: none
+    max_bad: int = 16  # more damaged samples than this, on one rank, stop the run
     batch_size: int = 1  # samples a micro-batch on each device
     workers: int = 2  # loader processes a rank
     shuffle_window: int = 256  # samples that are shuffled together
@@ -192,6 +194,7 @@ _AT_LEAST: dict[str, float] = {
     "lora.rank": 1,
     "data.batch_size": 1,
     "data.workers": 0,
+    "data.max_bad": 0,
     "data.shuffle_window": 1,
     "data.synthetic_clips": 0,
     "optim.warmup": 0,

@@ -73,12 +73,12 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
     found = {tuple(info.shape[1:]) for info in shards.samples}
     if cells not in found:
         raise UserError(
-            f"{shards.folder} has latents of (frames, height, width) {sorted(found)}, but clip is "
+            f"{shards.home} has latents of (frames, height, width) {sorted(found)}, but clip is "
             f"{cells}: set clip.frames, clip.height, clip.width or data.shards"
         )
     if len(found) > 1:
         raise UserError(
-            f"{shards.folder} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
+            f"{shards.home} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
         )
 
 

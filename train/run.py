@@ -84,6 +84,8 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
         world=trainer.world_size // sequence,
         start_step=start,
         num_steps=config.trainer.steps * config.optim.accumulate - start,
+        cache=config.data.cache,
+        max_bad=config.data.max_bad,
     )
     workers = config.data.workers
     return DataLoader(

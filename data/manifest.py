@@ -71,6 +71,8 @@ class ShardInfo:
             if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
                 raise DataError(f"{path}: {inner}shape is {shape}, expected [C, F, H, W]; make the folder anew")
             offset, size = (_get(sample, name, int, path, inner) for name in ("offset", "bytes"))
+            if offset < 0 or size < 1:
+                raise DataError(f"{path}: {inner}offset is {offset} and bytes {size}, expected a place in the shard")
             samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size))
         name = _get(raw, "file", str, path, where)
         size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)

@@ -231,7 +231,12 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
 
 def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
-    shards, done, rejected = journal.read_records(recipe.out)
+    try:
+        shards, done, rejected = journal.read_records(recipe.out)
+    except FileNotFoundError:
+        return 0  # another rank has merged them while this one read
+    if (recipe.out / FILE).exists():
+        return 0  # the journal goes after the manifest is there: what was read of it may be a part
     if len(done) < len(planned.rows):
         left = len(planned.rows) - len(done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)

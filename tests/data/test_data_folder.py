@@ -103,6 +103,8 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     refused({"version": 1}, "version is 1, this code reads 2")
     refused({"fps": "16"}, "fps is '16', expected int or float")
     refused({"shards": [{"samples": [{"key": "a", "shape": [1, 2]}]}]}, r"shards\[0\].samples\[0\].shape is \[1, 2\]")
+    negative = {"key": "a", "shape": [1, 1, 1, 1], "offset": -1, "bytes": 5}
+    refused({"shards": [{"samples": [negative]}]}, r"samples\[0\].offset is -1 and bytes 5, expected a place")
     refused({"shards": [{"file": "x", "samples": []}]}, r"shards\[0\].bytes is None, expected int")
     refused({"shards": raw["shards"] * 2}, "key s000 is listed twice")
     path.write_text("{")

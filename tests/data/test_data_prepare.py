@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,16 @@ def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: p
     assert main(words) == 0
     check_complete(out)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")} == shards
+
+
+def test_a_rank_that_ends_after_the_merge_leaves_the_manifest_alone(tmp_path: Path, videos: Path) -> None:
+    """Of a journal that is being removed a rank may read a part: it must not write that as the whole."""
+    out, words = tmp_path / "out", [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
+    assert main(words) == 0
+    manifest = (out / "manifest.json").read_bytes()
+    recipe, rank = SimpleNamespace(out=out), Rank(1, 2, 1)
+    assert run._finish(recipe, rank, SimpleNamespace(rows=[]), None, "") == 0  # type: ignore[arg-type]
+    assert (out / "manifest.json").read_bytes() == manifest
 
 
 def ranks(words: Sequence[str], world: int) -> list[subprocess.Popen[bytes]]:

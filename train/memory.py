@@ -25,8 +25,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from train.offload import Offload, Stored
 
-POLICIES = ("none", "full", "selective")
-
 _Runner = Callable[..., Tensor]
 
 

@@ -41,7 +41,7 @@ def zero_config(stage: int, *, bf16: bool, offload_optimizer: bool, offload_para
     }
 
 
-def is_whole(parameter: Parameter) -> bool:
+def _is_whole(parameter: Parameter) -> bool:
     """Whether this rank's tensor is the parameter's one and only value: no ZeRO optimizer holds its fp32 master."""
     return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
 
@@ -53,7 +53,7 @@ def whole_shape(parameter: Parameter) -> torch.Size:
 
 def whole_parameter(parameter: Parameter) -> Tensor:
     """The value of a trained parameter, gathered. Every rank must call it."""
-    if is_whole(parameter):
+    if _is_whole(parameter):
         return parameter.detach()
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -64,7 +64,7 @@ def whole_parameter(parameter: Parameter) -> Tensor:
 def set_whole_parameter(parameter: Parameter, value: Tensor) -> None:
     """The inverse of `whole_parameter`; ``value`` is whole on every rank. Every rank must call it."""
     value = value.to(parameter.device, torch.float32)
-    if is_whole(parameter):
+    if _is_whole(parameter):
         parameter.copy_(value)
         return
     import deepspeed

@@ -1,8 +1,11 @@
 """Offload to page-locked memory on a GPU: what comes back is what went out, and the memory is free meanwhile."""
 
+import pytest
 import torch
 
 from train.offload import Offload
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def test_tensors_come_back_while_others_go_out():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import words
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SHARED = {"data__batch_size": 2, "optim__accumulate": 2, "trainer__steps": 3, "trainer__precision": "fp32"}
 

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 
 from radial.backends import BACKENDS, AttentionCall
-from radial.bench import bench_layouts
+from radial.bench import SHAPES, bench, draw_bench, write_bench
+from radial.bench_layouts import bench_layouts
 from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
 from radial.grid import VideoGrid
@@ -42,8 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     mask.add_argument("--save", type=Path, metavar="FILE.npz", help="write the boolean block mask as array 'mask'")
     mask.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask with frame boundaries")
 
-    bench = commands.add_parser("bench", help="measure how long layouts take to build")
+    bench = commands.add_parser("bench", help="measure the backends on this GPU, or how long layouts take to build")
+    bench.add_argument("--shapes", default="wan_1x,wan_2x,wan_4x", help=f"of {', '.join(SHAPES)} (default %(default)s)")
+    bench.add_argument("--heads", type=int, metavar="N", help="attention heads (default: each model's own)")
+    bench.add_argument("--backends", default="fa4,flex", help="under the released mask (default %(default)s)")
+    bench.add_argument("--rounds", type=int, default=3, help="of measurement; the median counts (default %(default)s)")
+    bench.add_argument("--layouts", action="store_true", help="measure instead how long layouts take to build")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the speed-ups against length")
 
     commands.add_parser("backends", help="which attention backends are usable here, and why the others are not")
     return parser
@@ -72,9 +79,7 @@ def _mask(arguments: argparse.Namespace) -> None:
     pattern = make_pattern(arguments.pattern, decay=arguments.decay, rule=arguments.rule)
     if arguments.save and arguments.save.suffix != ".npz":
         raise RadialError(f"--save is {arguments.save}, expected a file that ends in .npz")
-    for path in (arguments.save, arguments.plot):
-        if path and not path.parent.is_dir():
-            raise RadialError(f"{path}: the folder {path.parent} does not exist, create it first")
+    _check_outputs(arguments.save, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
     start = time.perf_counter()
@@ -100,6 +105,32 @@ def _mask(arguments: argparse.Namespace) -> None:
             print(f"  wrote          {path}")
 
 
+def _check_outputs(*paths: Path | None) -> None:
+    for path in paths:
+        if path and not path.parent.is_dir():
+            raise RadialError(f"{path}: the folder {path.parent} does not exist, create it first")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.json, arguments.plot)
+    if arguments.plot:
+        check_picture(arguments.plot)
+    if arguments.layouts:
+        bench_layouts(arguments.json)
+        return
+    for name in ("heads", "rounds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise RadialError(f"--{name} is {value}, expected at least 1")
+    rows = bench(
+        arguments.shapes.split(","), arguments.backends.split(","), heads=arguments.heads, rounds=arguments.rounds
+    )
+    if arguments.json:
+        write_bench(rows, arguments.json)
+    if arguments.plot:
+        draw_bench(rows, arguments.plot)
+
+
 def _backends() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sparse = build_layout(Released(), VideoGrid(8, 16, 16))
@@ -121,9 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.command == "mask":
             _mask(parsed)
         elif parsed.command == "bench":
-            if parsed.json and not parsed.json.parent.is_dir():
-                raise RadialError(f"{parsed.json}: the folder {parsed.json.parent} does not exist, create it first")
-            bench_layouts(parsed.json)
+            _bench(parsed)
         else:
             _backends()
     except RadialError as error:

@@ -101,9 +101,11 @@ def _backend_name(
     masks_text: bool,
     name: str | None,
 ) -> str:
-    """`choose_backend` for the compiler, which must not look inside: a constant of constants."""
+    """`choose_backend`, ready for the call; for the compiler, which must not look inside, a constant of constants."""
     call = AttentionCall(torch.device(device), dtype, head_dim, needs_grad, masks_text, layout_of(layout))
-    return choose_backend(call, name).name
+    backend = choose_backend(call, name)
+    backend.prepare(call)
+    return backend.name
 
 
 # torch.compiler.assume_constant_result does just this, but importing the compiler for it takes seconds

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from radial.backends.base import AttentionCall, Backend
 from radial.backends.blocks import TorchBlocks
+from radial.backends.fa4 import Fa4
+from radial.backends.flashinfer import FlashInfer
+from radial.backends.flex import Flex
 from radial.backends.sdpa import Sdpa
 from radial.errors import RadialError
 
 __all__ = ["BACKENDS", "AttentionCall", "Backend", "choose_backend"]
 
-_FASTEST_FIRST: tuple[Backend, ...] = (Sdpa(), TorchBlocks())
+_FASTEST_FIRST: tuple[Backend, ...] = (Fa4(), Sdpa(), FlashInfer(), Flex(), TorchBlocks())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _FASTEST_FIRST}
 
 

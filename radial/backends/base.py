@@ -36,6 +36,9 @@ class Backend(Protocol):
         """None when the backend can serve the call, else the reason in words that a user can act on."""
         ...
 
+    def prepare(self, call: AttentionCall) -> None:
+        """Builds what the call needs of the layout, outside of any graph. Cheap when it is there already."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:

@@ -29,6 +29,9 @@ class KernelBackend(ABC):
     def why_not(self, call: AttentionCall) -> str | None:
         """See `radial.backends.base.Backend`."""
 
+    def prepare(self, call: AttentionCall) -> None:  # noqa: B027  a default, not a duty
+        """Nothing to do: the operator prepares for itself."""
+
     @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float

@@ -20,6 +20,9 @@ class Sdpa:
             return f"it computes all blocks, and the {call.layout.pattern.name} pattern skips some"
         return None
 
+    def prepare(self, call: AttentionCall) -> None:
+        """Nothing to do."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:

@@ -72,7 +72,7 @@ def masked_softmax(
     """Attention as an ordinary softmax under the layout's token mask; q, k, v (batch, tokens, heads, dim)."""
     n, block = layout.grid.tokens, layout.block
     mask = layout.mask().repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
-    mask = mask.expand(len(q), 1, n, n).clone()
+    mask = mask.to(q.device).expand(len(q), 1, n, n).clone()
     if text_lengths is not None:
         for sample, length in enumerate(text_lengths.tolist()):
             mask[sample, :, :, layout.grid.video_tokens + length :] = False

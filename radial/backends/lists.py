@@ -1,0 +1,114 @@
+"""Block lists as GPU kernels read them: one padded list for each tile, text that needs a mask apart.
+
+A tile is a query block with its list of key blocks (forward) or a key block with its list of query blocks (backward).
+Where samples have text padding, the text columns are in lists of their own, whose blocks the kernel checks key by key
+against each sample's length; a sample's lists end after its last text block with a key that counts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from radial.backends.schedule import Schedule
+from radial.layout import BlockLayout
+
+
+class Lists(NamedTuple):
+    """Block lists of one direction on the device, int32; the last dimension contiguous.
+
+    The library works through the masked list, then through the full one: in the forward each from its end, and only
+    the first block it meets is checked against the sequence's end.
+
+    Attributes:
+        masked_count: (batch or 1, 1, blocks) blocks whose keys need the text mask. masked: (1, 1, blocks, width).
+        full_count: (batch or 1, 1, blocks). full: (1, 1, blocks, width).
+        order: (blocks,) the order in which the grid's tiles are issued.
+    """
+
+    masked_count: Tensor
+    masked: Tensor
+    full_count: Tensor
+    full: Tensor
+    order: Tensor
+
+
+def block_lists(layout: BlockLayout, *, backward: bool, masks: bool, scheduled: bool) -> Lists:
+    """The lists of one direction on the layout's device.
+
+    Args:
+        layout: of any pattern.
+        backward: query blocks for each key block, not key blocks for each query block.
+        masks: samples have text padding. ``masked_count`` is 0 then; `masked_counts` has each sample's.
+        scheduled: order and lists follow `radial.backends.schedule`, in the forward for a kernel that walks its lists
+            from the end; else everything ascends.
+    """
+    blocks, complete, device = layout.blocks, layout.complete_blocks, layout.columns.device
+    offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)
+    counts = offsets.diff()
+    everything = torch.arange(blocks, dtype=torch.int32, device=device)
+    order, start = everything, None
+    if scheduled:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        direction = "backward" if backward else "forward"
+        schedule = Schedule.of(counts, layout.grid, layout.block, multiprocessors=multiprocessors, direction=direction)
+        order, start = schedule.order.int().to(device), schedule.start
+    masked = everything[:1]
+    if masks:
+        owner = torch.repeat_interleave(everything, counts)
+        kept = (owner if backward else indices) < complete
+        counts = torch.bincount(owner[kept], minlength=blocks)
+        offsets, indices = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), indices[kept]
+        masked = everything if backward else everything[complete:]
+    full = padded_lists(offsets, indices, start, backwards=not backward, last_first=not backward and not masks)
+    return Lists(
+        masked_count=torch.zeros(1, 1, blocks, dtype=torch.int32, device=device),
+        masked=masked.expand(1, 1, blocks, len(masked)),
+        full_count=counts.int()[None, None],
+        full=full[None, None],
+        order=order,
+    )
+
+
+def masked_counts(layout: BlockLayout, valid: Tensor, *, backward: bool) -> Tensor:
+    """How much of each tile's masked list counts, (batch, 1, blocks) int32; ``valid`` (batch,) keys of each sample."""
+    if backward:
+        tile = torch.arange(layout.blocks, device=valid.device)
+        reached = (tile >= layout.complete_blocks) & (tile * layout.block < valid[:, None])
+        count = torch.where(reached, layout.blocks, 0)
+    else:
+        reached = (valid + layout.block - 1) // layout.block - layout.complete_blocks
+        count = reached[:, None].repeat(1, layout.blocks)
+    return count.int()[:, None]
+
+
+def padded_lists(
+    offsets: Tensor, indices: Tensor, start: Tensor | None = None, *, backwards: bool = False, last_first: bool = False
+) -> Tensor:
+    """The lists of a compressed matrix side by side, each in the order in which it is walked.
+
+    Args:
+        offsets: (blocks + 1,). indices: (entries,), ascending in each list.
+        start: (blocks,) the share of the list at which the walk starts; it goes on to the end and from the beginning.
+            None walks from the beginning.
+        backwards: the reader walks from the end of what this returns, in descending order.
+        last_first: the last entry is walked first, whatever ``start`` says.
+
+    Returns:
+        (blocks, longest list) int32, filled up with zeros.
+    """
+    counts = offsets.long().diff()
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=offsets.device), counts)
+    place = torch.arange(len(indices), device=offsets.device) - offsets.long()[owner]
+    source = place
+    if start is not None:
+        ring = (counts - 1 if last_first else counts).clamp(min=1)
+        shift = (ring * start.to(ring.device)).long()[owner]
+        size = ring[owner]
+        turned = size - 1 - (size - 1 - place + shift) % size if backwards else (place + shift) % size
+        source = torch.where(place < size, turned, place)
+    out = indices.new_zeros(len(counts), int(counts.max()), dtype=torch.int32)
+    out[owner, place] = indices[offsets.long()[owner] + source].int()
+    return out

@@ -5,6 +5,10 @@ and collide elastically. The visitor crosses the frame in front of them along a 
 is away for 12 to 28 frames and comes back through the same side, the same in colour, shape, size and lane. The caption
 tells colour and shape, but size, lane and moment of return only memory tells: that is what a model needs
 long-range attention for.
+
+Every clip runs from night through dawn to day, whatever its length: a clip four times as long shows the same sunrise
+four times as slowly. The hour that a frame shows is told by its place in the clip alone, so a model that was trained on
+short clips must learn anew to tell it in long ones.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ PALETTE = {
     "pink": (0.93, 0.42, 0.83),
     "white": (0.94, 0.94, 0.92),
 }
-BACKGROUNDS = ((0.06, 0.07, 0.13), (0.11, 0.06, 0.12), (0.05, 0.10, 0.09), (0.09, 0.09, 0.10))
+NIGHTS = ((0.06, 0.07, 0.13), (0.11, 0.06, 0.12), (0.05, 0.10, 0.09), (0.09, 0.09, 0.10))
+DAWN, DAY = (0.62, 0.34, 0.30), (0.36, 0.56, 0.74)
+# Shares of the clip: until the first the sky is that of night, at the second that of dawn, from the third on of day.
+DARK, SUNRISE, BRIGHT = 0.2, 0.5, 0.8
 # How far each shape's corners reach from its centre, in units of its size; chosen for about equal areas.
 REACH = {"circle": 1.0, "square": 1.22, "triangle": 1.42, "star": 1.36}
 SUBSTEPS = 4
@@ -69,11 +76,14 @@ class Body:
 
 @dataclass
 class Scene:
-    """A scene of `height` × `width` pixels at its first frame, as `draw` makes it; its bodies, the visitor last."""
+    """A scene of `height` × `width` pixels at its first frame, as `draw` makes it; its bodies, the visitor last.
+
+    `night` is the RGB colour in [0, 1] of its dark sky.
+    """
 
     height: int
     width: int
-    background: tuple[float, float, float]
+    night: tuple[float, float, float]
     bodies: list[Body]
     caption: str = field(init=False)
 
@@ -96,7 +106,7 @@ class Scene:
             if body.shape == "circle":
                 body.role = _course(body) if len(bodies) == 1 else "bounces around"
         bodies.append(_visitor(rng, shapes[-1], colours[-1], height, width, scale))
-        return cls(height, width, rng.choice(BACKGROUNDS), bodies)
+        return cls(height, width, rng.choice(NIGHTS), bodies)
 
     def simulate(self, frames: int) -> Tensor:
         """The bodies' states (frames, bodies, 3) float64: x and y of the centre in pixels, angle in radians."""
@@ -115,12 +125,19 @@ class Scene:
         inside = (centre > -edge) & (centre < torch.tensor([self.width, self.height]) + edge)
         return [bool(x) for x in inside.all(dim=1)]
 
+    def sky(self, frames: int) -> Tensor:
+        """RGB in [0, 1] of the sky in each frame of a clip of `frames` frames: (3, frames) float32."""
+        time = torch.arange(frames) / max(1, frames - 1)
+        night, dawn, day = (torch.tensor(colour)[:, None] for colour in (self.night, DAWN, DAY))
+        sky = night + ((time - DARK) / (SUNRISE - DARK)).clamp(0, 1) * (dawn - night)
+        return sky + ((time - SUNRISE) / (BRIGHT - SUNRISE)).clamp(0, 1) * (day - sky)
+
     def render(self, states: Tensor) -> Tensor:
-        """RGB pixels (3, frames, H, W) float32 in [-1, 1] of simulated states (frames, bodies, 3)."""
+        """RGB pixels (3, frames, H, W) float32 in [-1, 1] of a clip: its simulated states (frames, bodies, 3)."""
         states = states.float()
         ys = torch.arange(self.height)[:, None] + 0.5
         xs = torch.arange(self.width)[None, :] + 0.5
-        pixels = torch.tensor(self.background)[:, None, None, None].expand(3, len(states), self.height, self.width)
+        pixels = self.sky(len(states))[:, :, None, None].expand(-1, -1, self.height, self.width)
         for i, body in enumerate(self.bodies):
             x, y, angle = (states[:, i, j, None, None] for j in range(3))
             dx, dy = xs - x, ys - y

@@ -30,7 +30,7 @@ from data.writer import ShardWriter
 
 FPS = 16.0
 LATENTS = "pixels-v1"
-SCENES = "synth-v1"
+SCENES = "synth-v2"
 
 
 def fingerprint() -> str:

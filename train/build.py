@@ -34,17 +34,17 @@ def training_shards(config: RunConfig) -> Manifest:
     """The manifest to train on; synthetic clips are made if the config asks for them and they are not there yet."""
     if config.data.shards is not None:
         return Manifest.load(config.data.shards)
-    return synthetic_shards(config, config.data.synthetic_clips, config.seed)
+    return synthetic_shards(config, config.data.synthetic_clips, config.clip.frames, config.seed)
 
 
-def synthetic_shards(config: RunConfig, clips: int, seed: int) -> Manifest:
+def synthetic_shards(config: RunConfig, clips: int, frames: int, seed: int) -> Manifest:
     """A folder of synthetic clips beside the runs, shared by all runs that need the same."""
-    clip = config.clip
-    name = f"{clips}-clips-{clip.frames}x{clip.height}x{clip.width}-seed-{seed}"
+    height, width = config.clip.height, config.clip.width
+    name = f"{clips}-clips-{frames}x{height}x{width}-seed-{seed}"
     folder = Path(config.runs) / "synthetic" / name
     # long sets of short clips are for machines with many cores
     workers = torch.get_num_threads() if clips >= 1024 else 0
-    return synthesize(folder, clips, clip.frames, clip.height, clip.width, seed, workers=workers, progress=True)
+    return synthesize(folder, clips, frames, height, width, seed, workers=workers, progress=True)
 
 
 def set_memory_policy(adapter: ModelAdapter, parallel: ParallelConfig, *, compiled: bool) -> None:

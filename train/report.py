@@ -42,13 +42,13 @@ def write_report(
     module: LengthExtensionModule,
     folder: Path,
     shards: Manifest,
-    held_out: Callable[[int], Manifest],
+    held_out: Callable[[int, int], Manifest],
     precision: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Draws the loss curve and the mask; with ``report.clips`` also evaluates, prints the table and animates.
 
     Args:
-        held_out: gives the shards of that many held-out clips.
+        held_out: gives the shards of that many held-out clips of that many latent frames.
         precision: the autocast context that training ran in.
     """
     if (folder / "metrics.csv").exists():
@@ -57,15 +57,17 @@ def write_report(
     draw_layout(module.plan(latent, all_dense=False).pattern_layout, folder / "mask.png")
     if not config.report.clips:
         return
-    clips = list(read_samples(held_out(config.report.clips)))
+    count, short_frames = config.report.clips, config.report.short_frames
+    clips = list(read_samples(held_out(count, config.clip.frames)))
+    short = list(read_samples(held_out(count, short_frames))) if module.lora and short_frames else []
     module.transformer.eval()
     with precision():
-        rows = _measure(config, module, clips)
+        rows = _measure(config, module, clips, short)
         _tell(rows, folder)
         _show(config, module, clips[0], folder)
 
 
-def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sample]) -> list[Row]:
+def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sample], short: list[Sample]) -> list[Row]:
     adapter = module.adapter
     shape = adapter.attention_shape
 
@@ -80,8 +82,7 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
     name = module.pattern.name
     if module.lora:
         module.transformer.disable_adapters()
-        if config.report.short_frames:
-            short = [_cut(clip, config.report.short_frames) for clip in clips]
+        if short:
             rows.append(row("base, dense, own length", short, dense))
         rows.append(row("base, dense", clips, dense))
         rows.append(row(f"base, {name}", clips, pattern))
@@ -93,16 +94,12 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
 
 
 def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
-    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block)
+    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
 
 
 def _pattern_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
     """What the model was trained with: dense at noise levels from ``dense_sigma`` up."""
     return module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
-
-
-def _cut(clip: Sample, frames: int) -> Sample:
-    return Sample(clip.key, clip.latent[:, :frames].clone(), clip.text, clip.pooled, clip.image, clip.meta)
 
 
 def _tell(rows: list[Row], folder: Path) -> None:

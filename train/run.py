@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -163,7 +164,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     if trainer.global_rank < config.parallel.sequence or config.parallel.strategy == "zero3":
         context = trainer.precision_plugin.forward_context
         with _report_folder(folder.path, trainer.global_rank) as out:
-            write_report(config, module, out, shards, lambda clips: _held_out(config, clips), context)
+            write_report(config, module, out, shards, functools.partial(_held_out, config), context)
     if trainer.is_global_zero:
         print(f"\nEverything is in {folder.path}")
 
@@ -188,9 +189,9 @@ def _report_folder(folder: Path, rank: int) -> Iterator[Path]:
         yield Path(nowhere)
 
 
-def _held_out(config: RunConfig, clips: int) -> Manifest:
+def _held_out(config: RunConfig, clips: int, frames: int) -> Manifest:
     # far from any training seed a person would choose
-    return synthetic_shards(config, clips, config.seed + 1_000_003)
+    return synthetic_shards(config, clips, frames, config.seed + 1_000_003)
 
 
 def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModule, precision: str) -> None:

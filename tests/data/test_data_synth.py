@@ -68,6 +68,18 @@ def test_short_clips_show_all_phases_of_the_same_scenes() -> None:
         assert all(f"a {x['colour']} {x['shape']} {x['role']}" in meta["caption"] for x in meta["objects"])
 
 
+def test_the_sun_rises_once_a_clip_whatever_its_length() -> None:
+    short, long = (make_clip(3, 4, frames, 32, 64)[0].flatten(2).median(-1).values for frames in (16, 64))
+    torch.testing.assert_close(short[:, [0, -1]], long[:, [0, -1]], rtol=0, atol=1e-6)
+    brightness = long.mean(0)
+    assert torch.equal(long[:, 0], long[:, 12])
+    assert brightness[0] < -0.7 and brightness[-1] > 0
+    assert (brightness.diff() >= -0.02).all()
+    # red first, blue later
+    assert long[0, 31] > long[2, 31] and long[2, -1] > long[0, -1]
+    torch.testing.assert_close(short[:, 5], long[:, 21], rtol=0, atol=1e-5)
+
+
 def test_pixels_are_in_range_and_move_smoothly() -> None:
     pixels, _ = make_clip(1, 2, 64, 32, 64)
     assert pixels.shape == (3, 64, 32, 64) and pixels.dtype == torch.float32

@@ -5,28 +5,26 @@ compared with float64 at sampled tokens first; a backend that is wrong gets no s
 all candidates see the same clocks, and the median counts. Ideal is the speed-up if time followed the surviving token
 pairs: 1 / density.
 
-Notes, measured on one H200 (torch 2.11, CUDA 13, flash-attn-4 4.0.0b36), released mask, Wan at 4x, 8 heads, share of
-ideal against flash-attn-4 dense, forward / backward:
+Notes. One H200, torch 2.11, CUDA 13, flash-attn-4 4.0.0b36, released mask, Wan at 4x, 8 heads; share of ideal against
+flash-attn-4's dense kernels, forward / backward:
 
-=====================================================  ==========================================================
-flash-attn-4's sparse kernels, plain order             0.87 / 0.86; device memory at 31 % / 35 % of its rate, L2
-                                                       hits 61 % / 70 % (dense: 94 % / 99 %)
-whole rows and columns issued first                    0.91 / 0.89; predicted 0.93, since one whole row alone at the
-                                                       end of 8 heads takes as long as 5 others
-patches of 7 blocks x 16 frames                        0.88 / 0.92
-... and lists walked in step, as rings                 0.97 / 0.94; L2 misses predicted a third, measured 40 %
-in step, without patches                               0.96 / 0.94
-in step, whole columns too                             - / 0.85: they start together, so spreading them makes 28
-                                                       streams of query blocks of one
-random starts                                          - / 0.85
-each list from its own diagonal                        0.89 / 0.91
-whole columns spread over the order                    - / 0.90
-Hilbert order, one frame position after the other      worse than patches in a simulation of the cache
-inputs laid out (batch, heads, tokens, head_dim)       no difference
-=====================================================  ==========================================================
+=============================================  =================================================================
+its sparse kernels, plain order                0.87 / 0.86
+whole rows and columns issued first            0.92 / 0.89; predicted 0.93 / 0.93, from one whole row alone at the end.
+                                               Device memory works at 31 % / 35 % of its rate, 61 % / 70 % of L2 accesses
+                                               hit (dense: 3 % / 1 %, 94 % / 99 %)
+... in patches of 3 x 14 tiles                 0.87 / 0.92
+... in step, not in patches                    0.96 / 0.94; reads of device memory in the forward fell by 60 %, a
+                                               simulation of the cache had said 42 %
+... both, as in `radial.backends.schedule`     0.97 / 0.94; on wan_2x 1.00 / 0.93, hunyuan_4x (4 heads) 0.97 / 0.94
+=============================================  =================================================================
 
-What remains in the backward: its step is 64 query rows, since 128-token blocks do not divide into the dense kernel's
-80 (18 % more matrix instructions for the same sum), and the whole columns of the sink.
+Tried and left: whole columns in step too (backward 9 % slower: they start together, and spreading them makes 28 streams
+of query blocks out of one), whole columns spread over the order (2 % slower), random starts (10 % slower and more),
+lists that start at their diagonal (4 % slower), inputs laid out (batch, heads, tokens, head_dim) (no difference).
+
+What remains: the backward steps through 64 query rows, since 128-token blocks do not divide into the dense kernel's 80
+(18 % more matrix instructions for the same sum). Short clips with few heads have too few tiles for all of it to show.
 """
 
 from __future__ import annotations

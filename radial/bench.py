@@ -11,8 +11,8 @@ flash-attn-4's dense kernels, forward / backward:
 =============================================  =================================================================
 its sparse kernels, plain order                0.87 / 0.86
 whole rows and columns issued first            0.92 / 0.89; predicted 0.93 / 0.93, from one whole row alone at the end.
-                                               Device memory works at 31 % / 35 % of its rate, 61 % / 70 % of L2 accesses
-                                               hit (dense: 3 % / 1 %, 94 % / 99 %)
+                                               Device memory is at 31 % / 35 % of its rate, L2 hits are 61 % / 70 %
+                                               (dense: 3 % / 1 %, and 94 % / 99 %)
 ... in patches of 3 x 14 tiles                 0.87 / 0.92
 ... in step, not in patches                    0.96 / 0.94; reads of device memory in the forward fell by 60 %, a
                                                simulation of the cache had said 42 %

@@ -183,7 +183,7 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
                 reason = event.reason or failed or (None if kept else f"ends before {recipe.frames} frames")
                 rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
                 records.finish_row(event.row, rejected)
-                bar.total += event.clips - expected[event.row]
+                bar.total = (bar.total or 0) + event.clips - expected[event.row]
                 if rejected:
                     bad += 1
                     bar.write(f"bad: {rejected.path}: {reason}", file=sys.stderr)

@@ -85,7 +85,8 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
         if short:
             rows.append(row("base, dense, own length", short, dense))
         rows.append(row("base, dense", clips, dense))
-        rows.append(row(f"base, {name}", clips, pattern))
+        if name != "dense":
+            rows.append(row(f"base, {name}", clips, pattern))
         module.transformer.enable_adapters()
         rows.append(row(f"{name} + LoRA", clips, pattern))
     else:
@@ -162,7 +163,8 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     if module.lora:
         module.transformer.disable_adapters()
         panels[f"base at {frames} frames, dense attention"] = generate("Generating, base, dense", _dense_plan)
-        panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
+        if name != "dense":
+            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
         module.transformer.enable_adapters()
         panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", _pattern_plan)
     else:

@@ -20,6 +20,7 @@ __all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_en
 # By name, not by class: torch, diffusers and transformers take seconds to import, and decoding processes need none.
 FAMILIES = {
     "wan": "data.encoders.wan:WanEncoder",
+    "wan22_5b": "data.encoders.wan:Wan5BEncoder",
     "hunyuan": "data.encoders.hunyuan:HunyuanEncoder",
     "mochi": "data.encoders.mochi:MochiEncoder",
     "pixels": "data.encoders.pixels:PixelEncoder",

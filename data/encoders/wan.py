@@ -1,11 +1,14 @@
 """Wan2.1 and Wan2.2: AutoencoderKLWan and UMT5, through diffusers' own pipelines.
 
+Wan2.1 and Wan2.2-A14B share one VAE and one pace, so that shards of one serve the other; Wan2.2-TI2V-5B has its own.
+
 The VAE encodes four frames at a time and carries its causal convolutions' cache from chunk to chunk, so memory does not
 grow with the clip's length and the latent is that of the whole clip.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,17 +27,19 @@ TEXT_TOKENS = 512
 
 
 class WanEncoder(Encoder):
-    """Encoder of the Wan family; the VAE's own config says 4x8x8 (Wan2.1, Wan2.2-A14B) or 4x16x16 (TI2V-5B).
+    """Encoder of Wan2.1 and Wan2.2-A14B, whose VAE has 16 channels and cells of 4x8x8.
 
     For image-to-video, `image.condition` is what the pipeline concatenates to the latent, without its mask: the VAE's
-    latent of the first frame followed by grey, (C, f, h, w), or of the first frame alone for TI2V-5B. `image.clip`
-    (tokens, D) is the image encoder's second-to-last layer where the folder has an image_encoder (Wan2.1).
+    latent of the first frame followed by grey, (C, f, h, w). `image.clip` (tokens, D) is the image encoder's
+    second-to-last layer where the folder has an image_encoder (Wan2.1).
     """
 
     family = "wan"
     fps = 16.0
     lengths = {"1x": 81, "2x": 161, "4x": 321}  # noqa: RUF012
     size = (720, 1280)
+    cell = (4, 8, 8)
+    """Frames, rows and columns of pixels in a latent cell."""
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
     text_is = "text: UMT5 last hidden state, up to 512 tokens, without padding"
@@ -44,12 +49,10 @@ class WanEncoder(Encoder):
         assert folder is not None
         self.device = settings.device
         self.vae = load_part(AutoencoderKLWan, folder / "vae", self.device, settings.vae_dtype)
+        self._check_vae(folder / "vae")
         text_encoder = load_text(UMT5EncoderModel, settings, "text_encoder")
         tokenizer = load_tokenizer(settings, "tokenizer")
         self.pipeline: Any = WanPipeline(tokenizer, text_encoder, self.vae, scheduler=None, transformer=None)
-        index = WanPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
-        # Wan2.2 TI2V-5B takes the first frame's own latent in place of a condition as long as the clip.
-        self.first_frame_alone = bool(index.get("expand_timesteps", False))
         self.images: Any = None
         if settings.image_to_video:
             image_encoder, processor = None, None
@@ -61,9 +64,21 @@ class WanEncoder(Encoder):
                 tokenizer, text_encoder, self.vae, None, processor, image_encoder, transformer=None
             )
 
+    def _check_vae(self, folder: Path) -> None:
+        """Raise a DataError where the other of the two VAEs lies; both are of one class."""
+        found = (self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial)
+        if found != self.cell[:2]:
+            time, space = found
+            fits = [kind.family for kind in (WanEncoder, Wan5BEncoder) if kind.cell[:2] == found]
+            hint = f"choose model={fits[0]}" if fits else "it is none of Wan's"
+            raise DataError(
+                f"{folder}: a cell of its latents is {time}x{space}x{space} pixels, model={self.family} has "
+                f"{'x'.join(map(str, self.cell))}; {hint}"
+            )
+
     @property
     def strides(self) -> tuple[int, int]:
-        return self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+        return self.cell[:2]
 
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
@@ -86,10 +101,8 @@ class WanEncoder(Encoder):
         if self.images is None:
             raise DataError("image conditions are asked for, but the encoder was loaded without image_to_video=true")
         video = to_video(frames[:1], self.device, self.vae.dtype)
-        if not self.first_frame_alone:
-            grey = video.new_zeros(1, 3, len(frames) - 1, *video.shape[3:])
-            video = torch.cat([video, grey], dim=2)
-        conditions = {"condition": stored(self._latent(video))}
+        grey = video.new_zeros(1, 3, len(frames) - 1, *video.shape[3:])
+        conditions = {"condition": stored(self._latent(torch.cat([video, grey], dim=2)))}
         if self.images.image_encoder is not None:
             from PIL import Image
 
@@ -109,3 +122,24 @@ class WanEncoder(Encoder):
         config = self.vae.config
         mean, std = (torch.tensor(v, device=self.device) for v in (config.latents_mean, config.latents_std))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+class Wan5BEncoder(WanEncoder):
+    """Encoder of Wan2.2-TI2V-5B, whose VAE has 48 channels and cells of 4x16x16.
+
+    Image-to-video needs nothing of its own: the model takes the clip's first latent frame as it is.
+    """
+
+    family = "wan22_5b"
+    fps = 24.0
+    lengths = {"1x": 121, "2x": 241, "4x": 481}  # noqa: RUF012
+    size = (704, 1280)
+    cell = (4, 16, 16)
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        if settings.image_to_video:
+            raise DataError(
+                f"image_to_video is true, but model={self.family} takes the first frame from the clip's own latent: "
+                "leave it out, its shards serve image-to-video as they are"
+            )
+        super().__init__(settings)

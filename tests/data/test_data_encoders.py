@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file, save_file
-from tiny_models import save_hunyuan, save_mochi, save_wan
+from tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
 from torch.nn import functional as F
 
 from data.encoders import fingerprint, load_encoder
@@ -18,7 +19,7 @@ from data.encoders.base import Encoder, EncoderSettings, to_video
 from data.errors import DataError
 from data.sample import Sample
 
-SAVE = {"wan": save_wan, "hunyuan": save_hunyuan, "mochi": save_mochi}
+SAVE = {"wan": save_wan, "wan22_5b": save_wan_5b, "hunyuan": save_hunyuan, "mochi": save_mochi}
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +41,25 @@ def moving(frames: int, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("family", "frames", "shape"), [
-    ("wan", 9, (16, 3, 6, 8)), ("hunyuan", 9, (4, 3, 6, 8)), ("mochi", 13, (4, 3, 6, 8)),
+    ("wan", 9, (16, 3, 6, 8)), ("wan22_5b", 9, (48, 3, 4, 6)), ("hunyuan", 9, (4, 3, 6, 8)),
+    ("mochi", 13, (4, 3, 6, 8)),
 ])  # fmt: skip
 def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, frames: int, shape: Any) -> None:
     encoder = load(family, folders[family])
-    encoder.check(frames, [(48, 64)])
+    cell = 16 if family == "wan22_5b" else 8
+    height, width = shape[2] * cell, shape[3] * cell
+    encoder.check(frames, [(height, width)])
     prompt = encoder.prompt("a red ball")
-    latent = encoder.encode(moving(frames, 48, 64))
+    latent = encoder.encode(moving(frames, height, width))
     assert latent.dtype == torch.bfloat16 and latent.shape == shape
     Sample("k", latent, prompt.text, prompt.pooled, {}, {"caption": "a red ball"}).validate()
-    assert encoder.decode(latent).shape == (frames, 48, 64, 3)
+    assert encoder.decode(latent).shape == (frames, height, width, 3)
     encoder.prompt("").validate("the empty prompt")
     with pytest.raises(DataError, match=rf"frames is {frames + 1}, expected 1 \+ a multiple of"):
         encoder.check(frames + 1, [(48, 64)])
-    with pytest.raises(DataError, match="size is 48x60, expected sides that divide by 16, such as 48x64"):
-        encoder.check(frames, [(48, 60)])
+    expected = f"expected sides that divide by {2 * cell}, such as {height}x64"
+    with pytest.raises(DataError, match=f"size is {height}x60, {expected}"):
+        encoder.check(frames, [(height, 60)])
 
 
 def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:
@@ -83,6 +88,27 @@ def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[st
     whole = encoder.encode(frames)
     assert whole.shape[1] == 9 and max(seen) == 4
     assert torch.equal(encoder.encode(frames[:17]), whole[:, :5])
+
+
+def test_the_5b_s_first_latent_frame_is_its_image_condition(folders: dict[str, Path]) -> None:
+    """Its pipeline conditions on the latent of the first frame alone, which the clip's own latent begins with."""
+    encoder: Any = load("wan22_5b", folders["wan22_5b"])
+    pipeline: Any = WanImageToVideoPipeline(None, None, encoder.vae, None, expand_timesteps=True)
+    frames = moving(9, 64, 96)
+    first = to_video(frames[:1], torch.device("cpu"), torch.float32)[:, :, 0]
+    _, condition, mask = pipeline.prepare_latents(first, 1, 48, 64, 96, 9, torch.float32, torch.device("cpu"))
+    latent = encoder.encode(frames)
+    assert torch.equal(condition[0].bfloat16(), latent[:, :1]) and not torch.equal(latent[:, 1:2], latent[:, :1])
+    assert mask[0, 0, :, 0, 0].tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match="takes the first frame from the clip's own latent: leave it out"):
+        load("wan22_5b", folders["wan22_5b"], image_to_video=True)
+
+
+def test_the_two_vaes_of_wan_are_not_mistaken(folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="4x16x16 pixels, model=wan has 4x8x8; choose model=wan22_5b"):
+        load("wan", folders["wan22_5b"])
+    with pytest.raises(DataError, match="4x8x8 pixels, model=wan22_5b has 4x16x16; choose model=wan$"):
+        load("wan22_5b", folders["wan"])
 
 
 def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def save_wan(folder: Path, seed: int = 0, *, image: bool = False) -> Path:
     return folder
 
 
+def save_wan_5b(folder: Path, seed: int = 0) -> Path:
+    """A Wan2.2-TI2V-5B folder: its VAE has residual blocks, a patchifier and 48 channels."""
+    save_wan(folder, seed)
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 2, 2, 2], num_res_blocks=1, is_residual=True,
+        temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_temporal=4, scale_factor_spatial=16,
+        latents_mean=torch.linspace(-0.5, 0.5, 48).tolist(), latents_std=torch.linspace(0.5, 1.5, 48).tolist(),
+    )  # fmt: skip
+    _random(vae).save_pretrained(folder / "vae")
+    return folder
+
+
 def save_hunyuan(folder: Path, seed: int = 0) -> Path:
     """A HunyuanVideo folder."""
     torch.manual_seed(seed)

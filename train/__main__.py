@@ -15,6 +15,7 @@ from train.compose import (
     compose_run,
     finish,
     group_options,
+    read_config,
     run_names,
     split_arguments,
 )
@@ -84,7 +85,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _resume(folder: Path, settings: dict[str, str]) -> None:
-    from train.export import read_config
     from train.preflight import preflight
     from train.run import resume
 

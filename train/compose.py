@@ -107,6 +107,24 @@ def finish(config: DictConfig) -> RunConfig:
     return run
 
 
+def read_config(run: Path) -> RunConfig:
+    """The config that a run was started with.
+
+    Raises:
+        UserError: not a run folder, or a config of another version of this project.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run} has no config.yaml, expected a run folder such as runs/shapes_4x/<time>")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{file} does not fit this version: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, RunConfig)
+    return config
+
+
 def change_layout(config: RunConfig, settings: dict[str, str]) -> RunConfig:
     """The config of a run that goes on with other GPUs: the same steps on the same samples, spread otherwise.
 

@@ -28,7 +28,7 @@ from train.callbacks import StepBar, StepCheckpoints, csv_log
 from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state
 from train.config import RunConfig
 from train.errors import UserError
-from train.export import export_run
+from train.export.run import export_run
 from train.models import load_adapter
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes

@@ -1,44 +1,26 @@
-"""Exports as their users load them: through diffusers and PEFT, in a process of their own."""
+"""Exports of a run, as their users load them: through diffusers and PEFT."""
 
-import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import run_config
 
-from train.checkpoint import last_checkpoint
+from radial import Dense, VideoGrid
+from train.checkpoint import last_checkpoint, load_weights
 from train.errors import UserError
-from train.export import export_run
+from train.export.__main__ import main
+from train.export.run import export_run
+from train.lora import inject_lora, load_parameters, lora_parameters
+from train.models import load_adapter
+from train.plan import AttentionPlan
 from train.run import RunFolder, train
-
-FRESH = """
-import json, sys, torch
-from diffusers import WanTransformer3DModel
-from peft import PeftModel
-base_path, export = sys.argv[1:]
-torch.manual_seed(0)
-x, text = torch.randn(1, 3, 4, 16, 32), torch.randn(1, 32, 64)
-def out(model):
-    with torch.no_grad():
-        return model(x, torch.tensor([500.0]), text, return_dict=False)[0]
-base = out(WanTransformer3DModel.from_pretrained(base_path))
-merged = out(WanTransformer3DModel.from_pretrained(export + "/merged"))
-adapted = WanTransformer3DModel.from_pretrained(base_path)
-adapted.load_lora_adapter(export + "/diffusers", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
-loaded = {k: v for k, v in adapted.state_dict().items() if "lora_" in k}
-peft = PeftModel.from_pretrained(WanTransformer3DModel.from_pretrained(base_path), export + "/peft")
-print(json.dumps({
-    "merged_adapter": (merged - out(adapted)).abs().max().item(),
-    "merged_peft": (merged - out(peft.base_model.model)).abs().max().item(),
-    "base": (merged - base).abs().max().item(),
-    "tensors": len(loaded),
-    "norm": sum(v.double().square().sum().item() for v in loaded.values()),
-}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +31,51 @@ def trained(tmp_path_factory):
     return config, folder.path
 
 
-def test_a_fresh_process_loads_what_was_trained(trained):
+def outputs(transformer) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return transformer(
+            torch.randn(1, 3, 4, 16, 32), torch.tensor([500.0]), torch.randn(1, 32, 64), return_dict=False
+        )[0]
+
+
+def test_every_export_runs_what_was_trained(trained):
     config, run = trained
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, config.model.path, str(run / "export")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    file = load_file(run / "export" / "diffusers" / "pytorch_lora_weights.safetensors")
-    assert seen["tensors"] == len(file) == 2 * 4 * 3
-    assert seen["norm"] == pytest.approx(sum(t.double().square().sum().item() for t in file.values()), rel=1e-6)
-    assert seen["merged_adapter"] < 1e-5
-    assert seen["merged_peft"] < 1e-5
-    assert seen["base"] > 1e-3
+    export_run(run, merged=True)
+    adapter = load_adapter(config.model, torch.float32, 0)
+    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, 0)
+    load_parameters(lora_parameters(adapter.transformer), load_weights(last_checkpoint(run)))
+    adapter.set_plan(AttentionPlan.of(Dense(), VideoGrid(4, 4, 8)))
+    expected = outputs(adapter.transformer)
+
+    def fresh():
+        return WanTransformer3DModel.from_pretrained(config.model.path)
+
+    def piped(path):
+        pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=fresh())
+        pipeline.load_lora_weights(run / "export" / path)
+        return pipeline.transformer
+
+    got = {
+        "merged": outputs(WanTransformer3DModel.from_pretrained(run / "export" / "merged")),
+        "diffusers": outputs(piped("diffusers")),
+        "comfyui": outputs(piped("comfyui/shapes_4x.safetensors")),
+        "peft": outputs(PeftModel.from_pretrained(fresh(), str(run / "export" / "peft")).base_model.model),
+    }
+    assert (outputs(fresh()) - expected).abs().max() > 1e-3
+    for name, output in got.items():
+        assert (output - expected).abs().max() < 1e-5, name
 
 
-def test_the_diffusers_pipeline_loads_every_tensor(trained):
-    """WanPipeline.load_lora_weights, as users call it; values are compared, since attached modules prove nothing."""
-    from diffusers import WanPipeline, WanTransformer3DModel
-
-    config, run = trained
-    transformer = WanTransformer3DModel.from_pretrained(config.model.path)
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
-    pipeline.load_lora_weights(run / "export" / "diffusers")
-    loaded = {k: v for k, v in transformer.state_dict().items() if "lora_" in k}
-    for name, tensor in load_file(run / "export" / "diffusers" / "pytorch_lora_weights.safetensors").items():
-        module, part = name.removeprefix("transformer.").rsplit(".lora_", 1)
-        found = [v for k, v in loaded.items() if k.startswith(f"{module}.lora_{part.split('.')[0]}.")]
-        assert len(found) == 1
-        assert torch.equal(found[0], tensor)
+def test_training_ends_with_every_adapter_format(trained):
+    _, run = trained
+    found = {str(file.relative_to(run / "export")) for file in (run / "export").rglob("*.safetensors")}
+    assert {
+        "diffusers/pytorch_lora_weights.safetensors",
+        "comfyui/shapes_4x.safetensors",
+        "kohya/shapes_4x.safetensors",
+        "peft/adapter_model.safetensors",
+    } <= found
 
 
 def test_the_header_says_how_to_run_it(trained):
@@ -90,14 +88,19 @@ def test_the_header_says_how_to_run_it(trained):
     assert header["radial.step"] == "3"
 
 
-def test_the_command(trained, tmp_path):
+def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
     _, run = trained
-    words = [f"run={run}", f"out={tmp_path / 'out'}", "dtype=bf16"]
-    done = subprocess.run([sys.executable, "-m", "train.export", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(".safetensors") == 3
-    merged = load_file(tmp_path / "out" / "merged" / "diffusion_pytorch_model.safetensors")
-    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    main([f"run={run}", f"out={tmp_path / 'out'}", "dtype=bf16", "format=comfyui,peft", "merge=true"])
+    lines = [line.removeprefix(f"{tmp_path}/out/") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "comfyui  names and shapes of the original checkpoint: 24 tensors",
+        "comfyui  WanPipeline.load_lora_weights: 24 tensors, all equal",
+        "peft  PeftModel.from_pretrained: 24 tensors, all equal",
+        "merged  96 tensors in 1 files, 12 of them changed",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".export", "comfyui", "merged", "peft"]
+    dtypes = {t.dtype for t in load_file(tmp_path / "out" / "comfyui" / "shapes_4x.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -105,14 +108,25 @@ def test_the_command(trained, tmp_path):
     [
         ([], "run is not set"),
         (["run=/nowhere"], "/nowhere has no config.yaml"),
-        (["run=x", "format=y"], "format is not a known key"),
+        (["run=x", "formats=y"], "formats is not a known key"),
+        (["run=x", "merge=yes"], "merge is 'yes', expected true or false"),
+        (["run=x", "merge=true", "strength=a"], "strength is 'a', expected a number"),
+        (["run=x", "merge=true", "add=a.safetensors:b"], "add is 'b', expected a number"),
+        (["run=x", "strength=0.5"], "strength is for the merged model, set merge=true"),
+        (["run={run}", "out={out}", "format=diffusers,onnx"], "format is 'onnx', expected some of diffusers,comfyui"),
+        (["run={run}", "out={out}", "format=released"], "format released is not there for a WanTransformer3DModel"),
+        (["run={run}", "out={out}", "merge=true", "add=/nowhere.safetensors"], "/nowhere.safetensors is missing"),
     ],
 )
-def test_command_mistakes(words, message):
-    done = subprocess.run([sys.executable, "-m", "train.export", *words], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_command_mistakes(trained, tmp_path, words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([word.format(run=trained[1], out=tmp_path / "out") for word in words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, "-m", "train.export"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_loading_nothing_is_an_error(trained, tmp_path):

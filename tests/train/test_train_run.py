@@ -18,8 +18,8 @@ from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, training_shards
 from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, load_weights
+from train.compose import read_config
 from train.errors import UserError
-from train.export import read_config
 from train.models import load_adapter
 from train.preflight import preflight
 from train.run import RunFolder, resume, train
@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     _, folder = finished
     for name in ("config.yaml", "metrics.csv", "loss.png", "mask.png", "checkpoints/step-000004/weights.safetensors"):
         assert (folder / name).stat().st_size > 0, name
-    for name in ("peft/adapter_model", "diffusers/pytorch_lora_weights", "merged/diffusion_pytorch_model"):
+    for name in ("peft/adapter_model", "diffusers/pytorch_lora_weights", "comfyui/shapes_4x", "kohya/shapes_4x"):
         assert (folder / "export" / f"{name}.safetensors").is_file()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert read_config(folder).trainer.steps == 4
@@ -116,7 +116,7 @@ def test_resume_of_a_finished_run_only_reports_and_exports(finished):
     shutil.rmtree(folder / "export")
     resume(folder, config)
     assert losses(folder) == before
-    assert (folder / "export" / "merged").is_dir()
+    assert (folder / "export" / "comfyui").is_dir()
 
 
 def test_the_result_does_not_depend_on_loader_workers(finished, tmp_path):

@@ -1,0 +1,177 @@
+"""Each format of each family, loaded by the tools' own loaders: values of all tensors, and the output of the model."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
+
+from train.errors import UserError
+from train.export.base import stand_in
+from train.export.formats import FORMATS, Adapter, formats_of
+from train.export.reading import read_header, read_lora
+from train.export.run import _fold
+from train.export.verify import PIPELINES, empty_pipeline, verify
+from train.lora import inject_lora, load_parameters, lora_parameters
+
+RANK, ALPHA = 3, 5
+FAMILIES = list(TARGETS)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """A base model's folder, the checkpoint's tensors, the output of training's model, and all formats written."""
+    family = request.param
+    folder = tmp_path_factory.mktemp(family)
+    base = save_transformer(family, folder / "base")
+    model = load_transformer(base)
+    before = output(model, family)
+    weights = random_lora(model, TARGETS[family], RANK)
+    inject_lora(model, RANK, ALPHA, TARGETS[family], seed=0)
+    load_parameters(lora_parameters(model), weights)
+    trained = output(model, family)
+    assert (trained - before).abs().max() > 1e-2
+    adapter = Adapter(_fold(weights, ALPHA), stand_in(base), {"radial.frames": "321"}, "base", "clip_4x")
+    for name in formats_of(adapter.model_class):
+        FORMATS[name](adapter, folder / name)
+    return family, folder, adapter, trained
+
+
+def by_pipeline(folder, path):
+    model = load_transformer(folder / "base")
+    pipeline = empty_pipeline(PIPELINES[type(model).__name__], model)
+    pipeline.load_lora_weights(path)
+    return model
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_pipelines_run_what_was_trained(case):
+    family, folder, adapter, trained = case
+    model = by_pipeline(folder, folder / "diffusers")
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    assert len(loaded) == 2 * len(adapter.pairs)
+    for layer, pair in adapter.pairs.items():
+        for part, expected in zip("AB", pair, strict=True):
+            assert torch.equal(loaded[f"{layer}.lora_{part}.default_0.weight"], expected)
+    close(output(model, family), trained)
+
+
+def test_peft_runs_what_was_trained(case):
+    family, folder, _, trained = case
+    close(output(PeftModel.from_pretrained(load_transformer(folder / "base"), str(folder / "peft")), family), trained)
+
+
+def test_one_wan_file_serves_comfyui_and_diffusers(case):
+    family, folder, adapter, trained = case
+    if not family.startswith("wan"):
+        pytest.skip("of Wan")
+    close(output(by_pipeline(folder, folder / "comfyui" / "clip_4x.safetensors"), family), trained)
+    said = verify("comfyui", adapter, folder / "base", folder / "comfyui")
+    assert len(said) == 2
+    assert "WanPipeline.load_lora_weights" in said[1]
+
+
+@pytest.mark.parametrize("name", ["comfyui", "kohya"])
+def test_the_original_checkpoints_layers_change_as_the_diffusers_layers_do(case, name):
+    """What ComfyUI does: B A, times alpha / rank, added to the stacked weight. Cut apart, that is training's change."""
+    family, folder, adapter, _ = case
+    tensors = load_file(folder / name / "clip_4x.safetensors")
+    down, up = ("lora_A", "lora_B") if name == "comfyui" else ("lora_down", "lora_up")
+    prefix = {"wan": "diffusion_model.", "hunyuan": "transformer.", "mochi": "diffusion_model."}[family.split("_")[0]]
+    expected = {
+        "wan": {"blocks.1.self_attn.q": ["blocks.1.attn1.to_q"], "blocks.0.self_attn.o": ["blocks.0.attn1.to_out.0"]},
+        "hunyuan": {
+            "double_blocks.1.img_attn_qkv": [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"],
+            "single_blocks.0.linear1": [f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+            "single_blocks.1.linear2": ["single_transformer_blocks.1.proj_out"],
+        },
+        "mochi": {
+            "blocks.1.attn.qkv_x": [f"transformer_blocks.1.attn1.to_{x}" for x in "qkv"],
+            "blocks.0.attn.qkv_y": [f"transformer_blocks.0.attn1.add_{x}_proj" for x in "qkv"],
+            "blocks.0.attn.proj_y": ["transformer_blocks.0.attn1.to_add_out"],
+        },
+    }[family.split("_")[0]]
+    for layer, parts in expected.items():
+        key = f"{prefix}{layer}" if name == "comfyui" else f"lora_unet_{layer.replace('.', '_')}"
+        a, b = tensors[f"{key}.{down}.weight"], tensors[f"{key}.{up}.weight"]
+        scale = tensors[f"{key}.alpha"].item() / len(a) if name == "kohya" else 1.0
+        change = torch.cat([adapter.pairs[part][1] @ adapter.pairs[part][0] for part in parts])
+        got = scale * b @ a
+        close(got[: len(change)], change)
+        assert not got[len(change) :].any()
+        assert (len(got) > len(change)) == (layer == "single_blocks.0.linear1")
+
+
+def test_every_format_can_be_read_back(case):
+    _, folder, adapter, _ = case
+    for name in formats_of(adapter.model_class):
+        lora = read_lora(folder / name, adapter.model)
+        assert lora.header["radial.frames"] == read_header(folder / name)["radial.frames"] == "321"
+        assert lora.pairs.keys() == adapter.pairs.keys()
+        assert not lora.differences
+        for layer, pair in adapter.pairs.items():
+            assert all(torch.equal(a, b) for a, b in zip(lora.pairs[layer], pair, strict=True)), (name, layer)
+
+
+def test_the_released_script_multiplies_by_one(case):
+    family, folder, adapter, trained = case
+    assert ("released" in formats_of(adapter.model_class)) == (family == "hunyuan")
+    if family == "hunyuan":
+        params = json.loads((folder / "released" / "lora_config.json").read_text())["lora_params"]
+        model = by_pipeline(folder, folder / "released")
+        model.set_adapters(["default_0"], [params["lora_alpha"] / params["lora_rank"]])
+        close(output(model, family), trained)
+
+
+def test_verification_finds_what_loaders_pass_over(case):
+    """Files that load without an error and yet not whole."""
+    _, folder, adapter, _ = case
+    file = folder / "diffusers" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as stream:
+        header = stream.metadata()
+    keys = sorted(tensors)
+
+    def check(changed, message):
+        save_file(changed, file, header)
+        with pytest.raises(UserError, match=message):
+            verify("diffusers", adapter, folder / "base", folder / "diffusers")
+
+    try:
+        check({k: t for k, t in tensors.items() if k not in keys[:2]}, "is missing after")
+        check({**tensors, keys[1]: tensors[keys[1]] + 1}, "has other values after")
+        check({k.removeprefix("transformer."): t for k, t in tensors.items()}, "missing after .*load_lora")
+        check({k.replace("lora_A", "lora_A.default"): t for k, t in tensors.items()}, "missing after .*load_lora")
+        check({**tensors, keys[0].replace("transformer.", "transformer.x"): torch.ones(1)}, "fits no layer")
+    finally:
+        save_file(tensors, file, header)
+    verify("diffusers", adapter, folder / "base", folder / "diffusers")
+
+
+@pytest.mark.slow
+def test_diffusers_splits_the_fused_layers_of_a_hunyuan_of_the_real_width(tmp_path):
+    """Its converter knows the width 3072 alone, which takes gigabytes even with one block of each kind."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    config = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16}
+    model = HunyuanVideoTransformer3DModel(**config, mlp_ratio=0.25, pooled_projection_dim=8, in_channels=4)
+    model.save_pretrained(tmp_path / "base")
+    weights = random_lora(model, TARGETS["hunyuan"], RANK)
+    adapter = Adapter(_fold(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "clip_4x")
+    FORMATS["comfyui"](adapter, tmp_path / "comfyui")
+    said = verify("comfyui", adapter, tmp_path / "base", tmp_path / "comfyui")
+    assert said[1].startswith("HunyuanVideoPipeline.load_lora_weights: 16 tensors")
+    pipeline = empty_pipeline(PIPELINES["HunyuanVideoTransformer3DModel"], model)
+    pipeline.load_lora_weights(tmp_path / "comfyui" / "clip_4x.safetensors")
+    got = output(model, "hunyuan")
+    model.unload_lora()
+    inject_lora(model, RANK, ALPHA, TARGETS["hunyuan"], seed=0)
+    load_parameters(lora_parameters(model), weights)
+    close(got, output(model, "hunyuan"))

@@ -1,0 +1,87 @@
+"""``python -m train.export``: the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from train.cli import guarded
+from train.compose import split_arguments
+from train.errors import UserError
+
+USAGE = """python -m train.export run=<run folder> [format=comfyui,...] [merge=true] [dtype=bf16] [out=<folder>]
+
+Writes a run's LoRA in the formats of other tools, loads each again with the tool's own loader, and says what arrived.
+
+  run          the run folder
+  checkpoint   a step-* folder of it (the newest)
+  format       some of diffusers, comfyui, kohya, peft, released (all that the model has)
+  out          where to (<run>/export); replaced as a whole
+  dtype        fp32 or bf16 (adapters fp32, merged models as the base model is stored)
+  merge        true: also the base model with the LoRA in its weights, a diffusers folder of sharded safetensors
+  strength     of the LoRA in the merged model (1.0)
+  add          further LoRAs in the merged model, with strengths: style.safetensors:0.8,other.safetensors
+
+examples:
+  python -m train.export run=runs/wan_4x/<time>
+  python -m train.export run=runs/wan_4x/<time> format=comfyui dtype=bf16
+  python -m train.export run=runs/wan_4x/<time> merge=true dtype=bf16 add=style.safetensors:0.8"""
+_KEYS = ("run", "checkpoint", "format", "out", "dtype", "merge", "strength", "add")
+
+
+def main(arguments: list[str]) -> None:
+    """Exports, and prints what was written and loaded."""
+    settings = split_arguments(arguments)
+    unknown = settings.keys() - set(_KEYS)
+    if unknown:
+        raise UserError(f"{min(unknown)} is not a known key, expected one of {', '.join(_KEYS)}")
+    if "run" not in settings:
+        raise UserError("run is not set, give run=<run folder> such as run=runs/shapes_4x/<time>")
+    if settings.get("merge", "false") not in ("true", "false"):
+        raise UserError(f"merge is {settings['merge']!r}, expected true or false")
+    from train.export.run import export_run  # takes seconds to import
+
+    out, checkpoint = settings.get("out"), settings.get("checkpoint")
+    lines = export_run(
+        Path(settings["run"]).expanduser(),
+        out=Path(out).expanduser() if out else None,
+        checkpoint=Path(checkpoint).expanduser() if checkpoint else None,
+        formats=settings["format"].split(",") if "format" in settings else None,
+        merged=settings.get("merge") == "true",
+        dtype=settings.get("dtype"),
+        strength=number("strength", settings.get("strength", "1")),
+        add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
+    )
+    print("\n".join(lines))
+
+
+def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
+    """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
+
+    Raises:
+        UserError: a strength that is no number.
+    """
+    found = []
+    for word in text.split(","):
+        path, colon, strength = word.rpartition(":")
+        found.append((Path(path if colon else word).expanduser(), number(key, strength) if colon else 1.0))
+    return found
+
+
+def number(key: str, text: str) -> float:
+    """A finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise UserError(f"{key} is {text!r}, expected a number such as 0.8")
+    return value
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:], USAGE)

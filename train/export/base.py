@@ -1,0 +1,57 @@
+"""The base model that a LoRA belongs to: where it lies, and a stand-in of its shapes that takes no memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from train.config import ModelConfig
+from train.errors import UserError
+from train.models import model_folder
+
+
+def transformer_folder(config: ModelConfig) -> Path:
+    """The folder with the transformer's config.json and weights; from the hub's cache where the model is of the hub.
+
+    Raises:
+        UserError: it is not there, or cannot be fetched.
+    """
+    path, subfolder = model_folder(config)
+    if not Path(path).is_dir():
+        try:
+            path = snapshot_download(path, allow_patterns=[f"{subfolder}/*" if subfolder else "*"])
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.path {config.path} cannot be fetched: {reason}") from error
+    return Path(path) / (subfolder or "")
+
+
+def public_name(config: ModelConfig) -> str:
+    """The base model's name without the path of this machine: adapters are made to be passed on."""
+    assert config.path is not None, "a LoRA has a base model"
+    return config.path.removeprefix("hub:") if ":" in config.path else Path(config.path).name
+
+
+def stand_in(folder: Path) -> nn.Module:
+    """The model of a diffusers folder, each of its weights a single zero that is seen in the full shape.
+
+    Raises:
+        UserError: the config names a class that diffusers does not have.
+    """
+    about: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    name = about.get("_class_name")
+    model_class = getattr(diffusers, str(name), None)
+    if model_class is None:
+        raise UserError(f"{folder}/config.json names the class {name}, which this version of diffusers does not have")
+    with torch.device("meta"):
+        model: nn.Module = model_class.from_config(model_class.load_config(folder))
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return model

@@ -1,0 +1,233 @@
+"""Reading a LoRA in any of the formats that this project writes or its users meet.
+
+Names may be those of the diffusers model or of the original checkpoint, with any of the usual prefixes, with dots or
+underscores; a layer of the original checkpoint that is several of diffusers' is split. Nothing is passed over: a tensor
+that fits no layer of the model is an error, because a LoRA that is only half loaded looks like a bad LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from train.errors import UserError
+from train.export.names import original_layers
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""Layer of the diffusers model -> (A, B), (rank, in) and (out, rank): the weight's change at strength 1 is B A."""
+
+_PREFIXES = re.compile(r"(base_model\.model\.)?(model\.)?(transformer\.|diffusion_model\.|unet\.|lora_unet__?)?")
+_ENDINGS = re.compile(
+    r"\.(?:(?P<down>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)"
+    r"|(?P<up>lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)"
+    r"|(?P<up_bias>lora_B(?:\.\w+)?\.bias)"
+    r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<bias>diff_b))$"
+)
+
+
+@dataclass
+class Lora:
+    """What a LoRA file changes, float32, at strength 1: alpha is in the tensors.
+
+    Attributes:
+        pairs: low-rank changes of linear layers.
+        differences: whole changes of parameters (biases, norms), by their names in the diffusers model.
+        header: the file's metadata.
+    """
+
+    pairs: Pairs
+    differences: dict[str, Tensor] = field(default_factory=dict)
+    header: dict[str, str] = field(default_factory=dict)
+
+
+def read_lora(path: str | Path, model: nn.Module) -> Lora:
+    """The LoRA of a file, or of a folder with one file, for a diffusers transformer without LoRA layers.
+
+    Raises:
+        UserError: not a safetensors file, a kind of adapter that is no LoRA, or tensors that do not fit the model.
+    """
+    file, config = _find(Path(path).expanduser())
+    tensors, header = _load(file)
+    scaling = _Scaling.of(header, config, file)
+    return _assemble(tensors, header, scaling, model, file)
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The metadata of a LoRA file, or of a folder with one file.
+
+    Raises:
+        UserError: there is no safetensors file.
+    """
+    return _load(_find(Path(path).expanduser())[0], header_only=True)[1]
+
+
+def trim(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same product without the ranks whose column of B is zero: undoes the stacking of a fused layer."""
+    used = pair[1].any(dim=0)
+    return pair[0][used], pair[1][:, used]
+
+
+def weighted_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that have a ``weight``, by name."""
+    return {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file and the config beside it."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(f"{path} holds {len(files)} safetensors files, expected one: name the file")
+        path = files[0]
+    if not path.is_file():
+        raise UserError(f"{path} is missing, expected a LoRA: a .safetensors file, or a folder with one")
+    for name in ("adapter_config.json", "lora_config.json"):
+        beside = path.with_name(name)
+        if beside.is_file():
+            return path, json.loads(beside.read_text())
+    return path, {}
+
+
+def _load(file: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, "pt") as stream:
+            names = [] if header_only else list(stream.keys())
+            return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not readable as safetensors: {error}") from error
+
+
+class _Scaling:
+    """alpha / rank where it stands beside the tensors and not among them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    @classmethod
+    def of(cls, header: Mapping[str, str], config: dict[str, Any], file: Path) -> _Scaling:
+        """From diffusers' header, PEFT's adapter_config.json or the released HunyuanVideo script's lora_config.json."""
+        if "lora_params" in config:
+            params = config["lora_params"]
+            return cls({"r": params["lora_rank"], "lora_alpha": params["lora_alpha"]})
+        if "lora_adapter_metadata" in header:
+            told = json.loads(header["lora_adapter_metadata"])
+            config = {key.removeprefix("transformer."): value for key, value in told.items()}
+        if config.get("use_dora"):
+            raise UserError(f"{file} is a DoRA, expected a LoRA")
+        return cls(config)
+
+    def of_layer(self, layer: str, rank: int) -> float:
+        """The factor of a layer without an alpha of its own."""
+        config = self.config
+        if not config:
+            return 1.0
+        patterns = config.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
+        return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A layer that tensors of a file name: one of diffusers', or one of the original checkpoint that holds several."""
+
+    name: str
+    parts: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    swapped: bool
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each part."""
+        if self.swapped:
+            rows = torch.cat(rows.chunk(2)[::-1])
+        return [piece.contiguous() for piece in rows.split([len(_tensor(m, "weight")) for m in self.modules])]
+
+
+def _assemble(
+    tensors: Mapping[str, Tensor], header: dict[str, str], scaling: _Scaling, model: nn.Module, file: Path
+) -> Lora:
+    lora = Lora({}, {}, header)
+    for target, found in _group(tensors, model, file):
+        scale = 1.0
+        if "down" in found and "up" in found:
+            rank = len(found["down"])
+            scale = found["alpha"].item() / rank if "alpha" in found else scaling.of_layer(target.name, rank)
+            for part, pair in _pairs(target, found["down"].float(), found["up"].float() * scale, file):
+                if part in lora.pairs:
+                    raise UserError(f"{file}: layer {part} is there twice, under two names")
+                lora.pairs[part] = pair
+        elif not found.keys() <= {"diff", "bias"}:
+            raise UserError(f"{file}: layer {target.name} has {' and '.join(found)} of a LoRA, the rest is missing")
+        if "up_bias" in found:
+            found["bias"] = found["up_bias"] * scale
+        for kind, parameter in (("diff", "weight"), ("bias", "bias")):
+            if kind in found:
+                lora.differences.update(_whole(target, parameter, found[kind].float(), file))
+    if not lora.pairs and not lora.differences:
+        raise UserError(f"{file} holds no LoRA tensor")
+    return lora
+
+
+def _group(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> Iterable[tuple[_Target, dict[str, Tensor]]]:
+    """The tensors of each layer by their kind: down, up, up_bias, alpha, diff, bias."""
+    layers = weighted_layers(model)
+    targets = {name: _Target(name, (name,), (module,), False) for name, module in layers.items()}
+    for layer in original_layers(type(model).__name__, layers):
+        modules = tuple(layers[part] for part in layer.parts)
+        targets[layer.name] = _Target(layer.name, layer.parts, modules, layer.swapped)
+    targets |= {name.replace(".", "_"): target for name, target in targets.items()}
+    found: dict[str, tuple[_Target, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        prefix, ending = _PREFIXES.match(key), _ENDINGS.search(key)
+        assert prefix is not None  # it may be empty
+        target = targets.get(key[prefix.end() : ending.start()]) if ending else None
+        if ending is None or target is None:
+            raise UserError(
+                f"{file}: tensor {key} fits no layer of {type(model).__name__}, expected a LoRA for this very model"
+            )
+        kind = next(kind for kind, matched in ending.groupdict().items() if matched)
+        found.setdefault(target.name, (target, {}))[1][kind] = tensor
+    return found.values()
+
+
+def _pairs(target: _Target, down: Tensor, up: Tensor, file: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each part's A and B; none for a part whose rows of B are all zero, as fused layers have them."""
+    rows = sum(len(_tensor(module, "weight")) for module in target.modules)
+    columns = _tensor(target.modules[0], "weight").shape[1]
+    linear = all(isinstance(module, nn.Linear) for module in target.modules)
+    if not linear or (*up.shape, *down.shape) != (rows, len(down), len(down), columns):
+        raise UserError(
+            f"{file}: layer {target.name} has factors {tuple(up.shape)} and {tuple(down.shape)}, expected "
+            f"({rows}, rank) and (rank, {columns}): is the LoRA for another model?"
+        )
+    for part, piece in zip(target.parts, target.split(up), strict=True):
+        pair = (down, piece) if len(target.parts) == 1 else trim((down, piece))
+        if len(pair[0]):
+            yield part, pair
+
+
+def _whole(target: _Target, parameter: str, change: Tensor, file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each part's change of a whole parameter."""
+    own: list[Tensor | None] = [getattr(module, parameter, None) for module in target.modules]
+    fits = all(tensor is not None and tensor.shape[1:] == change.shape[1:] for tensor in own)
+    if not fits or sum(len(tensor) for tensor in own if tensor is not None) != len(change):
+        shapes = ", ".join("none" if tensor is None else str(tuple(tensor.shape)) for tensor in own)
+        raise UserError(
+            f"{file}: {parameter} of {target.name} changes by a {tuple(change.shape)} tensor, the model has {shapes}"
+        )
+    for part, piece in zip(target.parts, target.split(change), strict=True):
+        yield f"{part}.{parameter}", piece
+
+
+def _tensor(module: nn.Module, parameter: str) -> Tensor:
+    found = getattr(module, parameter)
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,179 @@
+"""Exporting a training run.
+
+    <run>/export/
+        diffusers/pytorch_lora_weights.safetensors
+        comfyui/<conf>.safetensors
+        kohya/<conf>.safetensors
+        peft/adapter_config.json, adapter_model.safetensors
+        released/lora_config.json, ...                          of HunyuanVideo
+        merged/                                                 the base model with the LoRA in its weights (merge=true)
+
+A run that trains all weights (``lora: null``) exports ``model/`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train import __version__
+from train.checkpoint import last_checkpoint, load_state, load_weights
+from train.compose import read_config
+from train.config import RunConfig
+from train.errors import UserError
+from train.export.base import public_name, stand_in, transformer_folder
+from train.export.formats import FORMATS, Adapter, check_formats, formats_of
+from train.export.merge import merge
+from train.export.reading import Lora, Pairs, read_lora
+from train.export.verify import verify
+from train.models import load_adapter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_run(
+    run: Path,
+    *,
+    out: Path | None = None,
+    checkpoint: Path | None = None,
+    formats: Sequence[str] | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+    strength: float = 1.0,
+    add: Sequence[tuple[Path, float]] = (),
+) -> list[str]:
+    """Writes the export folder of a run, loads it again as its users will, and returns a line for each part.
+
+    Args:
+        run: the run folder.
+        out: where to, ``<run>/export`` by default; replaced as a whole when it exists.
+        checkpoint: a step-* folder, the newest by default.
+        formats: adapter formats, by default all that the model has.
+        merged: also write the merged model.
+        dtype: of all weights, ``fp32`` or ``bf16``; by default fp32 for adapters, and for merged models what the base
+            model has. The merge itself is done in fp32.
+        strength: of the run's LoRA in the merged model.
+        add: further LoRA files that are merged too, with their strengths.
+
+    Raises:
+        UserError: no run, no checkpoint, or weights that do not fit the base model; nothing is written then.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not merged and (strength != 1.0 or add):
+        raise UserError(f"{'add' if add else 'strength'} is for the merged model, set merge=true")
+    config = read_config(run)
+    checkpoint = checkpoint or last_checkpoint(run)
+    out = out or run / "export"
+    weights = load_weights(checkpoint)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file, expected a folder")
+    if out.exists() and any(out.iterdir()) and not (out / ".export").exists():
+        raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / ".export").touch()
+        if config.lora is None:
+            said = _save_model(config, weights, DTYPES[dtype or "fp32"], temporary / "model")
+        else:
+            header = _header(config, load_state(checkpoint)["global_step"])
+            pairs = _fold(weights, config.lora.alpha)
+            base = transformer_folder(config.model)
+            said = _save_adapters(config, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary)
+            if merged:
+                model = stand_in(base)
+                loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in add)]
+                to = DTYPES[dtype] if dtype else None
+                said.append(merge(base, temporary / "merged", loras, to))
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return [f"{out}/{line}" for line in said]
+
+
+def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:
+    """A checkpoint's tensors as pairs, with alpha / rank in B."""
+    names = sorted({key.rsplit(".lora_", 1)[0] for key in weights if ".lora_" in key})
+    if not names:
+        raise UserError("the checkpoint holds no LoRA tensor, nothing to export")
+    pairs = {}
+    for name in names:
+        for part in ("A", "B"):
+            if f"{name}.lora_{part}.weight" not in weights:
+                raise UserError(f"the checkpoint lacks {name}.lora_{part}.weight, its other half is there")
+        down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+        pairs[name] = (down, up * (alpha / len(down)))
+    return pairs
+
+
+def _save_adapters(
+    config: RunConfig,
+    base: Path,
+    pairs: Pairs,
+    header: dict[str, str],
+    formats: Sequence[str] | None,
+    dtype: torch.dtype,
+    out: Path,
+) -> list[str]:
+    model = stand_in(base)
+    _check_fit(pairs, model)
+    chosen = list(formats_of(type(model).__name__) if formats is None else formats)
+    check_formats(chosen, type(model).__name__)
+    pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
+    adapter = Adapter(pairs, model, header, public_name(config.model), config.conf)
+    said = []
+    for name in chosen:
+        FORMATS[name](adapter, out / name)
+        said += [f"{name}  {line}" for line in verify(name, adapter, base, out / name)]
+    return said
+
+
+def _check_fit(pairs: Pairs, model: torch.nn.Module) -> None:
+    layers = dict(model.named_modules())
+    for name, (down, up) in pairs.items():
+        layer = layers.get(name)
+        if not isinstance(layer, torch.nn.Linear):
+            raise UserError(f"the LoRA covers {name}, which is no linear layer of the base model: check model.path")
+        if (len(up), down.shape[1]) != tuple(layer.weight.shape):
+            raise UserError(
+                f"the LoRA of {name} is for a {(len(up), down.shape[1])} weight, the base model has "
+                f"{tuple(layer.weight.shape)}: check model.path"
+            )
+
+
+def _save_model(config: RunConfig, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> list[str]:
+    transformer = load_adapter(config.model, torch.float32, config.seed).transformer
+    transformer.load_state_dict(weights)
+    if dtype != torch.float32:  # on a model that is in fp32 already, diffusers warns for nothing
+        transformer.to(dtype)
+    transformer.save_pretrained(folder)
+    return [f"model  {len(weights)} tensors"]
+
+
+def _header(config: RunConfig, step: int) -> dict[str, str]:
+    """How the LoRA was trained: enough to set up inference from the file alone. Safetensors headers hold strings."""
+    assert config.lora is not None
+    attention: dict[str, Any] = {
+        name: getattr(config.attention, name)
+        for name in ("pattern", "rule", "decay", "block", "dense_layers", "dense_sigma")
+    }
+    clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
+    about = {
+        "base_model": public_name(config.model),
+        "family": config.model.family,
+        "rank": config.lora.rank,
+        "shift": config.objective.shift,
+        "step": step,
+        "version": __version__,
+    }
+    return {f"radial.{k}": str(v) for k, v in {**about, **attention, **clip}.items()}

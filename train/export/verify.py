@@ -1,0 +1,162 @@
+"""Loading an export the way its users will, and comparing every tensor that arrived.
+
+Attached modules prove nothing: loaders add empty LoRA layers for keys that they then fail to fill, and say so only in a
+log line. So each file goes through the tool's own loader where that is a library (diffusers, PEFT), and by the rules of
+its key names where it is not (ComfyUI, kohya); then values are compared. The base model is a stand-in of its shapes
+that takes no memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from train.errors import UserError
+from train.export.base import stand_in
+from train.export.formats import WEIGHTS, Adapter
+from train.export.reading import Pairs, read_lora, trim, weighted_layers
+
+PIPELINES = {
+    "WanTransformer3DModel": diffusers.WanPipeline,
+    "HunyuanVideoTransformer3DModel": diffusers.HunyuanVideoPipeline,
+    "MochiTransformer3DModel": diffusers.MochiPipeline,
+}
+_HUNYUAN_WIDTH = 3072  # diffusers splits HunyuanVideo's fused layers at this very width
+
+
+def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list[str]:
+    """Loads one format's files and compares them with what was exported.
+
+    Args:
+        format_name: a key of `train.export.formats.FORMATS`.
+        adapter: what was exported.
+        base: folder of the base model's transformer; only its config is read.
+        folder: with the format's files.
+
+    Returns:
+        A line for each loader: what was loaded, by what.
+
+    Raises:
+        UserError: something is missing, extra or different.
+    """
+    file = next(folder.glob("*.safetensors"))
+    _compare(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
+    said = [load(adapter, base, file) for load in _LOADERS[format_name]]
+    return [line for line in said if line]
+
+
+def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
+    model: Any = stand_in(base)
+    with _quiet():
+        if adapter.model_class in PIPELINES:
+            pipeline = empty_pipeline(PIPELINES[adapter.model_class], model)
+            name = f"{type(pipeline).__name__}.load_lora_weights"
+            pipeline.load_lora_weights(file.parent if file.name == WEIGHTS else file)
+        else:  # a family whose pipeline is not known here: what all pipelines call
+            name = f"{adapter.model_class}.load_lora_adapter"
+            model.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer")
+    count = _compare(_lora_layers(model), adapter.pairs, name, file)
+    return f"{name}: {count} tensors, all equal"
+
+
+def _by_pipeline_if_wide(adapter: Adapter, base: Path, file: Path) -> str:
+    if adapter.model_class == "MochiTransformer3DModel":
+        return ""  # diffusers knows its own names only
+    if adapter.model_class == "HunyuanVideoTransformer3DModel":
+        width = len(weighted_layers(adapter.model)["transformer_blocks.0.attn.to_q"].weight)
+        if width != _HUNYUAN_WIDTH:
+            return ""
+    return _by_pipeline(adapter, base, file)
+
+
+def _by_peft(adapter: Adapter, base: Path, file: Path) -> str:
+    with _quiet():
+        model: Any = PeftModel.from_pretrained(stand_in(base), str(file.parent))
+    count = _compare(_lora_layers(model.base_model.model), adapter.pairs, "PEFT", file)
+    return f"PeftModel.from_pretrained: {count} tensors, all equal"
+
+
+def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
+    """ComfyUI's rule: a known prefix, the original layer's name, and factors of the original weight's shape."""
+    tensors = load_file(file)
+    layers = adapter.fused()
+    for name, (down, up) in layers.items():
+        plain = [f"{prefix}{name}" for prefix in ("diffusion_model.", "transformer.")]
+        key = next((k for k in plain if f"{k}.lora_A.weight" in tensors), f"lora_unet_{name.replace('.', '_')}")
+        ends = ("lora_A.weight", "lora_B.weight") if key in plain else ("lora_down.weight", "lora_up.weight")
+        for end, expected in zip(ends, (down, up), strict=True):
+            found = tensors.pop(f"{key}.{end}", None)
+            if found is None or not torch.equal(found, expected):
+                raise UserError(f"{file}: {key}.{end} is not what was exported, this file will not work in ComfyUI")
+        alpha = tensors.pop(f"{key}.alpha", None)
+        if alpha is not None and alpha.item() != len(down):
+            raise UserError(f"{file}: {key}.alpha is {alpha.item()}, expected {len(down)}")
+    if tensors:
+        raise UserError(f"{file}: {min(tensors)} has no layer in the original checkpoint")
+    return f"names and shapes of the original checkpoint: {2 * len(layers)} tensors"
+
+
+_LOADERS: dict[str, list[Callable[[Adapter, Path, Path], str]]] = {
+    "diffusers": [_by_pipeline],
+    "released": [_by_pipeline],
+    "comfyui": [_by_names, _by_pipeline_if_wide],
+    "kohya": [_by_names],
+    "peft": [_by_peft],
+}
+
+
+def empty_pipeline(pipeline_class: Any, transformer: nn.Module) -> Any:
+    """A diffusers pipeline with nothing but a transformer."""
+    needed = inspect.signature(pipeline_class.__init__).parameters.values()
+    parts = {p.name: None for p in needed if p.default is p.empty and p.name != "self"}
+    return pipeline_class(**{**parts, "transformer": transformer})
+
+
+def _lora_layers(model: nn.Module) -> Pairs:
+    """The LoRA that a library has put into a model."""
+    pairs: Pairs = {}
+    for name, module in model.named_modules():
+        lora: Any = module
+        for adapter in getattr(module, "lora_A", {}):
+            assert lora.scaling[adapter] == 1.0, f"{name} is scaled by {lora.scaling[adapter]}"
+            pair = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
+            if not any(half.is_meta for half in pair):  # else it was attached and never filled
+                pairs[name] = pair
+    return pairs
+
+
+def _compare(found: Pairs, expected: Pairs, loader: str, file: Path) -> int:
+    """The number of equal tensors.
+
+    Fused layers arrive with the ranks of their neighbours, whose columns of B are zero: those are left out.
+    """
+    loaded = {name: trim(pair) for name, pair in found.items()}
+    loaded = {name: pair for name, pair in loaded.items() if len(pair[0]) or name in expected}
+    for name in sorted(loaded.keys() | expected.keys()):
+        if name not in loaded or name not in expected:
+            where = "missing" if name in expected else "extra"
+            raise UserError(f"{file}: layer {name} is {where} after {loader} has loaded it")
+        wanted = trim(expected[name])
+        if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(loaded[name], wanted, strict=True)):
+            raise UserError(f"{file}: layer {name} has other values after {loader} has loaded it")
+    return 2 * len(expected)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' remarks on what they load; what matters is compared."""
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(level)

@@ -30,6 +30,7 @@ from train.config import RunConfig, validate
 from train.errors import UserError
 from train.flops import SampleFlops, peak_rate
 from train.flow import noised
+from train.fp8 import use_fp8
 from train.lora import inject_lora
 from train.models import family_of
 from train.models.weights import settle
@@ -48,7 +49,8 @@ _OURS = {"model": "wan_14b", "frames": "321", "blocks": "2", "pattern": "release
 _KINDS = {
     "copies": ("memcpy",),
     "communication": ("nccl", "c10d::", "gloo:", "_c10d_functional"),
-    "attention": ("flash", "fmha", "attention", "attn"),
+    # what radial.backends.hopper compiles is called kernel_cutlass_kernel_...
+    "attention": ("kernel_cutlass", "flash", "fmha", "attention", "attn"),
     "linear": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_linear"),
 }
 
@@ -117,8 +119,7 @@ def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Resu
     """
     if torch.cuda.is_available() and sp > torch.cuda.device_count():
         raise UserError(f"sp is {sp}, but there are {torch.cuda.device_count()} GPUs")
-    context = multiprocessing.get_context("forkserver")  # a process without CUDA that has imported everything once
-    context.set_forkserver_preload(["train.build"])
+    context = multiprocessing.get_context("spawn")  # libraries start CUDA when they are imported
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
         store = f"file://{folder}/store"
         tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps) for rank in range(sp)]
@@ -155,6 +156,8 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     assert config.lora is not None
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, config.seed)
     settle(adapter.transformer, dtype, device)
+    if config.trainer.fp8:
+        use_fp8(adapter.transformer)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
     adapter.transformer.train()
     trained = [p for p in adapter.transformer.parameters() if p.requires_grad]

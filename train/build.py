@@ -13,6 +13,7 @@ from radial import make_pattern
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
 from train.flow import SigmaSchedule
+from train.fp8 import use_fp8
 from train.lora import inject_lora
 from train.memory import block_runner, chunk_tokens
 from train.models import ModelAdapter
@@ -75,6 +76,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
             config.lora.targets or adapter.lora_targets,
             config.seed,
         )
+    if config.trainer.fp8:
+        use_fp8(adapter.transformer)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
     adapter.transformer.train()
     attention, objective, optim = config.attention, config.objective, config.optim

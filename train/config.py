@@ -108,6 +108,7 @@ class TrainerConfig:
     precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
     devices: int = 1
     compile: bool = False  # torch.compile each transformer block
+    fp8: bool = False  # the blocks' frozen linear layers in float8
     checkpoint_every: int = 100  # optimizer steps
     keep: int = 2  # newest checkpoints that stay
 
@@ -272,6 +273,9 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"parallel.offload_gib is {parallel.offload_gib}, it needs parallel.offload_activations=true")
     if parallel.offload_activations and parallel.activations == "none":
         raise UserError("parallel.offload_activations needs parallel.activations=full or selective, it is none")
+    if config.trainer.fp8 and (config.lora is None or parallel.strategy == "zero3"):
+        found = "lora=null" if config.lora is None else "parallel=zero3, which takes weights apart"
+        raise UserError(f"trainer.fp8 is true with {found}, expected a LoRA and whole frozen weights on each GPU")
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"attention.backend is {backend!r}, expected one of {', '.join(BACKENDS)}")

@@ -62,13 +62,49 @@ class Fa4(KernelBackend):
         text_lengths: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from radial.backends import hopper
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        _gradients(grad, q, k, v, out, lse, layout, text_lengths, scale, (dq, dk, dv))
+        return dq, dk, dv
 
-        grad, q, k, v = (_aligned(t) for t in (grad, q, k, v))
-        if layout.is_dense and text_lengths is None:
-            return hopper.dense_backward(grad, q, k, v, out, lse, scale)
+    def backward_into(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> None:
+        own = (_aligned(q), _aligned(k), _aligned(v))
+        _gradients(grad, *own, out, lse, layout, text_lengths, scale, own)
+        for x, gradient in zip((q, k, v), own, strict=True):
+            if gradient is not x:
+                x.copy_(gradient)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: BlockLayout,
+    text_lengths: Tensor | None,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    from radial.backends import hopper
+
+    grad, q, k, v = (_aligned(t) for t in (grad, q, k, v))
+    if layout.is_dense and text_lengths is None:
+        hopper.dense_backward(grad, q, k, v, out, lse, scale, into)
+    else:
         lists, valid = _lists(layout, text_lengths, backward=True)
-        return hopper.backward(grad, q, k, v, out, lse, lists, valid, scale)
+        hopper.backward(grad, q, k, v, out, lse, lists, valid, scale, into)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,8 @@ number of tokens, heads and samples. Everything else is the library's. Importing
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,6 +28,9 @@ from torch import Tensor
 from radial.backends.lists import Lists
 
 TILE = 128  # both kernels' tile along their grid
+# Heads are taken in groups whose float32 sums of dq are about this large together: each group still fills the GPU many
+# times over, and 40 heads of 291,600 tokens would take 5.6 GiB at once.
+DQ_SUM_BYTES = 3 * 2**29
 _DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 
 
@@ -111,13 +116,36 @@ def backward(
     lists: Lists,
     valid: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; ``lists`` hold the query blocks of each key block, the rest is as in `forward`."""
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Gradients of q, k and v; ``lists`` hold the query blocks of each key block, the rest is as in `forward`.
+
+    Args:
+        into: where the gradients go, strided like q, k and v. It may be q, k and v themselves: a block of k and v is
+            read by the tile alone that writes its gradients, and dq is summed elsewhere.
+    """
+    heads = q.shape[2]
+    groups = math.ceil(4 * q.numel() / DQ_SUM_BYTES)
+    for some in torch.arange(heads).tensor_split(min(groups, heads)):
+        own = slice(int(some[0]), int(some[-1]) + 1)
+        tensors = [t[:, :, own] for t in (grad, q, k, v, out)]
+        _backward_of(tensors, lse[:, own], lists, valid, scale, [t[:, :, own] for t in into])
+
+
+def _backward_of(
+    tensors: Sequence[Tensor],
+    lse: Tensor,
+    lists: Lists,
+    valid: Tensor | None,
+    scale: float,
+    into: Sequence[Tensor],
+) -> None:
+    grad, q, k, v, out = tensors
+    dq, dk, dv = into
     batch, tokens, heads, dim = q.shape
     tile = _backward_tile(dim)
     rows = -(-tokens // tile) * tile
     dtype = _DTYPES[q.dtype]
-    dq, dk, dv = (torch.empty(batch, tokens, heads, dim, dtype=q.dtype, device=q.device) for _ in range(3))
     dq_sum = torch.empty(batch, heads, rows * dim, dtype=torch.float32, device=q.device)
     delta, lse_log2 = (torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     _bwd_preprocess(out, grad, delta, lse, lse_log2, dq_sum, None, None, None, dtype, dim, dim, tile, fake_mode=False)
@@ -132,7 +160,6 @@ def backward(
     _bwd_postprocess_convert(
         dq_sum, dq, scale, None, None, 90, dtype, dim, tile, 256, *_dq_layout(dim), fake_mode=False
     )
-    return dq, dk, dv
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -142,10 +169,18 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 
 def dense_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
     """`backward` over all blocks, by the library's dense kernel."""
-    return _flash_attn_bwd(q, k, v, out, grad, lse, scale)
+    dq, dk, dv = into
+    _flash_attn_bwd(q, k, v, out, grad, lse, scale, dq=dq, dk=dk, dv=dv)
 
 
 def _backward_tile(dim: int) -> int:

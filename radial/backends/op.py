@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from radial.backends.base import AttentionCall
 from radial.layout import BlockLayout, layout_of
@@ -56,6 +57,23 @@ class KernelBackend(ABC):
         """Contiguous gradients of q, k and v, from the gradient of the output and what `forward` returned."""
         raise NotImplementedError(f"attention backend {self.name} runs forward only")
 
+    def backward_into(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> None:
+        """`backward` that overwrites q, k and v by their gradients."""
+        gradients = self.backward(grad, q, k, v, out, lse, layout, text_lengths, scale)
+        for x, gradient in zip((q, k, v), gradients, strict=True):
+            x.copy_(gradient)
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:
@@ -94,6 +112,23 @@ def _attention_backward(
     return _kernels(backend).backward(grad, q, k, v, out, lse, on_device, text_lengths, scale)
 
 
+@torch.library.custom_op("radial::attention_backward_into", mutates_args=("q", "k", "v"))
+def _attention_backward_into(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    text_lengths: Tensor | None,
+    scale: float,
+    layout: int,
+    backend: str,
+) -> None:
+    on_device = layout_of(layout).to(q.device)
+    _kernels(backend).backward_into(grad, q, k, v, out, lse, on_device, text_lengths, scale)
+
+
 @_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None, scale: float, layout: int, backend: str
@@ -117,9 +152,14 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, text_lengths, out, lse = ctx.saved_tensors
-    gradients = torch.ops.radial.attention_backward(
-        grad, q, k, v, out, lse, text_lengths, ctx.scale, ctx.layout, ctx.backend
-    )
+    rest = (out, lse, text_lengths, ctx.scale, ctx.layout, ctx.backend)
+    if isinstance(q, FunctionalTensor):
+        # the compiler drops the copies where nothing else needs q, k and v: a block's backward then holds three
+        # tensors of its full length less at the moment when it holds most
+        gradients = q.clone(), k.clone(), v.clone()
+        torch.ops.radial.attention_backward_into(grad, *gradients, *rest)
+    else:
+        gradients = torch.ops.radial.attention_backward(grad, q, k, v, *rest)
     return (*gradients, None, None, None, None)
 
 

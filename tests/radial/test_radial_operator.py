@@ -77,6 +77,25 @@ def test_checkpointing_gives_the_same_gradients(module, keeps_attention):
     assert calls[0] is False
 
 
+def test_a_compiled_backward_overwrites_what_nothing_else_needs(module):
+    """Without copies where q, k and v are the block's own; with correct gradients where something else reads them."""
+
+    def forward(x):
+        q, k, v = (module.project(x) * 0.5).unflatten(-1, (3, 2, 16)).unbind(2)
+        q, k, v = q.exp(), k.exp(), v.exp()  # exp's own backward reads its result
+        return attention_over(q, k, v, module.layout, backend="torch").flatten(2) + x
+
+    x = torch.randn(1, GRID.tokens, 32)
+    for plain in (module, forward):
+        compiled = torch.compile(plain, fullgraph=True)
+        for ours, theirs in zip(gradients(compiled, module, x), gradients(plain, module, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    with torch._inductor.utils.fresh_cache():
+        _, code = torch._inductor.utils.run_fw_bw_and_get_code(lambda: torch.compile(module, fullgraph=True)(x))
+    assert "radial.attention_backward_into" in code[-1]
+    assert "copy" not in code[-1].partition("def call")[2].partition("attention_backward_into")[0]
+
+
 def test_torch_accepts_the_operator():
     layout = build_layout(Released(), GRID, 64)
     q, k, v = (torch.randn(1, GRID.tokens, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))

@@ -89,6 +89,8 @@ def _resume(folder: Path, settings: dict[str, str]) -> None:
     from train.run import resume
 
     config = change_layout(read_config(folder), settings)
+    if config.lora is not None:
+        config.lora.init = None  # the checkpoint goes on from there
     preflight(config)
     resume(folder, config)
 

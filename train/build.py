@@ -12,9 +12,10 @@ from data.synth import synthesize
 from radial import make_pattern
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
+from train.export.reading import read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
-from train.lora import inject_lora
+from train.lora import inject_lora, start_from
 from train.memory import block_runner, chunk_tokens
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule
@@ -69,6 +70,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
+        start = read_lora(config.lora.init, adapter.transformer) if config.lora.init is not None else None
         inject_lora(
             adapter.transformer,
             config.lora.rank,
@@ -76,6 +78,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
             config.lora.targets or adapter.lora_targets,
             config.seed,
         )
+        if start is not None:
+            start_from(adapter.transformer, start, config.lora.alpha / config.lora.rank)
     if config.trainer.fp8:
         use_fp8(adapter.transformer)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)

@@ -61,6 +61,7 @@ class LoraSettings:
     rank: int = 128
     alpha: int = 128
     targets: str | None = None  # regex on module names; null: Q, K, V, O of self-attention
+    init: str | None = None  # a LoRA file in any format, or its folder, to start from; null: B starts at zero
 
 
 @dataclass

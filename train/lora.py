@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from train.errors import UserError
+from train.export.reading import Lora
 from train.zero import set_whole_parameter, whole_shape
 
 ADAPTER = "default"
@@ -72,6 +73,34 @@ def lora_parameters(transformer: Any) -> dict[str, Parameter]:
     parameters = {n.replace(f".{ADAPTER}.", "."): p for n, p in transformer.named_parameters() if ".lora_" in n}
     assert parameters.keys() == get_peft_model_state_dict(transformer, adapter_name=ADAPTER).keys()
     return parameters
+
+
+def start_from(transformer: Any, lora: Lora, scale: float) -> None:
+    """Sets the injected LoRA to one that was read from a file; a smaller rank is filled up with fresh, silent ranks.
+
+    Layers that the file does not cover stay as they are.
+
+    Args:
+        transformer: with the LoRA that `inject_lora` made.
+        lora: strength and alpha are in its tensors.
+        scale: alpha / rank of the injected LoRA.
+
+    Raises:
+        UserError: the file changes what the LoRA does not, or has a greater rank; nothing is set then.
+    """
+    parameters = lora_parameters(transformer)
+    if lora.differences:
+        raise UserError(f"lora.init changes {min(lora.differences)} as a whole, expected low-rank changes alone")
+    for name, (down, _) in lora.pairs.items():
+        own = parameters.get(f"{name}.lora_A.weight")
+        if own is None:
+            raise UserError(f"lora.init covers {name}, which is not among the layers to train: set lora.targets")
+        if len(down) > len(own):
+            raise UserError(f"lora.init has rank {len(down)} at {name}, lora.rank is {len(own)}: raise it")
+    with torch.no_grad():
+        for name, (down, up) in lora.pairs.items():
+            parameters[f"{name}.lora_A.weight"][: len(down)] = down
+            parameters[f"{name}.lora_B.weight"][:, : len(down)] = up / scale
 
 
 def load_parameters(expected: dict[str, Parameter], state: dict[str, Tensor]) -> None:

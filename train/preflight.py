@@ -10,6 +10,7 @@ from data.encoders import check_encoder
 from data.manifest import Manifest
 from train.config import RunConfig
 from train.errors import UserError
+from train.export.reading import read_header
 from train.models import attention_shape, family_of, model_folder
 
 
@@ -24,6 +25,8 @@ def preflight(config: RunConfig) -> None:
         model_folder(config.model)
     elif config.model.path is not None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
+    if config.lora is not None and config.lora.init is not None:
+        read_header(config.lora.init)
     _check_parallel(config)
     if config.parallel.sequence > 1:
         shape = attention_shape(config.model)

@@ -204,6 +204,8 @@ def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")
     print(f"  clip       {grid.frames} latent frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
     print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
+    if config.lora is not None and config.lora.init is not None:
+        print(f"  LoRA       starts from {config.lora.init}")
 
 
 def _quiet() -> None:

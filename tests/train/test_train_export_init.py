@@ -1,0 +1,87 @@
+"""Training that starts from a LoRA file, in any format."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
+from tiny import run_config
+
+from train.build import build_module, training_shards
+from train.checkpoint import last_checkpoint, load_weights
+from train.errors import UserError
+from train.export.base import stand_in
+from train.export.formats import FORMATS, Adapter, formats_of
+from train.export.reading import read_lora
+from train.export.run import _fold
+from train.lora import inject_lora, load_parameters, lora_parameters, start_from
+from train.models import load_adapter
+from train.preflight import preflight
+from train.run import RunFolder, train
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_every_format_of_every_family_starts_a_lora(family, tmp_path):
+    """With the same rank and alpha the weights are the trained ones; with more of both the output is."""
+    base = save_transformer(family, tmp_path / "base")
+    weights = random_lora(load_transformer(base), TARGETS[family], 3)
+    model = load_transformer(base)
+    inject_lora(model, 3, 5, TARGETS[family], seed=0)
+    load_parameters(lora_parameters(model), weights)
+    expected = output(model, family)
+    adapter = Adapter(_fold(weights, 5), stand_in(base), {}, "base", "clip")
+    for name in formats_of(adapter.model_class):
+        FORMATS[name](adapter, tmp_path / name)
+        for rank, alpha in ((3, 5), (8, 4)):
+            model = load_transformer(base)
+            lora = read_lora(tmp_path / name, model)
+            inject_lora(model, rank, alpha, TARGETS[family], seed=0)
+            start_from(model, lora, alpha / rank)
+            torch.testing.assert_close(output(model, family), expected, rtol=1e-4, atol=1e-5)
+            if rank == 3:
+                for key, parameter in lora_parameters(model).items():
+                    torch.testing.assert_close(parameter.data, weights[key])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("init"), trainer__steps=2, optim__lr=1e-2, optim__warmup=0)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return config, folder.path
+
+
+def test_a_run_goes_on_from_another_runs_export(first, tmp_path, capsys):
+    config, run = first
+    init = str(run / "export" / "comfyui")
+    config = replace(config, runs=str(tmp_path), lora=replace(config.lora, init=init))
+    preflight(config)
+    module = build_module(config, load_adapter(config.model, torch.float32, 0), training_shards(config))
+    trained = load_weights(last_checkpoint(run))
+    for name, weight in module.trained_weights().items():
+        torch.testing.assert_close(weight, trained[name])
+    train(config, RunFolder.create(config))
+    assert f"starts from {init}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_trained_is_refused(first, tmp_path):
+    config, _ = first
+
+    def build(tensors, **lora):
+        file = tmp_path / "style.safetensors"
+        save_file(tensors, file)
+        changed = replace(config, lora=replace(config.lora, init=str(file), **lora))
+        build_module(changed, load_adapter(config.model, torch.float32, 0), training_shards(config))
+
+    name = "diffusion_model.blocks.0.self_attn.q"
+    pair = {f"{name}.lora_A.weight": torch.ones(5, 64), f"{name}.lora_B.weight": torch.ones(64, 5)}
+    with pytest.raises(UserError, match="lora.init has rank 5 at blocks.0.attn1.to_q, lora.rank is 4"):
+        build(pair)
+    build(pair, rank=5)
+    with pytest.raises(UserError, match=r"lora.init covers blocks.0.attn1.to_q, which is not among .*set lora.targets"):
+        build(pair, rank=5, targets=r"blocks\.\d+\.attn1\.to_k")
+    with pytest.raises(UserError, match="lora.init changes blocks.0.attn1.to_q.bias as a whole"):
+        build({**pair, f"{name}.diff_b": torch.ones(64)}, rank=5)
+    with pytest.raises(UserError, match="nowhere is missing, expected a LoRA"):
+        preflight(replace(config, lora=replace(config.lora, init="/nowhere")))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from data.errors import DataError
 from radial import RadialError
@@ -20,3 +22,33 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
     except (UserError, DataError, RadialError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def number(key: str, text: str) -> float:
+    """A finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{key} is {text!r}, expected a number such as 0.8")
+    return value
+
+
+def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
+    """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
+
+    Raises:
+        UserError: a strength that is no number.
+    """
+    found = []
+    for word in text.split(","):
+        path, colon, strength = word.rpartition(":")
+        if not colon or Path(word).expanduser().exists():
+            path, strength = word, "1"
+        found.append((Path(path).expanduser(), number(key, strength)))
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from train.cli import guarded
+from train.cli import files_with_strengths, guarded, number
 from train.compose import split_arguments
 from train.errors import UserError
 
@@ -53,34 +53,6 @@ def main(arguments: list[str]) -> None:
         add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
     )
     print("\n".join(lines))
-
-
-def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
-    """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
-
-    Raises:
-        UserError: a strength that is no number.
-    """
-    found = []
-    for word in text.split(","):
-        path, colon, strength = word.rpartition(":")
-        found.append((Path(path if colon else word).expanduser(), number(key, strength) if colon else 1.0))
-    return found
-
-
-def number(key: str, text: str) -> float:
-    """A finite number.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise UserError(f"{key} is {text!r}, expected a number such as 0.8")
-    return value
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def _save(tensors: dict[str, Tensor], file: Path, adapter: Adapter) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt", **adapter.header})
 
 
-def _named(pairs: Pairs, prefix: str) -> dict[str, Tensor]:
+def named_tensors(pairs: Pairs, prefix: str = "") -> dict[str, Tensor]:
+    """The pairs as ``<prefix><layer>.lora_A.weight`` and ``lora_B``."""
     tensors = {}
     for name, (down, up) in pairs.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = down
@@ -95,13 +96,13 @@ def _named(pairs: Pairs, prefix: str) -> dict[str, Tensor]:
 
 
 def _diffusers(adapter: Adapter, folder: Path) -> None:
-    _save(_named(adapter.pairs, "transformer."), folder / WEIGHTS, adapter)
+    _save(named_tensors(adapter.pairs, "transformer."), folder / WEIGHTS, adapter)
 
 
 def _comfyui(adapter: Adapter, folder: Path) -> None:
     # the one prefix that ComfyUI has always read for HunyuanVideo; for the others it is its own name of the model
     prefix = "transformer." if adapter.model_class == "HunyuanVideoTransformer3DModel" else "diffusion_model."
-    _save(_named(adapter.fused(), prefix), folder / f"{adapter.name}.safetensors", adapter)
+    _save(named_tensors(adapter.fused(), prefix), folder / f"{adapter.name}.safetensors", adapter)
 
 
 def _kohya(adapter: Adapter, folder: Path) -> None:
@@ -127,7 +128,7 @@ def _peft(adapter: Adapter, folder: Path) -> None:
         target_modules=sorted(ranks),
         base_model_name_or_path=adapter.base_model,
     ).save_pretrained(str(folder))
-    _save(_named(adapter.pairs, "base_model.model."), folder / "adapter_model.safetensors", adapter)
+    _save(named_tensors(adapter.pairs, "base_model.model."), folder / "adapter_model.safetensors", adapter)
 
 
 def _released(adapter: Adapter, folder: Path) -> None:

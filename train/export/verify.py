@@ -49,7 +49,7 @@ def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list
         UserError: something is missing, extra or different.
     """
     file = next(folder.glob("*.safetensors"))
-    _compare(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
+    compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
     said = [load(adapter, base, file) for load in _LOADERS[format_name]]
     return [line for line in said if line]
 
@@ -64,7 +64,7 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
         else:  # a family whose pipeline is not known here: what all pipelines call
             name = f"{adapter.model_class}.load_lora_adapter"
             model.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer")
-    count = _compare(_lora_layers(model), adapter.pairs, name, file)
+    count = compare_pairs(lora_layers(model), adapter.pairs, name, file)
     return f"{name}: {count} tensors, all equal"
 
 
@@ -81,7 +81,7 @@ def _by_pipeline_if_wide(adapter: Adapter, base: Path, file: Path) -> str:
 def _by_peft(adapter: Adapter, base: Path, file: Path) -> str:
     with _quiet():
         model: Any = PeftModel.from_pretrained(stand_in(base), str(file.parent))
-    count = _compare(_lora_layers(model.base_model.model), adapter.pairs, "PEFT", file)
+    count = compare_pairs(lora_layers(model.base_model.model), adapter.pairs, "PEFT", file)
     return f"PeftModel.from_pretrained: {count} tensors, all equal"
 
 
@@ -121,12 +121,14 @@ def empty_pipeline(pipeline_class: Any, transformer: nn.Module) -> Any:
     return pipeline_class(**{**parts, "transformer": transformer})
 
 
-def _lora_layers(model: nn.Module) -> Pairs:
-    """The LoRA that a library has put into a model."""
+def lora_layers(model: nn.Module, adapter_name: str | None = None) -> Pairs:
+    """The LoRA that a library has put into a model: of that name, or the only one."""
     pairs: Pairs = {}
     for name, module in model.named_modules():
         lora: Any = module
         for adapter in getattr(module, "lora_A", {}):
+            if adapter_name not in (None, adapter):
+                continue
             assert lora.scaling[adapter] == 1.0, f"{name} is scaled by {lora.scaling[adapter]}"
             pair = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
             if not any(half.is_meta for half in pair):  # else it was attached and never filled
@@ -134,7 +136,7 @@ def _lora_layers(model: nn.Module) -> Pairs:
     return pairs
 
 
-def _compare(found: Pairs, expected: Pairs, loader: str, file: Path) -> int:
+def compare_pairs(found: Pairs, expected: Pairs, loader: str, file: Path) -> int:
     """The number of equal tensors.
 
     Fused layers arrive with the ranks of their neighbours, whose columns of B are zero: those are left out.

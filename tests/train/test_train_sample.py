@@ -1,0 +1,308 @@
+"""Generating: held to the stock pipelines, step by step and layer by layer; the command and its files."""
+
+import json
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from oracles import masked_softmax
+from stock_models import TARGETS, random_lora
+from tiny_pipelines import save_pipeline
+
+from radial import Released, VideoGrid, build_layout
+from train.errors import UserError
+from train.export.base import stand_in
+from train.export.formats import FORMATS, Adapter
+from train.export.run import _fold
+from train.models.wan import WanSelfAttention
+from train.sample.__main__ import main
+from train.sample.generate import Generator, Ranks
+from train.sample.pipeline import pipeline_class
+from train.sample.settings import jobs, parse_settings
+
+TOKENS = 24
+CLIP = {"frames": 33, "height": 32, "width": 48, "steps": 4, "guidance": 5, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return save_pipeline("wan", tmp_path_factory.mktemp("sample") / "wan")
+
+
+def words(folder, **changes):
+    given = {
+        "model": "wan_14b",
+        "model.path": folder,
+        "model.text_tokens": TOKENS,
+        "prompt": "a red ball, moving & it's a clip",
+        "negative": "the bar",
+        "block": 16,
+        "dtype": "fp32",
+        **CLIP,
+        **changes,
+    }
+    return [f"{key.replace('__', '.')}={value}" for key, value in given.items() if value is not None]
+
+
+def generator(folder, **changes):
+    settings, model = parse_settings(words(folder, **changes))
+    todo = jobs(settings)
+    cls = pipeline_class(str(folder), settings.image is not None)
+    return Generator(settings, model, str(folder), cls, Ranks(1, 0, torch.device("cpu")), todo)
+
+
+def latent(folder, **changes):
+    made = generator(folder, **changes)
+    return made.denoise(made.todo[0], made.prompts[0], made.attention)
+
+
+def stock(folder, change=lambda pipeline: None, step_end=None):
+    pipeline = WanPipeline.from_pretrained(folder)
+    change(pipeline)
+    return pipeline(
+        "a red ball, moving & it's a clip",
+        "the bar",
+        height=CLIP["height"],
+        width=CLIP["width"],
+        num_frames=CLIP["frames"],
+        num_inference_steps=CLIP["steps"],
+        guidance_scale=CLIP["guidance"],
+        generator=torch.Generator().manual_seed(CLIP["seed"]),
+        max_sequence_length=TOKENS,
+        output_type="latent",
+        callback_on_step_end=step_end,
+    ).frames
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [{"pattern": "dense"}, {"dense_steps": 4}, {"dense_layers": 3}, {"dense_sigma": 0.0}])
+def test_dense_is_the_stock_pipeline(wan, dense):
+    clip = latent(wan, **dense)
+    close(clip.latent, stock(wan))
+    assert len(clip.seconds) == 4
+    assert all(clip.dense) == ("dense_layers" not in dense)
+
+
+class Oracle(WanSelfAttention):
+    """The stock processor's arithmetic in float64 with a layout as an attention mask."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        q, k, v = (t.unflatten(2, (attn.heads, -1)).double() for t in (q, k, attn.to_v(hidden_states)))
+        cos, sin = rotary_emb
+        turn = torch.complex(cos[..., 0::2].double(), sin[..., 1::2].double())
+        q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn for t in (q, k))
+        q, k = (torch.view_as_real(t).flatten(3) for t in (q, k))
+        out = masked_softmax(q, k, v, self.layout, None, q.shape[-1] ** -0.5)
+        return attn.to_out[0](out.flatten(2).float())
+
+
+def test_dense_layers_and_dense_steps_mean_what_the_released_scripts_mean(wan):
+    """A layer is sparse from layer dense_layers on, in steps from dense_steps on."""
+    layout = build_layout(Released(decay=0.4), VideoGrid(9, 2, 3), 16)
+    assert not layout.is_dense
+
+    def set_layers(pipeline, step):
+        for layer, block in enumerate(pipeline.transformer.blocks):
+            if step >= 2 and layer >= 1:
+                block.attn1.set_processor(Oracle())
+                block.attn1.processor.layout = layout
+
+    def step_end(pipeline, step, timestep, tensors):
+        set_layers(pipeline, step + 1)
+        return {}
+
+    expected = stock(wan, lambda pipeline: set_layers(pipeline, 0), step_end)
+    clip = latent(wan, decay=0.4, dense_layers=1, dense_steps=2)
+    close(clip.latent, expected)
+    assert clip.dense == [True, True, False, False]
+    assert (expected - stock(wan)).abs().max() > 1e-2
+
+
+def test_a_dense_noise_level_holds_for_steps_above_it(wan):
+    levels = WanPipeline.from_pretrained(wan).scheduler
+    levels.set_timesteps(4)
+    between = (levels.timesteps[1] + levels.timesteps[2]).item() / 2000
+    assert latent(wan, dense_sigma=between).dense == [True, True, False, False]
+
+
+def save_lora(folder, file, *, header, seed=1, format_name="comfyui"):
+    model = stand_in(folder / "transformer")
+    pairs = _fold(random_lora(model, TARGETS["wan"], seed=seed), 3)
+    FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
+    return file
+
+
+HEADER = {
+    f"radial.{key}": str(value)
+    for key, value in {
+        "pattern": "released", "rule": "wan", "decay": 0.4, "block": 16, "dense_layers": 1, "dense_sigma": None,
+        "frames": 33, "height": 32, "width": 48, "shift": 3.0, "rank": 3, "base_model": "base",
+    }.items()
+}  # fmt: skip
+
+
+def test_a_loras_header_sets_everything_up(wan, tmp_path):
+    file = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
+    unset = dict.fromkeys(("frames", "height", "width", "block"))
+    settings, _ = parse_settings(words(wan, lora=file, **unset))
+    assert (settings.frames, settings.height, settings.width, settings.block) == (33, 32, 48, 16)
+    assert (settings.pattern, settings.decay, settings.dense_layers, settings.dense_sigma) == ("released", 0.4, 1, None)
+    assert (settings.shift, settings.dense_steps) == (3.0, 2)
+    settings, _ = parse_settings(words(wan, lora=f"{file}:0.5", decay=0.9, frames=17, dense_steps=0))
+    assert (settings.frames, settings.decay, settings.dense_steps) == (17, 0.9, 0)
+    sigma = save_lora(wan, tmp_path / "sigma.safetensors", header={**HEADER, "radial.dense_sigma": "0.9"})
+    assert parse_settings(words(wan, lora=sigma))[0].dense_sigma == 0.9
+    assert parse_settings(words(wan, lora=sigma))[0].dense_steps is None
+    assert parse_settings(words(wan, lora=sigma, dense_steps=1))[0].dense_sigma is None
+
+
+def test_loras_are_added_with_their_strengths(wan, tmp_path):
+    mine = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
+    style = save_lora(wan, tmp_path / "style.safetensors", header={}, seed=2, format_name="kohya")
+    diffusers_style = save_lora(wan, tmp_path / "d" / "x", header={}, seed=2, format_name="diffusers").parent
+
+    def change(pipeline):
+        pipeline.load_lora_weights(mine, adapter_name="mine")
+        pipeline.load_lora_weights(diffusers_style, adapter_name="style")
+        pipeline.set_adapters(["mine", "style"], [0.5, -0.7])
+
+    expected = stock(wan, change)
+    clip = latent(wan, pattern="dense", lora=f"{mine}:0.5", add=f"{style}:-0.7")
+    close(clip.latent, expected)
+    assert (expected - stock(wan)).abs().max() > 1e-2
+
+
+def test_whole_changes_of_distilled_loras_are_applied(wan, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    bias, norm = torch.randn(32), torch.randn(32)
+    save_file(
+        {"diffusion_model.blocks.0.cross_attn.k.diff_b": bias, "diffusion_model.blocks.1.norm3.diff": norm},
+        tmp_path / "few.safetensors",
+    )
+
+    def change(pipeline):
+        blocks = pipeline.transformer.blocks
+        blocks[0].attn2.to_k.bias.data.add_(0.5 * bias)
+        blocks[1].norm2.weight.data.add_(0.5 * norm)
+
+    close(latent(wan, pattern="dense", add=f"{tmp_path / 'few.safetensors'}:0.5").latent, stock(wan, change))
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(stream.average_rate)
+
+
+def test_the_command_writes_a_video_and_its_settings(wan, tmp_path, capsys):
+    out = tmp_path / "deep" / "clip.mp4"
+    arguments = words(wan, out=out, dense_steps=1)
+    main(arguments)
+    frames, fps = frames_of(out)
+    assert frames.shape == (33, 32, 48, 3)
+    assert fps == 16
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["settings"]["prompt"] == "a red ball, moving & it's a clip"
+    assert record["settings"]["dense_steps"] == 1
+    assert len(record["measured"]["seconds_a_step"]) == 4
+    assert record["measured"]["peak_memory_gib"] > 0
+    assert "s a sparse step" in capsys.readouterr().out
+    with torch.no_grad():
+        pipeline = WanPipeline.from_pretrained(wan)
+        clip = latent(wan, dense_steps=1).latent
+        z = clip * torch.tensor(pipeline.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        z = z + torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        video = pipeline.vae.decode(z, return_dict=False)[0]
+    expected = ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(frames - expected).mean() < 6  # what H.264 and its halved colours lose on noise
+    assert sorted(path.name for path in out.parent.iterdir()) == ["clip.json", "clip.mp4"]
+    stamp = out.stat().st_mtime_ns
+    main(arguments)
+    assert out.stat().st_mtime_ns == stamp
+    assert "1 of 1 videos are there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"clip.mp4 is there, of other settings \(seed 7, not 8\): give another out"):
+        main(words(wan, out=out, dense_steps=1, seed=8))
+
+
+def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red ball"}, {"prompt": "the bar, moving", "negative": "a video"}, {"prompt": "a red ball"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    arguments = [*words(wan, prompt=None, out=tmp_path / "clips", steps=2), "--prompts", str(prompts)]
+    made = []
+    write = Generator._write
+
+    def interrupted(self, job, clips):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(job.out.name)
+        write(self, job, clips)
+
+    monkeypatch.setattr(Generator, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    monkeypatch.setattr(Generator, "_write", write)
+    first = tmp_path / "clips" / "0001-a-red-ball.mp4"
+    stamp = first.stat().st_mtime_ns
+    main(arguments)
+    assert first.stat().st_mtime_ns == stamp
+    names = ["0001-a-red-ball", "0002-the-bar--moving", "0003-a-red-ball"]
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("mp4", "json"))
+    clips = [frames_of(first.with_stem(name))[0] for name in names]
+    assert np.array_equal(clips[0], clips[2])
+    assert not np.array_equal(clips[0], clips[1])
+    assert json.loads(first.with_name(f"{names[1]}.json").read_text())["settings"]["negative"] == "a video"
+
+
+def test_compare_measures_against_dense(wan, tmp_path, capsys):
+    out = tmp_path / "clip.mp4"
+    main(words(wan, out=out, compare="dense", decay=0.4, dense_layers=0, dense_steps=0))
+    assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["clip.mp4", "clip_both.mp4", "clip_dense.mp4"]
+    assert frames_of(tmp_path / "clip_both.mp4")[0].shape == (33, 32, 48 + 4 + 48, 3)
+    measured = json.loads(out.with_suffix(".json").read_text())["measured"]
+    assert 5 < measured["psnr"] < 60
+    assert 0 < measured["ssim"] < 1
+    assert measured["speed_up"] == pytest.approx(measured["dense"]["seconds"] / measured["seconds"])
+    printed = capsys.readouterr().out
+    assert "PSNR" in printed
+    assert "not measured (needs" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "give prompt=TEXT, or --prompts FILE"),
+        ({"model": "wan_14"}, "model is 'wan_14', expected one of .*; did you mean wan_14b"),
+        ({"frames": 32}, "frames is 32, expected 4 x k [+] 1"),
+        ({"height": 40}, "height is 40, expected a multiple of 16"),
+        ({"pattern": "radial"}, "pattern is 'radial', expected one of released, paper, dense"),
+        ({"decay": 0}, "decay is 0.0, expected a positive number"),
+        ({"block": 100}, "block is 100, expected a power of two"),
+        ({"backend": "fa9"}, "backend is 'fa9', expected one of"),
+        ({"guidance": -1}, "guidance is -1.0, expected a positive number"),
+        ({"image": "/nowhere.png"}, "image /nowhere.png is missing"),
+        ({"lora": "/nowhere.safetensors"}, "/nowhere.safetensors is missing, expected a LoRA"),
+        ({"model.path": "/nowhere"}, "model.path /nowhere has no model_index.json"),
+        ({"sequence": 2}, "sequence is 2 on 1 ranks, expected 1"),
+        ({"split_guidance": "true"}, "sequence is 1 on 1 ranks, expected an even number"),
+    ],
+)
+def test_mistakes(wan, changes, message):
+    with pytest.raises(UserError, match=message):
+        main(words(wan, **changes))
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    command = [sys.executable, "-m", "train.sample", "prompt=a, b's", "stpes=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: stpes is not a known key; did you mean steps?\n")

@@ -1,0 +1,113 @@
+"""Frames from latents: streamed decoding gives what a whole decode gives."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+
+from train.sample import decode
+from train.sample.decode import decode_frames, denormalized
+
+WAN = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+
+
+def make(family):
+    torch.manual_seed(0)
+    if family == "wan":
+        vae = AutoencoderKLWan(**WAN, z_dim=16)
+    elif family == "wan_5b":
+        mean, std = [0.1] * 8, [0.5] * 8
+        vae = AutoencoderKLWan(
+            **WAN, z_dim=8, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16, is_residual=True,
+            decoder_base_dim=4, latents_mean=mean, latents_std=std,
+        )  # fmt: skip
+    elif family == "hunyuan":
+        vae = AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        )
+    else:
+        vae = AutoencoderKLMochi(
+            latent_channels=4, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+            layers_per_block=(1, 1, 1, 1, 1), latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8],
+        )  # fmt: skip
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return vae.eval()
+
+
+def latent_for(vae, frames, height=4, width=6):
+    torch.manual_seed(1)
+    channels = vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels
+    return torch.randn(1, channels, frames, height, width)
+
+
+def whole(vae, latent):
+    with torch.no_grad():
+        video = vae.decode(denormalized(vae, latent), return_dict=False)[0]
+    return video
+
+
+@pytest.mark.parametrize(("family", "ratio"), [("wan", 4), ("wan_5b", 4), ("hunyuan", 4), ("mochi", 6)])
+@pytest.mark.parametrize("frames", [1, 4, 5, 9])
+def test_streamed_frames_are_those_of_a_whole_decode(family, ratio, frames):
+    vae = make(family)
+    latent = latent_for(vae, frames)
+    expected = whole(vae, latent)
+    parts = list(decode._videos(vae, denormalized(vae, latent), False))
+    got = torch.cat(parts, dim=2)
+    assert got.shape[2] == (frames - 1) * ratio + 1
+    assert max(part.shape[2] for part in parts) <= 17 or frames < 5
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    pixels = np.concatenate(list(decode_frames(vae, latent, tiled=False)))
+    assert pixels.shape == (got.shape[2], *got.shape[3:], 3)
+    reference = ((expected[0] + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 3, 0).numpy()
+    assert np.abs(pixels.astype(float) - reference).max() <= 1
+
+
+def test_mochis_convolutions_are_as_they_were():
+    vae = make("mochi")
+    latent = latent_for(vae, 3)
+    expected = whole(vae, latent)
+    list(decode_frames(vae, latent, tiled=False))
+    torch.testing.assert_close(whole(vae, latent), expected, rtol=0, atol=0)
+    assert not any("forward" in vars(m) for m in vae.modules() if isinstance(m, CogVideoXCausalConv3d))
+
+
+def test_hunyuans_tiles_are_diffusers_own():
+    vae = make("hunyuan")
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 64
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 48
+    latent = latent_for(vae, 6, 10, 12)
+    got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
+    untiled = whole(vae, latent)
+    vae.enable_tiling()
+    torch.testing.assert_close(got, whole(vae, latent), rtol=1e-4, atol=1e-5)
+    assert (got - untiled).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["wan", "mochi"])
+def test_tiles_are_blended_into_the_frames(family, monkeypatch):
+    """Tiles see less of the frame, and these decoders average over all that they see: alike is all to be asked."""
+    monkeypatch.setattr(decode, "_TILE", 8)
+    monkeypatch.setattr(decode, "_OVERLAP", 2)
+    vae = make(family)
+    latent = latent_for(vae, 3, 8, 13)
+    expected = whole(vae, latent)
+    got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
+    assert got.shape == expected.shape
+    alike = torch.corrcoef(torch.stack([got.flatten(), expected.flatten()]))[0, 1]
+    assert 0.7 < alike < 0.9999
+
+
+def test_tiles_of_a_pointwise_decoder_are_exact():
+    z = torch.randn(1, 3, 2, 40, 71)
+
+    def stream(part):
+        for frame in part.split(1, dim=2):
+            yield frame.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+
+    got = torch.cat(list(decode._tiles(stream, z)), dim=2)
+    expected = z.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)

@@ -1,0 +1,55 @@
+"""Several processes generate the clip that one generates, whichever way they share the work."""
+
+import numpy as np
+import pytest
+import sample_ranks
+from ranks import run_ranks
+from tiny_pipelines import save_pipeline
+
+from train.errors import UserError
+from train.sample.denoise import Split
+
+FOLDERS = {}
+
+
+def folder_of(family, tmp_path_factory):
+    if family not in FOLDERS:
+        FOLDERS[family] = save_pipeline(family, tmp_path_factory.mktemp("ranks") / family)
+    return FOLDERS[family]
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "shares"),
+    [
+        (2, {}, [(0, None), (1, None)]),
+        (2, {"split_guidance": "false"}, [(0, 0), (0, 1)]),
+        (2, {"guidance": 1}, [(0, 0), (0, 1)]),
+        (4, {}, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    ],
+)
+def test_wan(world, changes, shares, tmp_path_factory):
+    compare("wan", world, {"dense_steps": 1, "dense_layers": 1, "decay": 0.4, **changes}, shares, tmp_path_factory)
+
+
+def compare(family, world, changes, shares, tmp_path_factory):
+    folder = folder_of(family, tmp_path_factory)
+    expected = sample_ranks.clip(folder, {**changes, "split_guidance": None})["latent"].numpy()
+    ranks = run_ranks(world, sample_ranks.clip, folder, changes)
+    assert [(rank["branch"], rank["share"]) for rank in ranks] == shares
+    for rank in ranks:
+        np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "guidance", "guided", "heads", "message"),
+    [
+        (2, 4, None, True, 4, "sequence is 4 on 2 ranks, expected 1 or 2"),
+        (4, 4, True, True, 4, "sequence is 4 on 4 ranks, expected 2"),
+        (3, None, True, True, 3, "sequence is 3 on 3 ranks, expected an even number"),
+        (2, None, True, False, 2, "split_guidance is true, but guidance is off"),
+        (6, None, None, True, 4, "sequence is 3, expected a divisor of the model's 4 heads: 1, 2, 4"),
+    ],
+)
+def test_splits_that_cannot_be(world, size, guidance, guided, heads, message):
+    with pytest.raises(UserError, match=message):
+        Split.of(world, 0, size, guidance, guided, heads)

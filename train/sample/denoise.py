@@ -1,0 +1,206 @@
+"""What happens in each denoising step of a stock pipeline: its attention, its share of several GPUs, its time.
+
+The pipeline calls its transformer as always; the call goes through `Denoiser`, which knows the step by its noise level,
+gives the step's attention to the transformer, and splits the work:
+
+    W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt;
+                                        the S ranks of a branch share the tokens (`train.sequence`)
+
+Both branches' predictions are exchanged, so that every rank goes on with the same latent.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from radial import Dense, Pattern
+from train.errors import UserError
+from train.models import ModelAdapter
+from train.plan import AttentionPlan
+from train.sequence import SequenceGroup
+
+_TRAIN_STEPS = 1000  # of every family's timesteps
+
+
+@dataclass(frozen=True)
+class Split:
+    """How ranks share the work.
+
+    Attributes:
+        sequence: the ranks that share this rank's tokens; None: this rank has them all.
+        branches: 2 where the negative prompt has ranks of its own.
+        branch: this rank's.
+        partner: this rank and the one with the same tokens in the other branch.
+    """
+
+    sequence: SequenceGroup | None = None
+    branches: int = 1
+    branch: int = 0
+    partner: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, world: int, rank: int, size: int | None, guidance: bool | None, guided: bool, heads: int) -> Split:
+        """The split of ``world`` ranks; every rank must call it.
+
+        Args:
+            size: ranks that share a clip's tokens; None: what the branches leave.
+            guidance: give the negative prompt half of the ranks; None: if that can be.
+            guided: whether there is a negative prompt.
+            heads: of the model.
+
+        Raises:
+            UserError: the numbers do not fit together.
+        """
+        if guidance and not guided:
+            raise UserError("split_guidance is true, but guidance is off: there is no negative prompt to give ranks to")
+        can_pair = guided and guidance is not False and world % 2 == 0
+        branches = 2 if can_pair and size in (None, world // 2) else 1
+        size = world // branches if size is None else size
+        if branches * size != world or (guidance and branches == 1):
+            possible = [str(world // 2)] * can_pair + [str(world)] * (not guidance)
+            raise UserError(
+                f"sequence is {size} on {world} ranks, expected {' or '.join(possible) or 'an even number'}"
+            )
+        if heads % size:
+            sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise UserError(f"sequence is {size}, expected a divisor of the model's {heads} heads: {sizes}")
+        sequence = SequenceGroup.of(size) if world > 1 else None
+        partner = None
+        for first in range(size) if branches == 2 else ():
+            group = dist.new_group([first, first + size])
+            if rank % size == first:
+                partner = group
+        return cls(sequence, branches, rank // size, partner)
+
+
+@dataclass
+class Attention:
+    """Which attention a step runs.
+
+    Attributes:
+        pattern, block, dense_layers, backend: as in `train.plan.AttentionPlan`.
+        dense_steps: the first steps, which are dense; None: those at noise levels from ``dense_sigma`` up.
+    """
+
+    pattern: Pattern
+    block: int = 128
+    dense_layers: int = 0
+    dense_steps: int | None = 0
+    dense_sigma: float | None = None
+    backend: str | None = None
+
+    def dense(self, step: int, level: float) -> bool:
+        """Whether a step is dense throughout."""
+        if isinstance(self.pattern, Dense):
+            return True
+        if self.dense_steps is not None:
+            return step < self.dense_steps
+        return self.dense_sigma is not None and level >= self.dense_sigma
+
+
+@dataclass
+class Denoiser:
+    """Stands between a pipeline and its transformers while a clip is generated.
+
+    Attributes:
+        adapters: our attention on each of the pipeline's transformers.
+        level: the noise level of a timestep.
+        attention: of the clip.
+        split: of the ranks.
+        negative: the inputs that the negative prompt has instead of the prompt's, where the pipeline asks for both one
+            after the other.
+        bring: called with the transformer that runs next.
+    """
+
+    adapters: list[ModelAdapter]
+    level: Callable[[Tensor], float]
+    attention: Attention
+    split: Split = field(default_factory=Split)
+    negative: Mapping[str, Tensor] = field(default_factory=dict)
+    bring: Callable[[Any], None] = lambda transformer: None
+    seconds: list[float] = field(default_factory=list)
+    """Of each step so far."""
+    dense: list[bool] = field(default_factory=list)
+    """Whether each step was dense throughout."""
+
+    def __post_init__(self) -> None:
+        self._new_step = True
+        self._ahead: Tensor | None = None
+        self._started = 0.0
+        for adapter in self.adapters:
+            transformer = adapter.transformer
+            transformer.forward = functools.partial(self._forward, adapter, transformer.forward)
+
+    def restart(self, attention: Attention, negative: Mapping[str, Tensor]) -> None:
+        """Before another clip."""
+        self.attention, self.negative = attention, negative
+        self.seconds, self.dense = [], []
+        self._new_step, self._ahead = True, None
+        self._started = time.perf_counter()
+
+    def step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipelines' ``callback_on_step_end``."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._started)
+        self._started = now
+        self._new_step = True
+        return {}
+
+    def _forward(self, adapter: ModelAdapter, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
+        if self._new_step:
+            self._new_step, self._ahead = False, None
+            self._set_plan(self.level(kwargs["timestep"]), kwargs["hidden_states"])
+        elif self._ahead is not None:
+            return (self._ahead,)  # the negative prompt's, which the other branch has computed
+        self.bring(adapter.transformer)
+        return (self._predict(adapter, inner, kwargs),)
+
+    def _set_plan(self, level: float, latent: Tensor) -> None:
+        attention = self.attention
+        self.dense.append(attention.dense(len(self.dense), level))
+        for adapter in self.adapters:
+            adapter.set_plan(
+                AttentionPlan.of(
+                    attention.pattern,
+                    adapter.grid(latent),
+                    block=attention.block,
+                    dense_layers=attention.dense_layers,
+                    all_dense=self.dense[-1],
+                    backend=attention.backend,
+                    sequence=self.split.sequence,
+                )
+            )
+
+    def _predict(self, adapter: ModelAdapter, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Tensor:
+        branch, together = self.split.branch, len(kwargs["hidden_states"]) == 2
+        if self.split.branches == 2 and together:  # negative and positive prompt in one batch
+            kwargs = {k: v[branch : branch + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        elif self.split.branches == 2 and branch == 1:
+            kwargs = {k: self.negative[k].to(v) if k in self.negative else v for k, v in kwargs.items()}
+        out: Tensor = inner(**kwargs)[0]
+        if self.split.branches == 1:
+            return out
+        both = [torch.empty_like(out), torch.empty_like(out)]
+        dist.all_gather(both, out.contiguous(), group=self.split.partner)
+        if together:
+            return torch.cat(both)
+        self._ahead = both[1]
+        return both[0]
+
+
+def noise_level(transformer: Any) -> Callable[[Tensor], float]:
+    """From a family's timestep, (batch,) or a time for each token, to the noise level in (0, 1]."""
+    if type(transformer).__name__ == "MochiTransformer3DModel":  # its time runs from noise to data
+        return lambda timestep: 1 - timestep.max().item() / _TRAIN_STEPS
+    return lambda timestep: timestep.max().item() / _TRAIN_STEPS

@@ -1,0 +1,365 @@
+"""From settings to videos: prompts, transformer, steps, frames, file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from radial import Dense, make_pattern
+from train import __version__
+from train.cli import files_with_strengths
+from train.config import ModelConfig
+from train.errors import UserError
+from train.sample.decode import decode_frames
+from train.sample.denoise import Attention, Denoiser, Split, noise_level
+from train.sample.lpips import lpips
+from train.sample.pipeline import (
+    encode_prompts,
+    first_frame,
+    load_loras,
+    load_pipeline,
+    make_adapter,
+    pipeline_class,
+    pipeline_folder,
+    release,
+    transformers_of,
+)
+from train.sample.settings import Job, Settings, jobs, recorded
+from train.sample.video import Likeness, beside, video_file
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started."""
+
+    world: int
+    rank: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Joins the other processes, if there are any."""
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            # the first rank decodes and writes while the others wait
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        if not dist.is_initialized():
+            return cls(1, 0, device)
+        return cls(dist.get_world_size(), dist.get_rank(), device)
+
+    def share(self, item: Any) -> Any:
+        """The first rank's."""
+        if self.world == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@dataclass
+class Clip:
+    """A generated latent, (1, C, f, h, w), and what it took."""
+
+    latent: Tensor
+    seconds: list[float]
+    dense: list[bool]
+
+    def measured(self) -> dict[str, Any]:
+        """For the JSON; medians, since the first step of each kind builds and compiles."""
+        kinds = {
+            kind: [s for s, dense in zip(self.seconds, self.dense, strict=True) if dense == wanted]
+            for kind, wanted in (("dense", True), ("sparse", False))
+        }
+        steps = {f"seconds_a_{kind}_step": statistics.median(found) for kind, found in kinds.items() if found}
+        return {"seconds": sum(self.seconds), "seconds_a_step": self.seconds, **steps}
+
+
+def generate(settings: Settings, model: ModelConfig) -> list[Path]:
+    """Makes the videos that are not there yet, and returns all of them.
+
+    Raises:
+        UserError: something is missing or does not fit; nothing that is finished is lost.
+    """
+    for text in ("`torch_dtype` is deprecated.*", "Already found a `peft_config`.*"):  # of the libraries to each other
+        warnings.filterwarnings("ignore", message=text)
+    folder = pipeline_folder(model)
+    found = jobs(settings)
+    todo = [job for job in found if not _is_done(job, settings, model)]
+    if len(todo) < len(found):
+        print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
+    if todo:
+        ranks = Ranks.join()
+        cls = pipeline_class(folder, todo[0].image is not None)
+        Generator(settings, model, folder, cls, ranks, todo).run()
+    return [job.out for job in found]
+
+
+class Generator:
+    """One loaded pipeline, for clips of one shape.
+
+    Args:
+        settings: complete.
+        model: the model's config.
+        folder: of the pipeline.
+        cls: the pipeline's class.
+        ranks: who works on it.
+        todo: the videos to make.
+    """
+
+    def __init__(
+        self, settings: Settings, model: ModelConfig, folder: str, cls: Any, ranks: Ranks, todo: Sequence[Job]
+    ) -> None:
+        self.settings, self.model, self.ranks, self.todo = settings, model, ranks, todo
+        device, dtype = ranks.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
+        guidance = settings.guidance or 1.0
+        guided = guidance > 1 and not issubclass(cls, diffusers.HunyuanVideoPipeline)  # it is told the weight instead
+        heads = json.loads((Path(folder) / "transformer" / "config.json").read_text())["num_attention_heads"]
+        split = Split.of(ranks.world, ranks.rank, settings.sequence, settings.split_guidance, guided, heads)
+        encoded = None
+        if ranks.rank == 0:
+            self._say(f"encoding {len(todo)} prompts")
+            encoded = encode_prompts(cls, folder, todo, model.text_tokens, guided, device, dtype)
+        self.prompts: list[dict[str, Tensor]] = ranks.share(encoded)
+        self._say("loading the transformer")
+        self.pipeline = load_pipeline(cls, folder, settings, device, dtype)
+        self.transformers = transformers_of(self.pipeline)
+        self.loaded = self._load_loras()
+        adapters = [make_adapter(transformer, model) for transformer in self.transformers]
+        for adapter in adapters:
+            adapter.transformer.requires_grad_(False).eval()
+            if settings.offload == "block":
+                adapter.transformer.enable_group_offload(
+                    onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+                )
+            elif settings.offload == "none":
+                adapter.transformer.to(device)
+            if settings.compile:
+                adapter.transformer.compile_repeated_blocks()
+        assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
+        self.attention = Attention(
+            make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule)),
+            settings.block,
+            settings.dense_layers,
+            settings.dense_steps,
+            settings.dense_sigma,
+            settings.backend,
+        )
+        self.denoiser = Denoiser(adapters, noise_level(self.transformers[0]), self.attention, split, bring=self._bring)
+        self.pipeline.set_progress_bar_config(unit="step", dynamic_ncols=True, disable=ranks.rank != 0)
+
+    def run(self) -> None:
+        """Makes the videos, one after the other."""
+        for number, (job, prompt) in enumerate(zip(self.todo, self.prompts, strict=True), 1):
+            if len(self.todo) > 1:
+                self._say(f"video {number} of {len(self.todo)}: {job.out.name}")
+            if self.ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            clips = {self.attention.pattern.name: self.denoise(job, prompt, self.attention)}
+            if self.settings.compare is not None:
+                dense = replace(self.attention, pattern=Dense(), backend=None)
+                clips["dense"] = self.denoise(job, prompt, dense)
+            if self.ranks.rank == 0:
+                if self.settings.offload == "model":
+                    self._bring(None)
+                    release(self.ranks.device)
+                self._write(job, clips)
+
+    def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
+        """The latent of a job with an attention; every rank must call it."""
+        settings, device = self.settings, self.ranks.device
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in prompt.items()}
+        if "negative_prompt_embeds" in given and not isinstance(self.pipeline, diffusers.MochiPipeline):
+            negative = {"encoder_hidden_states": given["negative_prompt_embeds"]}
+        else:
+            negative = {}
+        if job.image is not None:
+            given["image"] = first_frame(job.image)
+        if settings.guidance_2 is not None:
+            given["guidance_scale_2"] = settings.guidance_2
+        self.denoiser.restart(attention, negative)
+        self.pipeline.set_progress_bar_config(**{**self.pipeline._progress_bar_config, "desc": attention.pattern.name})
+        latent = self.pipeline(
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            # on the CPU, so that every device and any number of them starts from the same noise
+            generator=torch.Generator().manual_seed(settings.seed),
+            max_sequence_length=self.model.text_tokens,
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=self.denoiser.step_end,
+            **given,
+        )[0]
+        return Clip(latent.cpu(), self.denoiser.seconds, self.denoiser.dense)
+
+    def _load_loras(self) -> list[str]:
+        settings, said = self.settings, []
+        for transformer, own, more in zip(
+            self.transformers, (settings.lora, settings.lora_2), (settings.add, settings.add_2), strict=False
+        ):
+            files = [found for text in (own, more) if text for found in files_with_strengths("lora", text)]
+            said += load_loras(transformer, files)
+        for line in said:
+            self._say(line)
+        return said
+
+    def _bring(self, wanted: Any) -> None:
+        """With ``offload=model``: that transformer on the device, the others not."""
+        if self.settings.offload != "model":
+            return
+        for transformer in self.transformers:
+            target = self.ranks.device if transformer is wanted else torch.device("cpu")
+            if transformer.device != target:
+                transformer.to(target)
+
+    def _write(self, job: Job, clips: dict[str, Clip]) -> None:
+        settings = self.settings
+        assert settings.fps is not None and settings.tiled is not None
+        (name, clip), *others = clips.items()
+        frames = self._decode(clip, name)
+        if others:
+            about = self._compare(job, list(frames), clip, others[0][1])
+        else:
+            about = {}
+            with video_file(job.out, settings.fps) as video:
+                for part in frames:
+                    video.add(part)
+        measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
+        record = {
+            "settings": recorded(settings, self.model, job),
+            "lora_files": _digests(settings),
+            "loras": self.loaded,
+            "measured": measured,
+            "gpus": self.ranks.world,
+            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "cpu",
+            "versions": {"radial-lora": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+        temporary = job.out.with_suffix(f".json.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+        temporary.rename(job.out.with_suffix(".json"))  # last: it says that the video is whole
+        steps = ", ".join(
+            f"{measured[key]:.2f} s a {kind} step"
+            for kind in ("dense", "sparse")
+            if (key := f"seconds_a_{kind}_step") in measured
+        )
+        self._say(f"{job.out}: {measured['seconds']:.1f} s, {steps}, {measured['peak_memory_gib']:.1f} GiB")
+
+    def _decode(self, clip: Clip, name: str) -> Iterable[np.ndarray]:
+        self._say(f"decoding, {name} attention")
+        assert self.settings.tiled is not None
+        return decode_frames(self.pipeline.vae, clip.latent, tiled=self.settings.tiled)
+
+    def _compare(self, job: Job, frames: list[np.ndarray], clip: Clip, dense: Clip) -> dict[str, Any]:
+        """Writes this clip, the dense one, and both side by side; prints the row of a table."""
+        fps = self.settings.fps or 0.0
+        alike, at = Likeness(), 0
+        one = np.concatenate(frames)
+        others = []
+        with (
+            video_file(job.out, fps) as video,
+            video_file(_dense_file(job), fps) as other,
+            video_file(_both_file(job), fps) as both,
+        ):
+            for part in self._decode(dense, "dense"):
+                mine = one[at : at + len(part)]
+                at += len(part)
+                alike.add(mine, part)
+                video.add(mine)
+                other.add(part)
+                both.add(beside([mine, part]))
+                others.append(part)
+        distance, why = lpips(one, np.concatenate(others))
+        fast, slow = sum(clip.seconds), sum(dense.seconds)
+        about = {
+            "dense": dense.measured(),
+            "speed_up": slow / fast,
+            "psnr": alike.psnr,
+            "ssim": alike.ssim,
+            "lpips": distance,
+        }
+        shown = f"{distance:.3f}" if distance is not None else f"not measured ({why})"
+        self._say(
+            f"{'':>10} {'seconds':>9} {'speed-up':>9} {'PSNR':>7} {'SSIM':>7}  LPIPS\n"
+            f"{'dense':>10} {slow:>9.1f}\n"
+            f"{self.attention.pattern.name:>10} {fast:>9.1f} {slow / fast:>8.2f}x {alike.psnr:>7.2f} "
+            f"{alike.ssim:>7.3f}  {shown}"
+        )
+        return about
+
+    def _say(self, line: str) -> None:
+        if self.ranks.rank == 0:
+            print(line, flush=True)
+
+
+def _dense_file(job: Job) -> Path:
+    return job.out.with_stem(f"{job.out.stem}_dense")
+
+
+def _both_file(job: Job) -> Path:
+    return job.out.with_stem(f"{job.out.stem}_both")
+
+
+def _is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
+    """Whether a job's video is there.
+
+    Raises:
+        UserError: another one is.
+    """
+    about = job.out.with_suffix(".json")
+    if not job.out.exists() and not about.exists():
+        return False
+    try:
+        record = json.loads(about.read_text())
+        old, files = record["settings"], record["lora_files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        if job.out.exists():
+            raise UserError(f"out {job.out} is there, and no video of these settings: give another out") from None
+        return False
+    new = recorded(settings, model, job)
+    different = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
+    if different or files != _digests(settings):
+        what = ", ".join(f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in different[:3]) or "another LoRA"
+        raise UserError(f"out {job.out} is there, of other settings ({what}): give another out")
+    wanted = [job.out] + ([_dense_file(job), _both_file(job)] if settings.compare else [])
+    return all(file.exists() for file in wanted)
+
+
+def _digests(settings: Settings) -> dict[str, str]:
+    """SHA-256 of each LoRA file."""
+    found = {}
+    for text in (settings.lora, settings.lora_2, settings.add, settings.add_2):
+        for path, _ in files_with_strengths("lora", text) if text else ():
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{file} is missing, expected a LoRA: a .safetensors file, or a folder with one")
+                with file.open("rb") as stream:
+                    found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

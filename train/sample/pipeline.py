@@ -1,0 +1,206 @@
+"""Loading what generates: prompts are encoded first and the text encoders freed, then transformer, LoRAs and VAE come.
+
+So text encoders (UMT5 and LLaMA take 10 to 16 GB) and transformer are never in memory together.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from train.config import ModelConfig
+from train.errors import UserError
+from train.export.formats import named_tensors
+from train.export.reading import Lora, read_lora
+from train.export.verify import PIPELINES, compare_pairs, lora_layers
+from train.models import ModelAdapter, family_of
+from train.sample.settings import Job, Settings
+
+_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor")
+_VAE_DTYPE = {"HunyuanVideoPipeline": torch.bfloat16, "MochiPipeline": torch.bfloat16}  # Wan's is fp32
+
+
+def pipeline_folder(model: ModelConfig) -> str:
+    """The diffusers folder of the whole pipeline, downloaded where the model is of the hub.
+
+    Raises:
+        UserError: no such folder, or one of a transformer alone.
+    """
+    if model.path is None:
+        how = f"; get the weights with: {model.weights}" if model.weights else ""
+        raise UserError(f"model.path is not set, expected a diffusers pipeline's folder or hub:org/name{how}")
+    if model.path.startswith("hub:"):
+        try:
+            return snapshot_download(model.path.removeprefix("hub:"))
+        except OSError as error:
+            raise UserError(f"model.path {model.path} cannot be fetched: {' '.join(str(error).split())}") from error
+    folder = Path(model.path).expanduser()
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model.path {folder} has no model_index.json, expected the folder of a whole diffusers pipeline: "
+            "transformer, vae, text_encoder, ..."
+        )
+    return str(folder)
+
+
+def pipeline_class(folder: str, image: bool) -> Any:
+    """The diffusers pipeline that serves a folder, with or without a first frame.
+
+    Raises:
+        UserError: an image for a model that takes none, or none for one that needs it.
+    """
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    name = str(index.get("_class_name"))
+    transformer = (index.get("transformer") or [None, None])[1]
+    if transformer not in PIPELINES:
+        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of {', '.join(PIPELINES)}")
+    config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
+    needs_image = config["in_channels"] != (config.get("out_channels") or config["in_channels"])
+    takes_image = needs_image or bool(index.get("expand_timesteps"))
+    if image and not takes_image:
+        raise UserError(f"image is set, but {folder} is text-to-video")
+    if needs_image and not image:
+        raise UserError(f"{folder} is image-to-video, give image=FILE")
+    return diffusers.WanImageToVideoPipeline if image else PIPELINES[transformer]
+
+
+def _load(cls: Any, folder: str, **settings: Any) -> Any:
+    try:
+        return cls.from_pretrained(folder, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+@torch.no_grad()
+def encode_prompts(
+    cls: Any,
+    folder: str,
+    jobs: Sequence[Job],
+    tokens: int,
+    guided: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[dict[str, Tensor]]:
+    """What a call of the pipeline takes instead of each job's prompt, on the CPU; the text encoders are gone after it.
+
+    Args:
+        tokens: that a prompt is padded to.
+        guided: encode the negative prompts too.
+    """
+    parts = inspect.signature(cls.__init__).parameters
+    nothing = dict.fromkeys(name for name in ("transformer", "transformer_2", "vae") if name in parts)
+    pipeline = _load(cls, folder, **nothing, torch_dtype=dtype)
+    pipeline.to(device)
+    found = []
+    for job in jobs:
+        given = _encode(pipeline, job, guided, {"max_sequence_length": tokens, "device": device})
+        if getattr(pipeline, "image_encoder", None) is not None:
+            assert job.image is not None
+            given["image_embeds"] = pipeline.encode_image(first_frame(job.image), device)
+        found.append({name: tensor.cpu() for name, tensor in given.items() if tensor is not None})
+    del pipeline
+    release(device)
+    return found
+
+
+def _encode(pipeline: Any, job: Job, guided: bool, settings: dict[str, Any]) -> dict[str, Tensor]:
+    kind = type(pipeline).__name__
+    if kind == "HunyuanVideoPipeline":
+        names = ["prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"]
+        return dict(zip(names, pipeline.encode_prompt(job.prompt, **settings), strict=True))
+    given = pipeline.encode_prompt(job.prompt, job.negative, do_classifier_free_guidance=guided, **settings)
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    if kind == "MochiPipeline":
+        names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
+    return dict(zip(names, given, strict=True))
+
+
+def first_frame(file: Path) -> Image.Image:
+    """The picture of a file.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"image {file} is not readable: {error}") from error
+
+
+def load_pipeline(cls: Any, folder: str, settings: Settings, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline without its text encoders, its scheduler shifted, its transformers on the CPU."""
+    nothing = dict.fromkeys(name for name in _TEXT_PARTS if name in inspect.signature(cls.__init__).parameters)
+    vae = _VAE_DTYPE.get(cls.__name__, torch.float32) if dtype == torch.bfloat16 else torch.float32
+    pipeline = _load(cls, folder, **nothing, torch_dtype={"default": dtype, "vae": vae})
+    pipeline.vae.to(device)
+    if settings.shift is not None:
+        config = pipeline.scheduler.config
+        key = "flow_shift" if "flow_shift" in config else "shift"
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **{key: settings.shift})
+    return pipeline
+
+
+def transformers_of(pipeline: Any) -> list[Any]:
+    """The transformer, or the two of them."""
+    both = (getattr(pipeline, "transformer", None), getattr(pipeline, "transformer_2", None))
+    return [transformer for transformer in both if transformer is not None]
+
+
+def load_loras(transformer: Any, files: Sequence[tuple[Path, float]]) -> list[str]:
+    """Adds LoRAs with their strengths to a transformer, and returns what was loaded, in words.
+
+    Raises:
+        UserError: a file that does not fit the model whole, or that did not arrive whole.
+    """
+    said, strengths = [], {}
+    loras = [(file, strength, read_lora(file, transformer)) for file, strength in files]
+    for _, strength, lora in loras:
+        _change(transformer, lora, strength)
+    for number, (file, strength, lora) in enumerate(loras):
+        if lora.pairs:
+            name = f"lora_{number}"
+            tensors = named_tensors(lora.pairs)
+            transformer.load_lora_adapter(tensors, adapter_name=name, prefix=None)
+            count = compare_pairs(lora_layers(transformer, name), lora.pairs, "diffusers", file)
+            strengths[name] = strength
+            said.append(f"{file}: {count} tensors at strength {strength:g}")
+        if lora.differences:
+            said.append(f"{file}: {len(lora.differences)} whole changes at strength {strength:g}")
+    if strengths:
+        transformer.set_adapters(list(strengths), list(strengths.values()))
+    return said
+
+
+@torch.no_grad()
+def _change(transformer: nn.Module, lora: Lora, strength: float) -> None:
+    parameters = dict(transformer.named_parameters())
+    for name, change in lora.differences.items():
+        parameter = parameters[name]
+        parameter.copy_(parameter.float() + strength * change.to(parameter.device))
+
+
+def make_adapter(transformer: Any, model: ModelConfig) -> ModelAdapter:
+    """Our attention on a transformer.
+
+    Raises:
+        UserError: the transformer is of another family than ``model``.
+    """
+    family = family_of(model)
+    return family(transformer, model.text_tokens)
+
+
+def release(device: torch.device) -> None:
+    """Gives memory that nothing uses back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,259 @@
+"""What a user may set, and where the rest comes from: the LoRA's header, the model's conf, the released scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data.cli import parse, setting
+from data.encoders import encoder_class
+from radial import RadialError, VideoGrid, make_pattern
+from radial.backends import BACKENDS
+from train.cli import files_with_strengths
+from train.compose import compose_run
+from train.config import ModelConfig
+from train.errors import UserError
+from train.export.reading import read_header
+
+HEADER = "radial."
+"""Prefix of this project's keys in a LoRA's header."""
+# Wan's own negative prompt, in its authors' words
+_WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001
+    "杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run of ``python -m train.sample``. What is None is filled in by `complete`."""
+
+    prompt: str | None = setting("what to show", None)
+    prompts: Path | None = setting("many: a file with a prompt a line, or .jsonl with prompt, negative, image", None)
+    negative: str | None = setting("what not to show, with guidance above 1 (Wan: its authors' words)", None)
+    image: Path | None = setting("first frame, for image-to-video models", None)
+    out: Path | None = setting("the video; with prompts a folder (clip.mp4, clips)", None)
+    frames: int | None = setting("length (the LoRA's, else the model's)", None)
+    height: int | None = setting("pixels (the LoRA's, else the model's)", None)
+    width: int | None = setting("pixels (the LoRA's, else the model's)", None)
+    fps: float | None = setting("pace (the model's)", None)
+    steps: int = setting("denoising steps", 50)
+    guidance: float | None = setting("weight of guidance; 1 is off (Wan 5, HunyuanVideo 6, Mochi 4.5)", None)
+    guidance_2: float | None = setting("of the expert for low noise levels (as guidance)", None)
+    shift: float | None = setting("of the noise levels (the LoRA's, else the model folder's scheduler)", None)
+    seed: int = setting("of the noise", 0)
+    lora: str | None = setting("the LoRA: file or folder, with :strength", None)
+    lora_2: str | None = setting("the same for the expert for low noise levels", None)
+    add: str | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
+    add_2: str | None = setting("the same for the expert for low noise levels", None)
+    pattern: str | None = setting("attention: released, paper, dense (the LoRA's, else released)", None)
+    rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else wan)", None)
+    decay: float | None = setting("of released (the LoRA's, else 1)", None)
+    block: int | None = setting("tokens of a block (the LoRA's, else 128)", None)
+    dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
+    dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
+    dense_sigma: float | None = setting("noise level from which on steps stay dense (the LoRA's, else 2 steps)", None)
+    backend: str | None = setting("attention backend", None)
+    compare: str | None = setting("dense: generate with dense attention too, and compare", None, ("dense",))
+    sequence: int | None = setting("GPUs that share a clip's tokens (with torchrun: as many as there are)", None)
+    split_guidance: bool | None = setting("half of the GPUs take the negative prompt (with torchrun: yes)", None)
+    offload: str = setting(
+        "model: the transformer only while it runs; block: its blocks one by one", "none", ("none", "model", "block")
+    )
+    tiled: bool | None = setting("decode frames in squares: less memory (HunyuanVideo: yes, others: no)", None)
+    compile: bool = setting("compile the transformer's blocks", False)
+    dtype: str = setting("the transformer's numbers", "bf16", ("bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video."""
+
+    prompt: str
+    negative: str
+    image: Path | None
+    out: Path
+
+
+def parse_settings(words: Sequence[str]) -> tuple[Settings, ModelConfig]:
+    """From the command line; ``model=`` and ``model.*`` are those of a training run.
+
+    Raises:
+        UserError, DataError: an unknown key, a wrong value, settings that do not fit together.
+    """
+    mine, model = [], {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--prompts":
+            if not rest:
+                raise UserError("--prompts needs a file")
+            word = f"prompts={rest.pop(0)}"
+        key, _, value = word.partition("=")
+        if key == "model" or key.startswith("model."):
+            model[key] = value
+        else:
+            mine.append(word)
+    settings = parse(Settings, mine)
+    if "model" not in model:
+        raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
+    config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **model}).model)
+    assert isinstance(config, ModelConfig)
+    return complete(settings, config), config
+
+
+def complete(settings: Settings, model: ModelConfig) -> Settings:
+    """With every value filled in, and checked.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if (settings.prompt is None) == (settings.prompts is None):
+        raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
+    header = _header(settings)
+    told = {f.name: _typed(header[f.name], f.name) for f in fields(Settings) if f.name in header}
+    if settings.dense_steps is None and settings.dense_sigma is None and told.get("dense_sigma") is None:
+        told["dense_steps"] = 2
+    if settings.dense_steps is not None:
+        told.pop("dense_sigma", None)
+    native = encoder_class(model.family)
+    fallback: dict[str, Any] = {
+        "out": Path("clip.mp4" if settings.prompts is None else "clips"),
+        "frames": native.lengths["1x"],
+        "height": native.size[0],
+        "width": native.size[1],
+        "fps": native.fps,
+        "guidance": {"hunyuan": 6.0, "mochi": 4.5}.get(model.family, 5.0),
+        "pattern": "released",
+        "rule": "wan",
+        "decay": 1.0,
+        "block": 128,
+        "dense_layers": 2,
+        "negative": _WAN_NEGATIVE if model.family.startswith("wan") else "",
+        "tiled": model.family == "hunyuan",
+    }
+    filled = {
+        f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
+    }
+    settings = replace(settings, **{key: value for key, value in filled.items() if value is not None})
+    _check(settings, model)
+    return settings
+
+
+def _header(settings: Settings) -> dict[str, str]:
+    if settings.lora is None:
+        return {}
+    path, _ = files_with_strengths("lora", settings.lora)[0]
+    return {key.removeprefix(HEADER): value for key, value in read_header(path).items() if key.startswith(HEADER)}
+
+
+def _typed(text: str, name: str) -> Any:
+    if text == "None":
+        return None
+    kind = {"pattern": str, "rule": str}.get(name) or (float if name in ("decay", "dense_sigma", "shift") else int)
+    return kind(text)
+
+
+def _check(settings: Settings, model: ModelConfig) -> None:
+    grid(settings, model)
+    try:
+        make_pattern(str(settings.pattern), decay=float(settings.decay or 0), rule=str(settings.rule))
+    except RadialError as error:
+        raise UserError(str(error)) from error
+    block = settings.block or 0
+    if block < 16 or block & (block - 1):
+        raise UserError(f"block is {settings.block}, expected a power of two such as 64 or 128")
+    for name, least in (("steps", 1), ("dense_layers", 0), ("dense_steps", 0), ("seed", 0), ("sequence", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, expected at least {least}")
+    for name in ("guidance", "guidance_2", "shift", "fps"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}, expected a positive number")
+    if settings.backend is not None and settings.backend not in BACKENDS:
+        raise UserError(f"backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
+    if settings.image is not None and not settings.image.is_file():
+        raise UserError(f"image {settings.image} is missing")
+
+
+def grid(settings: Settings, model: ModelConfig) -> VideoGrid:
+    """The token grid of the clip.
+
+    Raises:
+        UserError: a size that the model cannot have, with the nearest that it can.
+    """
+    assert settings.frames and settings.height and settings.width
+    vae, patch = model.vae, model.patch
+    try:
+        return VideoGrid.from_pixels(
+            settings.frames,
+            settings.height,
+            settings.width,
+            vae=(vae[0], vae[1], vae[2]),
+            patch=(patch[0], patch[1], patch[2]),
+        )
+    except RadialError as error:
+        raise UserError(str(error)) from error
+
+
+def jobs(settings: Settings) -> list[Job]:
+    """The videos to make.
+
+    Raises:
+        UserError: a file of prompts that is missing, empty or not readable.
+    """
+    assert settings.negative is not None and settings.out is not None
+    if settings.prompts is None:
+        assert settings.prompt is not None
+        return [Job(settings.prompt, settings.negative, settings.image, settings.out)]
+    try:
+        lines = [line.strip() for line in settings.prompts.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"prompts {settings.prompts} cannot be read: {error.strerror}") from error
+    if not lines:
+        raise UserError(f"prompts {settings.prompts} is empty, expected a prompt a line")
+    if settings.out.suffix:
+        raise UserError(f"out is {settings.out}, expected a folder for the videos of many prompts")
+    found = []
+    for number, line in enumerate(lines, 1):
+        given: Mapping[str, Any] = {"prompt": line}
+        if settings.prompts.suffix == ".jsonl":
+            given = _json_line(line, f"{settings.prompts}:{number}")
+        image = Path(given["image"]).expanduser() if given.get("image") else settings.image
+        if image is not None and not image.is_file():
+            raise UserError(f"{settings.prompts}:{number}: image {image} is missing")
+        name = "".join(c if c.isalnum() else "-" for c in given["prompt"].lower())[:48].strip("-")
+        negative = given.get("negative", settings.negative)
+        found.append(Job(given["prompt"], negative, image, settings.out / f"{number:04d}-{name}.mp4"))
+    if len({job.image is None for job in found}) > 1:
+        raise UserError(f"prompts {settings.prompts}: some have an image and some have none")
+    return found
+
+
+def _json_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}), expected an object with a prompt") from error
+    unknown = set(given) - {"prompt", "negative", "image"} if isinstance(given, dict) else {"no object"}
+    if unknown or not all(isinstance(value, str) for value in given.values()) or "prompt" not in given:
+        raise UserError(f"{where}: expected an object with prompt, and negative and image if wanted, all text")
+    return given
+
+
+def recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]:
+    """What makes a video what it is, as JSON: two videos of the same record are the same."""
+    own = asdict(settings)
+    for key in ("prompts", "out", "compare", "backend", "sequence", "split_guidance", "offload", "compile"):
+        del own[key]
+    own |= {"prompt": job.prompt, "negative": job.negative, "image": job.image}
+    own |= {"model": model.family, "model_path": model.path}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}

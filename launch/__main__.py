@@ -8,7 +8,14 @@ import sys
 from train.cli import guarded
 from train.errors import UserError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS = {
+    "local": "a run on this machine",
+    "slurm": "a run on a SLURM cluster",
+    "status": "how runs stand",
+    "logs": "what a run has printed",
+    "cancel": "ends a run in order",
+    "doctor": "what this machine has, and what a run needs",
+}
 """Subcommand -> what it does; each is a module launch/<name>.py with a ``USAGE`` and a ``main(arguments)``."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,8 +12,9 @@ from train.cli import guarded
 from train.compose import (
     CONF,
     DEFAULT_RUN,
-    change_layout,
+    change_config,
     compose_run,
+    differences,
     finish,
     group_options,
     read_config,
@@ -30,7 +32,7 @@ def usage() -> str:
     """The text of --help, made of the files in conf/."""
     lines = [
         "python -m train [conf=RUN] [group=option ...] [key=value ...]",
-        "python -m train resume=<run folder> [trainer.devices=N] [parallel.KEY=value] [data.batch_size=N]",
+        "python -m train resume=<run folder> [key=value ...]",
         "",
         "Trains a LoRA that extends a video model to longer clips with radial attention.",
         f"Without arguments it runs conf={DEFAULT_RUN}.",
@@ -77,21 +79,31 @@ def main(arguments: list[str]) -> None:
         return
     config = finish(composed)
     # after the config is known to be right: torch and lightning take seconds to import
+    from train.folder import RunFolder
     from train.preflight import preflight
-    from train.run import RunFolder, train
+    from train.run import train
 
     preflight(config)
     train(config, RunFolder.create(config))
 
 
 def _resume(folder: Path, settings: dict[str, str]) -> None:
+    from train.checkpoint import checkpoints_of
+    from train.folder import held, write_config
     from train.preflight import preflight
+    from train.ranks import global_rank
     from train.run import resume
 
-    config = change_layout(read_config(folder), settings)
-    if config.lora is not None:
-        config.lora.init = None  # the checkpoint goes on from there
+    before = read_config(folder)
+    changed = config = change_config(before, settings)
+    changes = differences(before, changed)
+    if config.lora is not None and checkpoints_of(folder / "checkpoints"):
+        config = replace(config, lora=replace(config.lora, init=None))  # the checkpoint goes on from there
     preflight(config)
+    if changes and global_rank() == 0:
+        with held(folder):
+            write_config(changed, folder)
+        print("\n".join(["changed since the run was started:", *(f"  {line}" for line in changes.values())]))
     resume(folder, config)
 
 

@@ -28,34 +28,22 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's hook for how a checkpoint dict reaches the disk."""
+    """Lightning's hook for how a checkpoint dict reaches the disk.
+
+    Attributes:
+        problem: why the last checkpoint could not be written, None when it was. Raised on one rank alone, the error
+            would leave the others waiting for it.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        rest = dict(checkpoint)
-        weights = {name: t.detach().contiguous().cpu() for name, t in rest.pop("state_dict").items()}
-        tensors: dict[str, Tensor] = {}
-        tree = _encode(rest, tensors, "")
+        self.problem = None
         try:
-            save_file(weights, temporary / WEIGHTS)
-            save_file(tensors, temporary / OPTIMIZER)
-            (temporary / STATE).write_text(json.dumps(tree, indent=1))
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            _sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            write_checkpoint(checkpoint, Path(path))
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            self.problem = f"{path} could not be written: {error}"
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -66,6 +54,43 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint folder, whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or what else keeps files from being written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    remove_leftovers(path.parent)
+    temporary.mkdir(parents=True)
+    rest = dict(checkpoint)
+    weights = {name: t.detach().contiguous().cpu() for name, t in rest.pop("state_dict").items()}
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(rest, tensors, "")
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        save_file(tensors, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(tree, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what runs that were killed while they saved have left in a checkpoints folder."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -87,11 +112,14 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is not a readable checkpoint ({error}); delete this step-* folder to go on from the one before"
-        ) from error
-    state = _decode(tree, _load_tensors(Path(path) / OPTIMIZER))
-    assert isinstance(state, dict)
+        raise UserError(f"{file} is no readable part of a checkpoint ({error})") from error
+    tensors = _load_tensors(Path(path) / OPTIMIZER)
+    try:
+        state = _decode(tree, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no readable part of a checkpoint (it is no tree of ours: {error!r})") from error
+    if not isinstance(state, dict) or not {"position", "global_step"} <= state.keys():
+        raise UserError(f"{file} is no readable part of a checkpoint (it has no position)")
     return state
 
 
@@ -107,6 +135,26 @@ def last_checkpoint(run: str | Path) -> Path:
     return found[-1]
 
 
+def last_good_checkpoint(run: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be read, None where there is none yet; and why each newer one cannot.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    problems: list[str] = []
+    for path in reversed(checkpoints_of(Path(run) / "checkpoints")):
+        try:
+            load_state(path)
+            load_weights(path)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    if problems:
+        raise UserError("; ".join(problems))
+    return None, []
+
+
 def checkpoints_of(folder: Path) -> list[Path]:
     """The step-* folders in a checkpoints folder, oldest first."""
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -116,9 +164,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} is not readable ({error}); delete this step-* folder to go on from the one before"
-        ) from error
+        raise UserError(f"{file} is no readable part of a checkpoint ({error})") from error
 
 
 def _sync(path: Path) -> None:

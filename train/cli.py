@@ -11,6 +11,9 @@ from data.errors import DataError
 from radial import RadialError
 from train.errors import UserError
 
+MISTAKES = (UserError, DataError, RadialError)
+"""What a user can mend; the message says how."""
+
 
 def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
     """Runs ``command``; prints ``usage`` for --help; turns mistakes into one line on stderr and exit code 2."""
@@ -19,7 +22,7 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
         return
     try:
         command(arguments)
-    except (UserError, DataError, RadialError) as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -125,25 +125,57 @@ def read_config(run: Path) -> RunConfig:
     return config
 
 
-def change_layout(config: RunConfig, settings: dict[str, str]) -> RunConfig:
-    """The config of a run that goes on with other GPUs: the same steps on the same samples, spread otherwise.
+FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.keep", "trainer.compile",
+        "data.batch_size", "data.workers", "data.cache")  # fmt: skip
+"""With the sections ``parallel`` and ``log``: what may change on resume, as the steps stay the same."""
+
+
+def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
+    """The config of a run that goes on with other settings.
+
+    Args:
+        settings: what changes; ``override=true`` lets keys in that change the results.
 
     Raises:
-        UserError: a key that would change the results, or a layout that takes another number of samples at once.
+        UserError: a key that changes the results without ``override=true``, naming the differences; or a layout that
+            takes another number of samples at once, for which there is no place in the data to go on from.
     """
+    settings = dict(settings)
+    override = settings.pop("override", "false")
+    if override not in ("true", "false"):
+        raise UserError(f"override is {override!r}, expected true or false")
     typed = OmegaConf.structured(config)
     for key, text in settings.items():
-        if key not in ("trainer.devices", "data.batch_size", "data.workers") and not key.startswith("parallel."):
-            raise UserError(f"{key} cannot be changed on resume; start a new run for other settings")
         _assign(typed, key, text)
     changed = finish(typed)
+    matter = [line for key, line in differences(config, changed).items() if not _free(key)]
+    if matter and override == "false":
+        raise UserError(
+            f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
+            "or start a new run"
+        )
     before, now = config.clips_at_once(), changed.clips_at_once()
     if now != before:
         raise UserError(
-            f"data.batch_size x trainer.devices / parallel.sequence is {now:g}, the run was started with {before:g}: "
-            "set data.batch_size"
+            f"data.batch_size x trainer.nodes x trainer.devices / parallel.sequence is {now:g}, the run was started "
+            f"with {before:g}: set data.batch_size"
         )
     return changed
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
+    """Each key that differs, and how, in words."""
+    old, new = (OmegaConf.structured(config) for config in (before, after))
+    found = {}
+    for key in _leaves(RunConfig):
+        one, other = OmegaConf.select(old, key), OmegaConf.select(new, key)
+        if one != other:
+            found[key] = f"{key} was {one}, now {other}"
+    return found
+
+
+def _free(key: str) -> bool:
+    return key in FREE or key.split(".")[0] in ("parallel", "log")
 
 
 def _assign(config: DictConfig, key: str, text: str) -> None:

@@ -107,11 +107,14 @@ class TrainerConfig:
 
     steps: int = MISSING  # optimizer steps
     precision: str = "bf16"  # bf16, fp32, auto (bf16 where the hardware multiplies it)
-    devices: int = 1
+    nodes: int = 1
+    devices: int = 1  # of each node
     compile: bool = False  # torch.compile each transformer block
     fp8: bool = False  # the blocks' frozen linear layers in float8
     checkpoint_every: int = 100  # optimizer steps
-    keep: int = 2  # newest checkpoints that stay
+    keep: int = 2  # newest checkpoints that stay, beside the best
+    timeout: float = 540.0  # seconds at one place of a step after which the run ends and says which rank hangs
+    max_skipped: int = 20  # steps whose loss or gradient is not finite, skipped, before the run ends
 
 
 @dataclass
@@ -129,10 +132,24 @@ class ParallelConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """The loss on held-out clips while training, at fixed noise levels and clip lengths (`train.validation`)."""
+
+    every: int = 0  # optimizer steps; 0: none
+    shards: str | None = (
+        None  # held-out clips, as data.shards; null: new synthetic ones where data.synthetic_clips is set
+    )
+    clips: int = 8  # the first of them
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+
+
+@dataclass
 class LogConfig:
-    """metrics.csv is always written; Weights & Biases on request."""
+    """metrics.csv is always written; TensorBoard and Weights & Biases on request, with the same keys."""
 
     every: int = 1  # optimizer steps
+    norms_every: int = 25  # optimizer steps between the LoRA's norms by block; 0: none
+    tensorboard: bool = False
     wandb: str = "disabled"  # disabled, offline, online
     project: str = "radial-lora"
 
@@ -163,12 +180,13 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def clips_at_once(self) -> float:
         """Clips in a micro-batch of all devices together."""
-        return self.data.batch_size * self.trainer.devices / self.parallel.sequence
+        return self.data.batch_size * self.trainer.nodes * self.trainer.devices / self.parallel.sequence
 
     def grid(self) -> VideoGrid:
         """The token grid of the configured clip."""
@@ -202,12 +220,17 @@ _AT_LEAST: dict[str, float] = {
     "optim.warmup": 0,
     "optim.accumulate": 1,
     "trainer.steps": 1,
+    "trainer.nodes": 1,
     "trainer.devices": 1,
     "trainer.checkpoint_every": 1,
     "trainer.keep": 1,
+    "trainer.max_skipped": 0,
     "parallel.sequence": 1,
     "parallel.ffn_chunk": 1,
     "log.every": 1,
+    "log.norms_every": 0,
+    "validation.every": 0,
+    "validation.clips": 1,
     "report.clips": 0,
     "report.sampling_steps": 1,
     "report.short_frames": 0,
@@ -222,6 +245,7 @@ _POSITIVE = (
     "optim.lr",
     "optim.clip",
     "parallel.offload_gib",
+    "trainer.timeout",
 )
 
 

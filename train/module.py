@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,21 @@ from train.models import ModelAdapter
 from train.plan import AttentionPlan
 from train.sequence import SequenceGroup, flow_loss
 from train.zero import whole_parameter
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step did with one of this rank's samples.
+
+    Attributes:
+        sigma: its noise level.
+        loss: its loss; a rank that shares the sample with others has its share of it, of which the mean is the loss.
+    """
+
+    key: str
+    frames: int  # in latents
+    sigma: float
+    loss: Tensor
 
 
 class LengthExtensionModule(L.LightningModule):
@@ -74,9 +90,11 @@ class LengthExtensionModule(L.LightningModule):
         self.sequence: SequenceGroup | None = None
         self.current_plan: AttentionPlan | None = None
         """The attention of the micro-batch in work."""
-        self._micro_losses: list[Tensor] = []
-        self._gradient_norm: Tensor | float = math.nan
+        self._gradient_norm = math.nan
+        self.seen: list[Seen] = []
+        """The samples of the step in work."""
         self._step = 0
+        self._seen_at = -1
         self.position = 0
         """Micro-batches that training has consumed: where the data goes on after a resume."""
 
@@ -109,9 +127,17 @@ class LengthExtensionModule(L.LightningModule):
         self.current_plan = plan
         velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch).text)
         loss = flow_loss(velocity, target, plan.shard, self.adapter.patch)
-        self._micro_losses.append(loss.detach())
-        self.log("sigma", sigma.mean(), batch_size=len(batch.keys))
+        self._note(batch, sigma, velocity.detach(), target, plan)
         return loss
+
+    def _note(self, batch: Batch, sigma: Tensor, velocity: Tensor, target: Tensor, plan: AttentionPlan) -> None:
+        if self._seen_at != self._step:
+            self.seen, self._seen_at = [], self._step
+        frames = batch.latent.shape[2]
+        for row, (key, level) in enumerate(zip(batch.keys, sigma.tolist(), strict=True)):
+            part = slice(row, row + 1)
+            loss = flow_loss(velocity[part], target[part], plan.shard, self.adapter.patch)
+            self.seen.append(Seen(key, frames, level, loss))
 
     def _drop_captions(self, batch: Batch) -> Batch:
         dropped = [
@@ -122,20 +148,22 @@ class LengthExtensionModule(L.LightningModule):
         return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.transformer.parameters() if p.grad is not None]
-        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        parameters = [p for p in self.transformer.parameters() if p.grad is not None]
+        self._gradient_norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if not math.isfinite(self._gradient_norm):
+            for parameter in parameters:  # the optimizer leaves what has no gradient as it is, its moments too
+                parameter.grad = None
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, on all ranks; a step in which it is not finite has changed nothing."""
+        engine: Any = self.trainer.model
+        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed reduces the gradients itself, and skips such steps too
+            return float(engine.get_global_grad_norm())
+        return self._gradient_norm
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        if self.trainer.global_step == self._step:
-            return  # a micro-batch that was only accumulated
         self._step = self.trainer.global_step
-        engine: Any = self.trainer.model
-        if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed reduces the gradients itself, and knows after the step
-            self._gradient_norm = engine.get_global_grad_norm()
-        self.log("grad_norm", self._gradient_norm)
-        # the mean of the step's micro-batches and of all ranks
-        self.log("loss", torch.stack(self._micro_losses).mean(), prog_bar=True, sync_dist=True)
-        self._micro_losses.clear()
 
     def on_train_start(self) -> None:
         self._step = self.trainer.global_step

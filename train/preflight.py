@@ -14,8 +14,11 @@ from train.export.reading import read_header
 from train.models import attention_shape, family_of, model_folder
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
     """Stops a run that cannot work.
+
+    Args:
+        elsewhere: the run is for other machines, whose GPUs cannot be seen from here.
 
     Raises:
         UserError: weights or shards are missing, or settings that do not fit together or this machine.
@@ -27,7 +30,7 @@ def preflight(config: RunConfig) -> None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
     if config.lora is not None and config.lora.init is not None:
         read_header(config.lora.init)
-    _check_parallel(config)
+    _check_parallel(config, elsewhere)
     if config.parallel.sequence > 1:
         shape = attention_shape(config.model)
         if shape is not None:
@@ -85,14 +88,32 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
         )
 
 
-def _check_parallel(config: RunConfig) -> None:
+def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
+    """What to say when a GPU's memory is full: where, how much was asked for, and the cheapest remedies."""
+    asked = str(error).split(". ")[0]
+    return f"rank {rank}: out of GPU memory: {asked}. Cheapest first: {'; '.join(_remedies(config))}"
+
+
+def _remedies(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    found = []
+    if parallel.activations == "none":
+        found.append("parallel.activations=full")
+    if not parallel.offload_activations:
+        found.append("parallel.activations=full parallel.offload_activations=true")
+    if parallel.ffn_chunk is None:
+        found.append("parallel.ffn_chunk=16384")
+    return found[:3]
+
+
+def _check_parallel(config: RunConfig, elsewhere: bool) -> None:
     parallel, devices = config.parallel, config.trainer.devices
     if devices % parallel.sequence:
         sizes = ", ".join(str(size) for size in range(1, devices + 1) if devices % size == 0)
         raise UserError(
             f"parallel.sequence is {parallel.sequence}, expected a divisor of trainer.devices={devices}: {sizes}"
         )
-    if parallel.strategy != "ddp" and not torch.cuda.is_available():
+    if parallel.strategy != "ddp" and not elsewhere and not torch.cuda.is_available():
         raise UserError(
             f"parallel.strategy is {parallel.strategy}, but DeepSpeed trains on NVIDIA GPUs only and none is here: "
             "set parallel=ddp"

@@ -3,71 +3,46 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import OmegaConf
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from data.errors import DataError
 from data.manifest import Manifest
 from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, resolve_precision, synthetic_shards, training_shards
-from train.callbacks import StepBar, StepCheckpoints, csv_log
-from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state
+from train.callbacks import StepCheckpoints
+from train.checkpoint import FolderCheckpointIO, last_good_checkpoint, load_state
+from train.cli import MISTAKES
 from train.config import RunConfig
+from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
+from train.figures import Figures
+from train.folder import RunFolder, held, set_state
+from train.guard import BadSteps
+from train.held_out import draw_mask, write_report
+from train.loggers import loggers_of, note_once
 from train.models import load_adapter
 from train.module import LengthExtensionModule
-from train.preflight import check_shapes
-from train.report import write_report
+from train.preflight import check_shapes, out_of_memory
+from train.ranks import global_rank, slurm_tasks
+from train.report import write_page
+from train.stop import EXIT_CODES, WORDS, StopSignals, spare_worker
 from train.strategy import trainer_plan
+from train.terminal import Progress, collected
 from train.throughput import Throughput
-
-CONFIG = "config.yaml"
-_SHARED = "RADIAL_RUN_FOLDER"  # how Lightning's launcher's other processes learn the folder
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where a run writes, and the checkpoint it goes on from."""
-
-    path: Path
-    checkpoint: Path | None = None
-
-    @classmethod
-    def create(cls, config: RunConfig) -> RunFolder:
-        """A new ``<runs>/<conf>/<time>`` with the run's config in it; processes that the first one starts share it."""
-        if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
-            return cls(Path(os.environ[_SHARED]))
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        path = Path(config.runs) / config.conf / stamp
-        for attempt in range(1, 100):
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                path = path.with_name(f"{stamp}_{attempt}")
-            except OSError as error:
-                raise UserError(
-                    f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
-                ) from error
-        OmegaConf.save(OmegaConf.structured(config), path / CONFIG)
-        if config.trainer.devices > 1:
-            os.environ[_SHARED] = str(path)
-        return cls(path)
+from train.validation import Validation, lengths_of
+from train.watchdog import Watchdog
 
 
 def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> DataLoader:
@@ -95,83 +70,202 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if workers else None,
+        worker_init_fn=spare_worker,
     )
-
-
-def _loggers(config: RunConfig, folder: RunFolder, resumed_step: int) -> list[Logger]:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    loggers: list[Logger] = [csv_log(folder.path, resumed_step, rank)]
-    if config.log.wandb != "disabled":
-        loggers.append(
-            WandbLogger(
-                project=config.log.project,
-                name=f"{config.conf}/{folder.path.name}",
-                save_dir=folder.path,
-                mode=config.log.wandb,
-            )
-        )
-    return loggers
 
 
 def train(config: RunConfig, folder: RunFolder) -> None:
-    """Trains (or goes on from ``folder.checkpoint``), then exports, draws and reports into the run's folder."""
-    _quiet()
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    """Trains (or goes on from ``folder.checkpoint``), then exports, draws and reports into the run's folder.
+
+    Raises:
+        UserError: something that the user can mend, or another process runs in the folder.
+        SystemExit: the run was asked to stop (`train.stop`); it has saved a checkpoint.
+    """
+    rank = global_rank()
+    with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank):
+        if rank == 0:
+            set_state(folder.path, "running")
+        try:
+            asked = _train(config, folder, rank)
+        except MISTAKES as error:
+            if rank == 0:
+                set_state(folder.path, "failed", str(error))
+            raise
+        if rank:
+            return
+        if asked:
+            why = f"python -m train resume={folder.path} goes on"
+            set_state(folder.path, WORDS[asked], why)
+            print(f"\nstopped, with a checkpoint; {why}")
+            raise SystemExit(EXIT_CODES[asked])
+        set_state(folder.path, "done")
+
+
+def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
+    """Returns what a signal asked for, 0 when the run is finished."""
+    control = ControlGroup()
+    stop = StopSignals(folder.path, rank, control)
+    with stop.listening():
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        shards = training_shards(config)
+        check_shapes(config, shards)
+        start, resumed_step = 0, 0
+        if folder.checkpoint is not None:
+            state = load_state(folder.checkpoint)
+            start, resumed_step = state["position"], state["global_step"]
+        unfinished = resumed_step < config.trainer.steps
+        watchdog = Watchdog(folder.path, config.trainer.timeout, control)
+        trainer, module = _assemble(config, folder, shards, resumed_step, control, stop, watchdog)
+        if unfinished:
+            loader = _loader(config, shards, trainer, start)
+            with _told(config, watchdog, rank):
+                trainer.fit(module, loader, ckpt_path=folder.checkpoint)
+        else:
+            assert folder.checkpoint is not None
+            module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
+        if not stop.asked:
+            _finish(config, folder.path, trainer, module, shards)
+    return stop.asked
+
+
+def _assemble(
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Manifest,
+    resumed_step: int,
+    control: ControlGroup,
+    stop: StopSignals,
+    watchdog: Watchdog,
+) -> tuple[L.Trainer, LengthExtensionModule]:
     precision = resolve_precision(config.trainer.precision)
-    shards = training_shards(config)
-    check_shapes(config, shards)
     frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    start, resumed_step = 0, 0
-    if folder.checkpoint is not None:
-        state = load_state(folder.checkpoint)
-        start, resumed_step = state["position"], state["global_step"]
+    loggers = loggers_of(config, folder.path, resumed_step, global_rank())
     trainer = L.Trainer(
         accelerator="auto",
         devices=config.trainer.devices,
-        **trainer_plan(config.parallel, config.trainer.devices, precision, frozen_dtype),
+        num_nodes=config.trainer.nodes,
+        **trainer_plan(config.parallel, config.trainer.nodes * config.trainer.devices, precision, frozen_dtype),
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
         gradient_clip_val=config.optim.clip,
-        log_every_n_steps=config.log.every,
-        logger=_loggers(config, folder, resumed_step),
-        callbacks=[
-            StepBar(config.log.every),
-            LearningRateMonitor("step"),
-            Throughput(config.log.every),
-            StepCheckpoints(folder.path / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep),
-        ],
-        plugins=[FolderCheckpointIO()],
+        logger=loggers,
+        callbacks=_callbacks(config, folder.path, control, stop, watchdog),
+        plugins=[FolderCheckpointIO(), *_environment(config)],
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,
         default_root_dir=folder.path,
         use_distributed_sampler=False,
     )
-    unfinished = resumed_step < config.trainer.steps
     # stage 3 spreads the weights over the ranks straight from their files
-    settled_dtype = None if unfinished and config.parallel.strategy == "zero3" else frozen_dtype
-    adapter = load_adapter(config.model, settled_dtype, config.seed, trainer.strategy.root_device)
+    spread = resumed_step < config.trainer.steps and config.parallel.strategy == "zero3"
+    adapter = load_adapter(config.model, None if spread else frozen_dtype, config.seed, trainer.strategy.root_device)
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
+        draw_mask(module, shards, folder.path)
+        note_once(folder.path, loggers)
         _say_hello(config, folder, module, precision)
-    if unfinished:
-        trainer.fit(module, _loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)
-    else:
-        assert folder.checkpoint is not None
-        module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
+    return trainer, module
+
+
+def _callbacks(
+    config: RunConfig, folder: Path, control: ControlGroup, stop: StopSignals, watchdog: Watchdog
+) -> list[Callback]:
+    """In their order: what measures, what saves and what shows; the watchdog has the last word of a step."""
+    throughput = Throughput()
+    bad = BadSteps(config.trainer.max_skipped, control)
+    validation = Validation(
+        config.validation.every,
+        _validation_shards(config),
+        config.validation.clips,
+        config.validation.sigmas,
+        lengths_of(config.grid().frames * config.model.patch[0]),
+        config.seed,
+        control,
+        watchdog,
+        throughput,
+    )
+
+    def more() -> dict[str, float]:
+        return {"skipped": float(bad.skipped), **validation.row}
+
+    figures = Figures(config.log.every, config.log.norms_every, throughput, control, more)
+    checkpoints = StepCheckpoints(
+        folder / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep, control, figures
+    )
+    progress = Progress(figures)
+    return [throughput, validation, bad, figures, progress, stop, checkpoints, watchdog]
+
+
+def _validation_shards(config: RunConfig) -> Manifest | None:
+    if not config.validation.every:
+        return None
+    if config.validation.shards is not None:
+        return Manifest.load(config.validation.shards)
+    return _held_out(config, config.validation.clips, config.clip.frames)
+
+
+@contextmanager
+def _told(config: RunConfig, watchdog: Watchdog, rank: int) -> Iterator[None]:
+    """Says in words what ends a training from outside of it: lost ranks, data that is gone, memory that is full."""
+    try:
+        yield
+    except MISTAKES as error:
+        # a loader's worker sends its traceback along
+        text = str(error)
+        if "Original Traceback" in text:
+            raise DataError(text.strip().splitlines()[-1].partition(": ")[2]) from error
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(config, error, rank)) from error
+    except RuntimeError as error:
+        watchdog.explain(error)
+        raise
+
+
+def _finish(
+    config: RunConfig, folder: Path, trainer: L.Trainer, module: LengthExtensionModule, shards: Manifest
+) -> None:
+    """The export, and what the run shows on held-out clips."""
     if trainer.is_global_zero:
-        export_run(folder.path)
+        export_run(folder)
     # all ranks of the first group share the report's clips; under stage 3 all ranks hold a part of every weight
     if trainer.global_rank < config.parallel.sequence or config.parallel.strategy == "zero3":
         context = trainer.precision_plugin.forward_context
-        with _report_folder(folder.path, trainer.global_rank) as out:
+        with _report_folder(folder, trainer.global_rank) as out:
             write_report(config, module, out, shards, functools.partial(_held_out, config), context)
     if trainer.is_global_zero:
-        print(f"\nEverything is in {folder.path}")
+        write_page(folder)
+        print(f"\nEverything is in {folder}")
+
+
+def _environment(config: RunConfig) -> list[ClusterEnvironment]:
+    """What started the processes: srun, torchrun (which Lightning sees by itself), or nobody yet."""
+    tasks, wanted = slurm_tasks(), config.trainer.nodes * config.trainer.devices
+    if tasks > 1:
+        if tasks != wanted:
+            raise UserError(
+                f"srun started {tasks} tasks, the run has trainer.nodes={config.trainer.nodes} x "
+                f"trainer.devices={config.trainer.devices}: one task a GPU is expected"
+            )
+        return [SLURMEnvironment(auto_requeue=False)]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return []
+    if config.trainer.nodes > 1:
+        raise UserError(
+            f"trainer.nodes is {config.trainer.nodes}, but nothing started processes on other nodes: "
+            "use python -m launch slurm, or torchrun"
+        )
+    return [LightningEnvironment()]  # inside an allocation too: without srun there is one process
 
 
 def resume(folder: Path, config: RunConfig) -> None:
-    """Goes on from the newest checkpoint of a run folder."""
-    train(config, RunFolder(folder, last_checkpoint(folder)))
+    """Goes on from the newest checkpoint of a run folder that can be read; at the beginning where there is none yet."""
+    checkpoint, damaged = last_good_checkpoint(folder)
+    if damaged and global_rank() == 0:
+        assert checkpoint is not None
+        print(f"warning: {'; '.join(damaged)}: going on from {checkpoint.name}", flush=True)
+    train(config, RunFolder(folder, checkpoint))
 
 
 @contextmanager
@@ -206,18 +300,3 @@ def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")
-
-
-def _quiet() -> None:
-    """Keeps the libraries' remarks that a user can do nothing about off the screen."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*Mismatch dtype between input and weight.*",
-        ".*IterableDataset.*",
-        ".*`_get_vscode.*",
-        ".*exists and is not empty.*",
-        r".*`torch\.distributed\..*is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)

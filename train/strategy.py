@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from train.config import ParallelConfig
 from train.models.weights import settle
@@ -33,9 +34,31 @@ def trainer_plan(parallel: ParallelConfig, devices: int, precision: str, frozen:
         )
         return {"strategy": ZeroStrategy(config, frozen, ZeroPrecision(precision))}
     return {
-        "strategy": "ddp" if devices > 1 else "auto",
+        "strategy": ExactDDP() if devices > 1 else "auto",
         "precision": "bf16-mixed" if precision == "bf16" else "32-true",
     }
+
+
+class ExactDDP(DDPStrategy):
+    """DDP whose sums over ranks do not depend on how it groups gradients, on a CPU.
+
+    DDP regroups them after its first step, and with more than two ranks the order of a sum depends on the place in the
+    group: the first step after a resume would differ in its last digits from that of an uninterrupted run. NCCL on GPUs
+    promises no order at all, so there the gradients stay grouped.
+    """
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self.root_device.type == "cpu":
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, lambda _, bucket: _mean_of_each(bucket))
+
+
+def _mean_of_each(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    world = torch.distributed.get_world_size()
+    sums = [torch.distributed.all_reduce(each.div_(world), async_op=True) for each in bucket.gradients()]
+    done = torch.futures.collect_all([work.get_future() for work in sums])
+    return done.then(lambda _: bucket.buffer())
 
 
 class ZeroPrecision(DeepSpeedPrecision):

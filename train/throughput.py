@@ -16,20 +16,16 @@ from train.module import LengthExtensionModule
 
 
 class Throughput(Callback):
-    """Logs, every ``every`` optimizer steps, means over the steps since the last time.
+    """Measures; `row` gives means over the steps since it was last asked.
 
-        tokens_per_second   video tokens of all devices together
-        tflops, mfu         of each device; mfu only where `train.flops.PEAK_RATES` knows it
-        memory_gib          peak since the start: of the GPU, or of the process on a CPU
-        data_wait           seconds a step that training stood still for data
-        step_seconds, hours_left
-
-    Args:
-        every: optimizer steps; each time the device is waited for.
+    tokens_per_second   video tokens of all devices together
+    tflops, mfu         of each device; mfu only where `train.flops.PEAK_RATES` knows it
+    memory_gib          peak since the start: of the GPU, or of the process on a CPU
+    data_wait           seconds a step that training stood still for data
+    step_seconds, hours_left
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self) -> None:
         self._reset(0)
 
     def _reset(self, step: int) -> None:
@@ -52,13 +48,15 @@ class Throughput(Callback):
         self._flops += samples * SampleFlops.of(module.adapter, module.current_plan).step / sharing
         groups = trainer.world_size // sharing
         self._tokens += samples * groups * module.current_plan.pattern_layout.grid.video_tokens
-        steps = trainer.global_step - self._first_step
-        if steps and trainer.global_step % self.every == 0:
-            self._log(trainer, module, steps)
-            self._reset(trainer.global_step)
         self._idle_since = time.perf_counter()
 
-    def _log(self, trainer: L.Trainer, module: L.LightningModule, steps: int) -> None:
+    def leave_out(self, seconds: float) -> None:
+        """Takes time off that went into no step, such as a validation's."""
+        self._start += seconds
+
+    def row(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
+        """The figures since the last call; the device is waited for."""
+        steps = trainer.global_step - self._first_step
         device = module.device
         name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
@@ -76,4 +74,5 @@ class Throughput(Callback):
         peak = peak_rate(name)
         if peak is not None:
             values["mfu"] = self._flops / seconds / peak
-        module.log_dict({key: float(value) for key, value in values.items()})
+        self._reset(trainer.global_step)
+        return {key: float(value) for key, value in values.items()}

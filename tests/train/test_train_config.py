@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import DataError
-from train.compose import change_layout, compose_run, finish, run_names, split_arguments
+from train.compose import change_config, compose_run, finish, run_names, split_arguments
 from train.errors import UserError
 from train.preflight import check_heads, preflight
 
@@ -145,12 +145,14 @@ def test_sequence_parallelism_says_which_sizes_divide_the_heads():
 
 def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
     config = finish(compose_run({"trainer.devices": "2"}))
-    changed = change_layout(config, {"trainer.devices": "8", "parallel.sequence": "4", "parallel.strategy": "zero2"})
+    changed = change_config(config, {"trainer.devices": "8", "parallel.sequence": "4", "parallel.strategy": "zero2"})
     assert (changed.trainer.devices, changed.parallel.sequence, changed.data.batch_size) == (8, 4, 1)
-    with pytest.raises(UserError, match="optim.lr cannot be changed on resume"):
-        change_layout(config, {"optim.lr": "1"})
+    with pytest.raises(UserError, match=r"optim.lr was 0.003, now 1.0: this changes .* Add override=true"):
+        change_config(config, {"optim.lr": "1"})
+    assert change_config(config, {"optim.lr": "1", "override": "true"}).optim.lr == 1
+    assert change_config(config, {"log.every": "5", "trainer.keep": "9"}).log.every == 5
     with pytest.raises(UserError, match="/ parallel.sequence is 1, .* started with 2: set data"):
-        change_layout(config, {"trainer.devices": "1"})
+        change_config(config, {"trainer.devices": "1"})
 
 
 def command(*words):

@@ -17,10 +17,11 @@ from train.checkpoint import last_checkpoint, load_weights
 from train.errors import UserError
 from train.export.__main__ import main
 from train.export.run import export_run
+from train.folder import RunFolder
 from train.lora import inject_lora, load_parameters, lora_parameters
 from train.models import load_adapter
 from train.plan import AttentionPlan
-from train.run import RunFolder, train
+from train.run import train
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from train.build import build_module, training_shards
 from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, load_weights
 from train.compose import read_config
 from train.errors import UserError
+from train.folder import RunFolder
 from train.models import load_adapter
 from train.preflight import preflight
-from train.run import RunFolder, resume, train
+from train.run import resume, train
 
 # The run of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
 GOLDEN = [1.90173, 2.10216, 1.99403, 1.97354]
@@ -81,7 +82,7 @@ def test_frozen_weights_are_bit_identical_after_training(tmp_path):
             kept.update({k: v.clone() for k, v in module.transformer.state_dict().items()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.StepBar", lambda every: Keep())
+        patch.setattr("train.run.Progress", lambda figures: Keep())
         run(config)
     frozen = {name.replace(".base_layer", ""): t for name, t in kept.items() if "lora_" not in name}
     assert frozen.keys() == before.keys()
@@ -199,20 +200,27 @@ def test_a_failing_write_leaves_the_last_checkpoint(finished, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("train.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        FolderCheckpointIO().save_checkpoint(checkpoint, good)
+    plugin = FolderCheckpointIO()
+    plugin.save_checkpoint(checkpoint, good)
+    assert plugin.problem == f"{good} could not be written: [Errno 28] No space left on device"
     assert {p.name: p.read_bytes() for p in good.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_truncated_checkpoint_is_named(finished, tmp_path, name):
+def test_a_run_goes_on_from_before_a_truncated_checkpoint_and_names_it(finished, tmp_path, name, capsys):
     config, folder = finished
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     file = broken / "checkpoints" / "step-000004" / name
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(UserError, match=name):
+    resume(broken, config)
+    said = capsys.readouterr().out
+    assert f"warning: {file} is no readable part" in said and "going on from step-000002" in said
+    assert losses(broken) == losses(folder)
+    for step in (broken / "checkpoints").iterdir():
+        (step / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"step-000004/{name} is no readable .*step-000002/{name} is no readable"):
         resume(broken, config)
 
 

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from radial import Dense, Released, VideoGrid
 from train.flops import PEAK_RATES, SampleFlops, peak_rate
+from train.folder import RunFolder
 from train.models.wan import WanAdapter
 from train.plan import AttentionPlan
-from train.run import RunFolder, train
+from train.run import train
 
 
 def test_linear_flops_are_those_that_torch_counts():

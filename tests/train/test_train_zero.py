@@ -13,7 +13,8 @@ from ranks import run_ranks
 from tiny import run_config
 
 from train.checkpoint import load_state, load_weights
-from train.run import RunFolder, resume, train
+from train.folder import RunFolder
+from train.run import resume, train
 
 
 def same(a, b):

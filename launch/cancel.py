@@ -1,0 +1,44 @@
+"""``python -m launch cancel``: ends a run in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+
+from launch.start import recorded, run_argument, yes
+from launch.status import slurm_state
+from train.errors import UserError
+from train.folder import holder
+
+USAGE = """python -m launch cancel RUN [now=true]
+
+Asks a run to finish its step, save a checkpoint and end; it is not queued again. A waiting job leaves the queue.
+With now=true it ends at once and keeps its last checkpoint.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Does it."""
+    folder, settings = run_argument(arguments, "now")
+    now = yes(settings, "now")
+    job, who = recorded(folder).get("job"), holder(folder)
+    state = slurm_state(job) if job else ""
+    if job and state:
+        # SIGINT reaches the processes and not the script, which then sees that the user wanted the end
+        waiting = not state.startswith("RUNNING")
+        done = subprocess.run(
+            ["scancel", *([] if now or waiting else ["--signal=INT"]), job], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
+        print(f"job {job} {'is cancelled' if now or waiting else 'finishes its step, saves a checkpoint and ends'}")
+    elif who is None:
+        raise UserError(f"{folder}: nothing runs there")
+    elif who["host"] != socket.gethostname():
+        raise UserError(f"{folder}: process {who['pid']} runs on {who['host']}, cancel it there")
+    else:
+        os.kill(who["pid"], signal.SIGKILL if now else signal.SIGINT)
+        print(f"process {who['pid']} {'is killed' if now else 'finishes its step, saves a checkpoint and ends'}")
+    print(f"python -m train resume={folder} goes on")

@@ -1,0 +1,159 @@
+"""``python -m launch doctor``: what this machine has, and what a run needs."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.start import yes
+from train.cli import MISTAKES
+from train.compose import compose_run, finish, read_config, split_arguments
+from train.config import RunConfig
+from train.environment import backends, driver, environment, gpus, nccl, read_speed
+from train.errors import UserError
+from train.preflight import preflight
+
+USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
+python -m launch doctor run=<run folder> [quick=true]
+
+What this machine has: GPUs, driver, NCCL, attention backends, disk, SLURM. With a run: whether it has what that needs,
+and how fast it reads the data. Each line that is not ok says what to do; one that says "missing" makes the exit code 1.
+
+  quick=true    only what would stop the run, as the job scripts of launch slurm ask of every node
+"""
+_FREE_GIB = 20  # below this a run that saves optimizer states may fill the disk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ``ok``, ``note`` (a run works without it) or ``missing``."""
+
+    verdict: str
+    what: str
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<8} {self.what:<12} {self.found}" + (f"  ->  {self.remedy}" if self.remedy else "")
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the findings."""
+    settings = split_arguments(arguments)
+    quick, run = yes(settings, "quick"), settings.pop("run", None)
+    config = None
+    if run is not None:
+        config = read_config(Path(run))
+    elif settings:
+        config = finish(compose_run(settings))
+    if run is not None and settings:
+        raise UserError(f"{min(settings)} is set beside run, expected one of the two")
+    findings = [] if quick else [*machine(), *attention(config), slurm()]
+    findings += [disk(Path(run) if run else Path(config.runs if config else "."))]
+    if config is not None:
+        findings += needs(config, quick)
+    for finding in findings:
+        if not quick or finding.verdict == "missing":
+            print(f"{socket.gethostname()}: {finding}" if quick else finding)
+    if any(finding.verdict == "missing" for finding in findings):
+        raise SystemExit(1)
+
+
+def machine() -> Iterator[Finding]:
+    """Versions, GPUs, driver, NCCL."""
+    about = environment()
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items() if version)
+    yield Finding("ok", "software", f"Python {about['python']}, {packages}")
+    yield Finding("ok", "CPU", f"{about['cpus']} cores, {about['memory_gib']:.0f} GiB of memory")
+    if gpus():
+        yield Finding("ok", "GPUs", "; ".join(gpus()))
+    elif driver():
+        remedy = f"install torch built for this driver (torch is built for CUDA {about['cuda']})"
+        yield Finding("note", "GPUs", f"driver {driver()}, but torch {about['packages']['torch']} sees none", remedy)
+    else:
+        remedy = "small models train on the CPU; for others use a machine with NVIDIA GPUs and their driver"
+        yield Finding("note", "GPUs", "none, and no nvidia-smi", remedy)
+    if gpus():
+        yield Finding("ok", "driver", f"{driver()}, torch built for CUDA {about['cuda']}")
+    if nccl():
+        yield Finding("ok", "NCCL", nccl() or "")
+    else:
+        remedy = "with GPUs, install torch's CUDA build" if not gpus() else "several GPUs need a torch with NCCL"
+        yield Finding("note", "NCCL", "not usable here, processes talk over gloo", remedy)
+
+
+def attention(config: RunConfig | None) -> Iterator[Finding]:
+    """The backends, and why not."""
+    wanted = config.attention.backend if config is not None else None
+    for name, why in backends(128).items():
+        if why is None:
+            yield Finding("ok", "attention", name)
+        else:
+            verdict, remedy = "note", "the fastest usable one is taken"
+            if name == wanted:
+                verdict, remedy = "missing", "set attention.backend=null, or mend what it names"
+            yield Finding(verdict, "attention", f"{name}: {why}", remedy)
+
+
+def slurm() -> Finding:
+    """SLURM's commands and partitions."""
+    if shutil.which("sbatch") is None:
+        return Finding("note", "SLURM", "no sbatch", "use python -m launch local, or go to the cluster's login node")
+    done = subprocess.run(["sinfo", "-h", "-o", "%P %D nodes %G"], capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split())
+        return Finding("note", "SLURM", f"sinfo: {reason}", "the controller does not answer: ask the cluster's staff")
+    return Finding("ok", "SLURM", "; ".join(line.strip() for line in done.stdout.splitlines()))
+
+
+def disk(folder: Path) -> Finding:
+    """Whether the runs' folder, or the nearest that exists above it, can be written, and how much is free there."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Finding(
+            "missing", "disk", f"{there}: {error.strerror}", "make it writable, or set runs=<another folder>"
+        )
+    free = shutil.disk_usage(there).free / 2**30
+    if free < _FREE_GIB:
+        return Finding(
+            "note", "disk", f"{there}: {free:.1f} GiB free", "make room: a checkpoint of a 14B LoRA is 3 GiB"
+        )
+    return Finding("ok", "disk", f"{there}: {free:,.0f} GiB free")
+
+
+def needs(config: RunConfig, quick: bool) -> Iterator[Finding]:
+    """What the run needs."""
+    if gpus() and len(gpus()) < config.trainer.devices:
+        remedy = "set trainer.devices, or give the job more GPUs"
+        yield Finding("missing", "GPUs", f"{len(gpus())}, the run wants {config.trainer.devices} a node", remedy)
+    try:
+        preflight(config)
+        yield Finding("ok", "run", "weights, shards and settings fit together")
+    except MISTAKES as error:
+        yield Finding("missing", "run", str(error))
+    if config.log.wandb == "online" and not _wandb_key():
+        yield Finding("missing", "W&B", "not logged in", "run wandb login, or set log.wandb=offline")
+    if quick or config.data.shards is None:
+        return
+    speed, size = read_speed(config.data.shards)
+    per_step = size * config.data.batch_size * config.optim.accumulate
+    yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
+
+
+def _wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

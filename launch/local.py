@@ -1,0 +1,32 @@
+"""``python -m launch local``: a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launch.start import prepare, record, whole_number
+from train.compose import split_arguments
+
+USAGE = """python -m launch local conf=RUN [gpus=N] [key=value ...]
+python -m launch local resume=<run folder> [gpus=N]
+
+Makes the run's folder, stores its plan there, and trains with N processes, one a GPU.
+Ctrl-C once: the step is finished, a checkpoint saved, and the same with resume= goes on; twice: at once.
+
+  gpus=N         1 by default; on a machine without GPUs, N processes on its CPU
+  key=value      of the run, as for python -m train
+
+example:
+  python -m launch local conf=wan_4x gpus=2 model.path=weights/wan_14b data.shards=shards/openvid_4x
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares the folder, then becomes ``python -m train``."""
+    settings = split_arguments(arguments)
+    devices = whole_number(settings, "gpus", 1) if "gpus" in settings or "resume" not in settings else None
+    folder, _ = prepare(settings, None if devices is None else 1, devices, elsewhere=False)
+    record(folder.path, how="local")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "train", f"resume={folder.path}"])

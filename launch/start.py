@@ -1,0 +1,93 @@
+"""What `local` and `slurm` share: from the command line to a run folder with its plan."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from train.compose import change_config, compose_run, finish, read_config
+from train.config import RunConfig
+from train.errors import UserError
+from train.folder import CONFIG, RunFolder, write_config
+from train.preflight import preflight
+
+RECORD = "launch.json"
+
+
+def whole_number(settings: dict[str, str], key: str, default: int) -> int:
+    """Takes ``key`` out of the settings.
+
+    Raises:
+        UserError: it is not a whole number of at least 1.
+    """
+    word = settings.pop(key, str(default))
+    if not word.isdigit() or int(word) < 1:
+        raise UserError(f"{key} is {word!r}, expected a whole number of at least 1")
+    return int(word)
+
+
+def yes(settings: dict[str, str], key: str) -> bool:
+    """Takes ``key``, true or false, out of the settings; false where it is missing."""
+    word = settings.pop(key, "false")
+    if word not in ("true", "false"):
+        raise UserError(f"{key} is {word!r}, expected true or false")
+    return word == "true"
+
+
+def prepare(
+    settings: dict[str, str], nodes: int | None, devices: int | None, *, elsewhere: bool
+) -> tuple[RunFolder, RunConfig]:
+    """The folder of a new run, or with ``resume=<run folder>`` of one that goes on; and its config.
+
+    Args:
+        settings: of the run, as ``python -m train`` takes them.
+        nodes, devices: the layout; None leaves what the config has.
+        elsewhere: the run is for other machines.
+    """
+    layout = {"trainer.nodes": nodes, "trainer.devices": devices}
+    for key, number in layout.items():
+        if key in settings:
+            raise UserError(f"{key} is set by {'nodes' if key.endswith('nodes') else 'gpus'}=, give that alone")
+        if number is not None:
+            settings[key] = str(number)
+    if "resume" in settings:
+        folder = Path(settings.pop("resume"))
+        config = change_config(read_config(folder), settings)
+        preflight(config, elsewhere=elsewhere)
+        write_config(config, folder)
+        return RunFolder(folder), config
+    config = finish(compose_run(settings))
+    preflight(config, elsewhere=elsewhere)
+    return RunFolder.create(config), config
+
+
+def record(folder: Path, **about: Any) -> None:
+    """Notes how the run was started, for `status`, `logs` and `cancel`."""
+    (folder / RECORD).write_text(json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n")
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What `record` noted; empty for a run that was started without launch.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}, expected a run folder such as runs/shapes_4x/<time>")
+    file = folder / RECORD
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def run_argument(arguments: list[str], *options: str) -> tuple[Path, dict[str, str]]:
+    """``RUN [key=value ...]`` of status, logs and cancel."""
+    words = [word for word in arguments if "=" not in word]
+    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
+    unknown = [key for key in settings if key not in (*options, "run")]
+    if unknown:
+        raise UserError(f"{unknown[0]} is not a setting of this command, expected {', '.join(options) or 'none'}")
+    runs = [*words, *([settings.pop("run")] if "run" in settings else [])]
+    if len(runs) != 1:
+        raise UserError(f"expected one run folder, found {len(runs)}: {' '.join(runs)}")
+    return Path(runs[0]), settings

@@ -1,0 +1,82 @@
+"""``python -m launch status``: how runs stand."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from pathlib import Path
+
+from launch.start import recorded, run_argument
+from train.checkpoint import checkpoints_of
+from train.compose import read_config
+from train.errors import UserError
+from train.folder import CONFIG, get_state, holder
+
+USAGE = """python -m launch status [RUN]
+
+How a run stands: who runs it where, its step, loss, pace and time left, its newest checkpoint, and what SLURM says.
+Without RUN: a line for each run under runs/.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Prints it."""
+    if not arguments:
+        folders = sorted(file.parent for file in Path("runs").glob(f"*/*/{CONFIG}"))
+        if not folders:
+            raise UserError("runs/ has no run, expected one, or a run folder as in: python -m launch status RUN")
+        for folder in folders:
+            print(f"{folder!s:<48} {standing(folder)[0]:<10} {_progress(folder)}")
+        return
+    folder, _ = run_argument(arguments)
+    about = recorded(folder)
+    word, why = standing(folder)
+    print(f"{folder}: {word}{': ' + why if why else ''}")
+    print(f"  progress    {_progress(folder)}")
+    saved = checkpoints_of(folder / "checkpoints")
+    if saved:
+        age = (time.time() - saved[-1].stat().st_mtime) / 60
+        print(f"  checkpoint  {saved[-1].name}, {age:,.0f} minutes old")
+    if about.get("how") == "slurm":
+        print(f"  SLURM       job {about['job']}: {slurm_state(about['job']) or 'no longer known'}")
+
+
+def standing(folder: Path) -> tuple[str, str]:
+    """The run's state in a word, and why in words. A run that says it is running but whom nobody runs was killed."""
+    word, why = get_state(folder)
+    who = holder(folder)
+    if who is not None:
+        job = f", SLURM job {who['job']}" if who["job"] else ""
+        return "running", f"process {who['pid']} on {who['host']}{job} since {who['since']}"
+    if word == "running":
+        return "killed", f"python -m train resume={folder} goes on from the last checkpoint"
+    return word, why
+
+
+def slurm_state(job: str) -> str:
+    """State and reason of a job, such as ``RUNNING`` or ``PENDING (Resources)``; empty when SLURM has forgotten it."""
+    try:
+        out = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T (%r), starts %S"], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"job {job}: {error.filename} is not on this machine, ask on the cluster's login node"
+        ) from error
+    return out.stdout.strip().replace(" (None)", "")
+
+
+def _progress(folder: Path) -> str:
+    rows = []
+    file = folder / "metrics.csv"
+    if file.exists():
+        with file.open(newline="") as stream:
+            rows = [row for row in csv.DictReader(stream) if row.get("loss")]
+    steps = read_config(folder).trainer.steps
+    if not rows:
+        return f"no step of {steps} yet"
+    last = rows[-1]
+    text = f"step {int(last['step']) + 1} of {steps}, loss {float(last['loss']):.4f}"
+    pace = next((row for row in reversed(rows) if row.get("step_seconds")), None)
+    if pace is not None:
+        text += f", {float(pace['step_seconds']):.2f} s/step, {float(pace['hours_left']):.1f} h left"
+    return text

@@ -1,0 +1,24 @@
+"""A private SLURM for the tests of this folder; they skip with the reason where none can be started."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train")]
+from slurm import Slurm, missing  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Two nodes on this machine, n1 and n2."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

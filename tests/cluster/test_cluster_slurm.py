@@ -1,0 +1,148 @@
+"""Runs on a real SLURM: two nodes with two processes each, over gloo."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import words
+
+pytestmark = pytest.mark.slow
+STEPS = 24
+
+
+def launch(slurm, *arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)], env=slurm.environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def submit(slurm, tmp_path, **changes):
+    """Submits the run; its folder and its job's number."""
+    given = {"trainer__steps": STEPS, "trainer__checkpoint_every": 5, "data__workers": 1, **changes}
+    run = words(tmp_path, **given)
+    launch(slurm, "slurm", "nodes=2", "processes=2", "cpus=1", "partition=main", "time=30", *run)
+    folder = max((tmp_path / "runs" / "shapes_4x").iterdir(), key=lambda path: path.stat().st_mtime)
+    return folder, json.loads((folder / "launch.json").read_text())["job"]
+
+
+def losses(folder: Path) -> list[tuple[str, str]]:
+    """(step, loss) as they are written, to the last digit."""
+    file = folder / "metrics.csv"
+    if not file.exists():
+        return []
+    with file.open() as stream:
+        return [(row["step"], row["loss"]) for row in csv.DictReader(stream) if row.get("loss")]
+
+
+def wait_for_step(slurm, folder, job, step):
+    end = time.monotonic() + 150
+    while len(losses(folder)) < step:
+        assert time.monotonic() < end and slurm.state(job) in ("PENDING", "CONFIGURING", "RUNNING"), output(folder)
+        time.sleep(0.2)
+
+
+def output(folder: Path) -> str:
+    return "".join(file.read_text() for file in folder.glob("slurm-*.out"))
+
+
+def at_once(slurm, job):
+    """SLURM lets a job that was queued again wait for two minutes."""
+    slurm.wait(job, "PENDING")
+    end = time.monotonic() + 60
+    while slurm.state(job) == "PENDING" and time.monotonic() < end:
+        slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        time.sleep(2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, tmp_path_factory):
+    """Losses of the run from its start to its end."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    folder, job = submit(slurm, tmp_path)
+    slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
+    assert slurm.state(job) == "COMPLETED", output(folder)
+    return folder
+
+
+def test_two_nodes_train_to_the_end(undisturbed, slurm):
+    assert len(losses(undisturbed)) == STEPS
+    assert (undisturbed / "export" / "merged").is_dir()
+    text = output(undisturbed)
+    assert "start 1, on n[1-2]" in text and "done, newest checkpoint: step-000024" in text
+    assert launch(slurm, "status", undisturbed).startswith(f"{undisturbed}: done")
+
+
+def test_a_preempted_run_ends_with_the_losses_of_an_undisturbed_one(slurm, undisturbed, tmp_path):
+    folder, job = submit(slurm, tmp_path)
+    wait_for_step(slurm, folder, job, 7)
+    slurm.run("scontrol", "requeue", job)
+    at_once(slurm, job)
+    slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
+    text = output(folder)
+    assert "SIGTERM: stopping after this step" in text and "start 2, on n[1-2]" in text, text
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_before_its_time_is_up_a_run_queues_itself_again(slurm, undisturbed, tmp_path):
+    folder, job = submit(slurm, tmp_path)
+    wait_for_step(slurm, folder, job, 7)
+    slurm.run("scancel", "--signal=USR1", job)  # what --signal=USR1@600 does ten minutes before the end
+    at_once(slurm, job)
+    slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
+    text = output(folder)
+    assert "requeue, newest checkpoint: step-" in text and "start 2" in text, text
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, tmp_path):
+    folder, job = submit(slurm, tmp_path)
+    wait_for_step(slurm, folder, job, 7)
+    assert "finishes its step" in launch(slurm, "cancel", folder)
+    slurm.wait(job, "COMPLETED", "FAILED", seconds=60)
+    assert launch(slurm, "status", folder).startswith(f"{folder}: stopped")
+    launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")
+    again = json.loads((folder / "launch.json").read_text())["job"]
+    assert again != job
+    wait_for_step(slurm, folder, again, 12)
+    slurm.run("scancel", again)
+    slurm.wait(again, "CANCELLED")
+    launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")
+    last = json.loads((folder / "launch.json").read_text())["job"]
+    slurm.wait(last, "COMPLETED", "FAILED", seconds=300)
+    assert losses(folder) == losses(undisturbed), output(folder)
+
+
+def test_a_killed_process_costs_nothing_but_the_time_since_the_last_checkpoint(slurm, undisturbed, tmp_path):
+    folder, job = submit(slurm, tmp_path)
+    wait_for_step(slurm, folder, job, 7)
+    ranks = subprocess.run(["pgrep", "-f", f"train resume={folder}"], capture_output=True, text=True).stdout.split()
+    mine = [pid for pid in ranks if "SLURM_PROCID=2" in Path(f"/proc/{pid}/environ").read_text()]
+    subprocess.run(["kill", "-9", mine[0]], check=True)
+    at_once(slurm, job)
+    slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
+    assert "running, newest checkpoint: step-000005" in output(folder), output(folder)
+    assert losses(folder) == losses(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        (["nodes=2", "processes=2", "partition=nix"], "invalid partition specified: nix"),
+        (["nodes=9", "processes=2"], "Node count specification invalid"),
+        (["nodes=2", "gpus=8"], "generic resource (gres) specification"),
+        (["nodes=2", "processes=2", "sbatch=--nix=1"], "unrecognized option"),
+    ],
+)
+def test_what_slurm_refuses_is_told_in_its_words_and_ours(slurm, tmp_path, options, theirs):
+    batch = {"data__batch_size": 1}
+    said = launch(slurm, "slurm", *options, *words(tmp_path, **batch), code=2)
+    assert theirs in said
+    assert "This cluster's partitions: main (2 nodes, time infinite, no GPUs)" in said
+    assert "submits it with other options" in said
+    assert said.startswith("error: SLURM") and said.count("\n") == 1

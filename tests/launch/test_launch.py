@@ -1,0 +1,191 @@
+"""The commands of launch on this machine; a real SLURM is in tests/cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import run_config, words
+
+from launch import cancel, doctor, logs, status
+from launch.slurm import Job, main, seconds_of
+from launch.start import record, run_argument
+from train.errors import UserError
+from train.folder import RunFolder, get_state, held, set_state
+
+
+def launch(*arguments, **options):
+    words = [sys.executable, "-m", "launch", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, **options)
+
+
+def test_help_names_every_command():
+    said = launch("--help").stdout
+    for name in ("local", "slurm", "status", "logs", "cancel", "doctor"):
+        assert f"\n  {name} " in said
+    wrong = launch("nix")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: launch has no command 'nix', expected one of ")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("2:30", 150), ("12:00:00", 43200), ("1-12", 129600), ("1-12:30", 131400), ("2-00:00:01", 172801)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["1h", "", "1:2:3:4", "1-"])
+def test_another_time_limit_is_refused(time):
+    with pytest.raises(UserError, match="time is .*, expected one such as"):
+        seconds_of(time)
+
+
+def job(**changes) -> Job:
+    given = {"name": "wan_4x", "folder": Path("/runs/one"), "nodes": 2, "tasks": 8, "gpus": 8, "cpus": 6, "grace": 300}
+    return Job(**{**given, **changes})
+
+
+def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
+    script = job(account="lab", qos="high", partition="h200", time="1-00:00:00", sbatch="--exclusive --nice=5").script()
+    for line in (
+        "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--account=lab", "--qos=high",
+        "--partition=h200", "--time=1-00:00:00", "--exclusive", "--nice=5", "--signal=USR1@300", "--requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in script
+    assert "#SBATCH --mem" not in script
+    file = tmp_path / "job.sbatch"
+    file.write_text(script)
+    assert subprocess.run(["bash", "-n", file]).returncode == 0
+
+
+def test_the_template_for_hand_use_is_readable_bash():
+    file = Path(doctor.__file__).with_name("template.sbatch")
+    assert subprocess.run(["bash", "-n", file]).returncode == 0
+
+
+def test_containers_run_through_apptainer_or_pyxis():
+    here = Path.cwd()
+    apptainer = job(container="image.sif", mounts="/data").script()
+    assert f"CONTAINER=(apptainer exec --nv --bind {here}:{here},/data:/data --pwd {here} image.sif)" in apptainer
+    assert "PYTHON=python\n" in apptainer
+    pyxis = job(container="nvcr.io#nvidia/pytorch:25.01-py3").script()
+    assert "SRUN=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' --container-mounts=" in pyxis
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpus=0"], "gpus is '0', expected a whole number of at least 1"),
+        (["nodes=x", "gpus=1"], "nodes is 'x'"),
+        ([], "gpus is not set, give gpus=<GPUs of each node>"),
+        (["gpus=1", "processes=2"], "gpus and processes are both set"),
+        (["gpus=1", "dry_run=1"], "dry_run is '1', expected true or false"),
+        (["gpus=1", "mounts=/data"], "mounts is /data, it needs container=IMAGE"),
+        (["gpus=1", "time=soon"], "time is 'soon'"),
+        (["gpus=1", "trainer.devices=2"], "trainer.devices is set by gpus=, give that alone"),
+        (["gpus=1", "partitoin=x"], "partitoin is not a known key"),
+        (["gpus=1", "resume=/nowhere"], "/nowhere has no config.yaml"),
+    ],
+)
+def test_a_mistake_is_named(arguments, said):
+    with pytest.raises(UserError) as error:
+        main([*arguments, *([] if "dry_run=1" in arguments else ["dry_run=true"])])
+    assert said in str(error.value)
+
+
+def test_a_dry_run_leaves_a_folder_that_can_be_submitted(tmp_path, capsys):
+    main(["nodes=2", "processes=2", "dry_run=true", "time=60", *words(tmp_path)])
+    (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    assert f"submit it  sbatch {folder}/job.sbatch" in capsys.readouterr().out
+    text = (folder / "job.sbatch").read_text()
+    assert f"RUN={folder}\n" in text and "--gpus-per-node" not in text
+    assert "#SBATCH --signal=USR1@600" in text
+    assert "nodes: 2\n  devices: 2\n" in (folder / "config.yaml").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(run_config(tmp_path)).path
+
+
+def test_a_folder_is_held_by_one(folder):
+    with held(folder):
+        said = rf"is in use by process {os.getpid()} on .* since .*: wait for it, or end"
+        with pytest.raises(UserError, match=said), held(folder):
+            pass
+        assert status.standing(folder)[0] == "running"
+    with held(folder):
+        pass
+
+
+def test_status_tells_a_killed_run_from_a_stopped_one(folder):
+    assert status.standing(folder)[0] == "new"
+    set_state(folder, "running")
+    assert status.standing(folder) == ("killed", f"python -m train resume={folder} goes on from the last checkpoint")
+    set_state(folder, "stopped", "by hand")
+    assert status.standing(folder) == ("stopped", "by hand")
+    assert get_state(folder) == ("stopped", "by hand")
+
+
+def test_status_logs_and_cancel_of_a_run_that_does_not_run(folder, capsys):
+    status.main([str(folder)])
+    assert "no step of 4 yet" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no output yet"):
+        logs.main([str(folder)])
+    (folder / "log.txt").write_text("".join(f"line {n}\n" for n in range(50)))
+    logs.main([str(folder), "lines=2"])
+    assert capsys.readouterr().out == "line 48\nline 49\n"
+    with pytest.raises(UserError, match="nothing runs there"):
+        cancel.main([str(folder)])
+    with pytest.raises(UserError, match="expected one run folder, found 2"):
+        run_argument(["a", "b"])
+    with pytest.raises(UserError, match=r"/nowhere has no config.yaml"):
+        status.main(["/nowhere"])
+    record(folder, how="slurm", job="7")
+    assert json.loads((folder / "launch.json").read_text())["job"] == "7"
+
+
+def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
+    doctor.main([])
+    said = capsys.readouterr().out
+    for what in ("software", "CPU", "GPUs", "NCCL", "attention", "SLURM", "disk"):
+        assert f" {what} " in said
+    notes = [line for line in said.splitlines() if not line.startswith("ok")]
+    assert all("  ->  " in line for line in notes)
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["conf=wan_4x"])
+    assert stop.value.code == 1
+    assert "missing  run          model.path is not set" in capsys.readouterr().out
+    doctor.main(words(tmp_path))
+    assert "ok       run          weights, shards and settings fit together" in capsys.readouterr().out
+
+
+def test_a_local_run_is_stopped_by_cancel_and_goes_on(tmp_path):
+    command = [sys.executable, "-m", "launch", "local", *words(tmp_path, trainer__steps=300)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic() + 90
+        while not list(tmp_path.glob("runs/shapes_4x/*/checkpoints/step-*")):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+        assert "running: process" in launch("status", folder).stdout
+        assert "finishes its step" in launch("cancel", folder).stdout
+        assert process.wait(60) == 130
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.stdout is not None and "stopped, with a checkpoint" in process.stdout.read()
+    assert status.standing(folder)[0] == "stopped"
+    last = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+    resumed = [sys.executable, "-m", "train", f"resume={folder}", f"trainer.steps={last + 2}", "override=true"]
+    done = subprocess.run(resumed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"trainer.steps was 300, now {last + 2}" in done.stdout
+    assert status.standing(folder)[0] == "done"

@@ -1,0 +1,122 @@
+"""Real faults for the tests of surviving: full and read-only disks, killed processes, samples that blow up."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: float) -> Iterator[Callable[[str], None]]:
+    """A file system of so many megabytes at ``folder``; gives a function that remounts it with other options."""
+    folder.mkdir(exist_ok=True)
+    size = f"size={int(megabytes * 1024)}k"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no byte free on the file system of ``folder``; the file that takes them."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                pass
+    return filler
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    """(step, loss) of metrics.csv, to the last digit."""
+    file = folder / "metrics.csv"
+    if not file.exists():
+        return []
+    with file.open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("loss") and None not in row.values()]
+    return [(int(row["step"]), row["loss"]) for row in rows]
+
+
+class Run:
+    """``python -m train`` in processes of its own, which form a group."""
+
+    def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "train", *map(str, words)]
+        given = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given, start_new_session=True
+        )
+
+    def ranks(self) -> list[int]:
+        """The processes by rank: the first, and those that it started to train with."""
+        lines = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        ).stdout.splitlines()
+        children = [int(line.split()[0]) for line in lines if " train" in line or "train/__main__" in line]
+        return [self.process.pid, *sorted(pid for pid in children if _is_rank(pid))]
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(self.end())
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 120) -> str:
+        """Waits for the end; the output. A run that does not end is killed, which is an error."""
+        try:
+            return self.process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.process.communicate()[0]}") from None
+
+    def kill(self) -> None:
+        """kill -9 of every process."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _is_rank(pid: int) -> bool:
+    try:
+        return b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def only_run(runs: Path) -> Path:
+    """The one run folder."""
+    (folder,) = (runs / "shapes_4x").iterdir()
+    return folder
+
+
+def equal_checkpoints(one: Path, other: Path) -> bool:
+    """Weights, optimizer state and the rest of two checkpoints are the same, bit for bit."""
+    from train.checkpoint import load_state, load_weights
+
+    def flat(item: object, name: str = "") -> dict[str, object]:
+        if isinstance(item, dict):
+            return {k: v for key, value in item.items() for k, v in flat(value, f"{name}.{key}").items()}
+        if isinstance(item, list):
+            return {k: v for i, value in enumerate(item) for k, v in flat(value, f"{name}.{i}").items()}
+        return {name: item}
+
+    a, b = ({**flat(load_weights(path)), **flat(load_state(path))} for path in (one, other))
+    keys = [key for key in a if ".loops." not in key]  # Lightning counts how often a loop was entered
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in keys
+    )

@@ -1,0 +1,443 @@
+"""What goes wrong in a day of training, done for real: the run says it, and goes on or resumes with nothing lost."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from faults import Run, equal_checkpoints, fill, losses, only_run, small_disk
+from lightning.pytorch.callbacks import Callback
+from tiny import run_config, words
+
+from data.errors import DataError
+from data.manifest import Manifest
+from data.stream import read_samples
+from data.writer import ShardWriter
+from train.build import training_shards
+from train.checkpoint import checkpoints_of, load_state, load_weights
+from train.compose import change_config
+from train.errors import UserError
+from train.folder import RunFolder, get_state, held
+from train.run import resume, train
+
+
+def run(config) -> Path:
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of 6 steps, a checkpoint at every second."""
+    config = run_config(tmp_path_factory.mktemp("run"), trainer__steps=6)
+    return config, run(config)
+
+
+def at_step(monkeypatch, step, what):
+    """Calls ``what`` after a step, between its row in the log and its checkpoint."""
+
+    class Fault(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == step:
+                what()
+
+    monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
+
+
+# ---- the disk
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_step(finished, tmp_path, monkeypatch, capsys):
+    """A tmpfs without a free byte from step 1 to step 5: rows and the checkpoints of steps 2 and 4 do not fit."""
+    config, whole = finished
+    shutil.copytree(Path(config.runs) / "synthetic", tmp_path / "synthetic")
+    with small_disk(tmp_path / "disk", 24) as _:
+        (tmp_path / "disk" / "runs").mkdir()
+        (tmp_path / "disk" / "runs" / "synthetic").symlink_to(tmp_path / "synthetic")
+        config = replace(config, runs=str(tmp_path / "disk" / "runs"))
+
+        class Fault(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == 1:
+                    fill(tmp_path / "disk")
+                if trainer.global_step == 5:
+                    (tmp_path / "disk" / "filler").unlink()
+
+        monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
+        folder = run(config)
+        said = capsys.readouterr().out
+        assert said.count("metrics.csv does not take the figures") == 1
+        assert "step-000002 could not be written" in said and "step-000004 could not be written" in said
+        assert "No space left on device" in said and "Training goes on and tries again in 2 steps" in said
+        assert losses(folder) == losses(whole)
+        assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000006"]
+        assert not list((folder / "checkpoints").glob(".*"))
+        assert equal_checkpoints(folder / "checkpoints" / "step-000006", whole / "checkpoints" / "step-000006")
+
+
+def test_a_disk_that_stays_full_keeps_the_last_checkpoint_and_says_so(finished, tmp_path, monkeypatch):
+    config, whole = finished
+    shutil.copytree(Path(config.runs) / "synthetic", tmp_path / "synthetic")
+    with small_disk(tmp_path / "disk", 24) as _:
+        (tmp_path / "disk" / "runs").mkdir()
+        (tmp_path / "disk" / "runs" / "synthetic").symlink_to(tmp_path / "synthetic")
+        config = replace(config, runs=str(tmp_path / "disk" / "runs"))
+        with monkeypatch.context() as patch:
+            at_step(patch, 3, lambda: fill(tmp_path / "disk"))
+            with pytest.raises(
+                UserError, match=r"step-000006 could not be written: .*No space left.*Make room and resume"
+            ):
+                run(config)
+        folder = only_run(tmp_path / "disk" / "runs")
+        assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
+        (tmp_path / "disk" / "filler").unlink()
+        resume(folder, config)
+        assert losses(folder) == losses(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_named(finished, tmp_path):
+    _, whole = finished
+    with small_disk(tmp_path / "disk", 24) as remount:
+        folder = shutil.copytree(whole, tmp_path / "disk" / "run")
+        remount("ro")
+        done = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, text=True)
+        remount("rw")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {folder} cannot be written (Read-only file system): make it writable, or copy it elsewhere and resume "
+        "the copy\n"
+    )
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished):
+    _, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock",)}
+    with held(folder):
+        done = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {folder} is in use by process {os.getpid()} on ")
+    assert done.stderr.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock",)}
+
+
+# ---- numbers that are not finite
+
+
+def poisoned(config, tmp_path, number):
+    """The run's shards with one sample so large that its squared error is infinite."""
+    source = training_shards(config)
+    about = {name: getattr(source, name) for name in ("fps", "encoder", "latent", "text", "arguments")}
+    with ShardWriter(tmp_path / "poisoned", **about, empty_prompt=source.load_empty_prompt()) as writer:
+        for index, sample in enumerate(read_samples(source)):
+            latent = sample.latent * (1e25 if index == number else 1)
+            writer.write(replace(sample, latent=latent))
+    return replace(config, data=replace(config.data, shards=str(tmp_path / "poisoned"), synthetic_clips=0))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(tmp_path, capsys):
+    config = poisoned(
+        run_config(tmp_path, trainer__steps=12, trainer__checkpoint_every=1, trainer__keep=20), tmp_path, 5
+    )
+    folder = run(config)
+    said = capsys.readouterr().out
+    assert "the loss of sample clip-000005 is inf; skipped (1 of at most 20)" in said
+    values = dict(losses(folder))
+    (bad,) = [step for step, loss in values.items() if loss == "inf"]
+    before, after = (load_weights(folder / "checkpoints" / f"step-{step:06d}") for step in (bad, bad + 1))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    one, other = (load_state(folder / "checkpoints" / f"step-{s:06d}")["optimizer_states"][0] for s in (bad, bad + 1))
+    assert all(
+        torch.equal(one["state"][n][key], other["state"][n][key]) for n in one["state"] for key in one["state"][n]
+    )
+    last = load_weights(folder / "checkpoints" / "step-000012")
+    assert all(torch.isfinite(tensor).all() for tensor in last.values())
+    assert not all(torch.equal(after[key], last[key]) for key in last)
+    # what was skipped is counted on after a resume
+    shutil.rmtree(folder / "checkpoints" / "step-000012")
+    resume(folder, config)
+    assert "(2 of at most" not in capsys.readouterr().out
+    assert (folder / "metrics.csv").read_text().splitlines()[-1].count(",1.0,") >= 1
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path):
+    config = poisoned(run_config(tmp_path, trainer__steps=12, trainer__max_skipped=0), tmp_path, 5)
+    with pytest.raises(
+        UserError, match=r"was the 1st whose .* trainer.max_skipped=0; the last: the loss of sample clip-0"
+    ):
+        run(config)
+    folder = only_run(tmp_path / "runs")
+    assert get_state(folder)[0] == "failed"
+
+
+def test_all_ranks_skip_what_one_finds(tmp_path):
+    config = run_config(tmp_path)
+    shards = poisoned(config, tmp_path, 5).data.shards
+    given = {"trainer__devices": 2, "trainer__steps": 6, "data__shards": shards, "data__synthetic_clips": 0}
+    text = Run(*words(tmp_path, **given)).end()
+    folder = only_run(tmp_path / "runs")
+    assert text.count("the loss of sample clip-000005 is inf; skipped (1 of") == 1, text
+    assert [loss for _, loss in losses(folder)].count("inf") == 1 and len(losses(folder)) == 6
+
+
+# ---- data
+
+
+def test_a_shard_that_is_damaged_while_it_is_read(tmp_path, capsys):
+    config = run_config(tmp_path, trainer__steps=12, data__workers=1)
+    shards = training_shards(config).folder
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    manifest = Manifest.load(copy)
+    info = manifest.shards[0].samples[7]
+    with (copy / manifest.shards[0].file).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xff" * info.bytes)
+    config = replace(config, data=replace(config.data, shards=str(copy), synthetic_clips=0))
+    folder = run(config)
+    assert len(losses(folder)) == 12
+    log = (folder / "log.txt").read_text()
+    assert log.count(f"sample {info.key}: no entry of a tar") == 1 and "; skipped" in log
+    strict = replace(config, data=replace(config.data, max_bad=0))
+    with pytest.raises(DataError) as error:
+        run(strict)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith("at most 0 are skipped; python -m data.check lists them all)")
+
+
+# ---- Weights & Biases
+
+
+@pytest.fixture
+def unreachable(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("train.loggers._PATIENCE", 3)
+
+
+def test_without_a_connection_weights_and_biases_is_logged_offline(finished, tmp_path, unreachable, capsys):
+    _, whole = finished
+    folder = run(run_config(tmp_path, trainer__steps=6, log__wandb="online"))
+    said = capsys.readouterr().out
+    assert said.count("warning: Weights & Biases does not answer") == 1 and "wandb sync" in said
+    assert losses(folder) == losses(whole)
+    number = (folder / "wandb_id").read_text().strip()
+    assert list(folder.glob(f"wandb/offline-run-*-{number}/*.wandb"))
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path):
+    config = run_config(tmp_path, log__wandb="offline", trainer__steps=4)
+    folder = run(config)
+    number = (folder / "wandb_id").read_text()
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    resume(folder, config)
+    assert (folder / "wandb_id").read_text() == number
+    assert len(list(folder.glob(f"wandb/offline-run-*-{number.strip()}"))) >= 1
+
+
+def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path):
+    _, whole = finished
+    process = Run(*words(tmp_path, trainer__steps=6, log__wandb="offline", trainer__checkpoint_every=1))
+    process.wait_for(lambda: bool(list(tmp_path.glob("runs/shapes_4x/*/checkpoints/step-*"))))
+    tree = subprocess.run(["pgrep", "-g", str(process.process.pid), "-f", "wandb-core"], capture_output=True, text=True)
+    found = [int(pid) for pid in tree.stdout.split()] or _descendants(process.process.pid, "wandb-core")
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    assert found
+    text = process.end()
+    assert process.process.returncode == 0, text
+    assert losses(only_run(tmp_path / "runs")) == losses(whole)
+
+
+def _descendants(parent: int, name: str) -> list[int]:
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    parts = [line.split(None, 2) for line in lines]
+    below = {parent}
+    for _ in range(5):
+        below |= {int(pid) for pid, above, _ in parts if int(above) in below}
+    return [int(pid) for pid, _, words in parts if int(pid) in below and name in words]
+
+
+# ---- memory, signals, ranks
+
+
+def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.99 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr("train.models.wan.WanAdapter.velocity", full)
+    with pytest.raises(UserError, match=r"rank 0: out of GPU memory.*Cheapest first: .*parallel.activations"):
+        run(config)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    """The data never comes, so that the step of the first interrupt never ends."""
+    shards = training_shards(run_config(tmp_path)).folder
+    pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
+    process = Run(*words(tmp_path, data__shards=pipe, data__synthetic_clips=0))
+    process.wait_for(lambda: bool(list(tmp_path.glob("runs/shapes_4x/*/environment.json"))))
+    time.sleep(2)
+    os.kill(process.process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.process.poll() is None
+    os.kill(process.process.pid, signal.SIGINT)
+    text = process.end(20)
+    assert process.process.returncode == 130
+    assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
+    assert get_state(only_run(tmp_path / "runs"))[0] == "stopped"
+
+
+def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
+    shards = training_shards(run_config(tmp_path)).folder
+    pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
+    process = Run(*words(tmp_path, data__shards=pipe, data__synthetic_clips=0, trainer__timeout=5))
+    text = process.end(90)
+    assert process.process.returncode == 1
+    assert "error: no step for 5 s (trainer.timeout): the run hangs in reading data after step 0; stacks: " in text
+    folder = only_run(tmp_path / "runs")
+    assert "most recent call first" in (folder / "stack-rank-0.txt").read_text()
+    assert get_state(folder)[0] == "died"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """An undisturbed run of two processes."""
+    tmp_path = tmp_path_factory.mktemp("two")
+    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=30)).end()
+    folder = only_run(tmp_path / "runs")
+    assert len(losses(folder)) == 30, text
+    return folder
+
+
+def start_two(tmp_path, step, **changes):
+    """A run of two processes that has made so many steps; its folder."""
+    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=30, **changes))
+    process.wait_for(lambda: any(len(losses(f)) >= step for f in tmp_path.glob("runs/shapes_4x/*")))
+    return process, only_run(tmp_path / "runs")
+
+
+def same_as(folder, whole):
+    """The run, resumed until its end, has the losses and the state of the undisturbed one, bit for bit."""
+    text = Run(f"resume={folder}").end()
+    assert losses(folder) == losses(whole), text
+    assert equal_checkpoints(folder / "checkpoints" / "step-000030", whole / "checkpoints" / "step-000030")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path, rank):
+    process, folder = start_two(tmp_path, 5)
+    os.kill(process.ranks()[rank], signal.SIGKILL)
+    text = process.end(60)
+    end = time.monotonic() + 20
+    while process.ranks()[1:] and time.monotonic() < end:
+        time.sleep(0.2)
+    assert "Traceback" not in text, text
+    assert ("error: rank 0 was killed" if rank == 0 else "error: rank 1 (process ") in text, text
+    assert f"the run goes on from its last checkpoint: python -m train resume={folder}" in text
+    same_as(folder, two_ranks)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
+    process, folder = start_two(tmp_path, 3, trainer__timeout=6)
+    frozen = process.ranks()[rank]
+    os.kill(frozen, signal.SIGSTOP)
+    text = process.end(90)
+    assert f"rank {rank}" in text and "gives no sign of life" in text, text
+    assert not Path(f"/proc/{frozen}").exists() or rank == 1
+    same_as(folder, two_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repetition", range(20))
+def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetition):
+    """kill -9 of a rank or of all, at a random moment, with a checkpoint at every step: many fall into its writing."""
+    moment = torch.rand(2, generator=torch.Generator().manual_seed(repetition)).tolist()
+    process, folder = start_two(tmp_path, 1, trainer__checkpoint_every=1, trainer__keep=30)
+    time.sleep(4 * moment[0])
+    if repetition % 3 == 0:
+        process.kill()
+    else:
+        os.kill(process.ranks()[repetition % 2], signal.SIGKILL)
+    process.end(60)
+    for path in checkpoints_of(folder / "checkpoints"):
+        load_state(path), load_weights(path)
+    same_as(folder, two_ranks)
+
+
+def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, tmp_path):
+    process, folder = start_two(tmp_path, 4)
+    os.kill(process.ranks()[1], signal.SIGTERM)
+    text = process.end(60)
+    assert process.process.returncode == 75, text
+    assert get_state(folder)[0] == "requeue"
+    (last,) = checkpoints_of(folder / "checkpoints")[-1:]
+    assert load_state(last)["global_step"] == len(losses(folder))
+    same_as(folder, two_ranks)
+
+
+# ---- other people's files
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_with_a_pickle_is_refused_and_nothing_of_it_runs(finished, tmp_path, name):
+    config, whole = finished
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for step in checkpoints_of(folder / "checkpoints"):
+        (step / name).write_bytes(pickle.dumps(Evil(tmp_path / "written")))
+    with pytest.raises(UserError, match=f"{name} is no readable part of a checkpoint"):
+        resume(folder, config)
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_tar_that_points_outside_of_its_folder_writes_nothing(tmp_path):
+    config = run_config(tmp_path)
+    shards = shutil.copytree(training_shards(config).folder, tmp_path / "shards" / "inner")
+    tar = shards / Manifest.load(shards).shards[0].file
+    with tarfile.open(tar) as archive:
+        members = [(member, archive.extractfile(member).read()) for member in archive.getmembers()]
+    key = members[0][0].name.split(".")[0]
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for member, content in members:
+            if member.name.startswith(key):
+                member.name = member.name.replace(key, "../" + key[3:], 1)
+            archive.addfile(member, __import__("io").BytesIO(content))
+    outside = set((tmp_path / "shards").iterdir()) | set(tmp_path.iterdir())
+    config = replace(config, trainer=replace(config.trainer, steps=12))
+    run(replace(config, data=replace(config.data, shards=str(shards), synthetic_clips=0)))
+    assert set((tmp_path / "shards").iterdir()) | set(tmp_path.iterdir()) == outside
+
+
+def test_a_changed_setting_is_shown_and_wants_a_word(finished):
+    config, folder = finished
+    done = subprocess.run(
+        [sys.executable, "-m", "train", f"resume={folder}", "optim.lr=1e-5", "trainer.keep=5"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: optim.lr was 0.002, now 1e-05: this changes what the run computes. Add override=true to go on with it, "
+        "or start a new run\n"
+    )
+    assert change_config(config, {"optim.lr": "1e-5", "override": "true"}).optim.lr == 1e-5
+    assert json.dumps(config.optim.lr) == "0.002"

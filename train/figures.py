@@ -1,0 +1,121 @@
+"""The figures of every step, one row with the same keys for metrics.csv, TensorBoard and Weights & Biases.
+
+loss, grad_norm, lr, sigma             of the step: means over its samples, on all ranks
+loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
+loss_frames/81                         loss of the samples of so many latent frames
+lora_norm/<block>                      Frobenius norm of (alpha / rank) B A, over a block's layers, now and then
+skipped                                steps that were skipped until now (`train.guard`)
+tokens_per_second, mfu, …              `train.throughput`
+validation/…                           `train.validation`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from train.control import ControlGroup
+from train.lora import ADAPTER
+from train.module import LengthExtensionModule
+from train.throughput import Throughput
+
+BUCKETS = 5
+"""Of equal width, over noise levels from 0 to 1."""
+VALIDATION = "validation/loss"
+"""On the longest held-out clips: the best checkpoint has least of it."""
+
+
+class Figures(Callback):
+    """Collects and logs them. It stands before the checkpoints, so that no saved step lacks its row.
+
+    Args:
+        every: optimizer steps between rows.
+        norms_every: optimizer steps between LoRA norms; 0: none.
+        more: gives further figures of the step, by name: what other callbacks have counted.
+
+    Attributes:
+        row: the last one.
+    """
+
+    def __init__(
+        self, every: int, norms_every: int, throughput: Throughput, control: ControlGroup,
+        more: Callable[[], dict[str, float]],
+    ) -> None:  # fmt: skip
+        self.every, self.norms_every = every, norms_every
+        self.throughput, self.control, self.more = throughput, control, more
+        self.row: dict[str, float] = {}
+        self._lengths: list[int] = []
+        self._sums = torch.zeros(0, 2, dtype=torch.float64)
+        self._step = -1
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.control.open(trainer)
+        self._step = trainer.global_step
+        loader: Any = trainer.train_dataloader
+        self._lengths = sorted({info.shape[1] for info in loader.dataset.manifest.samples})
+        self._sums = torch.zeros(BUCKETS + len(self._lengths), 2, dtype=torch.float64)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(module, LengthExtensionModule)
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        row = self._step_row(module)
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            row |= self._bucket_row() | self.throughput.row(trainer, module)
+        if self.norms_every and trainer.global_step % self.norms_every == 0:
+            row |= lora_norms(module)
+        row |= self.more()
+        self.row = row
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=trainer.global_step - 1)
+
+    def _step_row(self, module: LengthExtensionModule) -> dict[str, float]:
+        """Means over all ranks' samples; also adds them to the buckets."""
+        losses = torch.stack([each.loss for each in module.seen]).double().cpu()  # the step's one wait for the device
+        step = torch.zeros(3, dtype=torch.float64)
+        for each, loss in zip(module.seen, losses.tolist(), strict=True):
+            step += torch.tensor([loss, each.sigma, 1.0])
+            entry = torch.tensor([loss, 1.0])
+            self._sums[min(int(each.sigma * BUCKETS), BUCKETS - 1)] += entry
+            self._sums[BUCKETS + self._lengths.index(each.frames)] += entry
+        loss, sigma, count = self.control.sum(step).tolist()
+        optimizer: Any = module.trainer.optimizers[0]
+        rate = optimizer.param_groups[0]["lr"]
+        return {"loss": loss / count, "sigma": sigma / count, "grad_norm": module.gradient_norm, "lr": rate}
+
+    def _bucket_row(self) -> dict[str, float]:
+        sums, self._sums = self.control.sum(self._sums), torch.zeros_like(self._sums)
+        names = [f"loss_sigma/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}" for i in range(BUCKETS)]
+        names += [f"loss_frames/{length}" for length in self._lengths]
+        rows = zip(names, sums.tolist(), strict=True)
+        return {name: total / count for name, (total, count) in rows if count}
+
+
+@torch.no_grad()
+def lora_norms(module: LengthExtensionModule) -> dict[str, float]:
+    """``lora_norm/<block>`` of every block with a LoRA; empty when all weights train. Every rank must call it."""
+    if not module.lora:
+        return {}
+    squares: dict[str, Tensor] = {}
+    weights = module.trained_weights()
+    for name, a in weights.items():
+        if ".lora_A." not in name:
+            continue
+        b = weights[name.replace(".lora_A.", ".lora_B.")].float()
+        a = a.float()
+        found = re.search(r"(\w+)\.(\d+)\.", name)  # blocks.7.attn1.to_q, transformer_blocks.7.attn.to_q
+        block = f"{found[1]}_{int(found[2]):02d}" if found else name.split(".lora_A.")[0]
+        # |BA|^2 = tr(A^T B^T B A), without the product of the full size
+        squares[block] = squares.get(block, torch.zeros((), device=a.device)) + ((b.T @ b) * (a @ a.T)).sum()
+    scale = next(layer.scaling[ADAPTER] for layer in module.transformer.modules() if hasattr(layer, "scaling"))
+    return {
+        f"lora_norm/{block}": scale * float(square.clamp(min=0).sqrt()) for block, square in sorted(squares.items())
+    }

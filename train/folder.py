@@ -1,0 +1,129 @@
+"""The folder of a run: making it, holding it against a second run, and saying how the run in it stands.
+
+config.yaml     the whole config; a resume reads it
+state           first line: running, requeue, stopped, done or failed; then why, in words
+.lock           held by rank 0 while it runs: host, process and SLURM job
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from train.config import RunConfig
+from train.errors import UserError
+
+CONFIG, STATE, LOCK = "config.yaml", "state", ".lock"
+_SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint it goes on from."""
+
+    path: Path
+    checkpoint: Path | None = None
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunFolder:
+        """A new ``<runs>/<conf>/<time>`` with the run's config in it; processes that the first one starts share it."""
+        if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
+            return cls(Path(os.environ[_SHARED]))
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        path = Path(config.runs) / config.conf / stamp
+        for attempt in range(1, 100):
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                path = path.with_name(f"{stamp}_{attempt}")
+            except OSError as error:
+                raise UserError(
+                    f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
+                ) from error
+        write_config(config, path)
+        if config.trainer.devices > 1:
+            os.environ[_SHARED] = str(path)
+        return cls(path)
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Writes the config of a run, whole or not at all."""
+    temporary = folder / f".{CONFIG}.tmp-{os.getpid()}"
+    OmegaConf.save(OmegaConf.structured(config), temporary)
+    temporary.replace(folder / CONFIG)
+
+
+def set_state(folder: Path, word: str, why: str = "") -> None:
+    """Says how the run stands; a full or read-only disk is not this function's business."""
+    temporary = folder / f".{STATE}.tmp-{os.getpid()}"
+    try:
+        temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n")
+        temporary.replace(folder / STATE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def get_state(folder: Path) -> tuple[str, str]:
+    """The word and the reason of `set_state`; ``new`` where nothing has run yet."""
+    try:
+        word, _, why = (folder / STATE).read_text().partition("\n")
+    except OSError:
+        return "new", ""
+    return word, why.strip()
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who runs in the folder now: ``host``, ``pid``, ``job`` (of SLURM, or None), ``since``. None when nobody does."""
+    try:
+        with (folder / LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return dict(json.load(file))
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets it go even when the process is killed.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): make it writable, or copy it elsewhere and resume the copy"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = holder(folder) or {"pid": "?", "host": "?", "job": None, "since": "?"}
+            job = f", SLURM job {other['job']}" if other["job"] else ""
+            raise UserError(
+                f"{folder} is in use by process {other['pid']} on {other['host']}{job} since {other['since']}: "
+                f"wait for it, or end it with python -m launch cancel {folder}"
+            ) from None
+        except OSError as error:
+            print(f"warning: {folder} has no file locks ({error.strerror}): a second run in it would go unnoticed")
+        file.truncate(0)
+        job_id = os.environ.get("SLURM_JOB_ID")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id, "since": since}, file)
+        file.flush()
+        yield

@@ -1,0 +1,178 @@
+"""What a run on synthetic clips shows at its end: a table on held-out clips, and pictures."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.batch import collate
+from data.manifest import Manifest
+from data.sample import Sample
+from data.stream import read_samples
+from radial import Dense, build_layout
+from radial.draw import draw_layout
+from train.config import RunConfig
+from train.evaluate import Interval, clip_losses
+from train.flow import noise_like
+from train.module import LengthExtensionModule
+from train.pictures import animate, draw_loss, film_strip
+from train.plan import AttentionPlan
+from train.sampling import sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of the table."""
+
+    name: str
+    frames: int
+    losses: list[float]
+    attention_gflops: float
+
+
+def write_report(
+    config: RunConfig,
+    module: LengthExtensionModule,
+    folder: Path,
+    shards: Manifest,
+    held_out: Callable[[int, int], Manifest],
+    precision: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Draws the loss curve; with ``report.clips`` also evaluates, prints the table and animates.
+
+    Args:
+        held_out: gives the shards of that many held-out clips of that many latent frames.
+        precision: the autocast context that training ran in.
+    """
+    if (folder / "metrics.csv").exists():
+        draw_loss(folder / "metrics.csv", folder / "loss.png")
+    if not config.report.clips:
+        return
+    count, short_frames = config.report.clips, config.report.short_frames
+    clips = list(read_samples(held_out(count, config.clip.frames)))
+    short = list(read_samples(held_out(count, short_frames))) if module.lora and short_frames else []
+    module.transformer.eval()
+    with precision():
+        rows = _measure(config, module, clips, short)
+        _tell(rows, folder)
+        _show(config, module, clips[0], folder)
+
+
+def draw_mask(module: LengthExtensionModule, shards: Manifest, folder: Path) -> None:
+    """Draws the mask of the shards' clips to ``mask.png``."""
+    latent = torch.empty(1, *shards.samples[0].shape)
+    layout = build_layout(module.pattern, module.adapter.grid(latent), module.block)
+    draw_layout(layout, folder / "mask.png")
+
+
+def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sample], short: list[Sample]) -> list[Row]:
+    adapter = module.adapter
+    shape = adapter.attention_shape
+
+    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], AttentionPlan]) -> Row:
+        losses = clip_losses(adapter, of, plan, module.schedule, seed=config.seed, label=name)
+        flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
+        return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
+
+    dense, pattern = functools.partial(_dense_plan, module), functools.partial(_pattern_plan, module)
+
+    rows = []
+    name = module.pattern.name
+    if module.lora:
+        module.transformer.disable_adapters()
+        if short:
+            rows.append(row("base, dense, own length", short, dense))
+        rows.append(row("base, dense", clips, dense))
+        if name != "dense":
+            rows.append(row(f"base, {name}", clips, pattern))
+        module.transformer.enable_adapters()
+        rows.append(row(f"{name} + LoRA", clips, pattern))
+    else:
+        rows.append(row(f"trained, {name}", clips, pattern))
+    return rows
+
+
+def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
+    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
+
+
+def _pattern_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
+    """What the model was trained with: dense at noise levels from ``dense_sigma`` up."""
+    return module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
+
+
+def _tell(rows: list[Row], folder: Path) -> None:
+    tuned = rows[-1]
+    lines = [
+        f"{'held-out clips: ' + str(len(tuned.losses)):<28} {'frames':>6} {'flow loss':>10} "
+        f"{'attention GFLOPs':>17}   tuned minus this (95 %)"
+    ]
+    table = []
+    for row in rows:
+        mean = sum(row.losses) / len(row.losses)
+        gain = None
+        if row is not tuned and row.frames == tuned.frames:
+            gain = Interval.of([t - b for t, b in zip(tuned.losses, row.losses, strict=True)])
+        lines.append(
+            f"{row.name:<28} {row.frames:>6} {mean:>10.4f} {row.attention_gflops:>17.1f}   {gain if gain else ''}"
+        )
+        table.append(
+            {
+                "name": row.name,
+                "frames": row.frames,
+                "flow_loss": mean,
+                "attention_gflops": row.attention_gflops,
+                "tuned_minus_this": gain and {"mean": gain.mean, "half_width_95": gain.half},
+                "losses": row.losses,
+            }
+        )
+    print("\n" + "\n".join(lines))
+    (folder / "report.json").write_text(json.dumps(table, indent=1))
+    (folder / "report.txt").write_text("\n".join(lines) + "\n")
+
+
+def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:
+    """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
+    device = next(module.transformer.parameters()).device
+    batch = collate([clip], 0).to(device)
+    text = batch.text
+    empty = {
+        name: type(entry)(entry.tokens[None].to(device), entry.mask[None].to(device))
+        for name, entry in module.empty_prompt.text.items()
+    }
+    noise = noise_like(batch.latent, config.seed, "animation")
+
+    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
+        return sample(
+            module.adapter,
+            noise,
+            text,
+            empty,
+            functools.partial(plan, module, noise),
+            steps=config.report.sampling_steps,
+            shift=config.objective.shift,
+            guidance=config.report.guidance,
+            label=label,
+        )[0].cpu()
+
+    frames = clip.latent.shape[1]
+    name = module.pattern.name
+    panels = {f"truth: {clip.caption}": clip.latent.float()}
+    if module.lora:
+        module.transformer.disable_adapters()
+        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base, dense", _dense_plan)
+        if name != "dense":
+            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
+        module.transformer.enable_adapters()
+        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", _pattern_plan)
+    else:
+        panels[f"trained model at {frames} frames"] = generate("Generating", _pattern_plan)
+    animate(panels, config.conf, folder / "clips.gif")
+    film_strip(panels, config.conf, folder / "clips.png")

@@ -1,0 +1,105 @@
+"""Signals: a run that is asked to stop finishes its step, saves a checkpoint and says whether it wants to go on.
+
+    SIGINT                  stop: checkpoint and exit; a second one exits at once
+    SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
+
+Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from train.control import ControlGroup
+from train.folder import set_state
+
+STOP, REQUEUE = 1, 2
+WORDS = {STOP: "stopped", REQUEUE: "requeue"}
+"""The run's state after each request (`train.folder.set_state`)."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODES = {STOP: 130, REQUEUE: 75}
+"""Of rank 0: as after Ctrl-C, and EX_TEMPFAIL."""
+
+
+class StopSignals(Callback):
+    """Turns signals into an orderly end of training.
+
+    Attributes:
+        asked: what this process was asked, 0 for nothing; after a step, what any rank was asked.
+    """
+
+    def __init__(self, folder: Path, rank: int, control: ControlGroup) -> None:
+        self.folder, self.rank, self.control = folder, rank, control
+        self.asked = 0
+        self._trainer: L.Trainer | None = None
+        self._step = -1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals over, and gives them back."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked == STOP:
+            self._exit_now()
+        if self.asked == 0 and self.rank == 0:
+            # print() may be what was interrupted
+            again = "; again: at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
+        # who asks to stop does not want it started again
+        self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
+
+    def _exit_now(self) -> None:
+        if self.rank == 0:
+            set_state(self.folder, WORDS[STOP], "interrupted twice: it goes on from its last checkpoint")
+        launcher: Any = self._trainer.strategy.launcher if self._trainer is not None else None
+        for process in getattr(launcher, "procs", ()):
+            process.kill()
+        os._exit(EXIT_CODES[STOP])
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._listen()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
+        self._trainer, self._step = trainer, trainer.global_step
+        self.control.open(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # a micro-batch that was only accumulated
+        self._step = trainer.global_step
+        stop, requeue = self.control.any([self.asked == STOP, self.asked == REQUEUE])
+        self.asked = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
+        if self.asked:
+            trainer.should_stop = True
+
+
+def spare_worker(_: int) -> None:
+    """For a loader's workers: a signal to the whole group leaves them at work, so that the step can be finished.
+
+    A second SIGTERM, which is how a loader ends a worker that hangs, ends it.
+    """
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

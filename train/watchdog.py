@@ -1,0 +1,217 @@
+"""No rank waits for ever: one that makes no step for too long ends the run, and says which rank stands where.
+
+A thread of every rank tells a store where its rank is. The rank that hangs is the one whose thread is silent (a frozen
+process, a dead node), or else the one that is furthest behind: the others wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from train.cli import MISTAKES
+from train.control import ControlGroup
+from train.folder import set_state
+from train.ranks import slurm_tasks
+
+PLACES = ("reading data", "the forward pass", "the backward pass", "the optimizer step or what follows it")
+EXIT_CODE = 1
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int  # finished
+    place: int  # in the one after that, of PLACES
+    count: int  # beats so far
+
+    def words(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+class Watchdog(Callback):
+    """Ends the run when it stands still.
+
+    Args:
+        folder: the run's; each rank's stack goes there as ``stack-rank-<n>.txt``.
+        timeout: seconds without a step forward.
+    """
+
+    def __init__(self, folder: Path, timeout: float, control: ControlGroup) -> None:
+        self.folder, self.timeout, self.control = folder, timeout, control
+        self._step, self._place, self._moved = 0, 0, time.monotonic()
+        self._store: dist.Store | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._children: list[Any] = []
+        self._parent = os.getppid()
+        self._mine: Beat | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.control.open(trainer)
+        self._children = list(getattr(trainer.strategy.launcher, "procs", ()))
+        if self.control.world > 1:
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            patience = timedelta(seconds=min(60.0, self.timeout))
+            if self.control.rank == 0:
+                self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            port = self.control.from_first(getattr(self._store, "port", None))
+            if self._store is None:
+                self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+        self._at(trainer, 0)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def _at(self, trainer: L.Trainer, place: int) -> None:
+        self._step, self._place, self._moved = trainer.global_step, place, time.monotonic()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 1)
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 2)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 3)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 0)  # the other callbacks have had the batch: this one is the last
+
+    def on_train_end(self, *_: Any) -> None:
+        self._done.set()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, MISTAKES):
+            self._done.set()  # every rank ends for the same reason, which is told elsewhere
+
+    def progress(self) -> None:
+        """What takes long beside the steps, such as a validation, is not standing still."""
+        self._moved = time.monotonic()
+
+    def explain(self, error: BaseException) -> None:
+        """Ends the run with the reason, when ``error`` says that another rank is gone; else returns."""
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(word in text for word in _BROKEN):
+            return
+        for _ in range(30):  # a killed process takes a moment to be seen as such
+            self._look_at_family()
+            time.sleep(0.1)
+        self._end(f"rank {self.control.rank} has lost another rank: {text.splitlines()[0]}", speak=True)
+
+    def _look_at_family(self) -> None:
+        if self.control.rank and os.getppid() != self._parent:
+            self._end("rank 0 was killed", speak=self.control.rank == 1)
+        for rank, child in enumerate(self._children, 1):
+            if child.poll():
+                self._end(f"rank {rank} (process {child.pid}) {_how_it_ended(child.returncode)}", speak=True)
+
+    def _watch(self) -> None:
+        count = 0
+        while not self._done.wait(1.0):
+            count += 1
+            self._look_at_family()
+            self._beat(count)
+            if time.monotonic() - self._moved > self.timeout:
+                self._stuck()
+
+    def _beat(self, count: int) -> None:
+        host, pid = socket.gethostname(), os.getpid()
+        self._mine = mine = Beat(self.control.rank, host, pid, self._step, self._place, count)
+        if self._store is None:
+            return
+        try:
+            self._store.set(f"beat-{mine.rank}", json.dumps(asdict(mine)))
+        except RuntimeError:  # rank 0, which holds the store, does not answer
+            return
+
+    def _stuck(self) -> None:
+        """Collects where everybody is, for long enough to tell the silent from the slow, and ends the run."""
+        # before anything else: where this rank is, for who asks why
+        with (self.folder / f"stack-rank-{self.control.rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        first = self._ask_all()
+        waited, count = 0.0, 10**9
+        while waited < 4:
+            time.sleep(1)
+            waited, count = waited + 1, count + 1
+            self._beat(count)
+        if self._done.is_set() or time.monotonic() - self._moved < self.timeout:
+            return
+        second = self._ask_all()
+        silent = [rank for rank in range(self.control.world) if not _alive(first.get(rank), second.get(rank))]
+        if not second:  # the store itself is silent, which rank 0 holds
+            silent = [0]
+            self._kill_parent()
+        speaker = min(rank for rank in range(self.control.world) if rank not in silent)
+        if silent:
+            seen = [second.get(rank) or first.get(rank) for rank in silent]
+            names = [beat.words() if beat else f"rank {rank}" for rank, beat in zip(silent, seen, strict=True)]
+            step = min((beat.step for beat in seen if beat), default=self._step)
+            why = f"{', '.join(names)} gives no sign of life; its last finished step is {step}"
+        else:
+            last = min(second.values(), key=lambda beat: (beat.step, beat.place))
+            behind = [beat for beat in second.values() if (beat.step, beat.place) == (last.step, last.place)]
+            names = [beat.words() for beat in behind] if len(behind) < len(second) else ["every rank"]
+            why = f"{', '.join(names)} hangs in {PLACES[last.place]} after step {last.step}"
+            if self.control.world == 1:
+                why = f"the run hangs in {PLACES[last.place]} after step {last.step}"
+        stacks = f"stacks: {self.folder}/stack-rank-*.txt"
+        self._end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.control.rank == speaker)
+
+    def _ask_all(self) -> dict[int, Beat]:
+        if self._store is None:
+            return {} if self._mine is None else {self.control.rank: self._mine}
+        found: dict[int, Beat] = {}
+        for rank in range(self.control.world):
+            try:
+                if self._store.check([f"beat-{rank}"]):
+                    found[rank] = Beat(**json.loads(self._store.get(f"beat-{rank}")))
+            except RuntimeError:
+                break
+        return found
+
+    def _kill_parent(self) -> None:
+        """A frozen rank 0 that started this rank would stay for ever."""
+        if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
+            os.kill(self._parent, signal.SIGKILL)
+
+    def _end(self, why: str, speak: bool) -> None:
+        """Ends this process, the ranks that it started, and a rank 0 on this machine that started it."""
+        if speak:
+            set_state(self.folder, "died", why)
+            print(f"\nerror: {why}\nthe run goes on from its last checkpoint: python -m train resume={self.folder}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        else:
+            time.sleep(2)  # the one that speaks comes first
+        for child in self._children:
+            child.kill()
+        os._exit(EXIT_CODE)
+
+
+def _alive(first: Beat | None, second: Beat | None) -> bool:
+    return first is not None and second is not None and second.count > first.count
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -9:
+        return "was killed (signal 9: by somebody, or by the system when memory ran out)"
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

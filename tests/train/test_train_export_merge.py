@@ -137,7 +137,7 @@ def test_mistakes_are_found_before_anything_is_written(base, tmp_path):
 
 
 MEASURE = """
-import resource, sys, torch
+import os, sys, threading, time, torch
 from pathlib import Path
 from train.export.merge import merge
 from train.export.reading import Lora
@@ -145,9 +145,16 @@ base, out, shard = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 pairs = {f"blocks.{i}.attn1.{n}": (torch.randn(16, 1024), torch.randn(1024, 16))
          for i in range(24) for n in ("to_q", "to_k", "to_v", "to_out.0")}
 torch.ones(512, 512) @ torch.ones(512, 512)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+before, most = resident(), [0]
+def watch():
+    while True:
+        most[0] = max(most[0], resident())
+        time.sleep(0.001)
+threading.Thread(target=watch, daemon=True).start()
 merge(base, out, [(Lora(pairs), 1.0)], torch.bfloat16, shard_bytes=shard)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(most[0] - before)
 """
 
 
@@ -168,4 +175,4 @@ def test_memory_is_at_most_two_shards(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 4
-    assert int(done.stdout) <= 2 * shard
+    assert 0.8 * shard < int(done.stdout) <= 2 * shard

@@ -37,7 +37,7 @@ def make(family):
     return vae.eval()
 
 
-def latent_for(vae, frames, height=4, width=6):
+def latent_for(vae, frames, height=2, width=3):
     torch.manual_seed(1)
     channels = vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels
     return torch.randn(1, channels, frames, height, width)
@@ -49,8 +49,12 @@ def whole(vae, latent):
     return video
 
 
-@pytest.mark.parametrize(("family", "ratio"), [("wan", 4), ("wan_5b", 4), ("hunyuan", 4), ("mochi", 6)])
-@pytest.mark.parametrize("frames", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("family", "ratio", "frames"),
+    [("wan", 4, 1), ("wan", 4, 4), ("wan_5b", 4, 3)]
+    + [("hunyuan", 4, frames) for frames in (1, 4, 5, 9)]
+    + [("mochi", 6, frames) for frames in (1, 2, 5)],
+)
 def test_streamed_frames_are_those_of_a_whole_decode(family, ratio, frames):
     vae = make(family)
     latent = latent_for(vae, frames)
@@ -77,9 +81,9 @@ def test_mochis_convolutions_are_as_they_were():
 
 def test_hunyuans_tiles_are_diffusers_own():
     vae = make("hunyuan")
-    vae.tile_sample_min_height = vae.tile_sample_min_width = 64
-    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 48
-    latent = latent_for(vae, 6, 10, 12)
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 32
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
+    latent = latent_for(vae, 5, 5, 4)
     got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
     untiled = whole(vae, latent)
     vae.enable_tiling()
@@ -90,10 +94,10 @@ def test_hunyuans_tiles_are_diffusers_own():
 @pytest.mark.parametrize("family", ["wan", "mochi"])
 def test_tiles_are_blended_into_the_frames(family, monkeypatch):
     """Tiles see less of the frame, and these decoders average over all that they see: alike is all to be asked."""
-    monkeypatch.setattr(decode, "_TILE", 8)
+    monkeypatch.setattr(decode, "_TILE", 4)
     monkeypatch.setattr(decode, "_OVERLAP", 2)
     vae = make(family)
-    latent = latent_for(vae, 3, 8, 13)
+    latent = latent_for(vae, 2, 4, 7)
     expected = whole(vae, latent)
     got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
     assert got.shape == expected.shape

@@ -19,7 +19,6 @@ from train.cli import files_with_strengths
 from train.compose import compose_run
 from train.config import ModelConfig
 from train.errors import UserError
-from train.export.reading import read_header
 
 HEADER = "radial."
 """Prefix of this project's keys in a LoRA's header."""
@@ -150,6 +149,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
 def _header(settings: Settings) -> dict[str, str]:
     if settings.lora is None:
         return {}
+    from train.export.reading import read_header  # takes seconds to import
+
     path, _ = files_with_strengths("lora", settings.lora)[0]
     return {key.removeprefix(HEADER): value for key, value in read_header(path).items() if key.startswith(HEADER)}
 

@@ -9,6 +9,7 @@ from train.cli import guarded
 from train.errors import UserError
 
 COMMANDS = {
+    "plan": "memory, time and settings of a run, before a GPU is touched",
     "local": "a run on this machine",
     "slurm": "a run on a SLURM cluster",
     "status": "how runs stand",

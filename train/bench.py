@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data.sample import TextTokens
 from radial import make_pattern
-from train.build import resolve_precision, set_memory_policy
+from train.build import chosen_policies, resolve_precision, set_memory_policy
 from train.cli import guarded
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig, validate
@@ -158,7 +158,9 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     settle(adapter.transformer, dtype, device)
     if config.trainer.fp8:
         use_fp8(adapter.transformer)
-    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
+    on_all = replace(config.trainer, devices=sp)
+    policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), blocks)
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()
     trained = [p for p in adapter.transformer.parameters() if p.requires_grad]
     for parameter in trained:  # B starts at zero: A would have no gradient

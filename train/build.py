@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,10 +15,12 @@ from train.export.reading import read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.lora import inject_lora, start_from
-from train.memory import block_runner, chunk_tokens
+from train.memory import block_runner, chunk_tokens, mixed_runner
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule
 from train.offload import Offload
+from train.planning import Budget, this_machine
+from train.planning.policies import BlockPolicies, configured
 from train.preflight import check_heads
 
 
@@ -49,16 +50,41 @@ def synthetic_shards(config: RunConfig, clips: int, frames: int, seed: int) -> M
     return synthesize(folder, clips, frames, height, width, seed, workers=workers, progress=True)
 
 
-def set_memory_policy(adapter: ModelAdapter, parallel: ParallelConfig, *, compiled: bool) -> None:
-    """What the model's blocks keep for the backward, and whether they are compiled."""
+def chosen_policies(config: RunConfig, layers: int | None = None) -> BlockPolicies | None:
+    """With ``parallel.activations=auto``, the policies that fit this machine's memory; None with any other.
+
+    Args:
+        layers: another number of blocks than the model's.
+
+    Raises:
+        UserError: the model has no dimensions to plan with.
+    """
+    if config.parallel.activations != "auto":
+        return None
+    budget = Budget.of(config, this_machine(config.trainer.devices), layers)
+    if budget is None:
+        raise UserError("parallel.activations is auto, which needs a local model.path; set none, full or selective")
+    return budget.policies
+
+
+def set_memory_policy(
+    adapter: ModelAdapter, parallel: ParallelConfig, *, compiled: bool, policies: BlockPolicies | None = None
+) -> None:
+    """What the model's blocks keep for the backward, and whether they are compiled.
+
+    Args:
+        policies: of `chosen_policies`; None takes ``parallel.activations`` for all blocks.
+    """
     if parallel.ffn_chunk is not None:
         for layer in adapter.feed_forwards():
             chunk_tokens(layer, parallel.ffn_chunk)
-    if parallel.activations != "none":
-        limit = math.inf if parallel.offload_gib is None else parallel.offload_gib * 2**30
-        offload = Offload(limit=limit) if parallel.offload_activations else None
-        runner = block_runner(parallel.activations, offload, compiled=compiled)
-        adapter.transformer.enable_gradient_checkpointing(runner)
+    blocks = list(adapter.transformer.blocks)
+    policies = policies or configured(parallel, len(blocks))
+    if set(policies.names) != {"none"}:
+        offload = Offload(limit=policies.offload) if policies.offload else None
+        runners = {name: block_runner(name, offload, compiled=compiled) for name in set(policies.names)}
+        whole = dict(zip(blocks, (runners[name] for name in policies.names), strict=True))
+        adapter.transformer.enable_gradient_checkpointing(mixed_runner(whole))
     elif compiled:
         adapter.transformer.compile_repeated_blocks()
 
@@ -82,7 +108,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
             start_from(adapter.transformer, start, config.lora.alpha / config.lora.rank)
     if config.trainer.fp8:
         use_fp8(adapter.transformer)
-    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile)
+    policies = chosen_policies(config)
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()
     attention, objective, optim = config.attention, config.objective, config.optim
     return LengthExtensionModule(

@@ -111,6 +111,7 @@ class TrainerConfig:
     devices: int = 1  # of each node
     compile: bool = False  # torch.compile each transformer block
     fp8: bool = False  # the blocks' frozen linear layers in float8
+    check_memory: bool = True  # refuse a run that cannot fit this machine, by the plan (`train.planning`)
     checkpoint_every: int = 100  # optimizer steps
     keep: int = 2  # newest checkpoints that stay, beside the best
     timeout: float = 540.0  # seconds at one place of a step after which the run ends and says which rank hangs
@@ -125,7 +126,9 @@ class ParallelConfig:
     sequence: int = 1  # GPUs that share each clip's tokens
     offload_optimizer: bool = False  # of ZeRO: the optimizer state, and its step, on the CPU
     offload_parameters: bool = False  # of zero3: the weights in CPU memory
-    activations: str = "none"  # what blocks keep: none, full, selective (`train.memory`)
+    activations: str = (
+        "none"  # what blocks keep: none, full, selective, auto (`train.memory`, `train.planning.policies`)
+    )
     offload_activations: bool = False  # what full or selective keep goes to CPU memory
     offload_gib: float | None = None  # CPU memory that each GPU's activations may take; the rest stays; null: no limit
     ffn_chunk: int | None = None  # tokens that a feed-forward layer takes at a time
@@ -205,7 +208,7 @@ _CHOICES = {
     "optim.decay": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp32", "auto"),
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3"),
-    "parallel.activations": ("none", "full", "selective"),
+    "parallel.activations": ("none", "full", "selective", "auto"),
     "log.wandb": ("disabled", "offline", "online"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -294,13 +297,19 @@ def validate(config: RunConfig) -> None:
     ):
         if getattr(parallel, key) and parallel.strategy not in allowed:
             raise UserError(f"parallel.{key} needs parallel.strategy={' or '.join(allowed)}, it is {parallel.strategy}")
-    if parallel.offload_gib is not None and not parallel.offload_activations:
-        raise UserError(f"parallel.offload_gib is {parallel.offload_gib}, it needs parallel.offload_activations=true")
-    if parallel.offload_activations and parallel.activations == "none":
-        raise UserError("parallel.offload_activations needs parallel.activations=full or selective, it is none")
     if config.trainer.fp8 and (config.lora is None or parallel.strategy == "zero3"):
         found = "lora=null" if config.lora is None else "parallel=zero3, which takes weights apart"
         raise UserError(f"trainer.fp8 is true with {found}, expected a LoRA and whole frozen weights on each GPU")
+    if parallel.offload_gib is not None and not (parallel.offload_activations or parallel.activations == "auto"):
+        raise UserError(
+            f"parallel.offload_gib is {parallel.offload_gib}, it needs parallel.offload_activations=true or "
+            "parallel.activations=auto"
+        )
+    if parallel.offload_activations and parallel.activations not in ("full", "selective"):
+        raise UserError(
+            "parallel.offload_activations needs parallel.activations=full or selective, it is "
+            f"{parallel.activations}" + (", which offloads what it has to" if parallel.activations == "auto" else "")
+        )
     backend = config.attention.backend
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"attention.backend is {backend!r}, expected one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""What a transformer block keeps for its backward: one policy a run.
+"""What a transformer block keeps for its backward: one policy a run, or one a block (``parallel.activations=auto``).
 
     none        everything that autograd saves
     full        the block's input; the block runs again in the backward
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,15 +28,23 @@ from train.offload import Offload, Stored
 _Runner = Callable[..., Tensor]
 
 
+def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
+    """Runs each block by its own `block_runner`."""
+    by_block = {id(block): runner for block, runner in runners.items()}
+    return lambda block, hidden, *rest: by_block[id(block)](block, hidden, *rest)
+
+
 def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool = False) -> _Runner:
     """How a model calls its blocks, ``run(block, hidden_states, *rest)``, for diffusers' gradient checkpointing.
 
     Args:
-        policy: ``full`` or ``selective``.
+        policy: ``full``, ``selective`` or, beside blocks that have one of those, ``none``.
         offload: where to what is kept goes; None leaves it on the device.
         compiled: compile the block with its checkpoint as one graph. Operators inside a compiled block are out of
             reach from outside, so that checkpointing a compiled block would compute attention again.
     """
+    if policy == "none":
+        return torch.compile(_call) if compiled else _call
     settings: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         settings["context_fn"] = _compiled_contexts if compiled else functools.partial(_contexts, offload)
@@ -127,6 +135,10 @@ class _Reuse(TorchDispatchMode):
         if not _is_self_attention(operator, args):
             return operator(*args, **(kwargs or {}))
         return tree_map_only((Tensor, Stored), self.get, self.results.popleft())
+
+
+def _call(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from train.config import RunConfig
 from train.errors import UserError
 from train.export.reading import read_header
 from train.models import attention_shape, family_of, model_folder
+from train.planning import Budget, best, plan_table, remedies, this_machine
 
 
 def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
@@ -48,6 +49,34 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
+    check_memory(config)
+
+
+def check_memory(config: RunConfig) -> None:
+    """The run fits this machine's memory, by the plan.
+
+    Raises:
+        UserError: it cannot; with the plan's table and what to change. ``trainer.check_memory=false`` tries anyway.
+    """
+    if not config.trainer.check_memory:
+        return
+    budget = Budget.of(config, this_machine(config.trainer.devices))
+    if budget is None or budget.misfit is None:
+        return
+    clips = config.clips_at_once() * config.optim.accumulate
+    here = best(budget, clips)
+    fixes = [f"here: {' '.join(here.keys)}"] if here is not None else []
+    raise UserError(
+        "\n".join(
+            [
+                f"this run does not fit: {budget.misfit}",
+                *["", plan_table(budget), ""],
+                "what would work:",
+                *[f"  {fix}" for fix in [*fixes, *([] if here is not None else remedies(budget, clips))]],
+                "  trainer.check_memory=false tries all the same",
+            ]
+        )
+    )
 
 
 def _encoder(config: RunConfig) -> tuple[str, Path | None]:

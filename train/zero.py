@@ -22,10 +22,14 @@ from torch.nn import functional as F
 
 # deepspeed is imported where it is used: only a run with ZeRO waits for it
 
+REDUCE_BUCKET = 50_000_000
+"""Gradients that are reduced together, in elements: DeepSpeed holds two such buffers, by default of 2 GB each."""
+
 
 def zero_config(stage: int, *, bf16: bool, offload_optimizer: bool, offload_parameters: bool) -> dict[str, Any]:
     """DeepSpeed's config of a run; clipping and accumulation come from the trainer."""
     stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
+    stage_config["reduce_bucket_size"] = REDUCE_BUCKET
     if offload_optimizer:
         stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload_parameters:

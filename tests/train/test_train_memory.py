@@ -1,5 +1,7 @@
 """Activation policies: the same gradients from less memory."""
 
+import math
+
 import pytest
 import torch
 import torch._dynamo
@@ -13,6 +15,7 @@ from train.flow import noised
 from train.memory import block_runner
 from train.offload import Offload, Stored
 from train.plan import AttentionPlan
+from train.planning.policies import BlockPolicies
 
 CELLS = (3, 12, 20)  # 45 tokens
 
@@ -33,6 +36,12 @@ def policy(**settings):
     return lambda adapter: set_memory_policy(adapter, ParallelConfig(**settings), compiled=False)
 
 
+def mixed(offload, *names, compiled=False):
+    """Each of the three blocks keeps something else."""
+    parallel, policies = ParallelConfig(activations="auto"), BlockPolicies(names, offload)
+    return lambda adapter: set_memory_policy(adapter, parallel, compiled=compiled, policies=policies)
+
+
 def with_offload(name, offload, compiled=False):
     runner = block_runner(name, offload, compiled=compiled)
     return lambda adapter: adapter.transformer.enable_gradient_checkpointing(runner)
@@ -49,6 +58,8 @@ def with_offload(name, offload, compiled=False):
         policy(activations="selective", ffn_chunk=7),
         with_offload("full", Offload(least=0)),
         with_offload("selective", Offload(least=0)),
+        mixed(0, "full", "selective", "none"),
+        mixed(math.inf, "selective", "full", "none"),
     ],
 )
 def test_gradients_are_those_without_a_policy(prepare, pattern):
@@ -57,13 +68,22 @@ def test_gradients_are_those_without_a_policy(prepare, pattern):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "forwards"), [("none", 3), ("full", 6), ("selective", 3)])
-def test_selective_never_computes_attention_again(monkeypatch, name, forwards):
+@pytest.mark.parametrize(
+    ("prepare", "forwards"),
+    [
+        (policy(activations="none"), 3),
+        (policy(activations="full"), 6),
+        (policy(activations="selective"), 3),
+        (mixed(0, "full", "full", "selective"), 5),
+        (mixed(0, "full", "selective", "none"), 4),
+    ],
+)
+def test_selective_never_computes_attention_again(monkeypatch, prepare, forwards):
     calls = []
     kernel = type(BACKENDS["torch"])
     whole = kernel.forward
     monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
-    gradients(policy(activations=name))
+    gradients(prepare)
     assert len(calls) == forwards
 
 
@@ -74,6 +94,7 @@ def test_selective_never_computes_attention_again(monkeypatch, name, forwards):
         (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="full"), compiled=True), 6),
         (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="selective"), compiled=True), 3),
         (with_offload("selective", Offload(least=0), compiled=True), 3),
+        (mixed(0, "selective", "selective", "selective", compiled=True), 3),
     ],
 )
 def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):

@@ -1,0 +1,76 @@
+"""``python -m launch plan``: what a person sees."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launch.plan import main
+from train.errors import UserError
+
+
+def lines(capsys, *words):
+    main(list(words))
+    return capsys.readouterr().out.splitlines()
+
+
+def row(output, name):
+    """The numbers of a row of the table."""
+    line = next(line for line in output if line.strip().startswith(name))
+    return [float(word.rstrip("%").replace(",", "")) for word in line.strip()[len(name) :].split()]
+
+
+def test_the_plan_of_the_largest_run(capsys):
+    output = lines(capsys, "conf=wan_4x", "gpus=8", "gpu=h200")
+    text = "\n".join(output)
+    assert "wan_4x on 8 x NVIDIA H200, 1024 GiB of CPU memory a node" in text
+    assert "321 frames of 720 x 1280: 291,600 tokens" in text
+    assert row(output, "sparsity") == [83.8, 0.0]
+    ours, dense = row(output, "FLOPs of a clip's step")
+    assert dense > 3 * ours
+    assert row(output, "weights") == [26.7, 26.7]
+    assert row(output, "hours of 2,500 steps")[1] > 2 * row(output, "hours of 2,500 steps")[0]
+    assert "the first 2 of 40 blocks are dense in every step" in text
+    assert "does not fit as it is" in text
+    best = output[next(n for n, line in enumerate(output) if line.startswith("fastest here (8 GPUs)")) + 1]
+    assert re.search(r"trainer.devices=8 .*parallel.sequence=8 parallel.activations=auto", best)
+    assert any(line.startswith("fewest GPUs (1 GPU)") for line in output)
+    assert "were measured" not in text and "was measured" not in text  # these are the GPUs that were
+
+    settings = best.split()
+    again = lines(capsys, "conf=wan_4x", "gpus=8", *settings)
+    assert "fits as it is" in again
+
+
+def test_where_nothing_fits(capsys):
+    text = "\n".join(lines(capsys, "conf=wan_4x", "gpu=rtx5090", "gpus=2", "cpu_memory=64"))
+    assert "no setting fits these GPUs; what would:" in text
+    assert "GPUs of this kind" in text
+    assert "clip.frames=" in text
+    assert "times are scaled from an H200 by peak FLOP/s and bandwidth" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpu=h300"], "gpu is 'h300', expected one of h200, h100, a100, rtx5090"),
+        (["gpus=none"], "gpus is 'none', expected a whole number"),
+        (["conf=wan_4x", "parallel.sequence=3", "gpus=8"], "parallel.sequence is 3, expected a divisor of 8 GPUs"),
+        (["conf=wan_4x", "stpes=3"], "stpes is not a known key"),
+        (["model.path=hub:a/b"], "the dimensions of hub:a/b are not known"),
+    ],
+)
+def test_mistakes(words, message):
+    with pytest.raises(UserError, match=message):
+        main(words)
+
+
+@pytest.mark.slow
+def test_the_command():
+    done = subprocess.run([sys.executable, "-m", "launch", "plan", "conf=wan_2x"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hours of 2,500 steps" in done.stdout
+    help_text = subprocess.run([sys.executable, "-m", "launch", "plan", "--help"], capture_output=True, text=True)
+    assert help_text.returncode == 0
+    assert "cpu_memory" in help_text.stdout

@@ -1,0 +1,30 @@
+"""The plan of a run before a GPU is touched: memory, time, and the settings that fit.
+
+budget = Budget.of(config, Machine(GPUS["h200"], gpus=8, nodes=1, cpu_memory=1024 * GIB))
+budget.gpu_parts, budget.misfit, Duration(budget).hours
+best(budget, clips_a_step=8)
+"""
+
+from train.planning.advice import Setting, best, fewest, remedies
+from train.planning.budget import GIB, Budget
+from train.planning.duration import Duration
+from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, this_machine
+from train.planning.table import plan_table, setting_lines
+
+__all__ = [
+    "GIB",
+    "GPUS",
+    "Budget",
+    "Duration",
+    "Gpu",
+    "Machine",
+    "Setting",
+    "best",
+    "cpu_memory",
+    "fewest",
+    "gpu_named",
+    "plan_table",
+    "remedies",
+    "setting_lines",
+    "this_machine",
+]

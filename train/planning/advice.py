@@ -1,0 +1,165 @@
+"""Settings that fit: the best for a machine, the fewest GPUs, and what to change where nothing fits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from train.config import RunConfig
+from train.planning.budget import GIB, Budget
+from train.planning.duration import Duration
+from train.planning.hardware import GPUS
+
+_CHUNK = 8192
+_NODE = 8  # GPUs, of the nodes that are asked for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run on a machine, and what it comes to.
+
+    Attributes:
+        keys: ``key=value`` words that differ from the run as it was given.
+        budget: of the run with them.
+    """
+
+    keys: tuple[str, ...]
+    budget: Budget
+
+    @property
+    def duration(self) -> Duration:
+        """Of that budget."""
+        return Duration(self.budget)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run; 0 where the GPU's speed is not known."""
+        hours = self.duration.hours
+        return 0.0 if hours is None else hours * self.budget.machine.world
+
+
+def best(budget: Budget, clips_a_step: float) -> Setting | None:
+    """The fastest setting that fits the budget's machine, or None.
+
+    Among settings within 2 % of the fastest, the one with the fewest means: GPUs that share a clip, ZeRO, chunks.
+
+    Args:
+        budget: the run as it was given.
+        clips_a_step: the global batch, which every setting keeps.
+    """
+    found = [s for s in _settings(budget, clips_a_step) if s.budget.misfit is None]
+    if not found:
+        return None
+    if found[0].duration.hours is None:
+        return found[0]
+    limit = 1.02 * min(s.duration.hours or 0.0 for s in found)
+    return next(s for s in found if (s.duration.hours or 0.0) <= limit)
+
+
+def fewest(budget: Budget, clips_a_step: float, most: int) -> Setting | None:
+    """The best setting on the smallest number of GPUs, up to ``most``, on which any fits.
+
+    CPU memory goes with the GPUs, in the proportion of the budget's machine.
+    """
+    for count in _counts(most):
+        gpus = min(count, max(_NODE, budget.machine.gpus))
+        share = budget.machine.cpu_memory * gpus / budget.machine.gpus
+        machine = replace(budget.machine, gpus=gpus, nodes=count // gpus, cpu_memory=share)
+        setting = best(replace(budget, machine=machine), clips_a_step)
+        if setting is not None:
+            return setting
+    return None
+
+
+def remedies(budget: Budget, clips_a_step: float) -> list[str]:
+    """What to change, in words, when nothing fits the machine: the cheapest first."""
+    machine = budget.machine
+    said = []
+    more = None if machine.is_cpu else fewest(budget, clips_a_step, 64)
+    if more is not None:
+        where = more.budget.machine
+        nodes = f" on {where.nodes} nodes" if where.nodes > 1 else ""
+        said.append(f"{where.world} GPUs of this kind{nodes}: {' '.join(more.keys)}")
+    for name, gpu in sorted(GPUS.items(), key=lambda item: item[1].memory):
+        if gpu.memory > 1.1 * machine.gpu.memory and not machine.is_cpu:
+            other = best(replace(budget, machine=replace(machine, gpu=gpu)), clips_a_step)
+            if other is not None:
+                said.append(f"a larger GPU, gpu={name}: {' '.join(other.keys)}")
+                break
+    frames = _longest(budget, clips_a_step)
+    if frames is not None:
+        said.append(f"a shorter clip: clip.frames={frames} is the longest that fits")
+    if not machine.is_cpu:
+        wider = replace(budget, machine=replace(machine, cpu_memory=8 * machine.cpu_memory))
+        other = best(wider, clips_a_step)
+        if other is not None:
+            said.append(f"more CPU memory: {other.budget.cpu_memory / GIB:.0f} GiB a node, with {' '.join(other.keys)}")
+    return said
+
+
+def _counts(most: int) -> Iterator[int]:
+    count = 1
+    while count <= most:
+        yield count
+        count *= 2
+
+
+def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
+    """From the plainest to those with the most means."""
+    given, machine = budget.config, budget.machine
+    strategies = ("ddp",) if machine.is_cpu or machine.world == 1 else ("ddp", "zero2", "zero3")
+    for sequence in range(1, machine.world + 1):
+        if machine.world % sequence or budget.sizes.heads % sequence:
+            continue
+        accumulate = clips_a_step * sequence / budget.clips / machine.world
+        if accumulate < 1 or accumulate % 1:
+            continue  # another global batch
+        for strategy in strategies:
+            means = itertools.product((given.parallel.ffn_chunk, _CHUNK), (given.trainer.compile, not machine.is_cpu))
+            for chunk, compiled in dict.fromkeys(means):
+                parallel = replace(
+                    given.parallel,
+                    sequence=sequence,
+                    strategy=strategy,
+                    activations="auto",
+                    offload_activations=False,
+                    offload_gib=None,
+                    offload_optimizer=False,
+                    offload_parameters=False,
+                    ffn_chunk=chunk,
+                )
+                config = replace(
+                    given,
+                    parallel=parallel,
+                    optim=replace(given.optim, accumulate=int(accumulate)),
+                    trainer=replace(given.trainer, devices=machine.gpus, compile=compiled),
+                )
+                yield Setting(_keys(given, config), replace(budget, config=config))
+
+
+def _keys(given: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """The words that turn one config into the other; settings that auto ignores are left as they are."""
+    words = []
+    for section in ("trainer", "optim", "parallel"):
+        before, after = getattr(given, section), getattr(config, section)
+        for key, value in vars(after).items():
+            if value != getattr(before, key):
+                words.append(f"{section}.{key}={'null' if value is None else str(value).lower()}")
+    return tuple(words)
+
+
+def _longest(budget: Budget, clips_a_step: float) -> int | None:
+    """The most frames with which some setting fits the machine; None if not even a clip of one latent frame does."""
+    stride = budget.config.model.vae[0]
+
+    def fits(latent_frames: int) -> bool:
+        clip = replace(budget.config.clip, frames=(latent_frames - 1) * stride + 1)
+        shorter = Budget.of(replace(budget.config, clip=clip), budget.machine)
+        return shorter is not None and best(shorter, clips_a_step) is not None
+
+    low, high = 0, (budget.config.clip.frames - 1) // stride + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return (low - 1) * stride + 1 if low else None

@@ -1,0 +1,239 @@
+"""The memory of a run, before a GPU is touched.
+
+    memory of a GPU = weights + LoRA, gradients and optimizer + what blocks keep + the working set of one backward
+
+Every term follows from counted sizes (`train.planning.sizes`) and a few measured figures
+(`train.planning.calibration`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from train.config import RunConfig
+from train.planning import calibration
+from train.planning.calibration import BlockCosts
+from train.planning.hardware import Machine
+from train.planning.policies import BlockPolicies, chosen, configured
+from train.planning.sizes import Sizes
+from train.zero import REDUCE_BUCKET
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One run on one machine.
+
+    Args:
+        config: the run; its ``trainer.devices`` is not read, the machine says how many GPUs there are.
+        machine: where.
+        sizes: of its model and clip.
+    """
+
+    config: RunConfig
+    machine: Machine
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, config: RunConfig, machine: Machine, layers: int | None = None) -> Budget | None:
+        """The budget of a run; None where the model's dimensions are not known without downloading it."""
+        precision = config.trainer.precision
+        if precision == "auto":
+            precision = "fp32" if machine.is_cpu else "bf16"
+        sizes = Sizes.of(config, precision, layers)
+        return None if sizes is None else cls(config, machine, sizes)
+
+    def dense(self) -> Budget:
+        """The same run with dense attention in every layer."""
+        attention = replace(self.config.attention, pattern="dense", dense_layers=0, dense_sigma=None)
+        config = replace(self.config, attention=attention)
+        return replace(self, config=config, sizes=replace(self.sizes, density=1.0))
+
+    @property
+    def clips(self) -> int:
+        """Clips that a rank works on at once."""
+        return self.config.data.batch_size
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 is DDP."""
+        strategy = self.config.parallel.strategy
+        return 0 if strategy == "ddp" else int(strategy.removeprefix("zero"))
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share a clip."""
+        return self.config.parallel.sequence
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip on one rank; text tokens lie on every one."""
+        return -(-self.sizes.video_tokens // self.sequence) + self.sizes.tokens - self.sizes.video_tokens
+
+    @property
+    def hidden(self) -> float:
+        """One hidden state of a rank."""
+        return float(self.clips * self.tokens * self.sizes.width * self.sizes.element)
+
+    @property
+    def costs(self) -> BlockCosts:
+        """Of the blocks, eager or compiled."""
+        return calibration.COMPILED if self.config.trainer.compile else calibration.EAGER
+
+    @cached_property
+    def weights(self) -> float:
+        """Frozen weights on a GPU: all, a rank's share and two gathered blocks with ZeRO 3, or only those two."""
+        sizes, parallel = self.sizes, self.config.parallel
+        if self.stage < 3:
+            return sizes.weights
+        own = 0.0 if parallel.offload_parameters else sizes.weights / self.machine.world
+        return own + min(2 * sizes.block_weights, sizes.weights)
+
+    @cached_property
+    def training(self) -> float:
+        """fp32 weights that are trained, their gradients and Adam's two moments on a GPU."""
+        n, world = 4.0 * self.sizes.trained, self.machine.world
+        if self.stage == 0:
+            return 4 * n + (n if world > 1 else 0)  # DDP reduces gradients through buckets of their size
+        own = n / world if self.stage == 3 else n
+        gradients = n if self.stage == 1 else n / world
+        moments = 0.0 if self.config.parallel.offload_optimizer else 3 * n / world  # with the fp32 masters
+        return own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
+
+    def kept_by(self, policy: str) -> float:
+        """What one block keeps for its backward."""
+        middle = self.sizes.wide / self.sizes.width if self.config.parallel.ffn_chunk is None else 1.0
+        if policy == "none":
+            return (self.costs.saved + middle) * self.hidden
+        sums = 4.0 * self.clips * self.sizes.tokens * self.sizes.heads / self.sequence  # log-sum-exp
+        return self.hidden if policy == "full" else 2 * self.hidden + sums
+
+    def running(self, policy: str) -> float:
+        """The working set of the backward of a block with that policy."""
+        sizes, chunk = self.sizes, self.config.parallel.ffn_chunk
+        costs = self.costs.running_saved if policy == "none" else self.costs.running - (policy == "selective")
+        shared = self.costs.shared if self.sequence > 1 else 0.0
+        middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
+        if chunk is not None:
+            middle = min(middle, 4.0 * self.clips * chunk * sizes.wide * sizes.element)
+        latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
+        return (costs + shared) * self.hidden + middle + latents
+
+    @cached_property
+    def policies(self) -> BlockPolicies:
+        """What each block keeps: as configured, or chosen by the memory there is."""
+        parallel, layers = self.config.parallel, self.sizes.layers
+        if parallel.activations != "auto":
+            return configured(parallel, layers)
+        limit = self._cpu_room()
+        if parallel.offload_gib is not None:
+            limit = min(limit, parallel.offload_gib * GIB)
+        dense = 0 if self.config.attention.pattern == "dense" else self.config.attention.dense_layers
+        return chosen(layers, dense, max(limit, 0.0), self._needed_offload)
+
+    def _needed_offload(self, names: Sequence[str]) -> float:
+        room = (1 - calibration.MARGIN) * self.usable - self.weights - self.training
+        kept = self._kept(names)
+        over = kept + self._peak_running(names) - room
+        if over <= 0:
+            return 0.0
+        over += self._in_flight  # offloading takes some memory itself
+        movable = kept - names.count("none") * self.kept_by("none")
+        if over <= movable:
+            return over
+        # everything goes out, and some of the margin is used, or it does not fit at all
+        short = over - movable - calibration.MARGIN * self.usable
+        return movable if short <= 0 else math.inf
+
+    def _peak_running(self, names: Sequence[str]) -> float:
+        """The working set at the step's peak: the last blocks run first, and those that keep all have gone by then."""
+        saved = names.count("none") * self.kept_by("none")
+        return max(self.running(name) - (0.0 if name == "none" else saved) for name in set(names))
+
+    def _kept(self, names: Sequence[str]) -> float:
+        return sum(names.count(name) * self.kept_by(name) for name in set(names))
+
+    @property
+    def _in_flight(self) -> float:
+        return 2 * self.hidden
+
+    @cached_property
+    def offloaded(self) -> float:
+        """Kept activations of one GPU that lie in CPU memory."""
+        return min(self.policies.offload, self._kept([name for name in self.policies.names if name != "none"]))
+
+    @cached_property
+    def gpu_parts(self) -> dict[str, float]:
+        """Memory of one GPU by part, at the peak of a step."""
+        names = self.policies.names
+        kept = self._kept(names) - self.offloaded
+        return {
+            "weights": self.weights,
+            "LoRA, gradients, optimizer" if self.config.lora else "weights, gradients, optimizer": self.training,
+            "kept activations": kept + (min(self._in_flight, self.offloaded) if self.offloaded else 0.0),
+            "working set": self._peak_running(names),
+        }
+
+    @property
+    def gpu_memory(self) -> float:
+        """Bytes that torch has allocated on one GPU at the peak of a step."""
+        return sum(self.gpu_parts.values())
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU that a step may allocate."""
+        gpu = self.machine.gpu
+        if self.machine.is_cpu:
+            return (1 - calibration.CPU_SPARE) * gpu.memory
+        return (1 - calibration.FRAGMENTATION) * gpu.memory - calibration.CONTEXT
+
+    @cached_property
+    def cpu_parts(self) -> dict[str, float]:
+        """Memory of one node's CPU by part. The weights' files are mapped: their pages are the node's, and can go."""
+        if self.machine.is_cpu:
+            return {"processes": self.machine.gpus * self.gpu_memory}
+        parallel, gpus = self.config.parallel, self.machine.gpus
+        share = gpus / self.machine.world
+        return {
+            "processes": float(gpus * calibration.PROCESS),
+            "kept activations, page-locked": gpus * self.offloaded,
+            "weights": share * self.sizes.weights if parallel.offload_parameters else 0.0,
+            "optimizer": share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0,
+        }
+
+    @property
+    def cpu_memory(self) -> float:
+        """Bytes of one node's CPU memory."""
+        return sum(self.cpu_parts.values())
+
+    @property
+    def cpu_usable(self) -> float:
+        """Bytes of one node's CPU memory that a run may take."""
+        return (1 - calibration.CPU_SPARE) * self.machine.cpu_memory
+
+    def _cpu_room(self) -> float:
+        """Bytes of CPU memory for each GPU's activations."""
+        if self.machine.is_cpu:
+            return 0.0
+        parallel, share = self.config.parallel, 1 / self.machine.world
+        others = float(calibration.PROCESS)
+        others += share * self.sizes.weights if parallel.offload_parameters else 0.0
+        others += share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0
+        return self.cpu_usable / self.machine.gpus - others
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the run cannot work there, in words; None if it can."""
+        if self.gpu_memory > self.usable + 1:  # a byte, for rounding
+            where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
+            return f"a step needs {self.gpu_memory / GIB:.1f} GiB a rank, {where} {self.usable / GIB:.1f} GiB for it"
+        if self.cpu_memory > self.cpu_usable:
+            return (
+                f"a node needs {self.cpu_memory / GIB:.1f} GiB of CPU memory, "
+                f"it has {self.cpu_usable / GIB:.1f} GiB for it"
+            )
+        return None

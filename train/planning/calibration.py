@@ -1,0 +1,70 @@
+"""What a plan cannot derive and somebody measured: one table, with its sources.
+
+Rates are of one NVIDIA H200, bf16, torch 2.11; for other GPUs they are scaled by peak FLOP/s (kernels) or by memory
+bandwidth (everything else). `python -m train.bench --json F`, then `python -m train.compare F` sets a prediction
+beside a measurement; a number here may change only with such a file at hand.
+
+Activations are counted in hidden states: the tokens of one rank x model width x bytes of the run's precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEASURED_ON = "NVIDIA H200"
+
+# backend -> (tokens, forward, backward) in FLOP/s over the blocks really computed, head_dim 128
+SPARSE = {
+    # README, "Use the attention alone": python -m radial bench, Wan and Hunyuan masks
+    "fa4": ((75_600, 611e12, 575e12), (147_600, 652e12, 537e12), (291_600, 666e12, 547e12), (461_056, 659e12, 548e12)),
+    # FlexAttention's Triton kernels on the same masks, measured before they were left for fa4 on Hopper
+    "flex": ((69_120, 428e12, 393e12), (147_600, 411e12, 353e12), (291_600, 404e12, 349e12), (460_800, 418e12, 384e12)),
+}
+DENSE = {
+    "fa4": ((75_600, 695e12, 648e12), (147_600, 709e12, 632e12), (291_600, 654e12, 603e12), (461_056, 656e12, 586e12)),
+    # torch's scaled_dot_product_attention, cuDNN kernels
+    "sdpa": ((69_120, 622e12, 560e12), (291_600, 572e12, 540e12)),
+}
+
+LINEAR = 712e12
+"""FLOP/s of the linear layers of a Wan-14B block, LoRA included: 0.75 s for 5.3e14 FLOPs. A bare GEMM has 789e12."""
+
+PCIE = 5.5e10
+"""Bytes a second, each way, of page-locked copies beside the GPU's work; measured on an H200."""
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What a transformer block costs beside its attention and GEMM kernels, eager or compiled.
+
+    Attributes:
+        passes: times that a hidden state goes through the GPU's memory in one forward of norms, rotary angles, gates
+            and casts; a backward takes twice as many.
+        saved: hidden states that autograd saves in a forward without a policy, beside the feed-forward's middle.
+        running: hidden states at the peak of a backward that runs the block again, its input not counted.
+        running_saved: the same where nothing runs again.
+        shared: hidden states more at that peak where ranks share a clip: what an all-to-all sends and receives.
+    """
+
+    passes: float
+    saved: float
+    running: float
+    running_saved: float
+    shared: float
+
+
+# eager: passes from 3.59 s a block at 291,600 tokens; the rest from tests/train/test_train_budget.py's trace of a step
+EAGER = BlockCosts(passes=253, saved=22.1, running=32.2, running_saved=8.1, shared=4.0)
+# compiled: passes from 3.26 s a block, running from a peak of 68 GiB with 2 blocks, both at 291,600 tokens
+COMPILED = BlockCosts(passes=120, saved=14.0, running=19.0, running_saved=8.1, shared=4.0)
+
+CONTEXT = 1.5 * 2**30
+"""Bytes of a GPU that CUDA, NCCL and cuBLAS take outside of torch's allocator."""
+FRAGMENTATION = 0.04
+"""Share of a GPU's memory that the allocator holds and cannot use."""
+PROCESS = 4 * 2**30
+"""Bytes of CPU memory of a training process with its loader's workers."""
+MARGIN = 0.1
+"""Share of what a step may allocate that chosen policies leave free where they can: a plan may be off by that much."""
+CPU_SPARE = 0.1
+"""Share of a node's CPU memory that stays free, for the file cache and everybody else."""

@@ -1,0 +1,179 @@
+"""The time of a run, before a GPU is touched: FLOPs at measured rates, bytes at the rates of memory and links."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from train.flow import SigmaSchedule
+from train.planning import calibration
+from train.planning.budget import Budget
+from train.planning.hardware import BETWEEN_NODES, GPUS
+
+_MEASURED = GPUS["h200"]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long the steps of a `Budget` take; all seconds are means over the noise levels of the run."""
+
+    budget: Budget
+
+    @property
+    def clips_at_once(self) -> float:
+        """Clips in a micro-batch of all ranks."""
+        return self.budget.clips * self.budget.machine.world / self.budget.sequence
+
+    @property
+    def clips_a_step(self) -> float:
+        """The global batch."""
+        return self.clips_at_once * self.budget.config.optim.accumulate
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the steps at noise levels that run dense."""
+        objective, attention = self.budget.config.objective, self.budget.config.attention
+        if attention.dense_sigma is None or attention.pattern == "dense":
+            return 0.0
+        schedule = SigmaSchedule(objective.shift, objective.density, objective.mean, objective.std)
+        return schedule.share_above(attention.dense_sigma)
+
+    @property
+    def attention_flops(self) -> float:
+        """One forward of one clip in all layers."""
+        layers = range(self.budget.sizes.layers)
+        return sum(share * sum(self._layer_flops(n, dense) for n in layers) for dense, share in self._sides)
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward of one clip; what a policy computes again is not counted, as in `train.flops`."""
+        sizes = self.budget.sizes
+        return 3.5 * self.attention_flops + (2 if self.budget.config.lora else 3) * sizes.linear + 3 * sizes.lora
+
+    @cached_property
+    def parts(self) -> dict[str, float] | None:
+        """Seconds of an optimizer step by part; None for a GPU whose speed is not known."""
+        if self.budget.machine.gpu.flops is None:
+            return None
+        parts: dict[str, float] = {}
+        for dense, share in self._sides:
+            for name, seconds in self._micro_step(dense).items():
+                parts[name] = parts.get(name, 0.0) + share * self.budget.config.optim.accumulate * seconds
+        parts["communication"] += self._reduction()
+        parts["other"] += self._update()
+        return parts
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of an optimizer step."""
+        return None if self.parts is None else sum(self.parts.values())
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the GPUs' peak that `flops` are."""
+        machine = self.budget.machine
+        if self.step is None or machine.gpu.flops is None:
+            return None
+        return self.flops * self.clips_a_step / self.step / machine.world / machine.gpu.flops
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of the whole run."""
+        return None if self.step is None else self.step * self.budget.config.trainer.steps / 3600
+
+    @property
+    def _sides(self) -> tuple[tuple[bool, float], tuple[bool, float]]:
+        return (True, self.dense_share), (False, 1 - self.dense_share)
+
+    def _is_dense(self, layer: int, dense: bool) -> bool:
+        attention = self.budget.config.attention
+        return dense or attention.pattern == "dense" or layer < attention.dense_layers
+
+    def _layer_flops(self, layer: int, dense: bool) -> float:
+        sizes = self.budget.sizes
+        return sizes.dense_attention * (1.0 if self._is_dense(layer, dense) else sizes.density)
+
+    def _micro_step(self, dense: bool) -> dict[str, float]:
+        """Forward and backward of one micro-batch on one rank."""
+        budget, sizes = self.budget, self.budget.sizes
+        names = budget.policies.names
+        clips = budget.clips / budget.sequence
+        attention = 0.0
+        for layer, name in enumerate(names):
+            forward, backward = self._attention_rates(self._is_dense(layer, dense))
+            times = 2 if name == "full" else 1
+            attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
+        again = sum(name != "none" for name in names) / len(names)
+        linear = ((2 if budget.config.lora else 3) + again) * sizes.linear + (3 + again) * sizes.lora
+        passes = budget.costs.passes * (3 + again) * sizes.layers
+        parts = {
+            "attention": attention,
+            "linear": clips * linear / (calibration.LINEAR * self._faster),
+            "other": passes * budget.hidden / budget.machine.gpu.bandwidth,
+            "communication": self._exchanges(names) + self._gathers(),
+        }
+        parts["waiting"] = max(0.0, 2 * budget.offloaded / calibration.PCIE - sum(parts.values()))
+        return parts
+
+    @property
+    def _faster(self) -> float:
+        """Times that the GPU's kernels are as fast as those of the one that was measured."""
+        gpu = self.budget.machine.gpu
+        assert gpu.flops is not None and _MEASURED.flops is not None
+        return gpu.flops / _MEASURED.flops
+
+    def _attention_rates(self, dense: bool) -> tuple[float, float]:
+        kernel = self.budget.config.attention.backend or self.budget.machine.gpu.sparse_kernel
+        table = calibration.DENSE if dense else calibration.SPARSE
+        rows = table.get(kernel, table["sdpa" if dense else "flex"])
+        forward, backward = (_between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
+        return self._faster * forward, self._faster * backward
+
+    def _exchanges(self, names: Sequence[str]) -> float:
+        """All-to-alls around attention: q, k, v and its output, and their gradients; what runs again sends again."""
+        budget, machine = self.budget, self.budget.machine
+        if budget.sequence == 1:
+            return 0.0
+        link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
+        times = sum({"none": 8, "selective": 11, "full": 12}[name] for name in names)
+        return times * budget.hidden * (1 - 1 / budget.sequence) / link
+
+    @property
+    def _world_link(self) -> float:
+        machine = self.budget.machine
+        return machine.gpu.link if machine.nodes == 1 else min(machine.gpu.link, BETWEEN_NODES)
+
+    def _gathers(self) -> float:
+        """ZeRO 3 collects the weights for the forward and again for the backward."""
+        budget, world = self.budget, self.budget.machine.world
+        if budget.stage < 3:
+            return 0.0
+        collected = 2 * budget.sizes.weights * (1 - 1 / world) / self._world_link
+        from_cpu = 2 * budget.sizes.weights / world / calibration.PCIE
+        return collected + (from_cpu if budget.config.parallel.offload_parameters else 0.0)
+
+    def _reduction(self) -> float:
+        """Gradients, once an optimizer step."""
+        world = self.budget.machine.world
+        return 2 * 4.0 * self.budget.sizes.trained * (1 - 1 / world) / self._world_link if world > 1 else 0.0
+
+    def _update(self) -> float:
+        """Adam: seven passes over what is trained, on the GPU or over the bus."""
+        budget = self.budget
+        share = budget.sizes.trained / (budget.machine.world if budget.stage else 1)
+        rate = calibration.PCIE if budget.config.parallel.offload_optimizer else budget.machine.gpu.bandwidth
+        return 28.0 * share / rate
+
+
+def _between(rows: Sequence[tuple[int, float, float]], tokens: int, column: int) -> float:
+    """A rate at a length, linear in the logarithm between the measured ones and constant beyond them."""
+    if tokens <= rows[0][0]:
+        return rows[0][column]
+    for low, high in itertools.pairwise(rows):
+        if tokens <= high[0]:
+            part = math.log(tokens / low[0]) / math.log(high[0] / low[0])
+            return low[column] + part * (high[column] - low[column])
+    return rows[-1][column]

@@ -1,0 +1,102 @@
+"""GPUs and machines, as a plan needs to know them: from the makers' data sheets, or from the machine at hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from train.errors import UserError
+from train.flops import peak_rate
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, or the CPU of a run without one.
+
+    Attributes:
+        name: as torch gives it, or the beginning of that.
+        memory: bytes that torch sees.
+        flops: dense bf16 FLOP/s of the data sheet; None where it is not known, and with it all times.
+        bandwidth: bytes a second of its memory.
+        link: bytes a second, each way, to another GPU of its node.
+        sparse_kernel: the backend that radial attention takes there (`radial.backends`).
+    """
+
+    name: str
+    memory: float
+    flops: float | None = None
+    bandwidth: float = 0.0
+    link: float = 0.0
+    sparse_kernel: str = "flex"
+
+
+def _gpu(name: str, gib: float, bandwidth: float, link: float, sparse_kernel: str = "flex") -> Gpu:
+    return Gpu(name, gib * 2**30, peak_rate(name), bandwidth, link, sparse_kernel)
+
+
+GPUS = {
+    "h200": _gpu("NVIDIA H200", 139.8, 4.8e12, 4.5e11, "fa4"),
+    "h100": _gpu("NVIDIA H100", 79.1, 3.35e12, 4.5e11, "fa4"),
+    "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
+}
+BETWEEN_NODES = 5e10
+"""Bytes a second, each way, that a GPU has to another node: one 400 Gb/s port a GPU, as DGX nodes have."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is started on: ``nodes`` equal nodes of ``gpus`` GPUs and ``cpu_memory`` bytes each."""
+
+    gpu: Gpu
+    gpus: int
+    nodes: int
+    cpu_memory: float
+
+    @property
+    def world(self) -> int:
+        """Processes, one a GPU."""
+        return self.gpus * self.nodes
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it trains without a GPU: weights and activations then lie in CPU memory, of one for all ranks."""
+        return self.gpu.name == "cpu"
+
+
+def gpu_named(word: str) -> Gpu:
+    """The GPU that ``gpu=`` names.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if word not in GPUS:
+        raise UserError(f"gpu is {word!r}, expected one of {', '.join(GPUS)}")
+    return GPUS[word]
+
+
+def this_machine(devices: int, nodes: int = 1) -> Machine:
+    """The machine that this process runs on, with ``devices`` of its GPUs; without CUDA its CPU."""
+    memory = cpu_memory()
+    if not torch.cuda.is_available():
+        return Machine(Gpu("cpu", memory / devices), devices, nodes, memory)
+    found = torch.cuda.get_device_properties(0)
+    known = next((gpu for gpu in GPUS.values() if found.name.startswith(gpu.name)), None)
+    known = known or Gpu(found.name, 0.0, None)
+    return Machine(replace(known, name=found.name, memory=float(found.total_memory)), devices, nodes, memory)
+
+
+def cpu_memory() -> float:
+    """Bytes of CPU memory that this process may use: the machine's, or its control group's where that is less."""
+    limits = [float(psutil.virtual_memory().total)]
+    group = Path("/sys/fs/cgroup")
+    for file in (group / "memory.max", group / "memory" / "memory.limit_in_bytes"):
+        if file.is_file() and file.read_text().strip().isdigit():
+            limits.append(float(file.read_text()))
+    if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
+        limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2.0**20)
+    return min(limits)

@@ -1,0 +1,154 @@
+"""A model, its LoRA and a clip in numbers, counted on a model without weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from radial import VideoGrid, build_layout, make_pattern
+from train.config import ModelConfig, RunConfig
+from train.models import ModelAdapter, family_of, model_folder
+from train.models.weights import settle
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory and time follow from.
+
+    Attributes:
+        layers, heads, head_dim: of self-attention.
+        wide: features in the middle of a feed-forward layer.
+        tokens, video_tokens: of a clip, with and without text tokens.
+        cells: values of a clip's latent.
+        weights, block_weights: bytes of the frozen weights of the model and of one block.
+        stored: bytes of the weights' file in bf16.
+        trained: parameters.
+        linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
+        density: share of token pairs that a layer with the pattern computes.
+        element: bytes of an activation's element.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    wide: int
+    tokens: int
+    video_tokens: int
+    cells: int
+    weights: float
+    block_weights: float
+    trained: int
+    linear: float
+    lora: float
+    density: float
+    element: int
+
+    @property
+    def width(self) -> int:
+        """Features of a hidden state."""
+        return self.heads * self.head_dim
+
+    @property
+    def dense_attention(self) -> float:
+        """FLOPs of one forward of one layer's attention without a mask."""
+        return 4.0 * self.width * self.tokens**2
+
+    @classmethod
+    def of(cls, config: RunConfig, precision: str, layers: int | None = None) -> Sizes | None:
+        """Counts the model of a run on its clip; None for a model on the hub whose dimensions no YAML has.
+
+        Args:
+            precision: ``bf16`` or ``fp32``.
+            layers: another number of blocks than the model's.
+        """
+        architecture = _architecture(config.model)
+        if architecture is None:
+            return None
+        if layers is not None:
+            architecture = {**architecture, "num_layers": layers}
+        lora = config.lora is not None
+        frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
+        adapter = _skeleton(config.model.family, config.model.text_tokens, json.dumps(architecture), frozen)
+        vae, clip = config.model.vae, config.clip
+        cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
+        grid = adapter.grid(torch.empty(1, 1, *cells, device="meta"))
+        layers, heads, head_dim = adapter.attention_shape
+        weights = sum(_bytes(p) for p in adapter.transformer.parameters())
+        trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
+        if config.lora is not None:
+            targets = config.lora.targets or adapter.lora_targets
+            trained = config.lora.rank * _ends(adapter.transformer, targets)
+        middle = adapter.feed_forwards()
+        channels = config_channels(adapter)
+        return cls(
+            layers=layers,
+            heads=heads,
+            head_dim=head_dim,
+            wide=max(max(m.in_features, m.out_features) for m in middle[0].modules() if isinstance(m, nn.Linear)),
+            tokens=grid.tokens,
+            video_tokens=grid.video_tokens,
+            cells=channels * cells[0] * cells[1] * cells[2],
+            weights=weights if lora else 0,
+            block_weights=_largest_block(adapter.transformer),
+            trained=trained,
+            linear=adapter.linear_flops(grid),
+            lora=2.0 * trained * grid.tokens if lora else 0.0,
+            density=_density(config, grid),
+            element=2 if precision == "bf16" else 4,
+        )
+
+
+def config_channels(adapter: ModelAdapter) -> int:
+    """Channels of the latent."""
+    config = adapter.transformer.config
+    return config.out_channels or config.in_channels
+
+
+@lru_cache(maxsize=8)
+def _skeleton(family: str, text_tokens: int, architecture: str, frozen: torch.dtype) -> ModelAdapter:
+    config = ModelConfig(family=family)
+    with torch.device("meta"):
+        adapter = family_of(config).from_config(json.loads(architecture), text_tokens=text_tokens)
+    settle(adapter.transformer, frozen, "meta")
+    return adapter
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any] | None:
+    if config.architecture is not None:
+        return config.architecture
+    if config.path is not None:
+        path, subfolder = model_folder(config)
+        file = Path(path) / (subfolder or "") / "config.json"
+        if file.is_file():
+            return {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+    return config.dimensions
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def _ends(transformer: nn.Module, targets: str) -> int:
+    """Inputs and outputs of all layers that carry a LoRA: its parameters are that many times its rank."""
+    layers = (m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n))
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def _largest_block(transformer: nn.Module) -> int:
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    return max((sum(_bytes(p) for p in block.parameters()) for blocks in lists for block in blocks), default=0)
+
+
+def _density(config: RunConfig, grid: VideoGrid) -> float:
+    attention = config.attention
+    if attention.pattern == "dense":
+        return 1.0
+    pattern = make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule)
+    return build_layout(pattern, grid, attention.block).density

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,8 +36,10 @@ from train.lora import inject_lora
 from train.models import family_of
 from train.models.weights import settle
 from train.plan import AttentionPlan
+from train.planning import cpu_memory
 from train.preflight import check_heads
 from train.sequence import SequenceGroup, flow_loss
+from train.throughput import compile_seconds
 
 USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
                       [key=value ...] [--json FILE]
@@ -65,6 +68,7 @@ class Result:
     tokens: int
     device: str
     first_step: float  # seconds, compilation included
+    compile: float  # seconds of it, and of later steps, that torch.compile took
     step: float  # seconds, median
     block: float  # seconds of a step for each block
     parts: dict[str, float]  # seconds of a step by kind
@@ -82,10 +86,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("--json needs a file name")
         out = Path(arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
-    settings = split_arguments(arguments)
-    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    base = {"conf": "wan_4x", "attention.dense_layers": "0", "clip.frames": ours["frames"], **settings}
-    config = finish(compose_run({**base, "model": ours["model"]}))
+    config, ours = bench_config(arguments)
     if config.model.dimensions is None and config.model.architecture is None:
         raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
     blocks = None if ours["blocks"] == "all" else _number("blocks", ours["blocks"])
@@ -107,8 +108,16 @@ def main(arguments: list[str]) -> None:
             ratios = ", ".join(f"{name} {taken['dense'] / s:.2f}x" for name, s in taken.items() if name != "dense")
             print(f"faster than dense with sp={sp}: {ratios}")
     if out is not None:
-        about = {"torch": torch.__version__, "arguments": arguments}
+        about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
         out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+
+
+def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
+    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself (`_OURS`)."""
+    settings = split_arguments(arguments)
+    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
+    base = {"conf": "wan_4x", "attention.dense_layers": "0", "clip.frames": ours["frames"], **settings}
+    return finish(compose_run({**base, "model": ours["model"]})), ours
 
 
 def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
@@ -213,6 +222,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         tokens=plan.pattern_layout.grid.tokens,
         device=name,
         first_step=first,
+        compile=compile_seconds(),
         step=seconds,
         block=seconds / layers,
         parts=_parts(step, device, seconds),
@@ -255,6 +265,7 @@ def _line(result: Result) -> str:
     return (
         f"{result.pattern:<10} {result.sp:>2} {result.blocks:>6} {result.step:>8.3f} {result.block:>8.3f}   "
         f"{parts}  |  {rest}  first step {result.first_step:.1f} s"
+        + (f", {result.compile:.1f} s of it compiling" if result.compile else "")
     )
 
 

@@ -126,8 +126,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.keep", "trainer.compile",
-        "trainer.check_memory",
-        "data.batch_size", "data.workers", "data.cache")  # fmt: skip
+        "trainer.check_memory", "data.batch_size", "data.workers", "data.cache")  # fmt: skip
 """With the sections ``parallel`` and ``log``: what may change on resume, as the steps stay the same."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from typing import Any
 
@@ -15,6 +16,12 @@ from train.flops import SampleFlops, peak_rate
 from train.module import LengthExtensionModule
 
 
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process, forward and backward graphs."""
+    utils = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds; where it is not, nothing was compiled
+    return utils.calculate_time_spent()["total_wall_time"] if utils is not None else 0.0
+
+
 class Throughput(Callback):
     """Measures; `row` gives means over the steps since it was last asked.
 
@@ -23,6 +30,7 @@ class Throughput(Callback):
     memory_gib          peak since the start: of the GPU, or of the process on a CPU
     data_wait           seconds a step that training stood still for data
     step_seconds, hours_left
+    compile_seconds     that torch.compile took since the start, where blocks are compiled
     """
 
     def __init__(self) -> None:
@@ -71,6 +79,9 @@ class Throughput(Callback):
             "step_seconds": seconds / steps,
             "hours_left": (trainer.max_steps - trainer.global_step) * seconds / steps / 3600,
         }
+        compiling = compile_seconds()
+        if compiling:
+            values["compile_seconds"] = compiling
         peak = peak_rate(name)
         if peak is not None:
             values["mfu"] = self._flops / seconds / peak

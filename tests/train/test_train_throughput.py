@@ -57,6 +57,16 @@ def test_the_most_exact_name_counts():
     assert peak_rate("cpu") is None
 
 
+@pytest.mark.slow
+def test_a_compiled_run_logs_its_compile_time(tmp_path):
+    folder = RunFolder.create(config := run_config(tmp_path, trainer__compile=True, trainer__steps=2))
+    train(config, folder)
+    with (folder.path / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("compile_seconds")]
+    assert len(rows) == 2
+    assert float(rows[0]["compile_seconds"]) > 1
+
+
 def test_a_run_logs_its_speed(tmp_path):
     config = run_config(tmp_path, optim__accumulate=2, log__every=2)
     folder = RunFolder.create(config)
@@ -71,4 +81,5 @@ def test_a_run_logs_its_speed(tmp_path):
         assert 0 <= float(row["data_wait"]) <= seconds
         assert float(row["memory_gib"]) > 0
         assert "mfu" not in row
+        assert "compile_seconds" not in row
     assert float(rows[0]["hours_left"]) > float(rows[1]["hours_left"]) == 0

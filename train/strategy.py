@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train.config import ParallelConfig
-from train.models.weights import settle
-from train.zero import gather_optimizer_state, scatter_optimizer_state, zero_config
+from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, zero_config
 
 
 def trainer_plan(parallel: ParallelConfig, devices: int, precision: str, frozen: torch.dtype) -> dict[str, Any]:
@@ -99,21 +98,9 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         if self.zero_stage_3:
-            self._spread_weights()
+            assert self.lightning_module is not None and self.config is not None
+            spread_weights(self.lightning_module.transformer, self.frozen, self.root_device, self.config)
         super().setup(trainer)
-
-    def _spread_weights(self) -> None:
-        import deepspeed
-
-        assert self.lightning_module is not None
-        transformer = self.lightning_module.transformer
-        settle(
-            transformer,
-            self.frozen,
-            self.root_device,
-            lambda part: deepspeed.zero.Init(module=part, config_dict_or_path=self.config),
-        )
-        deepspeed.zero.Init(module=transformer, config_dict_or_path=self.config)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}  # the module puts its trained weights into the checkpoint itself

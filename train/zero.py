@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from train.models.weights import settle
+
 # deepspeed is imported where it is used: only a run with ZeRO waits for it
 
 REDUCE_BUCKET = 50_000_000
@@ -43,6 +45,20 @@ def zero_config(stage: int, *, bf16: bool, offload_optimizer: bool, offload_para
         # no module is listed as safe to communicate in bf16: gradients are reduced in fp32
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
+
+
+def spread_weights(transformer: Any, frozen: torch.dtype, device: torch.device | str, config: dict[str, Any]) -> None:
+    """Spreads a model over the ranks for stage 3, part by part as it comes from its files: no rank holds all of it.
+
+    Args:
+        transformer: a diffusers model with its weights as they are stored, and its LoRA.
+        frozen: dtype of the frozen weights.
+        config: of `zero_config`.
+    """
+    import deepspeed
+
+    settle(transformer, frozen, device, lambda part: deepspeed.zero.Init(module=part, config_dict_or_path=config))
+    deepspeed.zero.Init(module=transformer, config_dict_or_path=config)  # the model's own tables
 
 
 def _is_whole(parameter: Parameter) -> bool:

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from tiny import ARCHITECTURE
 from torch import Tensor
 
-from data.sample import TextTokens
+from data.sample import Sample, TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
 from train.build import set_memory_policy
 from train.collectives import all_gather, all_to_all
 from train.config import ParallelConfig
+from train.evaluate import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora import inject_lora
 from train.models.wan import WanAdapter
@@ -23,6 +24,9 @@ from train.sampling import sample
 from train.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
 
 FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16}
+EIGHT_HEADS = {**ARCHITECTURE, "num_attention_heads": 8, "attention_head_dim": 16}
+WITH_TEXT = r"blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)|condition_embedder\.text_embedder\.linear_\d"
+"""LoRA on cross-attention and on the text's own layers too, where every rank sees all text tokens."""
 PATTERNS = {"dense": Dense(), "released": Released()}
 
 
@@ -35,13 +39,18 @@ def group_of(size: int) -> SequenceGroup | None:
 
 
 def wan_gradients(
-    pattern: str, cells: tuple[int, int, int], size: int, samples: int, checkpointing: bool
+    pattern: str, cells: tuple[int, int, int], size: int, samples: int, checkpointing: bool, trained: str = "lora"
 ) -> dict[str, Any]:
-    """LoRA gradients, averaged over the world, and the mean loss, of ``samples`` clips split over the groups."""
+    """Gradients, averaged over the world, and the mean loss, of ``samples`` clips split over the groups.
+
+    ``trained``: ``lora``, ``text`` (LoRA on text layers too), ``all`` weights, or ``eight`` (heads, to share among 8).
+    """
     sequence = group_of(size)
     groups = world_size() // size
     mine = (dist.get_rank() if dist.is_initialized() else 0) // size
-    adapter = tiny_adapter()
+    adapter = tiny_adapter(EIGHT_HEADS if trained == "eight" else FOUR_HEADS, WITH_TEXT if trained == "text" else None)
+    if trained == "all":
+        adapter.transformer.requires_grad_(True)
     if checkpointing:
         adapter.transformer.enable_gradient_checkpointing()
     adapter.transformer.train()
@@ -78,6 +87,19 @@ def compiled_gradients(size: int) -> dict[str, Any]:
     return {"compiled": compiled, "eager": gradients(False), **said}
 
 
+def wan_validation(cells: tuple[int, int, int], size: int) -> list[float]:
+    """The flow losses of two held-out clips."""
+    sequence = group_of(size)
+    adapter = tiny_adapter()
+    x0, _, _, text = clips(2, cells)
+    held_out = [
+        Sample(str(row), x0[row], {"text": TextTokens(text.tokens[row], text.mask[row])}, {}, {}, {"caption": ""})
+        for row in (0, 1)
+    ]
+    plan = lambda x, sigma: AttentionPlan.of(Released(), adapter.grid(x), block=16, sequence=sequence)  # noqa: E731
+    return clip_losses(adapter, held_out, plan, SigmaSchedule(3.0), seed=0, label="clips")
+
+
 def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
     """A latent sampled in three Euler steps."""
     sequence = group_of(size)
@@ -96,10 +118,10 @@ def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
     )
 
 
-def tiny_adapter() -> WanAdapter:
+def tiny_adapter(architecture: dict[str, Any] = FOUR_HEADS, targets: str | None = None) -> WanAdapter:
     torch.manual_seed(0)
-    adapter = WanAdapter.from_config(FOUR_HEADS, text_tokens=32)
-    inject_lora(adapter.transformer, 4, 8, adapter.lora_targets, seed=1)
+    adapter = WanAdapter.from_config(architecture, text_tokens=32)
+    inject_lora(adapter.transformer, 4, 8, targets or adapter.lora_targets, seed=1)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.transformer.parameters():

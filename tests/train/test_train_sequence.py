@@ -19,13 +19,23 @@ def close(got, expected, tolerance=2e-5):
 
 @pytest.mark.parametrize("pattern", ["dense", "released"])
 @pytest.mark.parametrize(
-    ("world", "size", "samples", "checkpointing"), [(2, 2, 2, True), (4, 2, 2, False), (4, 4, 1, False)]
+    ("world", "size", "samples", "checkpointing", "trained"),
+    [
+        (2, 2, 2, True, "text"),
+        (4, 2, 2, False, "lora"),
+        (4, 4, 1, False, "all"),
+        pytest.param(4, 4, 1, True, "text", marks=pytest.mark.slow),
+        pytest.param(8, 4, 2, False, "text", marks=pytest.mark.slow),
+        pytest.param(8, 8, 1, True, "eight", marks=pytest.mark.slow),
+    ],
 )
-def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samples, checkpointing):
+def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samples, checkpointing, trained):
+    """45 tokens, which no group divides evenly: of 8 ranks the last one holds three of them, and three of padding."""
     settings = (pattern, ODD)
-    ranks = run_ranks(world, sequence_ranks.wan_gradients, *settings, size, samples, checkpointing)
-    expected = sequence_ranks.wan_gradients(*settings, 1, samples, checkpointing)
-    assert len(expected["gradients"]) == 2 * 4 * 3
+    ranks = run_ranks(world, sequence_ranks.wan_gradients, *settings, size, samples, checkpointing, trained)
+    expected = sequence_ranks.wan_gradients(*settings, 1, samples, checkpointing, trained)
+    counts = {"lora": 24, "eight": 24, "text": 52, "all": 120}
+    assert len(expected["gradients"]) == counts[trained]
     for got in ranks:
         close(got["loss"], expected["loss"].numpy())
         for name, gradient in expected["gradients"].items():
@@ -40,6 +50,13 @@ def test_compiled_blocks_hold_the_collectives_without_a_graph_break():
         assert rank["graphs"] == 2  # the first block's input has no gradient
         for got, expected in zip(rank["compiled"], rank["eager"], strict=True):
             close(got, expected, 1e-4)
+
+
+def test_validation_gives_the_single_processs_losses():
+    expected = sequence_ranks.wan_validation(ODD, 1)
+    assert len(set(expected)) == 2
+    for got in run_ranks(4, sequence_ranks.wan_validation, ODD, 4):
+        close(got, expected)
 
 
 def test_sampling_gives_the_single_processs_latent():

@@ -31,6 +31,26 @@ def test_a_model_in_the_dtype_of_its_files_is_no_private_copy(large):
         assert memory["grown"] < 0.3 * memory["size"]
 
 
+def test_the_ranks_of_a_node_load_the_weights_once(large):
+    """Four processes that each hold the whole model take one model of memory together."""
+    folder, _ = large
+    ranks = run_ranks(4, weights_ranks.shared_memory, folder)
+    assert len({rank["sum"] for rank in ranks}) == 1
+    size = ranks[0]["size"]
+    assert 0.5 * size < sum(rank["grown"] for rank in ranks) < 1.7 * size
+
+
+@pytest.mark.slow
+def test_zero_3_spreads_weights_that_no_rank_ever_holds(large):
+    """Straight from the files: a rank's own memory grows by its share, and by one block on the way."""
+    folder, _ = large
+    ranks = run_ranks(4, weights_ranks.spread_memory, folder)
+    size = ranks[0]["size"]
+    assert sum(rank["own"] for rank in ranks) == pytest.approx(size, rel=0.01)
+    for rank in ranks:
+        assert rank["most"] < 0.9 * size  # a quarter, a block of 0.37, and what the process takes for itself
+
+
 def test_settling_gives_what_diffusers_loads(tmp_path):
     folder = save_model(tmp_path / "model")
     expected = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)

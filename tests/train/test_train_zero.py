@@ -36,27 +36,33 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "size"),
+    ("stage", "world", "size", "offload"),
     [
-        (2, 2, 2),
-        (3, 3, 1),
-        pytest.param(1, 2, 1, marks=pytest.mark.slow),
-        pytest.param(3, 4, 2, marks=pytest.mark.slow),
+        (2, 2, 2, False),
+        (3, 3, 1, False),
+        pytest.param(1, 2, 1, False, marks=pytest.mark.slow),
+        pytest.param(1, 4, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, False, marks=pytest.mark.slow),
+        pytest.param(3, 2, 2, False, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, True, marks=pytest.mark.slow),
+        pytest.param(3, 2, 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, size):
+def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, size, offload):
     """Two steps; then the second one again from the single process's checkpoint; then a third, without ZeRO, from ours.
 
     Three ranks do not divide the parameters evenly, and sequence parallelism is inside the world that ZeRO shards over.
+    The LoRA is on the text's layers too, which see the same tokens on every rank of a group.
     """
     samples = world // size
     expected = zero_ranks.plain(3, samples, tmp_path / "plain")
-    for losses in run_ranks(world, zero_ranks.zero, stage, size, 2, samples, tmp_path / "zero"):
+    for losses in run_ranks(world, zero_ranks.zero, stage, size, 2, samples, tmp_path / "zero", None, offload):
         assert losses == pytest.approx(expected[:2], rel=1e-5)
     same(tmp_path / "zero", tmp_path / "plain" / "step-2")
 
     start = tmp_path / "plain" / "step-1"
-    for losses in run_ranks(world, zero_ranks.zero, stage, size, 1, samples, tmp_path / "resumed", start):
+    for losses in run_ranks(world, zero_ranks.zero, stage, size, 1, samples, tmp_path / "resumed", start, offload):
         assert losses == pytest.approx(expected[1:2], rel=1e-5)
     same(tmp_path / "resumed", tmp_path / "plain" / "step-2")
 

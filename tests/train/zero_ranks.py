@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequence_ranks import PATTERNS, clips, group_of, tiny_adapter, world_size
+from sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
 from torch import Tensor, nn
 
 from data.sample import TextTokens
 from train.checkpoint import FolderCheckpointIO, load_state, load_weights
 from train.flow import noised
 from train.lora import load_parameters, lora_parameters
-from train.models.weights import settle
 from train.plan import AttentionPlan
 from train.sequence import flow_loss
-from train.zero import gather_optimizer_state, scatter_optimizer_state, whole_parameter, zero_config
+from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, whole_parameter, zero_config
 
 CELLS = (3, 12, 20)
 LR, CLIP = 1e-2, 0.02  # below the gradients' norm, so that clipping counts
@@ -29,7 +28,7 @@ class Step(nn.Module):
 
     def __init__(self, size: int, samples: int) -> None:
         super().__init__()
-        self.adapter, self.sequence = tiny_adapter(), group_of(size)
+        self.adapter, self.sequence = tiny_adapter(targets=WITH_TEXT), group_of(size)
         self.transformer = self.adapter.transformer
         self.transformer.enable_gradient_checkpointing()
         self.transformer.train()
@@ -66,14 +65,16 @@ def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> 
     return losses
 
 
-def zero(stage: int, size: int, steps: int, samples: int, folder: Path, start: Path | None = None) -> list[float]:
+def zero(
+    stage: int, size: int, steps: int, samples: int, folder: Path, start: Path | None = None, offload: bool = False
+) -> list[float]:
     """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
-    config = zero_config(stage, bf16=False, offload_optimizer=False, offload_parameters=False)
+    config = zero_config(stage, bf16=False, offload_optimizer=offload, offload_parameters=offload and stage == 3)
     config |= {"gradient_clipping": CLIP}
     step = Step(size, samples)
     if start is not None:
@@ -81,8 +82,7 @@ def zero(stage: int, size: int, steps: int, samples: int, folder: Path, start: P
             for parameter in lora_parameters(step.transformer).values():
                 parameter.add_(1)
     if stage == 3:
-        spread = lambda part: deepspeed.zero.Init(module=part, config_dict_or_path=config)  # noqa: E731
-        settle(step.transformer, torch.float32, "cpu", spread)
+        spread_weights(step.transformer, torch.float32, "cpu", config)
     parameters = list(lora_parameters(step.transformer).values())
     engine, optimizer, _, _ = deepspeed.initialize(
         model=step, model_parameters=parameters, optimizer=torch.optim.AdamW(parameters, lr=LR), config=config

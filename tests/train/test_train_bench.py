@@ -40,15 +40,6 @@ def test_the_figures_of_a_step(tmp_path):
         assert (row["parts"]["communication"] > 0) == (row["sp"] == 2)
 
 
-@pytest.mark.slow
-def test_compile_time_is_told_apart(tmp_path, capsys):
-    file = tmp_path / "bench.json"
-    main([*TINY, "pattern=released", "trainer.compile=true", "parallel.activations=selective", "--json", str(file)])
-    (row,) = json.loads(file.read_text())["results"]
-    assert 1 < row["compile"] < row["first_step"]
-    assert f"{row['compile']:.1f} s of it compiling" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

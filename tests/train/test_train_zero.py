@@ -10,9 +10,11 @@ import pytest
 import torch
 import zero_ranks
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny import run_config
 
 from train.checkpoint import load_state, load_weights
+from train.export.run import export_run
 from train.folder import RunFolder
 from train.run import resume, train
 
@@ -104,11 +106,24 @@ def test_a_run_goes_on_with_zero_and_back(tmp_path, settings):
         assert got == pytest.approx(expected, rel=1e-4)
     same(other.path / "checkpoints" / "step-000006", folder.path / "checkpoints" / "step-000006")
 
+    # what ZeRO's ranks saved, one process exports
+    got, expected = (exported(run.path, tmp_path / f"export-{n}") for n, run in enumerate((other, folder)))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-4)
+
     back = RunFolder.create(config)
     keep(other.path, back.path, 4)
     resume(back.path, config)
     for got, expected in zip(curve(back.path), curve(folder.path), strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
+
+
+def exported(run, out):
+    export_run(run, out=out, formats=["peft"], merged=True)
+    files = [*out.glob("peft/*.safetensors"), *out.glob("merged/**/*.safetensors")]
+    assert len(files) == 2
+    return {f"{file.parent.name}/{name}": x for file in files for name, x in load_file(file).items()}
 
 
 def keep(run, copy, step):

@@ -108,7 +108,9 @@ def _counts(most: int) -> Iterator[int]:
 def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
     """From the plainest to those with the most means."""
     given, machine = budget.config, budget.machine
-    strategies = ("ddp",) if machine.is_cpu or machine.world == 1 else ("ddp", "zero2", "zero3")
+    strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
+    if given.trainer.fp8 and "zero3" in strategies:
+        strategies.remove("zero3")  # they exclude each other
     for sequence in range(1, machine.world + 1):
         if machine.world % sequence or budget.sizes.heads % sequence:
             continue

@@ -54,7 +54,7 @@ class BlockCosts:
 
 
 # eager: passes from 3.59 s a block at 291,600 tokens; the rest from tests/train/test_train_budget.py's trace of a step
-EAGER = BlockCosts(passes=253, saved=22.1, running=32.2, running_saved=8.1, shared=4.0)
+EAGER = BlockCosts(passes=253, saved=19.2, running=29.2, running_saved=7.0, shared=4.0)
 # compiled: passes from 3.26 s a block, running from a peak of 68 GiB with 2 blocks, both at 291,600 tokens
 COMPILED = BlockCosts(passes=120, saved=14.0, running=19.0, running_saved=8.1, shared=4.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.start import whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.errors import UserError
 from train.planning import (
@@ -23,24 +24,23 @@ USAGE = f"""python -m launch plan [conf=RUN] [nodes=1] [gpus=N] [gpu={"|".join(G
 Memory by part, seconds a step, hours and GPU-hours of a run, dense beside its own attention; the best setting for these
 GPUs, the fewest GPUs that do, and what to change where nothing fits. Needs neither GPU nor weights.
 
-  nodes, gpus    nodes, and GPUs of each (trainer.devices if not given)
+  nodes, gpus    nodes, and GPUs of each (trainer.nodes, trainer.devices if not given)
   gpu            their kind; h200 if not given
   cpu_memory     GiB of CPU memory of each node; 128 for each GPU if not given
 
 Other keys are those of the run: conf=wan_4x clip.frames=161 parallel.sequence=2 trainer.compile=true"""
 _CPU_GIB = 128  # for each GPU of a node
-_BATCH_KEYS = ("optim.accumulate", "data.batch_size", "trainer.devices", "parallel.sequence")
+_BATCH_KEYS = ("optim.accumulate", "data.batch_size", "trainer.nodes", "trainer.devices", "parallel.sequence")
 
 
 def main(arguments: list[str]) -> None:
     """Prints the plan."""
     settings = split_arguments(arguments)
-    nodes = _number("nodes", settings.pop("nodes", "1"))
     gpu = gpu_named(settings.pop("gpu", "h200"))
-    words = {key: settings.pop(key, None) for key in ("gpus", "cpu_memory")}
+    given = {key: whole_number(settings, key, 1) for key in ("nodes", "gpus", "cpu_memory") if key in settings}
     config = finish(compose_run(settings))
-    gpus = config.trainer.devices if words["gpus"] is None else _number("gpus", words["gpus"])
-    gib = gpus * _CPU_GIB if words["cpu_memory"] is None else _number("cpu_memory", words["cpu_memory"])
+    nodes, gpus = given.get("nodes", config.trainer.nodes), given.get("gpus", config.trainer.devices)
+    gib = given.get("cpu_memory", gpus * _CPU_GIB)
     recipe = config.clips_at_once() * config.optim.accumulate  # the global batch of the run file
     machine = Machine(gpu, gpus, nodes, gib * GIB)
     budget = Budget.of(config, machine)
@@ -74,9 +74,3 @@ def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:
     if fewer is not None and fewer.budget.machine.world < budget.machine.world:
         lines += setting_lines("fewest GPUs", fewer)
     return lines
-
-
-def _number(key: str, word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise UserError(f"{key} is {word!r}, expected a whole number of at least 1")
-    return int(word)

@@ -61,7 +61,7 @@ def chosen_policies(config: RunConfig, layers: int | None = None) -> BlockPolici
     """
     if config.parallel.activations != "auto":
         return None
-    budget = Budget.of(config, this_machine(config.trainer.devices), layers)
+    budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes), layers)
     if budget is None:
         raise UserError("parallel.activations is auto, which needs a local model.path; set none, full or selective")
     return budget.policies

@@ -49,7 +49,8 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
-    check_memory(config)
+    if not elsewhere:
+        check_memory(config)
 
 
 def check_memory(config: RunConfig) -> None:
@@ -60,7 +61,7 @@ def check_memory(config: RunConfig) -> None:
     """
     if not config.trainer.check_memory:
         return
-    budget = Budget.of(config, this_machine(config.trainer.devices))
+    budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
     if budget is None or budget.misfit is None:
         return
     clips = config.clips_at_once() * config.optim.accumulate

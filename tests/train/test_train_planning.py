@@ -206,7 +206,9 @@ def test_training_refuses_what_cannot_fit(tmp_path, monkeypatch):
     check_memory(finish(compose_run({"trainer.check_memory": "false", "clip.height": "1024", "clip.width": "2048"})))
     check_memory(run_config(tmp_path))
 
-    monkeypatch.setattr("train.preflight.this_machine", lambda devices: Machine(GPUS["h200"], devices, 1, 64 * GIB))
+    monkeypatch.setattr(
+        "train.preflight.this_machine", lambda devices, nodes: Machine(GPUS["h200"], devices, nodes, 64 * GIB)
+    )
     wan = finish(compose_run({"conf": "wan_4x"}))
     with pytest.raises(UserError, match=r"(?s)an NVIDIA H200 has.*dense.*what would work:\n  .*parallel"):
         check_memory(wan)

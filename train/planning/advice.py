@@ -135,7 +135,7 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
                     given,
                     parallel=parallel,
                     optim=replace(given.optim, accumulate=int(accumulate)),
-                    trainer=replace(given.trainer, devices=machine.gpus, compile=compiled),
+                    trainer=replace(given.trainer, nodes=machine.nodes, devices=machine.gpus, compile=compiled),
                 )
                 yield Setting(_keys(given, config), replace(budget, config=config))
 

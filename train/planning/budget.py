@@ -29,7 +29,7 @@ class Budget:
     """One run on one machine.
 
     Args:
-        config: the run; its ``trainer.devices`` is not read, the machine says how many GPUs there are.
+        config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine says how many GPUs there are.
         machine: where.
         sizes: of its model and clip.
     """

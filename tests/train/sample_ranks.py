@@ -7,8 +7,9 @@ from typing import Any
 
 from test_train_sample import words
 
-from train.sample.generate import Generator, Ranks
+from train.sample.generate import Generator
 from train.sample.pipeline import pipeline_class
+from train.sample.ranks import Ranks
 from train.sample.settings import jobs, parse_settings
 
 

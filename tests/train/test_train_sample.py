@@ -20,8 +20,9 @@ from train.export.formats import FORMATS, Adapter
 from train.export.run import _fold
 from train.models.wan import WanSelfAttention
 from train.sample.__main__ import main
-from train.sample.generate import Generator, Ranks
+from train.sample.generate import Generator
 from train.sample.pipeline import pipeline_class
+from train.sample.ranks import Ranks
 from train.sample.settings import jobs, parse_settings
 
 TOKENS = 24

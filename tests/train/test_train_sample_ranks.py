@@ -7,7 +7,7 @@ from ranks import run_ranks
 from tiny_pipelines import save_pipeline
 
 from train.errors import UserError
-from train.sample.denoise import Split
+from train.sample.ranks import Split
 
 FOLDERS = {}
 

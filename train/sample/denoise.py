@@ -1,12 +1,8 @@
 """What happens in each denoising step of a stock pipeline: its attention, its share of several GPUs, its time.
 
 The pipeline calls its transformer as always; the call goes through `Denoiser`, which knows the step by its noise level,
-gives the step's attention to the transformer, and splits the work:
-
-    W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt;
-                                        the S ranks of a branch share the tokens (`train.sequence`)
-
-Both branches' predictions are exchanged, so that every rank goes on with the same latent.
+gives the step's attention to the transformer, and splits the work as `train.sample.ranks` says. Both branches'
+predictions are exchanged, so that every rank goes on with the same latent.
 """
 
 from __future__ import annotations
@@ -22,63 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from radial import Dense, Pattern
-from train.errors import UserError
 from train.models import ModelAdapter
 from train.plan import AttentionPlan
-from train.sequence import SequenceGroup
+from train.sample.ranks import Split
 
 _TRAIN_STEPS = 1000  # of every family's timesteps
-
-
-@dataclass(frozen=True)
-class Split:
-    """How ranks share the work.
-
-    Attributes:
-        sequence: the ranks that share this rank's tokens; None: this rank has them all.
-        branches: 2 where the negative prompt has ranks of its own.
-        branch: this rank's.
-        partner: this rank and the one with the same tokens in the other branch.
-    """
-
-    sequence: SequenceGroup | None = None
-    branches: int = 1
-    branch: int = 0
-    partner: dist.ProcessGroup | None = None
-
-    @classmethod
-    def of(cls, world: int, rank: int, size: int | None, guidance: bool | None, guided: bool, heads: int) -> Split:
-        """The split of ``world`` ranks; every rank must call it.
-
-        Args:
-            size: ranks that share a clip's tokens; None: what the branches leave.
-            guidance: give the negative prompt half of the ranks; None: if that can be.
-            guided: whether there is a negative prompt.
-            heads: of the model.
-
-        Raises:
-            UserError: the numbers do not fit together.
-        """
-        if guidance and not guided:
-            raise UserError("split_guidance is true, but guidance is off: there is no negative prompt to give ranks to")
-        can_pair = guided and guidance is not False and world % 2 == 0
-        branches = 2 if can_pair and size in (None, world // 2) else 1
-        size = world // branches if size is None else size
-        if branches * size != world or (guidance and branches == 1):
-            possible = [str(world // 2)] * can_pair + [str(world)] * (not guidance)
-            raise UserError(
-                f"sequence is {size} on {world} ranks, expected {' or '.join(possible) or 'an even number'}"
-            )
-        if heads % size:
-            sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise UserError(f"sequence is {size}, expected a divisor of the model's {heads} heads: {sizes}")
-        sequence = SequenceGroup.of(size) if world > 1 else None
-        partner = None
-        for first in range(size) if branches == 2 else ():
-            group = dist.new_group([first, first + size])
-            if rank % size == first:
-                partner = group
-        return cls(sequence, branches, rank // size, partner)
 
 
 @dataclass

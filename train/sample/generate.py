@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import resource
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from radial import Dense, make_pattern
 from train import __version__
 from train.cli import files_with_strengths
 from train.config import ModelConfig
-from train.errors import UserError
 from train.sample.decode import decode_frames
-from train.sample.denoise import Attention, Denoiser, Split, noise_level
+from train.sample.denoise import Attention, Denoiser, noise_level
 from train.sample.lpips import lpips
 from train.sample.pipeline import (
     encode_prompts,
@@ -39,39 +34,10 @@ from train.sample.pipeline import (
     release,
     transformers_of,
 )
-from train.sample.settings import Job, Settings, jobs, recorded
+from train.sample.ranks import Ranks, Split
+from train.sample.records import both_file, dense_file, digests, is_done, recorded, write_record
+from train.sample.settings import Job, Settings, jobs
 from train.sample.video import Likeness, beside, video_file
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started."""
-
-    world: int
-    rank: int
-    device: torch.device
-
-    @classmethod
-    def join(cls) -> Ranks:
-        """Joins the other processes, if there are any."""
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            # the first rank decodes and writes while the others wait
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-        if not dist.is_initialized():
-            return cls(1, 0, device)
-        return cls(dist.get_world_size(), dist.get_rank(), device)
-
-    def share(self, item: Any) -> Any:
-        """The first rank's."""
-        if self.world == 1:
-            return item
-        box = [item]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
 
 
 @dataclass
@@ -102,7 +68,7 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
         warnings.filterwarnings("ignore", message=text)
     folder = pipeline_folder(model)
     found = jobs(settings)
-    todo = [job for job in found if not _is_done(job, settings, model)]
+    todo = [job for job in found if not is_done(job, settings, model)]
     if len(todo) < len(found):
         print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
     if todo:
@@ -247,16 +213,14 @@ class Generator:
         measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
         record = {
             "settings": recorded(settings, self.model, job),
-            "lora_files": _digests(settings),
+            "lora_files": digests(settings),
             "loras": self.loaded,
             "measured": measured,
             "gpus": self.ranks.world,
             "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "cpu",
             "versions": {"radial-lora": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
-        temporary = job.out.with_suffix(f".json.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
-        temporary.rename(job.out.with_suffix(".json"))  # last: it says that the video is whole
+        write_record(job, record)
         steps = ", ".join(
             f"{measured[key]:.2f} s a {kind} step"
             for kind in ("dense", "sparse")
@@ -277,8 +241,8 @@ class Generator:
         others = []
         with (
             video_file(job.out, fps) as video,
-            video_file(_dense_file(job), fps) as other,
-            video_file(_both_file(job), fps) as both,
+            video_file(dense_file(job), fps) as other,
+            video_file(both_file(job), fps) as both,
         ):
             for part in self._decode(dense, "dense"):
                 mine = one[at : at + len(part)]
@@ -309,53 +273,6 @@ class Generator:
     def _say(self, line: str) -> None:
         if self.ranks.rank == 0:
             print(line, flush=True)
-
-
-def _dense_file(job: Job) -> Path:
-    return job.out.with_stem(f"{job.out.stem}_dense")
-
-
-def _both_file(job: Job) -> Path:
-    return job.out.with_stem(f"{job.out.stem}_both")
-
-
-def _is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
-    """Whether a job's video is there.
-
-    Raises:
-        UserError: another one is.
-    """
-    about = job.out.with_suffix(".json")
-    if not job.out.exists() and not about.exists():
-        return False
-    try:
-        record = json.loads(about.read_text())
-        old, files = record["settings"], record["lora_files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        if job.out.exists():
-            raise UserError(f"out {job.out} is there, and no video of these settings: give another out") from None
-        return False
-    new = recorded(settings, model, job)
-    different = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
-    if different or files != _digests(settings):
-        what = ", ".join(f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in different[:3]) or "another LoRA"
-        raise UserError(f"out {job.out} is there, of other settings ({what}): give another out")
-    wanted = [job.out] + ([_dense_file(job), _both_file(job)] if settings.compare else [])
-    return all(file.exists() for file in wanted)
-
-
-def _digests(settings: Settings) -> dict[str, str]:
-    """SHA-256 of each LoRA file."""
-    found = {}
-    for text in (settings.lora, settings.lora_2, settings.add, settings.add_2):
-        for path, _ in files_with_strengths("lora", text) if text else ():
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{file} is missing, expected a LoRA: a .safetensors file, or a folder with one")
-                with file.open("rb") as stream:
-                    found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def _peak_memory(device: torch.device) -> float:

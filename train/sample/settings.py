@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +248,3 @@ def _json_line(line: str, where: str) -> dict[str, Any]:
     if unknown or not all(isinstance(value, str) for value in given.values()) or "prompt" not in given:
         raise UserError(f"{where}: expected an object with prompt, and negative and image if wanted, all text")
     return given
-
-
-def recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]:
-    """What makes a video what it is, as JSON: two videos of the same record are the same."""
-    own = asdict(settings)
-    for key in ("prompts", "out", "compare", "backend", "sequence", "split_guidance", "offload", "compile"):
-        del own[key]
-    own |= {"prompt": job.prompt, "negative": job.negative, "image": job.image}
-    own |= {"model": model.family, "model_path": model.path}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}

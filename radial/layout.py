@@ -139,7 +139,7 @@ def layout_of(handle: int) -> BlockLayout:
 def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLayout:
     """The layout of a pattern on a grid, on the CPU; cached by its arguments.
 
-    Time and memory follow the surviving blocks (0.3 s for 291,600 tokens on one core; `python -m radial bench`).
+    Time and memory follow the surviving blocks (`python -m radial bench --layouts`).
 
     Raises:
         RadialError: a block size that is not a power of two of at least 16, or a pattern with its own token order.
@@ -150,38 +150,46 @@ def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLa
         raise RadialError(f"pattern {pattern.name} has a token order of its own, which no caller applies yet")
     complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
     keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
-    row, column = keys // max(complete, 1), keys % max(complete, 1)
-    extra_row, extra_column = _fill_empty_rows(row, column, complete)
-    tail = torch.arange(complete, blocks)
-    every, inner = torch.arange(blocks), torch.arange(complete)
-    # tail columns of the complete rows, then the tail rows whole
-    row = torch.cat([row, extra_row, inner.repeat_interleave(len(tail)), tail.repeat_interleave(blocks)])
-    column = torch.cat([column, extra_column, tail.repeat(complete), every.repeat(len(tail))])
-    row_offsets, columns = _compress(row, column, blocks)
-    column_offsets, rows = _compress(column, row, blocks)
+    keys = _fill_empty_rows(keys, complete)
+    counts = _row_counts(keys, complete)
+    row = torch.repeat_interleave(torch.arange(complete), counts)
+    column = keys - row * complete
+    # each complete row ends with the tail's columns; then the tail's rows follow, which are whole
+    tail = blocks - complete
+    row_counts = torch.cat([counts + tail, torch.full((tail,), blocks)])
+    owner = torch.repeat_interleave(torch.arange(blocks), row_counts)
+    columns = torch.empty(len(owner), dtype=torch.int32)
+    row_offsets = _offsets(row_counts)
+    columns[torch.arange(len(keys)) + row * tail] = column.int()
+    ends = row_offsets[1 : complete + 1, None] - tail + torch.arange(tail)
+    columns[ends.flatten()] = torch.arange(complete, blocks, dtype=torch.int32).repeat(complete)
+    columns[len(keys) + complete * tail :] = torch.arange(blocks, dtype=torch.int32).repeat(tail)
+    # within a column the stable sort leaves the rows ascending
+    narrow = columns.short() if blocks < 2**15 else columns
+    rows = owner[narrow.sort(stable=True).indices].int()
+    column_offsets = _offsets(torch.bincount(columns, minlength=blocks))
     return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows)
 
 
-def _compress(major: Tensor, minor: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    keys = (major * blocks + minor).sort().values
-    counts = torch.bincount(major, minlength=blocks)
-    offsets = torch.zeros(blocks + 1, dtype=torch.int32)
-    offsets[1:] = counts.cumsum(0)
-    return offsets, (keys % blocks).int()
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
-def _fill_empty_rows(row: Tensor, column: Tensor, complete: int) -> tuple[Tensor, Tensor]:
-    """Key blocks for the complete query blocks that have none: see the module text."""
-    counts = torch.bincount(row, minlength=complete)
-    empty = (counts == 0).nonzero().flatten()
-    filled = counts.nonzero().flatten()
-    rows, columns = [row.new_empty(0)], [column.new_empty(0)]
+def _row_counts(keys: Tensor, side: int) -> Tensor:
+    """Entries of each row among ascending keys ``row * side + column``."""
+    return torch.searchsorted(keys, torch.arange(side + 1) * side).diff()
+
+
+def _fill_empty_rows(keys: Tensor, complete: int) -> Tensor:
+    """``keys`` with key blocks for the complete query blocks that have none: see the module text."""
+    counts = _row_counts(keys, complete)
     starts = counts.cumsum(0) - counts
-    for index in empty.tolist():
+    filled = counts.nonzero().flatten()
+    found = [keys]
+    for index in (counts == 0).nonzero().flatten().tolist():
         after = int(torch.searchsorted(filled, index))
         neighbours = [int(filled[p]) for p in (after - 1, after) if 0 <= p < len(filled)]
-        parts = [column[starts[n] : starts[n] + counts[n]] for n in neighbours]
-        found = torch.unique(torch.cat(parts)) if parts else torch.arange(complete)
-        rows.append(torch.full_like(found, index))
-        columns.append(found)
-    return torch.cat(rows), torch.cat(columns)
+        parts = [keys[starts[n] : starts[n] + counts[n]] - n * complete for n in neighbours]
+        columns = torch.unique(torch.cat(parts)) if parts else torch.arange(complete)
+        found.append(index * complete + columns)
+    return torch.cat(found).sort().values if len(found) > 1 else keys

@@ -163,9 +163,4 @@ def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern
 
 def _complete(bands: Bands, grid: VideoGrid, block: int, *, strict: bool) -> Tensor:
     """Blocks of the bands on the complete blocks of the video."""
-    complete = grid.video_tokens // block
-    side = -(-grid.video_tokens // block) + 1  # a canvas may reach one block past the last
-    keys = surviving_blocks(bands, grid.tokens_per_frame, block, side, strict=strict)
-    row, column = keys // side, keys % side
-    inside = (row < complete) & (column < complete)
-    return row[inside] * complete + column[inside]
+    return surviving_blocks(bands, grid.tokens_per_frame, block, grid.video_tokens // block, strict=strict)

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from radial import BlockLayout, Dense, Paper, RadialError, Released, VideoGrid, attention_over, build_layout
 from radial.backends import BACKENDS, AttentionCall
 from radial.check import sampled_errors
-from radial.layout import _compress
 
 CUDA = torch.device("cuda")
 BACKEND_NAMES = ["fa4", "flex"]
@@ -37,10 +36,12 @@ def random_layout(tokens: int, density: float, seed: int) -> BlockLayout:
     mask |= torch.eye(blocks, dtype=torch.bool)
     mask[tokens // 128 :] = True
     mask[:, tokens // 128 :] = True
-    row, column = mask.nonzero().unbind(1)
-    return BlockLayout(
-        Released(), VideoGrid(1, 1, tokens), 128, *_compress(row, column, blocks), *_compress(column, row, blocks)
-    )
+
+    def lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+        return offsets.int(), mask.nonzero()[:, 1].int()
+
+    return BlockLayout(Released(), VideoGrid(1, 1, tokens), 128, *lists(mask), *lists(mask.t()))
 
 
 def draw(layout: BlockLayout, *, batch: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from launch.start import whole_number
 from train.compose import compose_run, finish, split_arguments
+from train.config import RunConfig
 from train.errors import UserError
+from train.folder import PLAN
 from train.planning import (
     GIB,
     GPUS,
@@ -29,7 +34,7 @@ GPUs, the fewest GPUs that do, and what to change where nothing fits. Needs neit
   cpu_memory     GiB of CPU memory of each node; 128 for each GPU if not given
 
 Other keys are those of the run: conf=wan_4x clip.frames=161 parallel.sequence=2 trainer.compile=true"""
-_CPU_GIB = 128  # for each GPU of a node
+CPU_GIB = 128  # for each GPU of a node
 _BATCH_KEYS = ("optim.accumulate", "data.batch_size", "trainer.nodes", "trainer.devices", "parallel.sequence")
 
 
@@ -40,7 +45,7 @@ def main(arguments: list[str]) -> None:
     given = {key: whole_number(settings, key, 1) for key in ("nodes", "gpus", "cpu_memory") if key in settings}
     config = finish(compose_run(settings))
     nodes, gpus = given.get("nodes", config.trainer.nodes), given.get("gpus", config.trainer.devices)
-    gib = given.get("cpu_memory", gpus * _CPU_GIB)
+    gib = given.get("cpu_memory", gpus * CPU_GIB)
     recipe = config.clips_at_once() * config.optim.accumulate  # the global batch of the run file
     machine = Machine(gpu, gpus, nodes, gib * GIB)
     budget = Budget.of(config, machine)
@@ -52,6 +57,19 @@ def main(arguments: list[str]) -> None:
     if any(key in settings for key in _BATCH_KEYS):
         recipe = Duration(budget).clips_a_step
     print("\n".join(plan_lines(budget, recipe)))
+
+
+def store_plan(folder: Path, config: RunConfig, machine: Machine) -> None:
+    """Prints the plan of a run and keeps it in its folder, for the report to set beside what is measured."""
+    budget = Budget.of(config, machine)
+    if budget is None:
+        print(f"no plan: the dimensions of {config.model.path} are not known before its weights are there\n")
+        return
+    text = "\n".join(plan_lines(budget, config.clips_at_once() * config.optim.accumulate))
+    print(f"{text}\n")
+    duration = Duration(budget)
+    about = {"step_seconds": duration.step, "memory_gib": budget.gpu_memory / GIB, "mfu": duration.mfu, "table": text}
+    (folder / PLAN).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:

@@ -10,9 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.plan import CPU_GIB, store_plan
 from launch.start import prepare, record, whole_number, yes
 from train.compose import split_arguments
 from train.errors import UserError
+from train.planning import GIB, Machine, gpu_named, this_machine
 
 USAGE = """python -m launch slurm conf=RUN nodes=N gpus=N [partition=P] [time=D-HH:MM:SS] [option=value ...]
 python -m launch slurm resume=<run folder> [option=value ...]
@@ -22,6 +24,7 @@ is up, and when it is preempted, the run saves a checkpoint and queues itself ag
 from the last checkpoint.
 
   nodes=N, gpus=N    of each node; one process a GPU
+  gpu=h200           their kind, for the plan
   processes=N        instead of gpus, on a cluster without GPUs: processes a node
   partition=, account=, qos=, time=, memory=    as sbatch has them; memory is a node's
   cpus=N             CPU cores a process; default: its loader workers and two
@@ -130,6 +133,7 @@ def main(arguments: list[str]) -> None:
         gpus = tasks = whole_number(settings, "gpus", 1)
     else:
         raise UserError("gpus is not set, give gpus=<GPUs of each node>")
+    gpu = gpu_named(settings.pop("gpu", "h200"))
     time_limit = settings.pop("time", None)
     grace = whole_number(settings, "grace", 600)
     if time_limit is not None:
@@ -140,6 +144,8 @@ def main(arguments: list[str]) -> None:
     if words["mounts"] is not None and words["container"] is None:
         raise UserError(f"mounts is {words['mounts']}, it needs container=IMAGE")
     folder, config = prepare(settings, nodes, tasks, elsewhere=True)
+    machine = Machine(gpu, gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
+    store_plan(folder.path, config, machine)
     path = folder.path.resolve()
     job = Job(config.conf, path, nodes, tasks, gpus, cpus or config.data.workers + 2, grace, time=time_limit, **words)
     script = path / SCRIPT

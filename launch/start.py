@@ -10,7 +10,7 @@ from typing import Any
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, RunFolder, write_config
+from train.folder import CONFIG, RunFolder, held, write_config
 from train.preflight import preflight
 
 RECORD = "launch.json"
@@ -56,7 +56,8 @@ def prepare(
         folder = Path(settings.pop("resume"))
         config = change_config(read_config(folder), settings)
         preflight(config, elsewhere=elsewhere)
-        write_config(config, folder)
+        with held(folder):  # not under a run that reads it
+            write_config(config, folder)
         return RunFolder(folder), config
     config = finish(compose_run(settings))
     preflight(config, elsewhere=elsewhere)

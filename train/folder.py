@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from train.config import RunConfig
 from train.errors import UserError
 
-CONFIG, STATE, LOCK = "config.yaml", "state", ".lock"
+CONFIG, PLAN, STATE, LOCK = "config.yaml", "plan.json", "state", ".lock"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,21 +120,24 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
 
 
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
-    """What to say when a GPU's memory is full: where, how much was asked for, and the cheapest remedies."""
-    asked = str(error).split(". ")[0]
-    return f"rank {rank}: out of GPU memory: {asked}. Cheapest first: {'; '.join(_remedies(config))}"
+    """What to say when a GPU's memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
+    asked = str(error).split(". GPU")[0].rstrip(".")
+    return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
 
 
-def _remedies(config: RunConfig) -> list[str]:
-    parallel = config.parallel
-    found = []
-    if parallel.activations == "none":
-        found.append("parallel.activations=full")
-    if not parallel.offload_activations:
-        found.append("parallel.activations=full parallel.offload_activations=true")
-    if parallel.ffn_chunk is None:
-        found.append("parallel.ffn_chunk=16384")
-    return found[:3]
+def cheapest(config: RunConfig) -> list[str]:
+    """At most three changes, in the plan's words, after which the run takes at least a tenth less of a GPU's memory."""
+    machine = this_machine(config.trainer.devices, config.trainer.nodes)
+    budget = Budget.of(config, machine)
+    if budget is None:
+        return ["parallel.activations=auto", "a shorter clip (clip.frames)", "more GPUs a clip (parallel.sequence)"]
+    # it fitted by the plan and did not in truth: look for what fits well below both
+    room = 0.9 * min(machine.gpu.memory, budget.gpu_memory)
+    tighter = replace(budget, machine=replace(machine, gpu=replace(machine.gpu, memory=room)))
+    clips = config.clips_at_once() * config.optim.accumulate
+    here = best(tighter, clips)
+    found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
+    return [*found, *remedies(tighter, clips)][:3]
 
 
 def _check_parallel(config: RunConfig, elsewhere: bool) -> None:

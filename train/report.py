@@ -18,11 +18,10 @@ from train.cli import guarded
 from train.compose import read_config, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, get_state
+from train.folder import CONFIG, PLAN, get_state
 from train.metrics import METRICS, read_metrics
 
 PAGE = "report.html"
-PLAN = "plan.json"
 USAGE = """python -m train.report run=<run folder> [out=FILE]
 
 Writes report.html into the run's folder: curves, validation, clips, the plan beside what was measured, settings.

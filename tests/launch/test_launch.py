@@ -166,6 +166,7 @@ def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
     assert "ok       run          weights, shards and settings fit together" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_local_run_is_stopped_by_cancel_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "launch", "local", *words(tmp_path, trainer__steps=300)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

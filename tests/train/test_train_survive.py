@@ -179,6 +179,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path):
     assert get_state(folder)[0] == "failed"
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_what_one_finds(tmp_path):
     config = run_config(tmp_path)
     shards = poisoned(config, tmp_path, 5).data.shards
@@ -243,6 +244,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path):
     assert len(list(folder.glob(f"wandb/offline-run-*-{number.strip()}"))) >= 1
 
 
+@pytest.mark.slow
 def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path):
     _, whole = finished
     process = Run(*words(tmp_path, trainer__steps=6, log__wandb="offline", trainer__checkpoint_every=1))
@@ -280,6 +282,7 @@ def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
         run(config)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
     """The data never comes, so that the step of the first interrupt never ends."""
     shards = training_shards(run_config(tmp_path)).folder
@@ -297,6 +300,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert get_state(only_run(tmp_path / "runs"))[0] == "stopped"
 
 
+@pytest.mark.slow
 def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
     pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
@@ -333,6 +337,7 @@ def same_as(folder, whole):
     assert equal_checkpoints(folder / "checkpoints" / "step-000030", whole / "checkpoints" / "step-000030")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path, rank):
     process, folder = start_two(tmp_path, 5)
@@ -347,6 +352,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path,
     same_as(folder, two_ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
     process, folder = start_two(tmp_path, 3, trainer__timeout=6)
@@ -375,6 +381,7 @@ def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetit
     same_as(folder, two_ranks)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, tmp_path):
     process, folder = start_two(tmp_path, 4)
     os.kill(process.ranks()[1], signal.SIGTERM)

@@ -120,7 +120,7 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
 
 
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
-    """What to say when a GPU's memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
+    """What to say when memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
     asked = str(error).split(". GPU")[0].rstrip(".")
     return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
 

@@ -20,6 +20,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from train.control import ControlGroup
+from train.family import end_now
 from train.folder import set_state
 
 STOP, REQUEUE = 1, 2
@@ -40,7 +41,6 @@ class StopSignals(Callback):
     def __init__(self, folder: Path, rank: int, control: ControlGroup) -> None:
         self.folder, self.rank, self.control = folder, rank, control
         self.asked = 0
-        self._trainer: L.Trainer | None = None
         self._step = -1
 
     @contextmanager
@@ -71,14 +71,11 @@ class StopSignals(Callback):
     def _exit_now(self) -> None:
         if self.rank == 0:
             set_state(self.folder, WORDS[STOP], "interrupted twice: it goes on from its last checkpoint")
-        launcher: Any = self._trainer.strategy.launcher if self._trainer is not None else None
-        for process in getattr(launcher, "procs", ()):
-            process.kill()
-        os._exit(EXIT_CODES[STOP])
+        end_now(EXIT_CODES[STOP])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._listen()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
-        self._trainer, self._step = trainer, trainer.global_step
+        self._step = trainer.global_step
         self.control.open(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from train.cli import MISTAKES
 from train.control import ControlGroup
+from train.family import end_now
 from train.folder import set_state
 from train.ranks import slurm_tasks
 
@@ -202,9 +203,7 @@ class Watchdog(Callback):
                   file=sys.stderr, flush=True)  # fmt: skip
         else:
             time.sleep(2)  # the one that speaks comes first
-        for child in self._children:
-            child.kill()
-        os._exit(EXIT_CODE)
+        end_now(EXIT_CODE)
 
 
 def _alive(first: Beat | None, second: Beat | None) -> bool:

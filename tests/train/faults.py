@@ -71,14 +71,14 @@ class Run:
         children = [int(line.split()[0]) for line in lines if " train" in line or "train/__main__" in line]
         return [self.process.pid, *sorted(pid for pid in children if _is_rank(pid))]
 
-    def wait_for(self, ready: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(self.end())
             time.sleep(0.02)
 
-    def end(self, seconds: float = 120) -> str:
+    def end(self, seconds: float = 400) -> str:
         """Waits for the end; the output. A run that does not end is killed, which is an error."""
         try:
             return self.process.communicate(timeout=seconds)[0]

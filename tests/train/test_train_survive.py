@@ -1,8 +1,10 @@
 """What goes wrong in a day of training, done for real: the run says it, and goes on or resumes with nothing lost."""
 
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from faults import Run, equal_checkpoints, fill, losses, only_run, small_disk
@@ -150,9 +153,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(tmp_path
     )
     folder = run(config)
     said = capsys.readouterr().out
-    assert "the loss of sample clip-000005 is inf; skipped (1 of at most 20)" in said
-    values = dict(losses(folder))
-    (bad,) = [step for step, loss in values.items() if loss == "inf"]
+    assert re.search(r"the loss of sample clip-000005 is (inf|nan); skipped \(1 of at most 20\)", said)
+    (bad,) = [step for step, loss in losses(folder) if not math.isfinite(float(loss))]
     before, after = (load_weights(folder / "checkpoints" / f"step-{step:06d}") for step in (bad, bad + 1))
     assert all(torch.equal(before[key], after[key]) for key in before)
     one, other = (load_state(folder / "checkpoints" / f"step-{s:06d}")["optimizer_states"][0] for s in (bad, bad + 1))
@@ -244,28 +246,23 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path):
     assert len(list(folder.glob(f"wandb/offline-run-*-{number.strip()}"))) >= 1
 
 
-@pytest.mark.slow
-def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path):
+def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path, monkeypatch, capsys):
     _, whole = finished
-    process = Run(*words(tmp_path, trainer__steps=6, log__wandb="offline", trainer__checkpoint_every=1))
-    process.wait_for(lambda: bool(list(tmp_path.glob("runs/shapes_4x/*/checkpoints/step-*"))))
-    tree = subprocess.run(["pgrep", "-g", str(process.process.pid), "-f", "wandb-core"], capture_output=True, text=True)
-    found = [int(pid) for pid in tree.stdout.split()] or _descendants(process.process.pid, "wandb-core")
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-    assert found
-    text = process.end()
-    assert process.process.returncode == 0, text
-    assert losses(only_run(tmp_path / "runs")) == losses(whole)
+    killed = []
 
+    def kill():
+        service = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+        killed.extend(child.pid for child in service)
+        for child in service:
+            child.kill()
+            child.wait()
 
-def _descendants(parent: int, name: str) -> list[int]:
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
-    parts = [line.split(None, 2) for line in lines]
-    below = {parent}
-    for _ in range(5):
-        below |= {int(pid) for pid, above, _ in parts if int(above) in below}
-    return [int(pid) for pid, _, words in parts if int(pid) in below and name in words]
+    at_step(monkeypatch, 2, kill)
+    folder = run(run_config(tmp_path, trainer__steps=6, log__wandb="offline"))
+    said = capsys.readouterr().out
+    assert killed
+    assert said.count("warning: Weights & Biases does not take the figures") == 1
+    assert losses(folder) == losses(whole)
 
 
 # ---- memory, signals, ranks
@@ -294,7 +291,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     time.sleep(1)
     assert process.process.poll() is None
     os.kill(process.process.pid, signal.SIGINT)
-    text = process.end(20)
+    text = process.end(240)
     assert process.process.returncode == 130
     assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
     assert get_state(only_run(tmp_path / "runs"))[0] == "stopped"
@@ -305,7 +302,7 @@ def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
     pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
     process = Run(*words(tmp_path, data__shards=pipe, data__synthetic_clips=0, trainer__timeout=5))
-    text = process.end(90)
+    text = process.end(240)
     assert process.process.returncode == 1
     assert "error: no step for 5 s (trainer.timeout): the run hangs in reading data after step 0; stacks: " in text
     folder = only_run(tmp_path / "runs")
@@ -317,15 +314,15 @@ def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
 def two_ranks(tmp_path_factory):
     """An undisturbed run of two processes."""
     tmp_path = tmp_path_factory.mktemp("two")
-    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=30)).end()
+    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20)).end()
     folder = only_run(tmp_path / "runs")
-    assert len(losses(folder)) == 30, text
+    assert len(losses(folder)) == 20, text
     return folder
 
 
 def start_two(tmp_path, step, **changes):
     """A run of two processes that has made so many steps; its folder."""
-    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=30, **changes))
+    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20, **changes))
     process.wait_for(lambda: any(len(losses(f)) >= step for f in tmp_path.glob("runs/shapes_4x/*")))
     return process, only_run(tmp_path / "runs")
 
@@ -334,7 +331,7 @@ def same_as(folder, whole):
     """The run, resumed until its end, has the losses and the state of the undisturbed one, bit for bit."""
     text = Run(f"resume={folder}").end()
     assert losses(folder) == losses(whole), text
-    assert equal_checkpoints(folder / "checkpoints" / "step-000030", whole / "checkpoints" / "step-000030")
+    assert equal_checkpoints(folder / "checkpoints" / "step-000020", whole / "checkpoints" / "step-000020")
 
 
 @pytest.mark.slow
@@ -342,7 +339,7 @@ def same_as(folder, whole):
 def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path, rank):
     process, folder = start_two(tmp_path, 5)
     os.kill(process.ranks()[rank], signal.SIGKILL)
-    text = process.end(60)
+    text = process.end(240)
     end = time.monotonic() + 20
     while process.ranks()[1:] and time.monotonic() < end:
         time.sleep(0.2)
@@ -358,7 +355,7 @@ def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
     process, folder = start_two(tmp_path, 3, trainer__timeout=6)
     frozen = process.ranks()[rank]
     os.kill(frozen, signal.SIGSTOP)
-    text = process.end(90)
+    text = process.end(240)
     assert f"rank {rank}" in text and "gives no sign of life" in text, text
     assert not Path(f"/proc/{frozen}").exists() or rank == 1
     same_as(folder, two_ranks)
@@ -375,7 +372,7 @@ def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetit
         process.kill()
     else:
         os.kill(process.ranks()[repetition % 2], signal.SIGKILL)
-    process.end(60)
+    process.end(240)
     for path in checkpoints_of(folder / "checkpoints"):
         load_state(path), load_weights(path)
     same_as(folder, two_ranks)
@@ -385,7 +382,7 @@ def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetit
 def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, tmp_path):
     process, folder = start_two(tmp_path, 4)
     os.kill(process.ranks()[1], signal.SIGTERM)
-    text = process.end(60)
+    text = process.end(240)
     assert process.process.returncode == 75, text
     assert get_state(folder)[0] == "requeue"
     (last,) = checkpoints_of(folder / "checkpoints")[-1:]

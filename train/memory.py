@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from train.errors import UserError
 from train.offload import Offload, Stored
 
 _Runner = Callable[..., Tensor]
@@ -113,11 +115,18 @@ def _contexts(offload: Offload | None) -> tuple[AbstractContextManager[Any], Abs
 class _Keep(TorchDispatchMode):
     """Keeps what attention gives. torch's selective contexts do so too, but have no way to move it off the GPU."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, results: deque[Any], put: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.results, self.put = results, put
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(operator, HigherOrderOperator):  # FlexAttention, which torch would run uncompiled in this mode
+            raise UserError(
+                f"parallel.activations=selective cannot keep what {operator.name()} gives in blocks that are not "
+                "compiled: add trainer.compile=true, or take parallel.activations=full"
+            )
         out = operator(*args, **(kwargs or {}))
         if _is_self_attention(operator, args):
             self.results.append(tree_map_only(Tensor, lambda x: self.put(x.detach()), out))

@@ -44,7 +44,8 @@ def test_zero_on_one_gpu(tmp_path, strategy):
     [
         {"parallel__strategy": "zero2", "parallel__offload_optimizer": True},
         {"parallel__strategy": "zero3", "parallel__offload_optimizer": True, "parallel__offload_parameters": True},
-        {"parallel__activations": "selective", "parallel__offload_activations": True, "parallel__ffn_chunk": 100},
+        {"parallel__activations": "full", "parallel__offload_activations": True, "parallel__ffn_chunk": 100},
+        {"parallel__activations": "selective", "parallel__offload_activations": True, "trainer__compile": True},
         {"parallel__activations": "selective", "trainer__compile": True},
     ],
 )

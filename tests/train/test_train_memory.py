@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch._dynamo
 from sequence_ranks import PATTERNS, clips, tiny_adapter
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radial.backends import BACKENDS
 from train.build import set_memory_policy
 from train.config import ParallelConfig
+from train.errors import UserError
 from train.flow import noised
 from train.memory import block_runner
 from train.offload import Offload, Stored
@@ -85,6 +87,13 @@ def test_selective_never_computes_attention_again(monkeypatch, prepare, forwards
     monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
     gradients(prepare)
     assert len(calls) == forwards
+
+
+def test_flex_attention_in_plain_blocks_is_refused_by_selective():
+    q = torch.randn(1, 1, 16, 16)  # without a gradient, which a CPU cannot give
+    run = block_runner("selective")
+    with pytest.raises(UserError, match="add trainer.compile=true"):
+        run(lambda q: flex_attention(q, q, q), q)
 
 
 @pytest.mark.slow

@@ -48,3 +48,15 @@ def test_everything_public_has_a_docstring():
             for node in tree.body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                     assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def test_nothing_unpickles():
+    """Files of strangers are read as safetensors, JSON, YAML and tar: no pickle, no torch.load of arbitrary objects."""
+    for package in MAY_IMPORT:
+        for file in (ROOT / package).rglob("*.py"):
+            assert not imports(file) & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, file
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load"):
+                    safe = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert safe.get("weights_only") == "True" or safe.get("allow_pickle") == "False", file
+                assert not (isinstance(node, ast.Attribute) and node.attr in ("extractall", "unsafe_load")), file

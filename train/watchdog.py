@@ -67,7 +67,8 @@ class Watchdog(Callback):
         self._parent = os.getppid()
         self._mine: Beat | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # the first samples are read before on_train_start
         self.control.open(trainer)
         self._children = list(getattr(trainer.strategy.launcher, "procs", ()))
         if self.control.world > 1:
@@ -84,6 +85,9 @@ class Watchdog(Callback):
 
     def _at(self, trainer: L.Trainer, place: int) -> None:
         self._step, self._place, self._moved = trainer.global_step, place, time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, 0)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._at(trainer, 1)

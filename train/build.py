@@ -131,4 +131,5 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         steps=config.trainer.steps,
         lora=config.lora is not None,
         sequence_size=config.parallel.sequence,
+        policies=policies,
     )

@@ -17,6 +17,7 @@ from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noise
 from train.lora import load_parameters, lora_parameters
 from train.models import ModelAdapter
 from train.plan import AttentionPlan
+from train.planning.policies import BlockPolicies, check_agreement
 from train.sequence import SequenceGroup, flow_loss
 from train.zero import whole_parameter
 
@@ -49,6 +50,7 @@ class LengthExtensionModule(L.LightningModule):
         lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
         lora: whether the weights to save are the LoRA's alone.
         sequence_size: ranks that share each sample's tokens.
+        policies: what blocks keep, where it was chosen for this machine; all ranks must have chosen the same.
     """
 
     strict_loading = False  # the frozen weights are in no checkpoint
@@ -74,6 +76,7 @@ class LengthExtensionModule(L.LightningModule):
         steps: int,
         lora: bool,
         sequence_size: int = 1,
+        policies: BlockPolicies | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -86,7 +89,7 @@ class LengthExtensionModule(L.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup, self.decay, self.steps = warmup, decay, steps
         self.lora = lora
-        self.sequence_size = sequence_size
+        self.sequence_size, self.policies = sequence_size, policies
         self.sequence: SequenceGroup | None = None
         self.current_plan: AttentionPlan | None = None
         """The attention of the micro-batch in work."""
@@ -100,6 +103,8 @@ class LengthExtensionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.sequence = SequenceGroup.of(self.sequence_size)
+        if self.policies is not None:
+            check_agreement(self.policies)
 
     def plan(self, latent: Tensor, *, all_dense: bool) -> AttentionPlan:
         """The attention of a micro-batch."""

@@ -15,11 +15,13 @@ from radial import Dense, Released, VideoGrid, build_layout
 from train.build import set_memory_policy
 from train.collectives import all_gather, all_to_all
 from train.config import ParallelConfig
+from train.errors import UserError
 from train.evaluate import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora import inject_lora
 from train.models.wan import WanAdapter
 from train.plan import AttentionPlan
+from train.planning.policies import BlockPolicies, check_agreement
 from train.sampling import sample
 from train.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
 
@@ -199,6 +201,15 @@ def adjoints() -> dict[str, float]:
         dist.all_reduce(products)
         errors[name] = (products[0] - products[1]).abs().item()
     return errors
+
+
+def agreement(names_by_rank: list[tuple[str, ...]]) -> str:
+    """What `check_agreement` says, or nothing."""
+    try:
+        check_agreement(BlockPolicies(names_by_rank[dist.get_rank()]))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def round_trips(tokens: int) -> dict[str, bool]:

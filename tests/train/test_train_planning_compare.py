@@ -47,7 +47,7 @@ def test_the_comparison(tmp_path, capsys):
     assert dense.predicted_parts["communication"] > 0 == ours.predicted_parts["communication"]
     main([str(file)])
     out = capsys.readouterr().out
-    assert out.count("\n| released, 2 blocks, 291,600 tokens, 1 GPU(s), full, compiled | 60.0 |") == 1
+    assert out.count("\n| released, 2 blocks, 291,600 tokens, 1 GPU, full, compiled | 60.0 |") == 1
     assert "seconds measured (predicted): attention 4.1 (" in out
 
 
@@ -69,6 +69,10 @@ def test_files_that_are_none(tmp_path, content, message):
 def test_no_file_is_given():
     with pytest.raises(UserError, match="no file is given"):
         main([])
+
+
+def test_there_are_measurements():
+    assert len(MEASURED) >= 4
 
 
 @pytest.mark.parametrize("file", MEASURED, ids=lambda file: file.stem)

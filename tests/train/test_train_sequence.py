@@ -74,6 +74,14 @@ def test_attention_with_text_tokens(size, text):
             close(got[name], value.detach().numpy(), 1e-12)
 
 
+def test_ranks_that_would_keep_different_things_stop():
+    same, other = ("full", "none"), ("selective", "none")
+    assert run_ranks(2, sequence_ranks.agreement, [same, same]) == ["", ""]
+    for said in run_ranks(2, sequence_ranks.agreement, [same, other]):
+        assert "1 full + 1 none on rank 0 but 1 selective + 1 none on rank 1" in said
+        assert "set parallel.offload_gib" in said
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_each_collectives_backward_is_its_adjoint(world):
     for errors in run_ranks(world, sequence_ranks.adjoints):

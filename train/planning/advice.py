@@ -11,7 +11,6 @@ from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS
 
-_CHUNK = 8192
 _NODE = 8  # GPUs, of the nodes that are asked for
 
 
@@ -42,7 +41,7 @@ class Setting:
 def best(budget: Budget, clips_a_step: float) -> Setting | None:
     """The fastest setting that fits the budget's machine, or None.
 
-    Among settings within 2 % of the fastest, the one with the fewest means: GPUs that share a clip, ZeRO, chunks.
+    Among settings within 2 % of the fastest, the one with the fewest means: offload, ZeRO, chunks, GPUs a clip.
 
     Args:
         budget: the run as it was given.
@@ -51,10 +50,13 @@ def best(budget: Budget, clips_a_step: float) -> Setting | None:
     found = [s for s in _settings(budget, clips_a_step) if s.budget.misfit is None]
     if not found:
         return None
-    if found[0].duration.hours is None:
-        return found[0]
-    limit = 1.02 * min(s.duration.hours or 0.0 for s in found)
-    return next(s for s in found if (s.duration.hours or 0.0) <= limit)
+    limit = 1.02 * min(s.duration.hours or 0.0 for s in found)  # all 0 where the GPU's speed is not known
+    return min((s for s in found if (s.duration.hours or 0.0) <= limit), key=_means)
+
+
+def _means(setting: Setting) -> tuple[bool, int, bool, int]:
+    budget = setting.budget
+    return budget.offloaded > 0, budget.stage, budget.config.parallel.ffn_chunk is not None, budget.sequence
 
 
 def fewest(budget: Budget, clips_a_step: float, most: int) -> Setting | None:
@@ -106,7 +108,7 @@ def _counts(most: int) -> Iterator[int]:
 
 
 def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
-    """From the plainest to those with the most means."""
+    """All that keep the global batch."""
     given, machine = budget.config, budget.machine
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
     if given.trainer.fp8 and "zero3" in strategies:
@@ -118,7 +120,8 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
         if accumulate < 1 or accumulate % 1:
             continue  # another global batch
         for strategy in strategies:
-            means = itertools.product((given.parallel.ffn_chunk, _CHUNK), (given.trainer.compile, not machine.is_cpu))
+            quarter = -(-budget.sizes.video_tokens // (4 * sequence))
+            means = itertools.product((given.parallel.ffn_chunk, quarter), (given.trainer.compile, not machine.is_cpu))
             for chunk, compiled in dict.fromkeys(means):
                 parallel = replace(
                     given.parallel,

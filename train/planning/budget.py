@@ -116,12 +116,11 @@ class Budget:
         """The working set of the backward of a block with that policy."""
         sizes, chunk = self.sizes, self.config.parallel.ffn_chunk
         costs = self.costs.running_saved if policy == "none" else self.costs.running - (policy == "selective")
-        shared = self.costs.shared if self.sequence > 1 else 0.0
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
         if chunk is not None:
-            middle = min(middle, 4.0 * self.clips * chunk * sizes.wide * sizes.element)
+            middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
         latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
-        return (costs + shared) * self.hidden + middle + latents
+        return costs * self.hidden + middle + latents
 
     @cached_property
     def policies(self) -> BlockPolicies:

@@ -26,8 +26,11 @@ DENSE = {
     "sdpa": ((69_120, 622e12, 560e12), (291_600, 572e12, 540e12)),
 }
 
-LINEAR = 712e12
-"""FLOP/s of the linear layers of a Wan-14B block, LoRA included: 0.75 s for 5.3e14 FLOPs. A bare GEMM has 789e12."""
+LINEAR, LINEAR_FP8 = 800e12, 1540e12
+"""FLOP/s of the linear layers of Wan-14B blocks, LoRA included, in bf16 and with ``trainer.fp8``."""
+
+LINK = 0.66
+"""Share of a link's rate that all-to-alls reach: 300 GB/s of an H200's 450."""
 
 PCIE = 5.5e10
 """Bytes a second, each way, of page-locked copies beside the GPU's work; measured on an H200."""
@@ -38,25 +41,25 @@ class BlockCosts:
     """What a transformer block costs beside its attention and GEMM kernels, eager or compiled.
 
     Attributes:
-        passes: times that a hidden state goes through the GPU's memory in one forward of norms, rotary angles, gates
-            and casts; a backward takes twice as many.
+        passes: times that a hidden state goes through the GPU's memory in one forward of norms, rotary angles, gates,
+            casts and pauses; a backward takes twice as many.
         saved: hidden states that autograd saves in a forward without a policy, beside the feed-forward's middle.
         running: hidden states at the peak of a backward that runs the block again, its input not counted.
         running_saved: the same where nothing runs again.
-        shared: hidden states more at that peak where ranks share a clip: what an all-to-all sends and receives.
     """
 
     passes: float
     saved: float
     running: float
     running_saved: float
-    shared: float
 
 
-# eager: passes from 3.59 s a block at 291,600 tokens; the rest from tests/train/test_train_budget.py's trace of a step
-EAGER = BlockCosts(passes=253, saved=19.2, running=29.2, running_saved=7.0, shared=4.0)
-# compiled: passes from 3.26 s a block, running from a peak of 68 GiB with 2 blocks, both at 291,600 tokens
-COMPILED = BlockCosts(passes=120, saved=14.0, running=19.0, running_saved=8.1, shared=4.0)
+# eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/test_train_planning.py
+EAGER = BlockCosts(passes=280, saved=19.2, running=29.2, running_saved=7.0)
+# compiled: 2 blocks at 75,600 and 291,600 tokens, on one and two GPUs (tests/train/measured); saved as counted on a CPU
+COMPILED = BlockCosts(passes=55, saved=13.1, running=14.4, running_saved=7.0)
+FP8_PASSES = 24
+"""More passes of that kind with ``trainer.fp8``, which rounds activations and gradients."""
 
 CONTEXT = 1.5 * 2**30
 """Bytes of a GPU that CUDA, NCCL and cuBLAS take outside of torch's allocator."""

@@ -89,8 +89,9 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
     assert budget is not None
     duration = Duration(budget)
     assert duration.parts is not None and duration.step is not None
-    name = f"{result['pattern']}, {result['blocks']} blocks, {result['tokens']:,} tokens, {ranks} GPU(s)"
-    name += f", {budget.policies}" + (", compiled" if config.trainer.compile else "")
+    name = f"{result['pattern']}, {result['blocks']} blocks, {result['tokens']:,} tokens, "
+    name += f"{ranks} GPU{'s' if ranks > 1 else ''}, {budget.policies}"
+    name += ", compiled" * config.trainer.compile + ", fp8" * config.trainer.fp8
     return Case(
         name,
         result["memory"],

@@ -108,10 +108,12 @@ class Duration:
             attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
         again = sum(name != "none" for name in names) / len(names)
         linear = ((2 if budget.config.lora else 3) + again) * sizes.linear + (3 + again) * sizes.lora
-        passes = budget.costs.passes * (3 + again) * sizes.layers
+        fp8 = budget.config.trainer.fp8
+        rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
+        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (3 + again) * sizes.layers
         parts = {
             "attention": attention,
-            "linear": clips * linear / (calibration.LINEAR * self._faster),
+            "linear": clips * linear / (rate * self._faster),
             "other": passes * budget.hidden / budget.machine.gpu.bandwidth,
             "communication": self._exchanges(names) + self._gathers(),
         }
@@ -138,13 +140,14 @@ class Duration:
         if budget.sequence == 1:
             return 0.0
         link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
-        times = sum({"none": 8, "selective": 11, "full": 12}[name] for name in names)
-        return times * budget.hidden * (1 - 1 / budget.sequence) / link
+        times = sum(8 if name == "none" else 12 for name in names)
+        return times * budget.hidden * (1 - 1 / budget.sequence) / (calibration.LINK * link)
 
     @property
     def _world_link(self) -> float:
         machine = self.budget.machine
-        return machine.gpu.link if machine.nodes == 1 else min(machine.gpu.link, BETWEEN_NODES)
+        link = machine.gpu.link if machine.nodes == 1 else min(machine.gpu.link, BETWEEN_NODES)
+        return calibration.LINK * link
 
     def _gathers(self) -> float:
         """ZeRO 3 collects the weights for the forward and again for the backward."""

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
 
 from train.config import ParallelConfig
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,25 @@ def configured(parallel: ParallelConfig, layers: int) -> BlockPolicies:
     if parallel.offload_activations:
         offload = math.inf if parallel.offload_gib is None else parallel.offload_gib * 2**30
     return BlockPolicies((parallel.activations,) * layers, offload)
+
+
+def check_agreement(policies: BlockPolicies) -> None:
+    """All ranks chose the same; otherwise their collectives would not meet. Every rank must call it.
+
+    Raises:
+        UserError: they did not: their machines differ.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, policies.names)
+    other = next((rank for rank, names in enumerate(found) if names != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"parallel.activations is auto, and blocks would keep {BlockPolicies(found[0])} on rank 0 but "
+            f"{BlockPolicies(found[other])} on rank {other}, whose machine has other memory: set parallel.offload_gib "
+            "to what every machine has, or parallel.activations=selective or full"
+        )
 
 
 def chosen(

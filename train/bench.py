@@ -116,7 +116,8 @@ def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
     """The run that a benchmark's arguments stand for, and what they say of the benchmark itself (`_OURS`)."""
     settings = split_arguments(arguments)
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    base = {"conf": "wan_4x", "attention.dense_layers": "0", "clip.frames": ours["frames"], **settings}
+    base = {"conf": "wan_4x", "attention.dense_layers": "0", "parallel.activations": "full"}
+    base |= {"clip.frames": ours["frames"], **settings}
     return finish(compose_run({**base, "model": ours["model"]})), ours
 
 

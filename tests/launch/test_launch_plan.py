@@ -22,7 +22,7 @@ def row(output, name):
 
 
 def test_the_plan_of_the_largest_run(capsys):
-    output = lines(capsys, "conf=wan_4x", "gpus=8", "gpu=h200")
+    output = lines(capsys, "conf=wan_4x", "gpus=8", "gpu=h200", "parallel.activations=full")
     text = "\n".join(output)
     assert "wan_4x on 8 x NVIDIA H200, 1024 GiB of CPU memory a node" in text
     assert "321 frames of 720 x 1280: 291,600 tokens" in text

@@ -24,7 +24,8 @@ from train.preflight import check_memory
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
-    config = finish(compose_run({"conf": "wan_4x", **{k.replace("__", "."): str(v) for k, v in words.items()}}))
+    given = {"conf": "wan_4x", "parallel__activations": "full", **words}
+    config = finish(compose_run({k.replace("__", "."): str(v) for k, v in given.items()}))
     budget = Budget.of(config, Machine(GPUS[gpu], gpus, nodes, cpu_gib * GIB), layers)
     assert budget is not None
     return budget

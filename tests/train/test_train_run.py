@@ -176,7 +176,7 @@ def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
     assert run_config(tmp_path, **odd).grid().tokens == 125
     one = run(run_config(tmp_path, **odd))
     shared = {**odd, "trainer__devices": 2, "parallel__sequence": 2, "runs": tmp_path / "two"}
-    shared |= {"report__clips": 32, "report__short_frames": 0}
+    shared |= {"report__clips": 32, "report__short_frames": 0, "parallel__activations": "auto"}
     done = subprocess.run([sys.executable, "-m", "train", *words(tmp_path, **shared)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out clips") == 1

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.sample import TextTokens
 from radial import make_pattern
 from train.build import chosen_policies, resolve_precision, set_memory_policy
 from train.cli import guarded
@@ -45,9 +44,11 @@ USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pa
                       [key=value ...] [--json FILE]
 
 Measures a LoRA step of each pattern on each number of GPUs that share the clip (sp), on random weights.
+With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
 Other keys are those of a run: parallel.activations=selective trainer.compile=true lora.rank=64 clip.height=480
 """
-_OURS = {"model": "wan_14b", "frames": "321", "blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
+_MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
+_OURS = {"blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
 # in the names of kernels on a GPU, and of operators on a CPU
 _KINDS = {
     "copies": ("memcpy",),
@@ -113,12 +114,15 @@ def main(arguments: list[str]) -> None:
 
 
 def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
-    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself (`_OURS`)."""
+    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself."""
     settings = split_arguments(arguments)
+    model, frames = ({} if "conf" in settings else _MODEL), settings.pop("frames", None)
+    if frames is not None:
+        settings["clip.frames"] = frames
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    base = {"conf": "wan_4x", "attention.dense_layers": "0", "parallel.activations": "full"}
-    base |= {"clip.frames": ours["frames"], **settings}
-    return finish(compose_run({**base, "model": ours["model"]})), ours
+    base = {"attention.dense_layers": "0", "parallel.activations": "full", **model}
+    config = finish(compose_run({**base, **settings}))
+    return config, {**ours, "model": settings.get("model", config.conf)}
 
 
 def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
@@ -155,7 +159,7 @@ def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None,
 def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
     dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
     shape: dict[str, Any] = dict(config.model.architecture or config.model.dimensions or {})
-    shape |= {"num_layers": blocks} if blocks else {}
+    shape = family_of(config.model).cut(shape, blocks) if blocks else shape
     torch.manual_seed(config.seed)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -164,10 +168,11 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     layers, heads, _ = adapter.attention_shape
     check_heads(sp, heads)
     assert config.lora is not None
-    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, config.seed)
+    targets = config.lora.targets or adapter.targets(text=config.lora.text)
+    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
     settle(adapter.transformer, dtype, device)
     if config.trainer.fp8:
-        use_fp8(adapter.transformer)
+        use_fp8(adapter.blocks())
     on_all = replace(config.trainer, devices=sp)
     policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), blocks)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
@@ -177,12 +182,10 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         torch.nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
-    vae, clip, channels = config.model.vae, config.clip, adapter.transformer.config.in_channels
+    vae, clip = config.model.vae, config.clip
     cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
-    latent, noise = (torch.randn(1, channels, *cells, device=device) for _ in range(2))
-    text_dim = adapter.transformer.config.text_dim
-    tokens = torch.randn(1, config.model.text_tokens, text_dim, device=device)
-    text = {"text": TextTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))}
+    latent, noise = (torch.randn(1, adapter.latent_channels, *cells, device=device) for _ in range(2))
+    conditions = adapter.random_conditions(latent)
     sigma = torch.tensor([0.6], device=device)
     x, target = noised(latent, noise, sigma)
     attention = config.attention
@@ -198,7 +201,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, text), target, plan.shard, adapter.patch)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, plan.shard, adapter.patch)
         loss.backward()
         for parameter in trained if sp > 1 else ():
             dist.all_reduce(parameter.grad)

@@ -78,7 +78,7 @@ def set_memory_policy(
     if parallel.ffn_chunk is not None:
         for layer in adapter.feed_forwards():
             chunk_tokens(layer, parallel.ffn_chunk)
-    blocks = list(adapter.transformer.blocks)
+    blocks = adapter.blocks()
     policies = policies or configured(parallel, len(blocks))
     if set(policies.names) != {"none"}:
         offload = Offload(limit=policies.offload) if policies.offload else None
@@ -86,7 +86,8 @@ def set_memory_policy(
         whole = dict(zip(blocks, (runners[name] for name in policies.names), strict=True))
         adapter.transformer.enable_gradient_checkpointing(mixed_runner(whole))
     elif compiled:
-        adapter.transformer.compile_repeated_blocks()
+        for block in blocks:
+            block.compile()
 
 
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
@@ -101,13 +102,13 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
             adapter.transformer,
             config.lora.rank,
             config.lora.alpha,
-            config.lora.targets or adapter.lora_targets,
+            config.lora.targets or adapter.targets(text=config.lora.text),
             config.seed,
         )
         if start is not None:
             start_from(adapter.transformer, start, config.lora.alpha / config.lora.rank)
     if config.trainer.fp8:
-        use_fp8(adapter.transformer)
+        use_fp8(adapter.blocks())
     policies = chosen_policies(config)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()
@@ -119,9 +120,10 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         dense_layers=attention.dense_layers,
         dense_sigma=attention.dense_sigma,
         backend=attention.backend,
-        schedule=SigmaSchedule(objective.shift, objective.density, objective.mean, objective.std),
+        schedule=SigmaSchedule(config.shift(), objective.density, objective.mean, objective.std),
         caption_dropout=objective.caption_dropout,
         empty_prompt=shards.load_empty_prompt(),
+        guidance=objective.guidance,
         seed=config.seed,
         lr=optim.lr,
         betas=(optim.betas[0], optim.betas[1]),

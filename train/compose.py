@@ -200,7 +200,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
     if section and OmegaConf.select(config, section) is None:
         raise UserError(f"{key} cannot be set, {section} is null in this run")
     try:
-        OmegaConf.update(config, key, value, force_add=open_ended)
+        OmegaConf.update(config, key, value, merge=False, force_add=open_ended)
     except ConfigKeyError as error:
         raise UserError(f"{key} is not a known key{_guess(key, known)}") from error
     except OmegaConfBaseException as error:

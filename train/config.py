@@ -30,6 +30,8 @@ class ModelConfig:
     vae: list[int] = MISSING  # compression of the VAE in (t, h, w)
     patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
     text_tokens: int = MISSING  # the family pads every prompt to this many tokens
+    native_frames: int | None = None  # of the clips, before the VAE, that the model was made for
+    shifts: dict[int, float] = field(default_factory=dict)  # its noise shift, by the short side (pixels) from which on
 
 
 @dataclass
@@ -62,17 +64,20 @@ class LoraSettings:
     alpha: int = 128
     targets: str | None = None  # regex on module names; null: Q, K, V, O of self-attention
     init: str | None = None  # a LoRA file in any format, or its folder, to start from; null: B starts at zero
+    text: bool = False  # in joint attention also those of the text's tokens
 
 
 @dataclass
 class ObjectiveConfig:
     """The flow-matching objective (`train.flow`)."""
 
-    shift: float = 1.0  # moves noise levels towards 1: more for more tokens
+    shift: float | None = None  # moves noise levels towards 1; null: the model's own for the clip (`RunConfig.shift`)
+    shift_with_length: bool = False  # the model's own times sqrt(the clip's length / the native one)
     density: str = "uniform"  # uniform, logit_normal
     mean: float = 0.0
     std: float = 1.0
     caption_dropout: float = 0.1  # share of samples that train with the empty prompt
+    guidance: float = 1.0  # the weight that a guidance-distilled model (Hunyuan) is told
 
 
 @dataclass
@@ -202,6 +207,28 @@ class RunConfig:
             patch=(patch[0], patch[1], patch[2]),
         )
 
+    def shift(self) -> float:
+        """The shift of the noise levels: ``objective.shift``, or the model's own at the clip's resolution.
+
+        With ``objective.shift_with_length`` the model's own grows with the clip as it would with a frame's area: the
+        square root of the ratio of sizes keeps what noise leaves to be seen (arXiv 2403.03206, eq. 23).
+
+        Raises:
+            UserError: neither is there.
+        """
+        if self.objective.shift is not None:
+            return self.objective.shift
+        side = min(self.clip.height, self.clip.width)
+        fitting = [start for start in self.model.shifts if start <= side]
+        if not fitting:
+            raise UserError("objective.shift is not set, and the model has none of its own (model.shifts): set it")
+        shift = self.model.shifts[max(fitting)]
+        if not self.objective.shift_with_length:
+            return shift
+        if self.model.native_frames is None:
+            raise UserError("objective.shift_with_length needs model.native_frames, it is not set")
+        return shift * math.sqrt(self.clip.frames / self.model.native_frames)
+
 
 _CHOICES = {
     "objective.density": ("uniform", "logit_normal"),
@@ -238,6 +265,7 @@ _AT_LEAST: dict[str, float] = {
     "report.sampling_steps": 1,
     "report.short_frames": 0,
     "model.text_tokens": 1,
+    "model.native_frames": 1,
     "optim.weight_decay": 0,
 }
 _POSITIVE = (
@@ -245,6 +273,7 @@ _POSITIVE = (
     "lora.alpha",
     "objective.shift",
     "objective.std",
+    "objective.guidance",
     "optim.lr",
     "optim.clip",
     "parallel.offload_gib",
@@ -318,6 +347,9 @@ def validate(config: RunConfig) -> None:
             raise UserError(f"{key} is {value(key)}, expected three sizes (time, height, width) of at least 1")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
         raise UserError(f"optim.betas is {config.optim.betas}, expected two numbers from 0 up to 1")
+    if any(not 0 < shift < math.inf for shift in config.model.shifts.values()):
+        raise UserError(f"model.shifts is {config.model.shifts}, expected positive numbers")
+    config.shift()
     attention = config.attention
     try:
         make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule)

@@ -9,14 +9,14 @@ from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.batch import collate
 from data.sample import Sample
 from train.flow import SigmaSchedule, noise_like, noised
-from train.models import ModelAdapter
+from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
+from train.sequence import flow_loss
 
 _T_95 = 2.04  # two-sided 95 % quantile of Student's t at 31 degrees of freedom: the fewest clips a report may have
 
@@ -60,5 +60,7 @@ def clip_losses(
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
         adapter.set_plan(plan(x, sigma.item()))
-        losses.append(F.mse_loss(adapter.velocity(x, sigma, batch.text), target).item())
+        conditions = Conditions.of(batch)
+        velocity = adapter.velocity(x, sigma, conditions)
+        losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())
     return losses

@@ -1,4 +1,5 @@
-"""Flow matching as the Wan and HunyuanVideo families train it: noise levels, noised latents, velocity targets.
+"""Flow matching: noise levels, noised latents, velocity targets. Families that run time backwards (Mochi-1) are turned
+round by their adapter.
 
     x_sigma = (1 - sigma) x0 + sigma eps        target v = eps - x0        sigma in (0, 1)
 
@@ -25,6 +26,11 @@ def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Gen
     """A generator seeded by the key, for instance ``(seed, step, sample)``."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def shifted(u: float, shift: float) -> float:
+    """A noise level in [0, 1] moved towards 1 by the shift (the module's formula)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class SigmaSchedule:
         u = quantile
         if self.density == "logit_normal":
             u = 1 / (1 + math.exp(-NormalDist(self.mean, self.std).inv_cdf(quantile)))
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return shifted(u, self.shift)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ The hardware's float8 rate is twice that of bfloat16. What a step gains, and its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,29 +71,27 @@ def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def use_fp8(model: Any) -> int:
-    """Exchanges the frozen linear layers of a model's repeated blocks, those under a LoRA too; returns how many.
+def use_fp8(blocks: Sequence[nn.Module]) -> int:
+    """Exchanges the frozen linear layers of a model's blocks, those under a LoRA too; returns how many.
 
     Args:
-        model: a diffusers model after the LoRA's injection, its weights on the device where they stay.
+        blocks: after the LoRA's injection, their weights on the device where they stay.
 
     Raises:
         UserError: a GPU without float8 arithmetic.
     """
-    device = next(model.parameters()).device
+    device = next(blocks[0].parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
             f"trainer.fp8 is true, but {torch.cuda.get_device_name(device)} has no float8 arithmetic, expected compute "
             "capability 8.9 (Ada, Hopper) or later"
         )
     exchanged = 0
-    for block in model.modules():
-        if type(block).__name__ in model._repeated_blocks:
-            for parent in list(block.modules()):
-                for name, child in list(parent.named_children()):
-                    if type(child) is nn.Linear and _fits(child):
-                        setattr(parent, name, Fp8Linear(child))
-                        exchanged += 1
+    for parent in [module for block in blocks for module in block.modules()]:
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and _fits(child):
+                setattr(parent, name, Fp8Linear(child))
+                exchanged += 1
     return exchanged
 
 

@@ -21,6 +21,7 @@ from radial.draw import draw_layout
 from train.config import RunConfig
 from train.evaluate import Interval, clip_losses
 from train.flow import noise_like
+from train.models import Conditions
 from train.module import LengthExtensionModule
 from train.pictures import animate, draw_loss, film_strip
 from train.plan import AttentionPlan
@@ -142,22 +143,19 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
     device = next(module.transformer.parameters()).device
     batch = collate([clip], 0).to(device)
-    text = batch.text
-    empty = {
-        name: type(entry)(entry.tokens[None].to(device), entry.mask[None].to(device))
-        for name, entry in module.empty_prompt.text.items()
-    }
+    conditions = Conditions.of(batch, module.guidance)
+    empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
     noise = noise_like(batch.latent, config.seed, "animation")
 
     def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
         return sample(
             module.adapter,
             noise,
-            text,
+            conditions,
             empty,
             functools.partial(plan, module, noise),
             steps=config.report.sampling_steps,
-            shift=config.objective.shift,
+            shift=config.shift(),
             guidance=config.report.guidance,
             label=label,
         )[0].cpu()

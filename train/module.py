@@ -15,7 +15,7 @@ from data.sample import Prompt
 from radial import Pattern
 from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noised
 from train.lora import load_parameters, lora_parameters
-from train.models import ModelAdapter
+from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies, check_agreement
 from train.sequence import SequenceGroup, flow_loss
@@ -46,6 +46,7 @@ class LengthExtensionModule(L.LightningModule):
         schedule: the distribution of noise levels.
         caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
         empty_prompt: the empty prompt's embedding.
+        guidance: what a guidance-distilled model is told.
         seed: all randomness is a function of (seed, step, sample).
         lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
         lora: whether the weights to save are the LoRA's alone.
@@ -67,6 +68,7 @@ class LengthExtensionModule(L.LightningModule):
         schedule: SigmaSchedule,
         caption_dropout: float,
         empty_prompt: Prompt,
+        guidance: float = 1.0,
         seed: int,
         lr: float,
         betas: tuple[float, float],
@@ -85,6 +87,7 @@ class LengthExtensionModule(L.LightningModule):
         self.dense_layers, self.dense_sigma = dense_layers, dense_sigma
         self.schedule = schedule
         self.caption_dropout, self.empty_prompt = caption_dropout, empty_prompt
+        self.guidance = guidance
         self.seed = seed
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup, self.decay, self.steps = warmup, decay, steps
@@ -130,18 +133,22 @@ class LengthExtensionModule(L.LightningModule):
         plan = self.plan(batch.latent, all_dense=draw.dense)
         self.adapter.set_plan(plan)
         self.current_plan = plan
-        velocity = self.adapter.velocity(x, sigma, self._drop_captions(batch).text)
-        loss = flow_loss(velocity, target, plan.shard, self.adapter.patch)
-        self._note(batch, sigma, velocity.detach(), target, plan)
+        conditions = Conditions.of(self._drop_captions(batch), self.guidance)
+        velocity = self.adapter.velocity(x, sigma, conditions)
+        given = self.adapter.given_frames(conditions)
+        loss = flow_loss(velocity, target, plan.shard, self.adapter.patch, given)
+        self._note(batch, sigma, velocity.detach(), target, plan, given)
         return loss
 
-    def _note(self, batch: Batch, sigma: Tensor, velocity: Tensor, target: Tensor, plan: AttentionPlan) -> None:
+    def _note(
+        self, batch: Batch, sigma: Tensor, velocity: Tensor, target: Tensor, plan: AttentionPlan, given: int
+    ) -> None:
         if self._seen_at != self._step:
             self.seen, self._seen_at = [], self._step
         frames = batch.latent.shape[2]
         for row, (key, level) in enumerate(zip(batch.keys, sigma.tolist(), strict=True)):
             part = slice(row, row + 1)
-            loss = flow_loss(velocity[part], target[part], plan.shard, self.adapter.patch)
+            loss = flow_loss(velocity[part], target[part], plan.shard, self.adapter.patch, given)
             self.seen.append(Seen(key, frames, level, loss))
 
     def _drop_captions(self, batch: Batch) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sample import TextTokens
-from train.models import ModelAdapter
+from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
 
 
@@ -19,8 +18,8 @@ from train.plan import AttentionPlan
 def sample(
     adapter: ModelAdapter,
     noise: Tensor,
-    text: Mapping[str, TextTokens],
-    empty: Mapping[str, TextTokens],
+    conditions: Conditions,
+    empty: Conditions | None,
     plan: Callable[[float], AttentionPlan],
     *,
     steps: int,
@@ -32,7 +31,8 @@ def sample(
 
     Args:
         noise: (batch, C, F, H, W) standard normal.
-        text, empty: the prompt's and the empty prompt's batched tensors; ``empty`` is used when guidance is not 1.
+        conditions: the prompts' and all else that the model sees.
+        empty: the same with the empty prompt; needed when guidance is not 1.
         plan: the attention of a step, from its noise level.
         steps: Euler steps.
         shift: the family's shift of the noise levels.
@@ -42,15 +42,16 @@ def sample(
     Returns:
         The latent, float32, of the shape of ``noise``.
     """
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)  # the library has no types
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()  # the library has no types
+    scheduler.set_timesteps(sigmas=adapter.noise_levels(steps, shift), device=noise.device)
     x = noise.float()
     for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True):
         level = (timestep / scheduler.config.num_train_timesteps).float()
         sigma = level.expand(len(x))
         adapter.set_plan(plan(level.item()))
-        velocity = adapter.velocity(x, sigma, text)
+        velocity = adapter.velocity(x, sigma, conditions)
         if guidance != 1.0:
+            assert empty is not None, "guidance needs the empty prompt"
             unconditional = adapter.velocity(x, sigma, empty)
             velocity = unconditional + guidance * (velocity - unconditional)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]

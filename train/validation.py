@@ -22,6 +22,7 @@ from data.stream import read_samples
 from train.control import ControlGroup
 from train.figures import VALIDATION
 from train.flow import noise_like, noised
+from train.models import Conditions
 from train.module import LengthExtensionModule
 from train.sequence import flow_loss
 from train.throughput import Throughput
@@ -115,9 +116,9 @@ class Validation(Callback):
         x, target = noised(latent, noise, level)
         plan = module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
         module.adapter.set_plan(plan)
-        loss: Tensor = flow_loss(
-            module.adapter.velocity(x, level, batch.text), target, plan.shard, module.adapter.patch
-        )
+        conditions = Conditions.of(batch, module.guidance).first_frames(length)
+        velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)
+        loss: Tensor = flow_loss(velocity, target, plan.shard, module.adapter.patch, given)
         return loss.item()
 
 

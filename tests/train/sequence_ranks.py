@@ -19,6 +19,7 @@ from train.errors import UserError
 from train.evaluate import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora import inject_lora
+from train.models.base import Conditions
 from train.models.wan import WanAdapter
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies, check_agreement
@@ -62,7 +63,7 @@ def wan_gradients(
     text = {"text": TextTokens(text.tokens[part], text.mask[part])}
     plan = AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16, sequence=sequence)
     adapter.set_plan(plan)
-    loss = flow_loss(adapter.velocity(x, sigma[part], text), target, plan.shard, adapter.patch)
+    loss = flow_loss(adapter.velocity(x, sigma[part], Conditions(text)), target, plan.shard, adapter.patch)
     loss.backward()
     gradients = {n: average(p.grad) for n, p in adapter.transformer.named_parameters() if p.requires_grad}
     return {"loss": average(loss.detach()), "gradients": gradients}
@@ -80,7 +81,7 @@ def compiled_gradients(size: int) -> dict[str, Any]:
         x, target = noised(x0, eps, sigma)
         plan = AttentionPlan.of(Released(), adapter.grid(x), block=16, sequence=sequence)
         adapter.set_plan(plan)
-        flow_loss(adapter.velocity(x, sigma, {"text": text}), target, plan.shard, adapter.patch).backward()
+        flow_loss(adapter.velocity(x, sigma, Conditions({"text": text})), target, plan.shard, adapter.patch).backward()
         return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
 
     counters = torch._dynamo.utils.counters
@@ -107,7 +108,7 @@ def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
     sequence = group_of(size)
     adapter = tiny_adapter()
     _, noise, _, text = clips(1, cells)
-    batched = {"text": text}
+    batched = Conditions({"text": text})
     return sample(
         adapter,
         noise,

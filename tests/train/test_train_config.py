@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from data.errors import DataError
 from train.compose import change_config, compose_run, finish, run_names, split_arguments
 from train.errors import UserError
+from train.models import family_of
 from train.preflight import check_heads, preflight
 
 
@@ -21,23 +22,44 @@ def test_every_run_file_composes_and_validates(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens"), [("wan_2x", 147_600), ("wan_4x", 291_600), ("wan_1.3b_4x", 126_360), ("shapes_4x", 8192)]
+    ("name", "tokens", "steps"),
+    [
+        ("wan_2x", 147_600, 2500),
+        ("wan_4x", 291_600, 2500),
+        ("wan_1.3b_4x", 126_360, 2500),
+        ("hunyuan_2x", 230_400, 2400),
+        ("hunyuan_4x", 460_800, 1200),
+        ("mochi_2x", 89_040, 5000),
+        ("mochi_4x", 178_080, 5000),
+        ("shapes_4x", 8192, None),
+    ],
 )
-def test_the_published_recipe(name, tokens):
+def test_the_published_recipe(name, tokens, steps):
     config = finish(compose_run({"conf": name}))
     assert config.grid().tokens == tokens
     assert config.attention.pattern == "released"
     assert config.attention.decay == 1.0
-    if name.startswith("wan"):
+    if steps is not None:
         assert config.lora is not None
         assert config.lora.rank == 128
         assert config.attention.dense_layers == 2
-        assert config.trainer.steps == 2500
+        assert config.trainer.steps == steps
         assert config.attention.dense_sigma is not None
+        assert config.clips_at_once() * config.optim.accumulate == (8 if name.startswith("wan") else 1)
         # the first 2 of 50 sampling steps are dense, the third is not
-        shift = config.objective.shift
-        second, third = (shift * u / (1 + (shift - 1) * u) for u in (0.98, 0.96))
+        second, third = family_of(config.model).noise_levels(50, config.shift())[1:3]
         assert third < config.attention.dense_sigma <= second
+
+
+def test_the_shift_follows_resolution_and_length():
+    def shift(**settings):
+        return finish(compose_run({key.replace("__", "."): value for key, value in settings.items()})).shift()
+
+    assert shift(conf="wan_4x") == 5.0
+    assert shift(conf="wan_4x", clip__height="480", clip__width="832") == 3.0
+    assert shift(conf="wan_4x", objective__shift="7") == 7.0
+    assert shift(conf="wan_4x", objective__shift_with_length="true") == pytest.approx(5 * (321 / 81) ** 0.5)
+    assert shift(conf="wan_4x", model__shifts="{0: 2, 400: 4}") == 4.0
 
 
 @pytest.mark.parametrize(
@@ -59,6 +81,9 @@ def test_the_published_recipe(name, tokens):
         (["trainer.precision=fp16"], "trainer.precision is 'fp16', expected one of bf16, fp32, auto"),
         (["objective.caption_dropout=2"], "objective.caption_dropout is 2.0"),
         (["model.vae=[1,2]"], r"model.vae is \[1, 2\], expected three sizes"),
+        (["objective.shift=null", "model.shifts={480: 3}"], "objective.shift is not set, and the model has none"),
+        (["objective.shift=null", "model.shifts={0: -1}"], "model.shifts is .*, expected positive numbers"),
+        (["objective.shift=null", "objective.shift_with_length=true"], "shift_with_length needs model.native_frames"),
         (["lora.rank=0"], "lora.rank is 0"),
         (["lora.targets=("], r"lora.targets is '\(', expected a regular expression"),
         (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),

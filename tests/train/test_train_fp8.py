@@ -9,6 +9,7 @@ from train.compose import compose_run, finish
 from train.errors import UserError
 from train.flow import noised
 from train.fp8 import Fp8Linear, to_fp8, use_fp8
+from train.models import Conditions
 from train.plan import AttentionPlan
 
 
@@ -55,11 +56,11 @@ def test_products_are_those_of_the_rounded_operands(bias, dtype):
 def test_a_model_trains_its_lora_over_rounded_weights():
     def run(fp8: bool):
         adapter = tiny_adapter()
-        exchanged = use_fp8(adapter.transformer) if fp8 else 0
+        exchanged = use_fp8(adapter.blocks()) if fp8 else 0
         x0, eps, sigma, text = clips(1, (3, 12, 20))
         x, target = noised(x0, eps, sigma)
         adapter.set_plan(AttentionPlan.of(PATTERNS["released"], adapter.grid(x), block=16))
-        loss = (adapter.velocity(x, sigma, {"text": text}) - target).square().mean()
+        loss = (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean()
         loss.backward()
         grads = [p.grad.flatten() for p in adapter.transformer.parameters() if p.requires_grad]
         return loss.item(), torch.cat(grads), exchanged, adapter

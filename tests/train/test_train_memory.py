@@ -15,6 +15,7 @@ from train.config import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
 from train.memory import block_runner
+from train.models.base import Conditions
 from train.offload import Offload, Stored
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies
@@ -30,7 +31,7 @@ def gradients(prepare=lambda adapter: None, pattern="released"):
     x0, eps, sigma, text = clips(2, CELLS)
     x, target = noised(x0, eps, sigma)
     adapter.set_plan(AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16))
-    (adapter.velocity(x, sigma, {"text": text}) - target).square().mean().backward()
+    (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean().backward()
     return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
 
 

@@ -12,6 +12,7 @@ from radial import Dense, Paper, Released
 from train.errors import UserError
 from train.flow import noised
 from train.lora import inject_lora, lora_parameters
+from train.models.base import Conditions
 from train.models.wan import WanAdapter, WanSelfAttention
 from train.plan import AttentionPlan
 
@@ -21,13 +22,13 @@ def batch():
     torch.manual_seed(1)
     x = torch.randn(2, 3, 9, 16, 32)
     tokens = torch.randn(2, 32, 64)
-    text = {"text": TextTokens(tokens, torch.ones(2, 32, dtype=torch.bool))}
+    text = Conditions({"text": TextTokens(tokens, torch.ones(2, 32, dtype=torch.bool))})
     return x, torch.tensor([0.3, 0.9]), text
 
 
 def stock(folder, x, sigma, text):
     model = WanTransformer3DModel.from_pretrained(folder)
-    return model, model(x, 1000 * sigma, text["text"].tokens, return_dict=False)[0]
+    return model, model(x, 1000 * sigma, text.text["text"].tokens, return_dict=False)[0]
 
 
 def load(folder):
@@ -65,7 +66,7 @@ def test_lora_gradients_equal_the_stock_model_with_peft(tmp_path, batch):
             theirs[1].data.copy_(value)
     adapter.set_plan(plan_for(adapter, x, Dense()))
     adapter.velocity(x, sigma, text).square().mean().backward()
-    model(x, 1000 * sigma, text["text"].tokens, return_dict=False)[0].square().mean().backward()
+    model(x, 1000 * sigma, text.text["text"].tokens, return_dict=False)[0].square().mean().backward()
     compared = 0
     for (name, ours), (_, theirs) in zip(adapter.transformer.named_parameters(), model.named_parameters(), strict=True):
         assert ours.requires_grad == ("lora_" in name)
@@ -133,13 +134,13 @@ def test_short_text_is_padded_as_in_the_familys_training(tmp_path, batch):
     x, sigma, _ = batch
     tokens, mask = torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.bool)
     whole = torch.cat([tokens, torch.zeros(2, 512 - 7, 64)], dim=1)
-    _, expected = stock(folder, x, sigma, {"text": TextTokens(whole, mask)})
-    adapter = WanAdapter.load(folder, dtype=torch.float32)
+    _, expected = stock(folder, x, sigma, Conditions({"text": TextTokens(whole, mask)}))
+    adapter = WanAdapter.load(folder, text_tokens=512, dtype=torch.float32)
     adapter.set_plan(plan_for(adapter, x, Dense()))
-    got = adapter.velocity(x, sigma, {"text": TextTokens(tokens, mask)})
+    got = adapter.velocity(x, sigma, Conditions({"text": TextTokens(tokens, mask)}))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="the shards' text has 513 tokens"):
-        adapter.velocity(x, sigma, {"text": TextTokens(torch.zeros(2, 513, 64), mask)})
+        adapter.velocity(x, sigma, Conditions({"text": TextTokens(torch.zeros(2, 513, 64), mask)}))
 
 
 def test_another_family_is_refused(tmp_path):
@@ -147,7 +148,7 @@ def test_another_family_is_refused(tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text().replace("WanTransformer3DModel", "MochiTransformer3DModel"))
     with pytest.raises(UserError, match=r"holds a MochiTransformer3DModel, expected a WanTransformer3DModel"):
-        WanAdapter.load(folder, dtype=torch.float32)
+        WanAdapter.load(folder, text_tokens=512, dtype=torch.float32)
 
 
 def test_an_euler_step_with_the_true_velocity_returns_the_clean_latent():

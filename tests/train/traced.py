@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.sample import TextTokens
 from radial import make_pattern
 from train.build import set_memory_policy
 from train.config import RunConfig
@@ -54,9 +53,10 @@ class Live(TorchDispatchMode):
 
 def step_memory(config: RunConfig, layers: int) -> float:
     """Bytes at the peak of forward and backward of one clip, eager, in bf16; optimizer state not included."""
-    shape = {**(config.model.dimensions or {}), "num_layers": layers}
+    family = family_of(config.model)
     with torch.device("meta"):
-        adapter = family_of(config.model).from_config(shape, text_tokens=config.model.text_tokens)
+        shape = family.cut(config.model.dimensions or {}, layers)
+        adapter = family.from_config(shape, text_tokens=config.model.text_tokens)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, seed=0)
     settle(adapter.transformer, torch.bfloat16, "meta")
     set_memory_policy(adapter, config.parallel, compiled=False)
@@ -70,13 +70,12 @@ def step_memory(config: RunConfig, layers: int) -> float:
     for parameter in adapter.transformer.parameters():
         live.add(parameter)
     with mode, live:
-        x0, noise = torch.randn(1, 16, *cells), torch.randn(1, 16, *cells)
-        tokens = torch.randn(1, config.model.text_tokens, adapter.transformer.config.text_dim)
-        text = {"text": TextTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))}
+        x0, noise = (torch.randn(1, adapter.latent_channels, *cells) for _ in range(2))
+        conditions = adapter.random_conditions(x0)
         sigma = torch.tensor([0.6])
         x, target = noised(x0, noise, sigma)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, text), target, None, adapter.patch)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, None, adapter.patch)
         loss.backward()
     return float(live.peak)
 

@@ -15,6 +15,7 @@ from data.sample import TextTokens
 from train.checkpoint import FolderCheckpointIO, load_state, load_weights
 from train.flow import noised
 from train.lora import load_parameters, lora_parameters
+from train.models.base import Conditions
 from train.plan import AttentionPlan
 from train.sequence import flow_loss
 from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, whole_parameter, zero_config
@@ -42,7 +43,7 @@ class Step(nn.Module):
         plan = AttentionPlan.of(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
         self.adapter.set_plan(plan)
         words = {"text": TextTokens(text.tokens[self.part], text.mask[self.part])}
-        return flow_loss(self.adapter.velocity(x, sigma, words), target, plan.shard, self.adapter.patch)
+        return flow_loss(self.adapter.velocity(x, sigma, Conditions(words)), target, plan.shard, self.adapter.patch)
 
 
 def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> list[float]:

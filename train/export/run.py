@@ -172,7 +172,7 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
         "base_model": public_name(config.model),
         "family": config.model.family,
         "rank": config.lora.rank,
-        "shift": config.objective.shift,
+        "shift": config.shift(),
         "step": step,
         "version": __version__,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -10,13 +12,13 @@ from huggingface_hub import snapshot_download
 
 from train.config import ModelConfig
 from train.errors import UserError
-from train.models.base import ModelAdapter
-from train.models.wan import WanAdapter
+from train.models.base import ADAPTERS, Conditions, ModelAdapter
 from train.models.weights import settle, stored_dtype
 
-__all__ = ["ADAPTERS", "ModelAdapter", "attention_shape", "family_of", "load_adapter", "model_folder"]
+__all__ = ["ADAPTERS", "Conditions", "ModelAdapter", "attention_shape", "family_of", "load_adapter", "model_folder"]
 
-ADAPTERS: dict[str, type[ModelAdapter]] = {WanAdapter.family: WanAdapter}
+for _file in pkgutil.iter_modules(__path__):  # an adapter is found by lying here
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 _BUILTIN, _HUB = "builtin:", "hub:"
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -1,51 +1,188 @@
-"""What a model family must tell the trainer: one adapter a family."""
+"""What a model family must tell the trainer: one adapter a family, and what all of them share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from data.batch import Batch
 from data.sample import TextTokens
-from radial import VideoGrid
+from radial import BlockLayout, VideoGrid
 from train.errors import UserError
+from train.models.weights import check_weights
 from train.plan import AttentionPlan
+from train.sequence import SequenceShard, sharded_attention
+
+ADAPTERS: dict[str, type[ModelAdapter]] = {}
+"""Every family by its name; defining a subclass of `ModelAdapter` with a ``family`` puts it here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the model sees beside the noised latent, by the names that shards have (`data.sample`).
+
+    Attributes:
+        text: tokens (batch, L, D) and masks (batch, L), True on text.
+        pooled: (batch, D) vectors, one a caption.
+        image: image conditions, (batch, ...).
+        guidance: the guidance weight that a guidance-distilled model is told; 1 in training.
+    """
+
+    text: Mapping[str, TextTokens]
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    image: Mapping[str, Tensor] = field(default_factory=dict)
+    guidance: float = 1.0
+
+    @classmethod
+    def of(cls, batch: Batch, guidance: float = 1.0) -> Conditions:
+        """Those of a batch."""
+        return cls(batch.text, batch.pooled, batch.image, guidance)
+
+    def first_frames(self, frames: int) -> Conditions:
+        """The same for a clip cut to its first latent frames: image conditions as long as the clip are cut too."""
+        image = {name: x[:, :, :frames] if x.dim() == 5 else x for name, x in self.image.items()}
+        return replace(self, image=image)
+
+    def named(self, kind: str, name: str) -> Any:
+        """``kind`` (text, pooled, image) of that name.
+
+        Raises:
+            UserError: the shards hold other names, that is, they were made for another model.
+        """
+        found = getattr(self, kind)
+        if name not in found:
+            raise UserError(
+                f"the shards hold {kind} {sorted(found)}, expected {name!r}: were they made for this model?"
+            )
+        return found[name]
+
+    def packed_text(self, name: str, length: int) -> tuple[Tensor, Tensor]:
+        """Text tokens with the valid ones first, zero-padded to ``length``, and how many are valid.
+
+        Returns:
+            (batch, length, D) and (batch,) int64.
+
+        Raises:
+            UserError: the shards lack that text, or it is longer.
+        """
+        text: TextTokens = self.named("text", name)
+        missing = length - text.tokens.shape[1]
+        if missing < 0:
+            raise UserError(f"the shards' text has {text.tokens.shape[1]} tokens, model.text_tokens is {length}")
+        order = text.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        tokens = text.tokens.gather(1, order[..., None].expand_as(text.tokens))
+        return F.pad(tokens, (0, 0, 0, missing)), text.mask.sum(1)
+
+
+class PlannedAttention:
+    """Base of the attention processors: `ModelAdapter.set_plan` gives each its layer's share of the plan."""
+
+    def __init__(self) -> None:
+        self.layout: BlockLayout | None = None
+        self.backend: str | None = None
+        self.shard: SequenceShard | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+        """Attention by the plan; q, k, v (batch, this rank's video tokens + all text tokens, heads, head_dim)."""
+        assert self.layout is not None, "set_plan comes before the forward"
+        return sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
 
 
 class ModelAdapter(ABC):
-    """A frozen diffusers transformer with our attention on each self-attention.
+    """A frozen diffusers transformer with our attention on each self-attention (or joint attention).
 
-    A new family is one file here with a subclass, a line in `train.models.ADAPTERS`, and a YAML in conf/model.
+    A new family is one file in this folder with a subclass, and a YAML in conf/model. Whatever a family's own
+    convention is, an adapter takes noise levels sigma in (0, 1), 1 being pure noise, and gives the velocity eps - x0.
     """
 
     family: ClassVar[str]
+    """The name that ``model.family`` has in a YAML; the same as in `data.encoders.FAMILIES`."""
+    model_class: ClassVar[Any]
+    """The diffusers class."""
+    processor_class: ClassVar[type[PlannedAttention]]
+    """What computes each self-attention."""
     lora_targets: ClassVar[str]
-    """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention."""
+    """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention, of the video's tokens."""
+    text_lora_targets: ClassVar[str | None] = None
+    """The same of the text's tokens in joint attention, where they have projections of their own."""
+    tiny_config: ClassVar[Mapping[str, Any]]
+    """A config of the class with every kind of block, small enough for a test on a CPU; its heads divide by 2."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "family" in cls.__dict__:
+            other = ADAPTERS.setdefault(cls.family, cls)
+            assert other is cls, f"family {cls.family} is both {other} and {cls}"
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         self.transformer = transformer  # a diffusers model; the library has no types
         self.text_tokens = text_tokens
-        self.install_processors()
+        self._shard: SequenceShard | None = None
+        self._follows_shard = False
+        for block in self.blocks():
+            # by hand, since not every class of diffusers has a set_processor
+            self.self_attention(block).processor = self.processor_class()
 
     @classmethod
-    @abstractmethod
     def load(
         cls, path: str | Path, subfolder: str | None = None, *, text_tokens: int, dtype: torch.dtype
     ) -> ModelAdapter:
-        """Loads the transformer from a diffusers folder or a hub id; what the family keeps in fp32 stays so."""
+        """Loads the transformer from a diffusers folder; what the family keeps in fp32 stays so.
+
+        Raises:
+            UserError: the folder holds another class of model, or weights that its config.json does not describe.
+            OSError: the folder has no config.json.
+        """
+        config = cls.model_class.load_config(path, subfolder=subfolder)
+        wanted, found = cls.model_class.__name__, config.get("_class_name")
+        if found != wanted:
+            raise UserError(
+                f"model.path {path} holds a {found}, expected a {wanted}: choose the model=... that fits the weights"
+            )
+        with torch.device("meta"):
+            described = cls.model_class.from_config(config)
+        check_weights(Path(path) / (subfolder or ""), described)
+        model = cls.model_class.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True)
+        return cls(model, text_tokens)
 
     @classmethod
-    @abstractmethod
     def from_config(cls, config: Mapping[str, Any], *, text_tokens: int) -> ModelAdapter:
-        """A transformer with random weights (training a base, tests)."""
+        """A transformer with random weights (training a base, benchmarks, tests)."""
+        return cls(cls.model_class(**config), text_tokens)
+
+    @classmethod
+    def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+        """A model's config with that many blocks, one of each kind at least: what benchmarks measure."""
+        return {**config, "num_layers": blocks}
 
     @abstractmethod
-    def install_processors(self) -> None:
-        """Puts our processor on each self-attention."""
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks in the order in which they run; each has one self-attention."""
+
+    @abstractmethod
+    def self_attention(self, block: nn.Module) -> Any:
+        """A block's self-attention: the module that calls its ``processor``."""
+
+    @classmethod
+    def targets(cls, *, text: bool) -> str:
+        """Regex of the modules that carry the LoRA; ``text`` adds those of the text's tokens.
+
+        Raises:
+            UserError: the family has none of those.
+        """
+        if not text:
+            return cls.lora_targets
+        if cls.text_lora_targets is None:
+            raise UserError(f"lora.text is true, but the text has no attention of its own in family {cls.family}")
+        return f"{cls.lora_targets}|{cls.text_lora_targets}"
 
     @abstractmethod
     def feed_forwards(self) -> list[nn.Module]:
@@ -55,25 +192,63 @@ class ModelAdapter(ABC):
     def grid(self, latent: Tensor) -> VideoGrid:
         """The token grid of a latent batch, (batch, C, F, H, W)."""
 
-    @abstractmethod
     def set_plan(self, plan: AttentionPlan) -> None:
         """Gives each self-attention its layout, and everything that follows the sequence its shard.
 
         It holds for the micro-batches that follow, until their backward has run.
         """
+        for layer, block in enumerate(self.blocks()):
+            processor = self.self_attention(block).processor
+            processor.layout = plan.layout(layer)
+            processor.backend = plan.backend_of(layer)
+            processor.shard = plan.shard
+        self._shard = plan.shard
+        if plan.shard is not None and not self._follows_shard:
+            self.follow_shard()  # only now, since a LoRA may have replaced a module
+            self._follows_shard = True
 
     @abstractmethod
-    def velocity(self, x: Tensor, sigma: Tensor, text: Mapping[str, TextTokens]) -> Tensor:
+    def follow_shard(self) -> None:
+        """Hooks `sliced` and `gathered` to where the video's tokens, and their positions, enter and leave the blocks.
+
+        Called once, and only where sequences are shared.
+        """
+
+    def sliced(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's stretch of video tokens of a whole tensor; all of it where ranks hold whole samples."""
+        return x if self._shard is None else self._shard.slice(x, dim)
+
+    def gathered(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The inverse of `sliced`."""
+        return x if self._shard is None else self._shard.gather(x, dim)
+
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """The model's prediction of eps - x0.
 
         Args:
             x: (batch, C, F, H, W) noised latent.
             sigma: (batch,) noise levels in (0, 1).
-            text: the text tensors of the samples.
+            conditions: of the samples.
 
         Returns:
             (batch, C, F, H, W) float32, whole on every rank of a sequence-parallel group.
         """
+
+    def given_frames(self, conditions: Conditions) -> int:
+        """Latent frames at the clip's start that the conditions give the model clean: no loss, no sampling there."""
+        return 0
+
+    @classmethod
+    def noise_levels(cls, steps: int, shift: float) -> list[float]:
+        """The noise levels at which the family's sampler takes its Euler steps, falling; a last step goes to 0."""
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)  # the library has no types
+        scheduler.set_timesteps(steps)
+        return scheduler.sigmas[:-1].tolist()
+
+    @abstractmethod
+    def random_conditions(self, latent: Tensor) -> Conditions:
+        """Conditions of the right names and shapes for a latent batch, on its device: benchmarks, tests."""
 
     @abstractmethod
     def linear_flops(self, grid: VideoGrid) -> float:
@@ -85,17 +260,12 @@ class ModelAdapter(ABC):
         """Patch size in latent cells, (t, h, w)."""
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latent that is noised and predicted; what a model takes in may be more."""
+        config = self.transformer.config
+        return config.out_channels or config.in_channels
+
+    @property
     @abstractmethod
     def attention_shape(self) -> tuple[int, int, int]:
         """(layers, heads, head_dim) of self-attention: what FLOPs are counted from."""
-
-
-def named_text(text: Mapping[str, TextTokens], name: str) -> TextTokens:
-    """The text tensor of that name.
-
-    Raises:
-        UserError: the shards hold other names, that is, they were made for another model.
-    """
-    if name not in text:
-        raise UserError(f"the shards hold text {sorted(text)}, expected {name!r}: were they made for this model?")
-    return text[name]

@@ -7,13 +7,17 @@ as it is stored, and moved and converted tensor by tensor.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from train.errors import UserError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -27,6 +31,49 @@ def stored_dtype(folder: Path) -> torch.dtype:
                 if found is not None:
                     return found
     return torch.float32
+
+
+def check_weights(folder: Path, model: Any) -> None:
+    """Compares the headers of a folder's safetensors files with a model; nothing is loaded.
+
+    Args:
+        folder: with diffusers' file names, in one file or in parts with an index.
+        model: a diffusers model as the folder's config.json describes it, on any device.
+
+    Raises:
+        UserError: a part is missing or damaged, or names or shapes of tensors differ.
+    """
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    names = {"diffusion_pytorch_model.safetensors"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is no index of safetensors files: {_AGAIN}") from error
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder / name for name in names):
+        if not file.is_file():
+            raise UserError(f"{file} is missing, is the download complete?")
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): {_AGAIN}") from error
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unknown = {n for n in found.keys() - expected.keys() if not any(re.search(pattern, n) for pattern in ignored)}
+    for what, these in (("lack", expected.keys() - found.keys()), ("hold unknown", unknown)):
+        if these:
+            raise UserError(
+                f"{folder}: the weights {what} tensors of its config.json's model ({len(these)}, first {min(these)}): "
+                f"{_AGAIN}"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{folder}: {name} is {found[name]}, its config.json says {shape}: {_AGAIN}")
+
+
+_AGAIN = "download the folder again"
 
 
 def settle(

@@ -38,7 +38,7 @@ class Duration:
         objective, attention = self.budget.config.objective, self.budget.config.attention
         if attention.dense_sigma is None or attention.pattern == "dense":
             return 0.0
-        schedule = SigmaSchedule(objective.shift, objective.density, objective.mean, objective.std)
+        schedule = SigmaSchedule(self.budget.config.shift(), objective.density, objective.mean, objective.std)
         return schedule.share_above(attention.dense_sigma)
 
     @property

@@ -72,7 +72,7 @@ class Sizes:
         if architecture is None:
             return None
         if layers is not None:
-            architecture = {**architecture, "num_layers": layers}
+            architecture = family_of(config.model).cut(architecture, layers)
         lora = config.lora is not None
         frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
         adapter = _skeleton(config.model.family, config.model.text_tokens, json.dumps(architecture), frozen)
@@ -83,10 +83,9 @@ class Sizes:
         weights = sum(_bytes(p) for p in adapter.transformer.parameters())
         trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
         if config.lora is not None:
-            targets = config.lora.targets or adapter.lora_targets
+            targets = config.lora.targets or adapter.targets(text=config.lora.text)
             trained = config.lora.rank * _ends(adapter.transformer, targets)
         middle = adapter.feed_forwards()
-        channels = config_channels(adapter)
         return cls(
             layers=layers,
             heads=heads,
@@ -94,7 +93,7 @@ class Sizes:
             wide=max(max(m.in_features, m.out_features) for m in middle[0].modules() if isinstance(m, nn.Linear)),
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,
-            cells=channels * cells[0] * cells[1] * cells[2],
+            cells=adapter.latent_channels * cells[0] * cells[1] * cells[2],
             weights=weights if lora else 0,
             block_weights=_largest_block(adapter.transformer),
             trained=trained,
@@ -103,12 +102,6 @@ class Sizes:
             density=_density(config, grid),
             element=2 if precision == "bf16" else 4,
         )
-
-
-def config_channels(adapter: ModelAdapter) -> int:
-    """Channels of the latent."""
-    config = adapter.transformer.config
-    return config.out_channels or config.in_channels
 
 
 @lru_cache(maxsize=8)

@@ -127,6 +127,20 @@ def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
     assert not {tuple(stored.like.shape) for stored in out} & weights
 
 
+@pytest.mark.slow
+def test_compiled_blocks_may_keep_different_things():
+    """One graph for each policy, and one for the first block, whose input has no gradient: no breaks."""
+    expected = gradients()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    got = gradients(mixed(math.inf, "selective", "full", "none", compiled=True))
+    for gradient, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-7)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
 class Sizes(TorchDispatchMode):
     """Records the shapes of everything that operators give."""
 

@@ -62,7 +62,7 @@ FP8_PASSES = 24
 """More passes of that kind with ``trainer.fp8``, which rounds activations and gradients."""
 
 CONTEXT = 1.5 * 2**30
-"""Bytes of a GPU that CUDA, NCCL and cuBLAS take outside of torch's allocator."""
+"""Bytes of a GPU that CUDA, NCCL and cuBLAS take outside of torch's allocator: assumed, as the next two are."""
 FRAGMENTATION = 0.04
 """Share of a GPU's memory that the allocator holds and cannot use."""
 PROCESS = 4 * 2**30

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tiny import words
 
+from launch import cancel
+
 pytestmark = pytest.mark.slow
 STEPS = 24
 
@@ -100,10 +102,13 @@ def test_before_its_time_is_up_a_run_queues_itself_again(slurm, undisturbed, tmp
     assert losses(folder) == losses(undisturbed)
 
 
-def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, tmp_path):
+def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, tmp_path, monkeypatch, capsys):
     folder, job = submit(slurm, tmp_path)
     wait_for_step(slurm, folder, job, 7)
-    assert "finishes its step" in launch(slurm, "cancel", folder)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    cancel.main([str(folder)])  # in this process: another takes longer to start than the run to end
+    assert "finishes its step" in capsys.readouterr().out
     slurm.wait(job, "COMPLETED", "FAILED", seconds=60)
     assert launch(slurm, "status", folder).startswith(f"{folder}: stopped")
     launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")

@@ -13,7 +13,7 @@ from train.config import RunConfig
 from train.errors import UserError
 from train.export.reading import read_header
 from train.models import attention_shape, family_of, model_folder
-from train.planning import Budget, best, plan_table, remedies, this_machine
+from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
 
 
 def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
@@ -137,7 +137,13 @@ def cheapest(config: RunConfig) -> list[str]:
     clips = config.clips_at_once() * config.optim.accumulate
     here = best(tighter, clips)
     found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
-    return [*found, *remedies(tighter, clips)][:3]
+    for remedy in remedies(tighter, clips):
+        # not the same again, and not the GPU that is here
+        known = (here is not None and remedy.startswith(f"{machine.world} GPUs")) or any(
+            f"gpu={name}:" in remedy for name, gpu in GPUS.items() if gpu.memory <= machine.gpu.memory
+        )
+        found += [] if known else [remedy]
+    return found[:3]
 
 
 def _check_parallel(config: RunConfig, elsewhere: bool) -> None:

@@ -27,9 +27,11 @@ from data.stream import read_samples
 from data.writer import ShardWriter
 from train.build import training_shards
 from train.checkpoint import checkpoints_of, load_state, load_weights
-from train.compose import change_config
+from train.compose import change_config, compose_run, finish
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held
+from train.planning import GIB, GPUS, Machine
+from train.preflight import cheapest
 from train.run import resume, train
 
 
@@ -278,6 +280,14 @@ def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr("train.models.wan.WanAdapter.velocity", full)
     with pytest.raises(UserError, match=r"rank 0: out of memory.*Cheapest first: .*parallel.activations"):
         run(config)
+
+
+def test_three_remedies_of_the_plan_for_a_large_model(monkeypatch):
+    machine = Machine(GPUS["a100"], 1, 1, 128 * GIB)
+    monkeypatch.setattr("train.preflight.this_machine", lambda *_: machine)
+    found = cheapest(finish(compose_run({"conf": "wan_4x", "parallel.activations": "auto"})))
+    assert len(set(found)) == 3
+    assert not any("gpu=a100:" in remedy for remedy in found)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ process, a dead node), or else the one that is furthest behind: the others wait 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -31,6 +32,7 @@ from train.ranks import slurm_tasks
 
 PLACES = ("reading data", "the forward pass", "the backward pass", "the optimizer step or what follows it")
 EXIT_CODE = 1
+_LATER = 10**9  # beats counted from here on are of a rank that looks for who hangs
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error")
 
 
@@ -80,6 +82,8 @@ class Watchdog(Callback):
             if self._store is None:
                 self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
         self._at(trainer, 0)
+        self._beat(0)
+        self.control.gather(None)  # all have said where they are
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -151,21 +155,20 @@ class Watchdog(Callback):
     def _stuck(self) -> None:
         """Collects where everybody is, for long enough to tell the silent from the slow, and ends the run."""
         # before anything else: where this rank is, for who asks why
-        with (self.folder / f"stack-rank-{self.control.rank}.txt").open("w") as file:
+        with contextlib.suppress(OSError), (self.folder / f"stack-rank-{self.control.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file)
-        first = self._ask_all()
-        waited, count = 0.0, 10**9
-        while waited < 4:
-            time.sleep(1)
-            waited, count = waited + 1, count + 1
-            self._beat(count)
-        if self._done.is_set() or time.monotonic() - self._moved < self.timeout:
-            return
-        second = self._ask_all()
-        silent = [rank for rank in range(self.control.world) if not _alive(first.get(rank), second.get(rank))]
-        if not second:  # the store itself is silent, which rank 0 holds
+        first = second = self._ask_all()
+        if not first:  # the store itself is silent, which rank 0 holds
             silent = [0]
             self._kill_parent()
+        else:
+            for count in range(_LATER, _LATER + 4):
+                time.sleep(1)
+                self._beat(count)
+            if self._done.is_set() or time.monotonic() - self._moved < self.timeout:
+                return
+            second = self._ask_all()
+            silent = [rank for rank in range(self.control.world) if not _alive(first.get(rank), second.get(rank))]
         speaker = min(rank for rank in range(self.control.world) if rank not in silent)
         if silent:
             seen = [second.get(rank) or first.get(rank) for rank in silent]
@@ -183,16 +186,22 @@ class Watchdog(Callback):
         self._end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.control.rank == speaker)
 
     def _ask_all(self) -> dict[int, Beat]:
+        """What the ranks said last; empty when the store does not answer, for which its own time-outs cannot be used:
+        a frozen store keeps its clients waiting for the answer to their giving up."""
         if self._store is None:
             return {} if self._mine is None else {self.control.rank: self._mine}
         found: dict[int, Beat] = {}
-        for rank in range(self.control.world):
-            try:
-                if self._store.check([f"beat-{rank}"]):
-                    found[rank] = Beat(**json.loads(self._store.get(f"beat-{rank}")))
-            except RuntimeError:
-                break
-        return found
+        store = self._store
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                for rank in range(self.control.world):
+                    found[rank] = Beat(**json.loads(store.get(f"beat-{rank}")))  # every rank beats from its start
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(5)
+        return dict(found)
 
     def _kill_parent(self) -> None:
         """A frozen rank 0 that started this rank would stay for ever."""

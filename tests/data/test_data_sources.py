@@ -129,7 +129,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
         (["source=s", "source=t"], "source is given twice"),
         (["source=s", "out=o", "top=many"], "top is 'many', expected a whole number"),
-        (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, hunyuan"),
+        (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, wan22_5b, hunyuan, mochi"),
         (["source=s", "out=o", "image_to_video=maybe"], "image_to_video is 'maybe', expected true or false"),
         (["source"], "'source' is not a setting, expected key=value"),
         (["--top"], "'--top' is not a setting"),

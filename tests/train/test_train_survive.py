@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import wandb
 from faults import Run, equal_checkpoints, fill, losses, only_run, small_disk
 from lightning.pytorch.callbacks import Callback
 from tiny import run_config, words
@@ -223,10 +224,13 @@ def test_a_shard_that_is_damaged_while_it_is_read(tmp_path, capsys):
 
 
 @pytest.fixture
-def unreachable(monkeypatch, tmp_path):
+def unreachable(monkeypatch):
+    wandb.teardown()  # its service keeps the environment of the process's first run
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr("train.loggers._PATIENCE", 3)
+    yield
+    wandb.teardown()
 
 
 def test_without_a_connection_weights_and_biases_is_logged_offline(finished, tmp_path, unreachable, capsys):

@@ -62,7 +62,7 @@ def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        save(folder / f"step-{index + 1}", step.transformer, optimizer.state_dict())
+        save(folder / f"step-{index + 1}", index + 1, step.transformer, optimizer.state_dict())
     return losses
 
 
@@ -100,12 +100,13 @@ def zero(
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
     state = gather_optimizer_state(optimizer, parameters, keep=dist.get_rank() == 0)
-    save(folder, step.transformer, state)
+    save(folder, steps, step.transformer, state)
     dist.barrier()
     return losses
 
 
-def save(folder: Path, transformer: Any, optimizer_state: dict[str, Any]) -> None:
+def save(folder: Path, step: int, transformer: Any, optimizer_state: dict[str, Any]) -> None:
     weights = {name: whole_parameter(parameter).clone() for name, parameter in lora_parameters(transformer).items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        FolderCheckpointIO().save_checkpoint({"state_dict": weights, "optimizer_states": [optimizer_state]}, folder)
+        about = {"position": step, "global_step": step, "optimizer_states": [optimizer_state]}
+        FolderCheckpointIO().save_checkpoint({"state_dict": weights, **about}, folder)

@@ -25,7 +25,8 @@ from train.errors import UserError
 
 
 def _first_comment(file: Path) -> str:
-    return file.read_text().split("\n", 1)[0].lstrip("# ")
+    lines = file.read_text().splitlines()
+    return next(line for line in lines if not line.startswith("# @package")).lstrip("# ")
 
 
 def usage() -> str:

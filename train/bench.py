@@ -170,7 +170,8 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     assert config.lora is not None
     targets = config.lora.targets or adapter.targets(text=config.lora.text)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
-    settle(adapter.transformer, dtype, device)
+    for transformer in adapter.transformers:
+        settle(transformer, dtype, device)
     if config.trainer.fp8:
         use_fp8(adapter.blocks())
     on_all = replace(config.trainer, devices=sp)

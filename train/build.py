@@ -11,7 +11,7 @@ from data.synth import synthesize
 from radial import make_pattern
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
-from train.export.reading import read_lora
+from train.export.reading import Lora, read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.lora import inject_lora, start_from
@@ -79,15 +79,31 @@ def set_memory_policy(
         for layer in adapter.feed_forwards():
             chunk_tokens(layer, parallel.ffn_chunk)
     blocks = adapter.blocks()
-    policies = policies or configured(parallel, len(blocks))
+    policies = policies or configured(parallel, adapter.attention_shape[0])
     if set(policies.names) != {"none"}:
         offload = Offload(limit=policies.offload) if policies.offload else None
         runners = {name: block_runner(name, offload, compiled=compiled) for name in set(policies.names)}
-        whole = dict(zip(blocks, (runners[name] for name in policies.names), strict=True))
-        adapter.transformer.enable_gradient_checkpointing(mixed_runner(whole))
+        names = policies.names * len(adapter.transformers)  # of each expert, where there are two
+        whole = dict(zip(blocks, (runners[name] for name in names), strict=True))
+        for transformer in adapter.transformers:
+            transformer.enable_gradient_checkpointing(mixed_runner(whole))
     elif compiled:
         for block in blocks:
             block.compile()
+
+
+def _start(init: str, adapter: ModelAdapter) -> Lora:
+    """The LoRA of ``lora.init``; two experts start from a file each, the one for high noise levels first."""
+    if len(adapter.transformers) == 1:
+        return read_lora(init, adapter.transformer)
+    files, start = init.split(","), Lora({})
+    if len(files) != 2:
+        raise UserError(f"lora.init is {init}, expected a file for each expert: high.safetensors,low.safetensors")
+    for file, (name, transformer) in zip(files, adapter.transformer.named_children(), strict=True):
+        lora = read_lora(file, transformer)
+        start.pairs.update({f"{name}.{layer}": pair for layer, pair in lora.pairs.items()})
+        start.differences.update({f"{name}.{parameter}": change for parameter, change in lora.differences.items()})
+    return start
 
 
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
@@ -97,7 +113,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
-        start = read_lora(config.lora.init, adapter.transformer) if config.lora.init is not None else None
+        start = _start(config.lora.init, adapter) if config.lora.init is not None else None
         inject_lora(
             adapter.transformer,
             config.lora.rank,
@@ -122,6 +138,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         backend=attention.backend,
         schedule=SigmaSchedule(config.shift(), objective.density, objective.mean, objective.std),
         caption_dropout=objective.caption_dropout,
+        first_frame=objective.first_frame,
         empty_prompt=shards.load_empty_prompt(),
         guidance=objective.guidance,
         seed=config.seed,
@@ -131,6 +148,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         warmup=optim.warmup,
         decay=optim.decay,
         steps=config.trainer.steps,
+        accumulate=optim.accumulate,
         lora=config.lora is not None,
         sequence_size=config.parallel.sequence,
         policies=policies,

@@ -31,6 +31,9 @@ class ModelConfig:
     patch: list[int] = MISSING  # patch of the transformer in latent cells (t, h, w)
     text_tokens: int = MISSING  # the family pads every prompt to this many tokens
     native_frames: int | None = None  # of the clips, before the VAE, that the model was made for
+    rope: str = "default"  # temporal positions past that length (`train.models.rope`); rope=... sets it
+    boundary: float | None = None  # of two experts: the noise level from which on the first one runs
+    expert: str | None = None  # of two experts, whom to train: both, high, low
     shifts: dict[int, float] = field(default_factory=dict)  # its noise shift, by the short side (pixels) from which on
 
 
@@ -77,6 +80,7 @@ class ObjectiveConfig:
     mean: float = 0.0
     std: float = 1.0
     caption_dropout: float = 0.1  # share of samples that train with the empty prompt
+    first_frame: float = 0.0  # share of steps whose clips go on from their own first frame (TI2V-5B)
     guidance: float = 1.0  # the weight that a guidance-distilled model (Hunyuan) is told
 
 
@@ -230,10 +234,13 @@ class RunConfig:
         return shift * math.sqrt(self.clip.frames / self.model.native_frames)
 
 
+ROPE_KINDS = ("default", "riflex", "interpolate")
 _CHOICES = {
     "objective.density": ("uniform", "logit_normal"),
     "optim.decay": ("constant", "cosine"),
     "trainer.precision": ("bf16", "fp32", "auto"),
+    "model.rope": ROPE_KINDS,
+    "model.expert": (None, "both", "high", "low"),
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3"),
     "parallel.activations": ("none", "full", "selective", "auto"),
     "log.wandb": ("disabled", "offline", "online"),
@@ -296,7 +303,7 @@ def validate(config: RunConfig) -> None:
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise UserError(f"{key} is {value(key)!r}, expected one of {', '.join(choices)}")
+            raise UserError(f"{key} is {value(key)!r}, expected one of {', '.join(map(str, choices))}")
     for key, least in _AT_LEAST.items():
         if value(key) is not None and value(key) < least:
             raise UserError(f"{key} is {value(key)}, expected at least {least}")
@@ -305,7 +312,11 @@ def validate(config: RunConfig) -> None:
     for key in _POSITIVE:
         if value(key) is not None and not 0 < value(key) < math.inf:
             raise UserError(f"{key} is {value(key)}, expected a positive number")
-    for key, low, high in (("objective.caption_dropout", 0, 1), ("attention.dense_sigma", 0, 1)):
+    for key, low, high in (
+        ("objective.caption_dropout", 0, 1),
+        ("objective.first_frame", 0, 1),
+        ("attention.dense_sigma", 0, 1),
+    ):
         if value(key) is not None and not low <= value(key) <= high:
             raise UserError(f"{key} is {value(key)}, expected a number from {low} to {high}")
     if 0 < config.report.clips < 32:
@@ -347,6 +358,13 @@ def validate(config: RunConfig) -> None:
             raise UserError(f"{key} is {value(key)}, expected three sizes (time, height, width) of at least 1")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
         raise UserError(f"optim.betas is {config.optim.betas}, expected two numbers from 0 up to 1")
+    if config.model.boundary is not None and not 0 < config.model.boundary < 1:
+        raise UserError(f"model.boundary is {config.model.boundary}, expected a noise level between 0 and 1")
+    if (config.model.expert is None) != (config.model.boundary is None):
+        raise UserError(
+            f"model.expert is {config.model.expert} and model.boundary {config.model.boundary}: a model of two experts "
+            "has both, any other neither"
+        )
     if any(not 0 < shift < math.inf for shift in config.model.shifts.values()):
         raise UserError(f"model.shifts is {config.model.shifts}, expected positive numbers")
     config.shift()

@@ -52,7 +52,7 @@ class SampleFlops:
     def of(cls, adapter: ModelAdapter, plan: AttentionPlan) -> SampleFlops:
         """Counts the model as it is: with its LoRA, if it has one, and the layers that the plan keeps dense."""
         grid = plan.pattern_layout.grid
-        lora = sum(_size(p) for n, p in adapter.transformer.named_parameters() if ".lora_" in n)
+        lora = sum(_size(p) for n, p in adapter.transformers[0].named_parameters() if ".lora_" in n)
         return cls(
             attention=plan.attention_flops(*adapter.attention_shape),
             linear=adapter.linear_flops(grid),

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,23 +74,42 @@ class StepDraw:
     dense: bool
     low: float
     high: float
+    within: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
-    def of(cls, seed: int, step: int, schedule: SigmaSchedule, dense_sigma: float | None) -> StepDraw:
+    def of(
+        cls,
+        seed: int,
+        step: int,
+        schedule: SigmaSchedule,
+        dense_sigma: float | None,
+        within: tuple[float, float] = (0.0, 1.0),
+    ) -> StepDraw:
         """Draws the side with its true probability: dense attention at noise levels from ``dense_sigma`` up.
 
-        ``low`` and ``high`` are the quantiles of the schedule that belong to the side.
+        ``low`` and ``high`` are the quantiles of the schedule that belong to the side; ``within`` is the range of noise
+        levels, from the first up to below the second, that the model of this step is for.
         """
+        low, high = (1 - schedule.share_above(sigma) for sigma in within)
         if dense_sigma is None:
-            return cls(False, 0.0, 1.0)
-        dense_share = schedule.share_above(dense_sigma)
-        dense = torch.rand((), generator=generator_for(seed, step, "side")).item() < dense_share
-        return cls(dense, 1 - dense_share, 1.0) if dense else cls(dense, 0.0, 1 - dense_share)
+            return cls(False, low, high, within)
+        edge = min(max(1 - schedule.share_above(dense_sigma), low), high)
+        dense = torch.rand((), generator=generator_for(seed, step, "side")).item() < (high - edge) / (high - low)
+        return cls(True, edge, high, within) if dense else cls(False, low, edge, within)
 
     def sigma(self, seed: int, step: int, sample: str, schedule: SigmaSchedule) -> float:
         """The noise level of one sample, within this step's side."""
         u = torch.rand((), generator=generator_for(seed, step, sample, "sigma")).item()
-        return schedule.at_quantile(self.low + u * (self.high - self.low))
+        level = schedule.at_quantile(self.low + u * (self.high - self.low))
+        # rounding to float32 must not take it across a boundary, where another model is
+        first, end = (np.float32(bound) for bound in self.within)
+        return float(np.clip(level, first, np.nextafter(end, np.float32(0))))
+
+
+def expert_range(seed: int, step: int, schedule: SigmaSchedule, boundary: float) -> tuple[float, float]:
+    """The noise levels of the expert that the whole world trains in an optimizer step, drawn with its true share."""
+    noisy = torch.rand((), generator=generator_for(seed, step, "expert")).item() < schedule.share_above(boundary)
+    return (boundary, 1.0) if noisy else (0.0, boundary)
 
 
 def noise_like(latent: Tensor, *key: object) -> Tensor:

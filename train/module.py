@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.sample import Prompt
 from radial import Pattern
-from train.flow import SigmaSchedule, StepDraw, generator_for, noise_like, noised
+from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
 from train.lora import load_parameters, lora_parameters
 from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
@@ -45,10 +46,12 @@ class LengthExtensionModule(L.LightningModule):
         pattern, block, dense_layers, dense_sigma, backend: the attention (`train.config.AttentionConfig`).
         schedule: the distribution of noise levels.
         caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
+        first_frame: share of micro-batches whose clips go on from their own first latent frame.
         empty_prompt: the empty prompt's embedding.
         guidance: what a guidance-distilled model is told.
         seed: all randomness is a function of (seed, step, sample).
         lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
+        accumulate: micro-batches in an optimizer step, all of one expert.
         lora: whether the weights to save are the LoRA's alone.
         sequence_size: ranks that share each sample's tokens.
         policies: what blocks keep, where it was chosen for this machine; all ranks must have chosen the same.
@@ -67,6 +70,7 @@ class LengthExtensionModule(L.LightningModule):
         backend: str | None,
         schedule: SigmaSchedule,
         caption_dropout: float,
+        first_frame: float = 0.0,
         empty_prompt: Prompt,
         guidance: float = 1.0,
         seed: int,
@@ -76,6 +80,7 @@ class LengthExtensionModule(L.LightningModule):
         warmup: int,
         decay: str,
         steps: int,
+        accumulate: int = 1,
         lora: bool,
         sequence_size: int = 1,
         policies: BlockPolicies | None = None,
@@ -87,10 +92,10 @@ class LengthExtensionModule(L.LightningModule):
         self.dense_layers, self.dense_sigma = dense_layers, dense_sigma
         self.schedule = schedule
         self.caption_dropout, self.empty_prompt = caption_dropout, empty_prompt
-        self.guidance = guidance
+        self.guidance, self.first_frame = guidance, first_frame
         self.seed = seed
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup, self.decay, self.steps = warmup, decay, steps
+        self.warmup, self.decay, self.steps, self.accumulate = warmup, decay, steps, accumulate
         self.lora = lora
         self.sequence_size, self.policies = sequence_size, policies
         self.sequence: SequenceGroup | None = None
@@ -123,7 +128,10 @@ class LengthExtensionModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         self.position = batch.step + 1  # checkpoints are taken after the step
-        draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma)
+        within = self.adapter.sigma_range
+        if self.adapter.boundary is not None:
+            within = expert_range(self.seed, batch.step // self.accumulate, self.schedule, self.adapter.boundary)
+        draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma, within)
         sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
         sigma = sigma.to(batch.latent.device)
         noise = torch.stack(
@@ -133,7 +141,7 @@ class LengthExtensionModule(L.LightningModule):
         plan = self.plan(batch.latent, all_dense=draw.dense)
         self.adapter.set_plan(plan)
         self.current_plan = plan
-        conditions = Conditions.of(self._drop_captions(batch), self.guidance)
+        conditions = Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
         loss = flow_loss(velocity, target, plan.shard, self.adapter.patch, given)
@@ -158,6 +166,12 @@ class LengthExtensionModule(L.LightningModule):
             if torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")) < self.caption_dropout
         ]
         return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
+
+    def _with_first_frame(self, batch: Batch) -> Batch:
+        """The batch with its first latent frame as a condition, in a share of the micro-batches."""
+        if torch.rand((), generator=generator_for(self.seed, batch.step, "first_frame")) >= self.first_frame:
+            return batch
+        return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for p in self.transformer.parameters() if p.grad is not None]

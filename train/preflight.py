@@ -7,12 +7,16 @@ from pathlib import Path
 
 import torch
 
+from data.batch import collate
 from data.encoders import check_encoder
+from data.errors import DataError
 from data.manifest import Manifest
+from data.remote import scheme_of
+from data.stream import read_samples
 from train.config import RunConfig
 from train.errors import UserError
 from train.export.reading import read_header
-from train.models import attention_shape, family_of, model_folder
+from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
 
 
@@ -25,18 +29,24 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
     Raises:
         UserError: weights or shards are missing, or settings that do not fit together or this machine.
     """
-    family_of(config.model)
-    if config.model.architecture is None:
-        model_folder(config.model)
-    elif config.model.path is not None:
+    family = family_of(config.model)
+    temporal_rope(config.model)
+    if config.model.architecture is not None and config.model.path is not None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
     if config.lora is not None and config.lora.init is not None:
-        read_header(config.lora.init)
+        for file in config.lora.init.split(",") if config.model.expert == "both" else [config.lora.init]:
+            read_header(file)
+    adapter = describe_model(config.model)
     _check_parallel(config, elsewhere)
-    if config.parallel.sequence > 1:
-        shape = attention_shape(config.model)
-        if shape is not None:
-            check_heads(config.parallel.sequence, shape[1])
+    if adapter is not None:
+        check_heads(config.parallel.sequence, adapter.attention_shape[1])
+    if config.model.expert == "both" and config.lora is None:
+        raise UserError("lora=null trains all weights, of one expert at a time: set model.expert=high or low")
+    if config.objective.first_frame and not family.takes_first_frame:
+        raise UserError(
+            f"objective.first_frame is {config.objective.first_frame}, but family {config.model.family} takes no first "
+            "frame by itself: leave it 0"
+        )
     if config.data.shards is None and not config.data.synthetic_clips:
         raise UserError(
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
@@ -46,6 +56,16 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         shards = Manifest.load(config.data.shards)
         check_encoder(shards, *_encoder(config))
         check_shapes(config, shards)
+        if adapter is not None:
+            _check_sample(adapter, shards)
+    low, high = sigma_range(config.model)
+    if config.validation.every and not any(low <= sigma < high for sigma in config.validation.sigmas):
+        raise UserError(
+            f"validation.sigmas {config.validation.sigmas} has no noise level of model.expert={config.model.expert}, "
+            f"{low:g} to {high:g}: give some"
+        )
+    if config.report.clips and config.model.expert in ("high", "low"):
+        raise UserError(f"report.clips needs both experts, model.expert is {config.model.expert}: set report.clips=0")
     if config.report.clips and config.data.shards is not None:
         raise UserError("report.clips needs synthetic data, set report.clips=0 or leave data.shards unset")
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
@@ -85,7 +105,18 @@ def _encoder(config: RunConfig) -> tuple[str, Path | None]:
     """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
     if tuple(config.model.vae) == (1, 1, 1):
         return "pixels", None
-    return config.model.family, Path(config.model.path or "").expanduser()
+    return family_of(config.model).encoder, Path(config.model.path or "").expanduser()
+
+
+def _check_sample(adapter: ModelAdapter, shards: Manifest) -> None:
+    """Holds the first sample against what the model takes, where reading it does not mean to read a whole shard."""
+    if scheme_of(shards.home) == "pipe":
+        return
+    try:
+        batch = collate(list(read_samples(shards, 1)), 0)
+    except DataError:
+        return  # training names what is damaged, and bears some of it
+    adapter.check(batch.latent, Conditions.of(batch))
 
 
 def check_heads(sequence: int, heads: int) -> None:
@@ -152,6 +183,11 @@ def _check_parallel(config: RunConfig, elsewhere: bool) -> None:
         sizes = ", ".join(str(size) for size in range(1, devices + 1) if devices % size == 0)
         raise UserError(
             f"parallel.sequence is {parallel.sequence}, expected a divisor of trainer.devices={devices}: {sizes}"
+        )
+    if config.model.expert == "both" and parallel.strategy != "ddp":
+        raise UserError(
+            f"parallel.strategy is {parallel.strategy}, which steps on all weights, but model.expert=both leaves one "
+            "expert alone: set parallel=ddp, or train them in two runs, model.expert=high and model.expert=low"
         )
     if parallel.strategy != "ddp" and not elsewhere and not torch.cuda.is_available():
         raise UserError(

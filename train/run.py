@@ -32,7 +32,7 @@ from train.folder import RunFolder, held, set_state
 from train.guard import BadSteps
 from train.held_out import draw_mask, write_report
 from train.loggers import loggers_of, note_once
-from train.models import load_adapter
+from train.models import load_adapter, sigma_range
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes, out_of_memory
 from train.ranks import global_rank, slurm_tasks
@@ -144,7 +144,13 @@ def _assemble(
         accelerator="auto",
         devices=config.trainer.devices,
         num_nodes=config.trainer.nodes,
-        **trainer_plan(config.parallel, config.trainer.nodes * config.trainer.devices, precision, frozen_dtype),
+        **trainer_plan(
+            config.parallel,
+            config.trainer.nodes * config.trainer.devices,
+            precision,
+            frozen_dtype,
+            idle=config.model.expert == "both",
+        ),
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
         gradient_clip_val=config.optim.clip,
@@ -174,11 +180,12 @@ def _callbacks(
     """In their order: what measures, what saves and what shows; the watchdog has the last word of a step."""
     throughput = Throughput()
     bad = BadSteps(config.trainer.max_skipped, control)
+    low, high = sigma_range(config.model)
     validation = Validation(
         config.validation.every,
         _validation_shards(config),
         config.validation.clips,
-        config.validation.sigmas,
+        [sigma for sigma in config.validation.sigmas if low <= sigma < high],
         lengths_of(config.grid().frames * config.model.patch[0]),
         config.seed,
         control,

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm import tqdm
 
+from train.errors import UserError
 from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
 
@@ -44,6 +45,9 @@ def sample(
     """
     scheduler: Any = FlowMatchEulerDiscreteScheduler()  # the library has no types
     scheduler.set_timesteps(sigmas=adapter.noise_levels(steps, shift), device=noise.device)
+    if adapter.sigma_range != (0.0, 1.0):
+        least, end = adapter.sigma_range
+        raise UserError(f"the model is an expert for noise levels {least:g} to {end:g}: sample with model.expert=both")
     x = noise.float()
     for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True):
         level = (timestep / scheduler.config.num_train_timesteps).float()

@@ -17,12 +17,15 @@ from train.config import ParallelConfig
 from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, zero_config
 
 
-def trainer_plan(parallel: ParallelConfig, devices: int, precision: str, frozen: torch.dtype) -> dict[str, Any]:
+def trainer_plan(
+    parallel: ParallelConfig, devices: int, precision: str, frozen: torch.dtype, *, idle: bool = False
+) -> dict[str, Any]:
     """The strategy and the precision of ``lightning.Trainer``, as its keyword arguments.
 
     Args:
         precision: ``bf16`` or ``fp32``.
         frozen: dtype of the frozen weights.
+        idle: whether steps leave some of what is trained alone, the same on all ranks (of two experts, one).
     """
     if parallel.strategy != "ddp":
         config = zero_config(
@@ -33,7 +36,7 @@ def trainer_plan(parallel: ParallelConfig, devices: int, precision: str, frozen:
         )
         return {"strategy": ZeroStrategy(config, frozen, ZeroPrecision(precision))}
     return {
-        "strategy": ExactDDP() if devices > 1 else "auto",
+        "strategy": ExactDDP(find_unused_parameters=idle) if devices > 1 else "auto",
         "precision": "bf16-mixed" if precision == "bf16" else "32-true",
     }
 

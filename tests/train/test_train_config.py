@@ -83,7 +83,10 @@ def test_the_shift_follows_resolution_and_length():
         (["model.vae=[1,2]"], r"model.vae is \[1, 2\], expected three sizes"),
         (["objective.shift=null", "model.shifts={480: 3}"], "objective.shift is not set, and the model has none"),
         (["objective.shift=null", "model.shifts={0: -1}"], "model.shifts is .*, expected positive numbers"),
-        (["objective.shift=null", "objective.shift_with_length=true"], "shift_with_length needs model.native_frames"),
+        (
+            ["objective.shift=null", "objective.shift_with_length=true", "model.native_frames=null"],
+            "shift_with_length needs model.native_frames",
+        ),
         (["lora.rank=0"], "lora.rank is 0"),
         (["lora.targets=("], r"lora.targets is '\(', expected a regular expression"),
         (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),

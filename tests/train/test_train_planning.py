@@ -24,7 +24,7 @@ from train.preflight import check_memory
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
-    given = {"conf": "wan_4x", "parallel__activations": "full", **words}
+    given = {"conf": "wan_4x", "parallel__activations": "full", "trainer__compile": False, **words}
     config = finish(compose_run({k.replace("__", "."): str(v) for k, v in given.items()}))
     budget = Budget.of(config, Machine(GPUS[gpu], gpus, nodes, cpu_gib * GIB), layers)
     assert budget is not None

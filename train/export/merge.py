@@ -39,11 +39,12 @@ def merge(
 ) -> str:
     """Writes a diffusers folder: the transformer, or the whole pipeline where the base model lies in one.
 
-    The pipeline's other parts are linked where the file system can, else copied.
+    The pipeline's other parts are linked where the file system can, else copied. A second transformer of the same
+    pipeline goes into the folder of the first.
 
     Args:
         base: folder of the base model's transformer.
-        out: a new folder.
+        out: a new folder, or that of the pipeline's other transformer.
         loras: with their strengths; they add up.
         dtype: of the weights; layers that diffusers keeps in fp32 stay as they are. None: as the base model has them.
         shard_bytes: the most that a file holds.
@@ -66,6 +67,9 @@ def merge(
     _check_space(out, total)
     pipeline = base.parent if (base.parent / "model_index.json").is_file() else None
     folder = out / base.name if pipeline else out
+    if pipeline and out.exists():
+        shutil.rmtree(folder)  # links to the base model's files
+        pipeline = None
     folder.mkdir(parents=True)
     shutil.copy(base / "config.json", folder)
     index: dict[str, str] = {}

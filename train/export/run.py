@@ -8,14 +8,17 @@
         released/lora_config.json, ...                          of HunyuanVideo
         merged/                                                 the base model with the LoRA in its weights (merge=true)
 
-A run that trains all weights (``lora: null``) exports ``model/`` alone.
+A run of two experts (Wan2.2-A14B) has each one's adapters in ``high_noise/`` and ``low_noise/``; diffusers takes those
+of the second by ``load_lora_weights(folder, load_into_transformer_2=True)``. A run that trains all weights
+(``lora: null``) exports ``model/`` alone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,8 @@ def export_run(
     if not merged and (strength != 1.0 or add):
         raise UserError(f"{'add' if add else 'strength'} is for the merged model, set merge=true")
     config = read_config(run)
+    if config.model.expert == "both" and add:
+        raise UserError("add cannot say which of the two experts a LoRA is for: merge it with a run of one, or load it")
     checkpoint = checkpoint or last_checkpoint(run)
     out = out or run / "export"
     weights = load_weights(checkpoint)
@@ -84,21 +89,37 @@ def export_run(
         if config.lora is None:
             said = _save_model(config, weights, DTYPES[dtype or "fp32"], temporary / "model")
         else:
-            header = _header(config, load_state(checkpoint)["global_step"])
-            pairs = _fold(weights, config.lora.alpha)
-            base = transformer_folder(config.model)
-            said = _save_adapters(config, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary)
-            if merged:
-                model = stand_in(base)
-                loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in add)]
-                to = DTYPES[dtype] if dtype else None
-                said.append(merge(base, temporary / "merged", loras, to))
+            step, said = load_state(checkpoint)["global_step"], []
+            for kind, part, own in _parts(config, weights):
+                pairs = _fold(own, config.lora.alpha)
+                base = transformer_folder(part.model)
+                header, name = _header(part, step), "_".join(filter(None, (config.conf, kind)))
+                lines = _save_adapters(
+                    part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name
+                )
+                said += [str(Path(kind) / line) for line in lines]
+                if merged:
+                    model = stand_in(base)
+                    loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in add)]
+                    whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
+                    place = temporary / ("" if whole else kind) / "merged"
+                    said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None))
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return [f"{out}/{line}" for line in said]
+
+
+def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str, RunConfig, dict[str, Tensor]]]:
+    """("", the run, its weights); or for each of two experts its folder, a run of it alone, and its own weights."""
+    if config.model.expert != "both":
+        yield "", config, weights
+        return
+    for expert, prefix in (("high", "transformer."), ("low", "transformer_2.")):
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        yield f"{expert}_noise", replace(config, model=replace(config.model, expert=expert)), own
 
 
 def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:
@@ -124,13 +145,14 @@ def _save_adapters(
     formats: Sequence[str] | None,
     dtype: torch.dtype,
     out: Path,
+    file: str,
 ) -> list[str]:
     model = stand_in(base)
     _check_fit(pairs, model)
     chosen = list(formats_of(type(model).__name__) if formats is None else formats)
     check_formats(chosen, type(model).__name__)
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
-    adapter = Adapter(pairs, model, header, public_name(config.model), config.conf)
+    adapter = Adapter(pairs, model, header, public_name(config.model), file)
     said = []
     for name in chosen:
         FORMATS[name](adapter, out / name)
@@ -171,6 +193,8 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
     about = {
         "base_model": public_name(config.model),
         "family": config.model.family,
+        "rope": config.model.rope,
+        "expert": config.model.expert,
         "rank": config.lora.rank,
         "shift": config.shift(),
         "step": step,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,9 +17,22 @@ from huggingface_hub import snapshot_download
 from train.config import ModelConfig
 from train.errors import UserError
 from train.models.base import ADAPTERS, Conditions, ModelAdapter
+from train.models.experts import TwoExperts
+from train.models.rope import TemporalRope
 from train.models.weights import settle, stored_dtype
 
-__all__ = ["ADAPTERS", "Conditions", "ModelAdapter", "attention_shape", "family_of", "load_adapter", "model_folder"]
+__all__ = [
+    "ADAPTERS",
+    "Conditions",
+    "ModelAdapter",
+    "describe_model",
+    "family_of",
+    "load_adapter",
+    "model_folder",
+    "random_adapter",
+    "sigma_range",
+    "temporal_rope",
+]
 
 for _file in pkgutil.iter_modules(__path__):  # an adapter is found by lying here
     importlib.import_module(f"{__name__}.{_file.name}")
@@ -27,39 +44,90 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 def model_folder(config: ModelConfig) -> tuple[str, str | None]:
     """(diffusers folder or hub id, subfolder of the transformer); a local folder is checked without loading anything.
 
+    The subfolder of both experts together is that of the first.
+
     Raises:
         UserError: ``model.path`` is not set, or a local folder that lacks the model.
     """
+    if config.expert == "both":
+        model_folder(dataclasses.replace(config, expert="low"))
+        return model_folder(dataclasses.replace(config, expert="high"))
+    how = f"; get the weights with: {config.weights}" if config.weights else ""
     if config.path is None:
-        how = f"; get the weights with: {config.weights}" if config.weights else ""
         raise UserError(f"model.path is not set, expected a diffusers folder or a hub id{how}")
+    named = f"{config.subfolder}_2" if config.expert == "low" else config.subfolder
     if config.path.startswith(_HUB):
-        return config.path.removeprefix(_HUB), config.subfolder
+        return config.path.removeprefix(_HUB), named
     builtin = config.path.startswith(_BUILTIN)
     path = _ASSETS / config.path.removeprefix(_BUILTIN) if builtin else Path(config.path).expanduser()
     if not path.is_dir():
-        how = f"; get the weights with: {config.weights}" if config.weights else ""
         raise UserError(f"model.path {config.path} is no folder (a hub id is written hub:org/name){how}")
-    for subfolder in (config.subfolder, None):
+    for subfolder in (named, None) if config.expert is None else (named,):
         inner = path / (subfolder or "")
         if (inner / "config.json").is_file():
             if not any(inner.glob("*.safetensors")):
                 raise UserError(f"model.path {inner} has a config.json but no *.safetensors, is the download complete?")
+            _check_boundary(config, path)
             return str(path), subfolder
-    raise UserError(f"model.path {path} has no {config.subfolder or ''}/config.json, expected a diffusers model folder")
+    raise UserError(f"model.path {path} has no {named or ''}/config.json, expected a diffusers model folder")
 
 
-def attention_shape(config: ModelConfig) -> tuple[int, int, int] | None:
-    """(layers, heads, head_dim) without loading any weights; None for a model that is still on the hub."""
+def _check_boundary(config: ModelConfig, path: Path) -> None:
+    """Raise a UserError where the folder's pipeline switches its experts elsewhere."""
+    index = path / "model_index.json"
+    if config.expert is None or not index.is_file():
+        return
+    found = json.loads(index.read_text()).get("boundary_ratio")
+    if found is not None and found != config.boundary:
+        raise UserError(
+            f"model.boundary is {config.boundary}, {index} says {found}: choose the model=... that fits the weights"
+        )
+
+
+def describe_model(config: ModelConfig) -> ModelAdapter | None:
+    """The adapter without any weights, on torch's meta device; None for a model that is still on the hub.
+
+    Raises:
+        UserError: the folder's config.json does not fit ``model.dimensions`` or the family.
+    """
     architecture = config.architecture
     if architecture is None:
         path, subfolder = model_folder(config)
         file = Path(path) / (subfolder or "") / "config.json"
         if not file.is_file():
             return None
-        architecture = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
+        architecture = _read_architecture(config, file)
     with torch.device("meta"):
-        return family_of(config).from_config(architecture, text_tokens=config.text_tokens).attention_shape
+        return random_adapter(config, architecture)
+
+
+def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
+    """What a transformer's config.json says to its class; it has to be the chosen model's."""
+    model_class = family_of(config).model_class
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): download it again") from error
+    if found.get("_class_name") != model_class.__name__:
+        raise UserError(
+            f"model.path {config.path} holds a {found.get('_class_name')}, expected a {model_class.__name__}: "
+            "choose the model=... that fits the weights"
+        )
+    for name, expected in (config.dimensions or {}).items():
+        if found.get(name, expected) != expected:
+            raise UserError(
+                f"model.path {config.path} has {name}={found[name]}, the chosen model has {expected}: "
+                "choose the model=... that fits the weights, or set model.dimensions=null"
+            )
+    known = inspect.signature(model_class.__init__).parameters
+    return {name: value for name, value in found.items() if name in known}
+
+
+def random_adapter(config: ModelConfig, architecture: Mapping[str, Any]) -> ModelAdapter:
+    """The adapter of a run's model with random weights, made from a config of the diffusers class."""
+    count = 2 if config.expert == "both" else 1
+    parts = [family_of(config).from_config(architecture, text_tokens=config.text_tokens) for _ in range(count)]
+    return _configured(parts, config)
 
 
 def load_adapter(
@@ -75,22 +143,67 @@ def load_adapter(
     """
     adapter = _load_as_stored(config, seed)
     if dtype is not None:
-        settle(adapter.transformer, dtype, device)
+        for transformer in adapter.transformers:
+            settle(transformer, dtype, device)
     return adapter
 
 
+def _configured(parts: Sequence[ModelAdapter], config: ModelConfig) -> ModelAdapter:
+    """The adapter of one or two transformers, told what the config says of them beside their weights."""
+    adapter = parts[0]
+    if len(parts) == 2:
+        assert config.boundary is not None
+        adapter = TwoExperts(parts[0], parts[1], config.boundary)
+    else:
+        adapter.sigma_range = sigma_range(config)
+    adapter.rope = temporal_rope(config)
+    return adapter
+
+
+def sigma_range(config: ModelConfig) -> tuple[float, float]:
+    """The noise levels of ``model.expert``: from the first up to below the second."""
+    if config.expert in (None, "both"):
+        return 0.0, 1.0
+    assert config.boundary is not None
+    return (config.boundary, 1.0) if config.expert == "high" else (0.0, config.boundary)
+
+
+def temporal_rope(config: ModelConfig) -> TemporalRope:
+    """The temporal positions of ``model.rope``.
+
+    Raises:
+        UserError: the model has no such positions, or its native length is not known.
+    """
+    if config.rope == "default":
+        return TemporalRope()
+    if config.native_frames is None:
+        raise UserError(f"rope={config.rope} needs model.native_frames, it is not set")
+    intrinsic = family_of(config).riflex
+    if config.rope == "riflex" and isinstance(intrinsic, str):
+        raise UserError(f"rope=riflex cannot serve model.family {config.family}: {intrinsic}; use rope=interpolate")
+    native = (config.native_frames - 1) // config.vae[0] + 1
+    return TemporalRope(config.rope, native, intrinsic if isinstance(intrinsic, int) else 1)
+
+
 def _load_as_stored(config: ModelConfig, seed: int) -> ModelAdapter:
-    family = family_of(config)
     if config.architecture is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return family.from_config(config.architecture, text_tokens=config.text_tokens)
+            return random_adapter(config, config.architecture)
+    if config.expert == "both":
+        return _configured([_load_one(dataclasses.replace(config, expert=name)) for name in ("high", "low")], config)
+    return _configured([_load_one(config)], config)
+
+
+def _load_one(config: ModelConfig) -> ModelAdapter:
     path, subfolder = model_folder(config)
     try:
         if config.path is not None and config.path.startswith(_HUB):
-            path = snapshot_download(path, allow_patterns=[f"{subfolder}/*" if subfolder else "*"])
+            files = [f"{subfolder}/*" if subfolder else "*", "model_index.json"]
+            path = snapshot_download(path, allow_patterns=files)
+            _check_boundary(config, Path(path))
         stored = stored_dtype(Path(path) / (subfolder or ""))
-        adapter = family.load(path, subfolder, text_tokens=config.text_tokens, dtype=stored)
+        adapter = family_of(config).load(path, subfolder, text_tokens=config.text_tokens, dtype=stored)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path {config.path} cannot be loaded: {reason}") from error

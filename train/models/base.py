@@ -17,6 +17,7 @@ from data.batch import Batch
 from data.sample import TextTokens
 from radial import BlockLayout, VideoGrid
 from train.errors import UserError
+from train.models.rope import TemporalRope
 from train.models.weights import check_weights
 from train.plan import AttentionPlan
 from train.sequence import SequenceShard, sharded_attention
@@ -104,7 +105,9 @@ class ModelAdapter(ABC):
     """
 
     family: ClassVar[str]
-    """The name that ``model.family`` has in a YAML; the same as in `data.encoders.FAMILIES`."""
+    """The name that ``model.family`` has in a YAML."""
+    encoder: ClassVar[str]
+    """What makes its latents and text, a key of `data.encoders.FAMILIES`; ``family`` unless it is said."""
     model_class: ClassVar[Any]
     """The diffusers class."""
     processor_class: ClassVar[type[PlannedAttention]]
@@ -115,18 +118,35 @@ class ModelAdapter(ABC):
     """The same of the text's tokens in joint attention, where they have projections of their own."""
     tiny_config: ClassVar[Mapping[str, Any]]
     """A config of the class with every kind of block, small enough for a test on a CPU; its heads divide by 2."""
+    riflex: ClassVar[int | str] = "which of its frequencies to slow down is not known"
+    """RIFLEx's k, counted from 1 (`train.models.rope`); or why ``rope=riflex`` is refused."""
+    takes_first_frame: ClassVar[bool] = False
+    """Whether the model goes on from a clip's first latent frame, the condition ``image.first_frame``, (batch, C, 1, H,
+    W): ``objective.first_frame``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "family" in cls.__dict__:
             other = ADAPTERS.setdefault(cls.family, cls)
             assert other is cls, f"family {cls.family} is both {other} and {cls}"
+            if "encoder" not in cls.__dict__:
+                cls.encoder = cls.family
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         self.transformer = transformer  # a diffusers model; the library has no types
         self.text_tokens = text_tokens
+        self.rope = TemporalRope()
+        """How temporal positions go on past the native length."""
+        self.sigma_range = (0.0, 1.0)
+        """The noise levels that this model is for: from the first up to below the second."""
+        self.boundary: float | None = None
+        """Of two experts: the noise level from which on the first one runs (`train.models.experts`)."""
         self._shard: SequenceShard | None = None
         self._follows_shard = False
+        self.install_processors()
+
+    def install_processors(self) -> None:
+        """Puts a processor of ours on each self-attention."""
         for block in self.blocks():
             # by hand, since not every class of diffusers has a set_processor
             self.self_attention(block).processor = self.processor_class()
@@ -162,6 +182,11 @@ class ModelAdapter(ABC):
     def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         """A model's config with that many blocks, one of each kind at least: what benchmarks measure."""
         return {**config, "num_layers": blocks}
+
+    @property
+    def transformers(self) -> list[Any]:
+        """The diffusers models in ``transformer``, one of which runs in a forward."""
+        return [self.transformer]
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -269,3 +294,30 @@ class ModelAdapter(ABC):
     @abstractmethod
     def attention_shape(self) -> tuple[int, int, int]:
         """(layers, heads, head_dim) of self-attention: what FLOPs are counted from."""
+
+    def check(self, latent: Tensor, conditions: Conditions) -> None:
+        """Holds a batch, of shards that are new to the model, against what it takes; looks at names and shapes alone.
+
+        Raises:
+            UserError: naming what was found and what was expected.
+        """
+        if latent.shape[1] != self.latent_channels:
+            raise UserError(
+                f"the shards' latents have {latent.shape[1]} channels, the model takes {self.latent_channels}: "
+                "they were made by another VAE"
+            )
+        expected = self.random_conditions(latent.to("meta"))
+        for name, text in expected.text.items():
+            found = conditions.named("text", name).tokens.shape
+            if found[2] != text.tokens.shape[2] or found[1] > self.text_tokens:
+                raise UserError(
+                    f"the shards' text {name} is (tokens, width) {tuple(found[1:])}, the model takes up to "
+                    f"{self.text_tokens} tokens of width {text.tokens.shape[2]}: it was made by another text encoder"
+                )
+        for kind in ("pooled", "image"):
+            for name, tensor in getattr(expected, kind).items():
+                found, wanted = conditions.named(kind, name).shape, tensor.shape
+                if len(found) != len(wanted) or found[-1] != wanted[-1] or (len(wanted) == 5 and found != wanted):
+                    raise UserError(
+                        f"the shards' {kind}.{name} has shape {tuple(found[1:])}, the model takes {tuple(wanted[1:])}"
+                    )

@@ -21,6 +21,7 @@ from train.errors import UserError
 from train.flow import shifted
 from train.models.base import Conditions, ModelAdapter
 from train.models.joint import JointAttention
+from train.models.rope import geometric
 
 
 class HunyuanAttention(JointAttention):
@@ -56,6 +57,7 @@ class HunyuanAdapter(ModelAdapter):
         r"|single_transformer_blocks\.\d+\.(attn\.to_q|attn\.to_k|attn\.to_v|proj_out)"
     )
     text_lora_targets = r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    riflex = 4  # of the 8 temporal frequencies, by RIFLEx's authors (arXiv 2502.15894)
     tiny_config = {  # noqa: RUF012
         "in_channels": 4,
         "out_channels": 4,
@@ -75,10 +77,16 @@ class HunyuanAdapter(ModelAdapter):
         if kind is not None:
             raise UserError(f"the model takes an image (image_condition_type={kind}), expected text-to-video weights")
         super().__init__(transformer, text_tokens)
+        transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
         # it gives a transposed view, whose strides every sum with it would inherit, block after block
         transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
         for block in transformer.single_transformer_blocks:
             block.register_forward_hook(_apart)
+
+    def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length as `rope` says."""
+        rope = self.transformer.rope
+        return self.rope.extend(tables, geometric(rope.theta, rope.rope_dim[0]), self.grid(x))
 
     @classmethod
     def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class MochiAdapter(ModelAdapter):
     processor_class = MochiJointAttention
     lora_targets = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
     text_lora_targets = r"transformer_blocks\.\d+\.attn1\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    riflex = "its frequencies are learned mixtures of time, height and width, so that none is temporal"
     tiny_config = {  # noqa: RUF012
         "num_attention_heads": 4,
         "attention_head_dim": 16,
@@ -49,6 +50,25 @@ class MochiAdapter(ModelAdapter):
         "text_embed_dim": 32,
         "time_embed_dim": 16,
     }
+
+    def __init__(self, transformer: Any, text_tokens: int) -> None:
+        super().__init__(transformer, text_tokens)
+        transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs, tables))
+
+    def _extended(self, inputs: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's cosines and sines with the frames at other positions: (tokens, heads, pairs) each.
+
+        Args:
+            inputs: of the model's rope: frequencies (axes, heads, pairs), then the grid's frames, height and width.
+        """
+        frequencies, frames, height, width = inputs
+        if not self.rope.changes(frames):
+            return tables
+        moves = self.rope.positions(frames) - torch.arange(frames)
+        moves = moves.repeat_interleave(height * width).to(frequencies.device)
+        cos, sin = tables
+        turns = moves.float()[:, None, None] * frequencies[0].float()
+        return cos * turns.cos() - sin * turns.sin(), sin * turns.cos() + cos * turns.sin()
 
     def blocks(self) -> list[nn.Module]:
         return list(self.transformer.transformer_blocks)

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("default", "riflex", "interpolate")
+from radial import VideoGrid
+from train.config import ROPE_KINDS
+from train.errors import UserError
+
+
+def geometric(theta: float, channels: int) -> Tensor:
+    """The usual frequencies of ``channels`` channels: (channels / 2,) float64, radians a position, fastest first."""
+    return theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class TemporalRope:
     intrinsic: int = 1
 
     def __post_init__(self) -> None:
-        assert self.kind in KINDS, self.kind
+        assert self.kind in ROPE_KINDS, self.kind
 
     def changes(self, frames: int) -> bool:
         """Whether a clip of that many latent frames has other angles than the model's own."""
@@ -56,8 +63,13 @@ class TemporalRope:
 
         Args:
             own: (pairs,) radians a frame, those of the model, fastest first.
+
+        Raises:
+            UserError: the model has no frequency number `intrinsic`.
         """
         if self.kind == "riflex" and self.changes(frames):
+            if self.intrinsic > len(own):
+                raise UserError(f"rope=riflex slows frequency {self.intrinsic} of {len(own)} that the model has")
             own = own.clone()
             own[self.intrinsic - 1] = 0.9 * 2 * math.pi / frames
         return own
@@ -65,3 +77,22 @@ class TemporalRope:
     def angles(self, own: Tensor, frames: int) -> Tensor:
         """The angle of each pair in each latent frame: (frames, pairs) float64; ``own`` as for `frequencies`."""
         return torch.outer(self.positions(frames), self.frequencies(own.double().cpu(), frames))
+
+    def extend(self, tables: tuple[Tensor, Tensor], own: Tensor, grid: VideoGrid) -> tuple[Tensor, Tensor]:
+        """A model's tables of cosines and sines with the temporal channels of this clip.
+
+        Args:
+            tables: cosines and sines, each of video tokens x channels with any dimensions of size 1 beside; a head's
+                temporal channels come first, each angle twice.
+            own: as for `frequencies`.
+            grid: of the clip.
+        """
+        if not self.changes(grid.frames):
+            return tables
+        angles = self.angles(own, grid.frames).repeat_interleave(grid.tokens_per_frame, 0).repeat_interleave(2, 1)
+
+        def extended(table: Tensor, turned: Tensor) -> Tensor:
+            rest = table.reshape(grid.video_tokens, -1)[:, turned.shape[1] :]
+            return torch.cat([turned.to(table), rest], dim=1).view(table.shape)
+
+        return extended(tables[0], angles.cos()), extended(tables[1], angles.sin())

@@ -1,8 +1,11 @@
-"""Wan2.1 text-to-video: diffusers' WanTransformer3DModel with radial self-attention.
+"""Wan2.1, text- and image-to-video: diffusers' WanTransformer3DModel with radial self-attention.
 
 The class stays as diffusers ships it. Each block's ``attn1`` gets a `WanSelfAttention` processor, the cross-attention
 ``attn2`` keeps its own. The model predicts the velocity eps - x0 at timestep 1000 sigma; text is zero-padded to 512
 tokens and not masked, as in the family's own training.
+
+An image-to-video model takes, beside the noised latent, a mask that is 1 in the first latent frame, and a condition:
+the latent of the first frame followed by grey. Wan2.1's also attends to the image encoder's tokens, before the text's.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ from data.sample import TextTokens
 from radial import VideoGrid
 from train.errors import UserError
 from train.models.base import Conditions, ModelAdapter, PlannedAttention
+from train.models.rope import geometric
+
+_IMAGE_TEXT_TOKENS = 512  # WanAttnProcessor counts on it
+_IMAGE_TOKENS = 257  # of the image encoder: 16 x 16 patches and the class token
 
 
 class WanSelfAttention(PlannedAttention):
@@ -57,7 +64,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class WanAdapter(ModelAdapter):
-    """Adapter of the Wan2.1 text-to-video family (1.3B, 14B, and any small model of the class)."""
+    """Adapter of Wan2.1 (1.3B, 14B, image-to-video), of one expert of Wan2.2, and any small model of the class."""
 
     family = "wan"
     model_class = WanTransformer3DModel
@@ -73,6 +80,31 @@ class WanAdapter(ModelAdapter):
         "ffn_dim": 48,
         "num_layers": 3,
     }
+    riflex = 6  # as RIFLEx's authors found it for Wan2.1: github.com/thu-ml/RIFLEx, issue 8
+
+    def __init__(self, transformer: Any, text_tokens: int) -> None:
+        """Raises a UserError for a model of the class that is none of these."""
+        super().__init__(transformer, text_tokens)
+        config = transformer.config
+        beside = config.in_channels - self.latent_channels
+        self.mask_channels = beside - self.latent_channels if beside else 0
+        if self.mask_channels < 0 or config.pos_embed_seq_len is not None:
+            raise UserError(
+                f"the model takes {config.in_channels} channels and gives {self.latent_channels}"
+                + (", from first and last frames" if config.pos_embed_seq_len is not None else "")
+                + ": expected Wan's text-to-video, or image-to-video from the first frame"
+            )
+        if config.added_kv_proj_dim is not None and text_tokens != _IMAGE_TEXT_TOKENS:
+            raise UserError(
+                f"model.text_tokens is {text_tokens}, image cross-attention needs {_IMAGE_TEXT_TOKENS} (diffusers' "
+                "class splits image and text tokens there)"
+            )
+        transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the model takes a first frame."""
+        return self.transformer.config.in_channels != self.latent_channels
 
     def blocks(self) -> list[nn.Module]:
         return list(self.transformer.blocks)
@@ -91,33 +123,65 @@ class WanAdapter(ModelAdapter):
         model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(angle) for angle in angles))
         # (batch, dim, F, H, W) -> (batch, dim, tokens): the model flattens the last dimensions next
         model.patch_embedding.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches))
+        model.condition_embedder.register_forward_pre_hook(self._own_timesteps, with_kwargs=True)
         model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
 
     def _own_patches(self, patches: Tensor) -> Tensor:
         return self.sliced(patches.flatten(2), dim=2)
 
+    def _own_timesteps(self, module: Any, inputs: Any, settings: Any) -> tuple[Any, Any]:
+        """Timesteps of each token, (batch x tokens,), follow the tokens; those of each sample stay."""
+        tokens = settings["timestep_seq_len"]
+        if tokens is None:
+            return inputs, settings
+        own = self.sliced(inputs[0].unflatten(0, (-1, tokens)))
+        return (own.flatten(), *inputs[1:]), {**settings, "timestep_seq_len": own.shape[1]}
+
+    def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length as `rope` says."""
+        return self.rope.extend(tables, geometric(10000, self.transformer.rope.t_dim), self.grid(x))
+
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        parameter = self.transformer.patch_embedding.weight
-        tokens = conditions.named("text", "text").tokens
-        if tokens.shape[1] > self.text_tokens:
-            raise UserError(f"the shards' text has {tokens.shape[1]} tokens, model.text_tokens is {self.text_tokens}")
-        tokens = F.pad(tokens, (0, 0, 0, self.text_tokens - tokens.shape[1]))
-        return self.transformer(x.to(parameter.dtype), 1000 * sigma, tokens.to(parameter.dtype), return_dict=False)[
-            0
-        ].float()
+        return self.predict(x, 1000 * sigma, conditions)
+
+    def predict(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """`velocity` at a timestep of each sample, (batch,), or of each token, (batch, tokens)."""
+        dtype = self.transformer.patch_embedding.weight.dtype
+        text = conditions.named("text", "text").tokens
+        if text.shape[1] > self.text_tokens:
+            raise UserError(f"the shards' text has {text.shape[1]} tokens, model.text_tokens is {self.text_tokens}")
+        text = F.pad(text, (0, 0, 0, self.text_tokens - text.shape[1]))
+        clip = None
+        if self.image_to_video:
+            condition = conditions.named("image", "condition")
+            mask = x.new_zeros(len(x), self.mask_channels, *x.shape[2:])
+            mask[:, :, 0] = 1
+            x = torch.cat([x, mask, condition.to(x)], dim=1)
+            if self.transformer.config.image_dim is not None:
+                clip = conditions.named("image", "clip").to(dtype)
+        return self.transformer(x.to(dtype), timestep, text.to(dtype), clip, return_dict=False)[0].float()
 
     def random_conditions(self, latent: Tensor) -> Conditions:
-        shape = (len(latent), self.text_tokens, self.transformer.config.text_dim)
-        tokens = torch.randn(shape, device=latent.device)
-        return Conditions({"text": TextTokens(tokens, torch.ones(shape[:2], dtype=torch.bool, device=latent.device))})
+        batch, config, device = len(latent), self.transformer.config, latent.device
+        tokens = torch.randn(batch, self.text_tokens, config.text_dim, device=device)
+        text = TextTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))
+        image = {}
+        if self.image_to_video:
+            image["condition"] = torch.randn_like(latent, dtype=torch.float32)
+        if config.image_dim is not None:
+            image["clip"] = torch.randn(batch, _IMAGE_TOKENS, config.image_dim, device=device)
+        return Conditions({"text": text}, image=image)
 
     def linear_flops(self, grid: VideoGrid) -> float:
-        config, n, text = self.transformer.config, grid.tokens, self.text_tokens
+        config, n = self.transformer.config, grid.tokens
+        image = _IMAGE_TOKENS if config.image_dim is not None else 0
+        text = self.text_tokens + image  # the image's tokens have keys and values of their own, of the same size
         dim, patch = config.num_attention_heads * config.attention_head_dim, math.prod(config.patch_size)
         projections = 12 * n * dim**2 + 4 * text * dim**2  # Q, K, V, O of both attentions; text only as K and V
         cross_attention, feed_forward = 4 * n * text * dim, 4 * n * dim * config.ffn_dim
         ends = 2 * n * dim * patch * (config.in_channels + config.out_channels)
-        embedding = 2 * text * dim * (config.text_dim + dim)
+        embedding = 2 * self.text_tokens * dim * (config.text_dim + dim)
+        embedding += 2 * image * config.image_dim * (config.image_dim + dim) if image else 0
         return float(config.num_layers * (projections + cross_attention + feed_forward) + ends + embedding)
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from train.flow import SigmaSchedule
+from train.models import sigma_range
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS
@@ -39,7 +40,9 @@ class Duration:
         if attention.dense_sigma is None or attention.pattern == "dense":
             return 0.0
         schedule = SigmaSchedule(self.budget.config.shift(), objective.density, objective.mean, objective.std)
-        return schedule.share_above(attention.dense_sigma)
+        low, high = sigma_range(self.budget.config.model)
+        share = [schedule.share_above(sigma) for sigma in (low, min(max(attention.dense_sigma, low), high), high)]
+        return (share[1] - share[2]) / (share[0] - share[2])
 
     @property
     def attention_flops(self) -> float:

@@ -86,6 +86,7 @@ class Sizes:
             targets = config.lora.targets or adapter.targets(text=config.lora.text)
             trained = config.lora.rank * _ends(adapter.transformer, targets)
         middle = adapter.feed_forwards()
+        experts = 2 if config.model.expert == "both" else 1  # all there, one runs
         return cls(
             layers=layers,
             heads=heads,
@@ -94,9 +95,9 @@ class Sizes:
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,
             cells=adapter.latent_channels * cells[0] * cells[1] * cells[2],
-            weights=weights if lora else 0,
+            weights=experts * weights if lora else 0,
             block_weights=_largest_block(adapter.transformer),
-            trained=trained,
+            trained=experts * trained,
             linear=adapter.linear_flops(grid),
             lora=2.0 * trained * grid.tokens if lora else 0.0,
             density=_density(config, grid),

@@ -108,7 +108,8 @@ class Generator:
         self.pipeline = load_pipeline(cls, folder, settings, device, dtype)
         self.transformers = transformers_of(self.pipeline)
         self.loaded = self._load_loras()
-        adapters = [make_adapter(transformer, model) for transformer in self.transformers]
+        placed = replace(model, rope=str(settings.rope))
+        adapters = [make_adapter(transformer, placed) for transformer in self.transformers]
         for adapter in adapters:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "block":

@@ -23,7 +23,7 @@ from train.errors import UserError
 from train.export.formats import named_tensors
 from train.export.reading import Lora, read_lora
 from train.export.verify import PIPELINES, compare_pairs, lora_layers
-from train.models import ModelAdapter, family_of
+from train.models import ModelAdapter, family_of, temporal_rope
 from train.sample.settings import Job, Settings
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor")
@@ -190,13 +190,14 @@ def _change(transformer: nn.Module, lora: Lora, strength: float) -> None:
 
 
 def make_adapter(transformer: Any, model: ModelConfig) -> ModelAdapter:
-    """Our attention on a transformer.
+    """Our attention, and the temporal positions of ``model.rope``, on a transformer.
 
     Raises:
         UserError: the transformer is of another family than ``model``.
     """
-    family = family_of(model)
-    return family(transformer, model.text_tokens)
+    adapter = family_of(model)(transformer, model.text_tokens)
+    adapter.rope = temporal_rope(model)
+    return adapter
 
 
 def release(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
 from train.cli import files_with_strengths
 from train.compose import compose_run
-from train.config import ModelConfig
+from train.config import ROPE_KINDS, ModelConfig
 from train.errors import UserError
 
 HEADER = "radial."
@@ -59,6 +59,9 @@ class Settings:
     dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
     dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
     dense_sigma: float | None = setting("noise level from which on steps stay dense (the LoRA's, else 2 steps)", None)
+    rope: str | None = setting(
+        "temporal positions past the native length (the LoRA's, else the model's own)", None, ROPE_KINDS
+    )
     backend: str | None = setting("attention backend", None)
     compare: str | None = setting("dense: generate with dense attention too, and compare", None, ("dense",))
     sequence: int | None = setting("GPUs that share a clip's tokens (with torchrun: as many as there are)", None)
@@ -122,7 +125,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         told["dense_steps"] = 2
     if settings.dense_steps is not None:
         told.pop("dense_sigma", None)
-    native = encoder_class(model.family)
+    from train.models import family_of  # takes seconds to import
+
+    native = encoder_class(family_of(model).encoder)
     fallback: dict[str, Any] = {
         "out": Path("clip.mp4" if settings.prompts is None else "clips"),
         "frames": native.lengths["1x"],
@@ -135,6 +140,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "decay": 1.0,
         "block": 128,
         "dense_layers": 2,
+        "rope": model.rope,
         "negative": _WAN_NEGATIVE if model.family.startswith("wan") else "",
         "tiled": model.family == "hunyuan",
     }
@@ -158,12 +164,16 @@ def _header(settings: Settings) -> dict[str, str]:
 def _typed(text: str, name: str) -> Any:
     if text == "None":
         return None
-    kind = {"pattern": str, "rule": str}.get(name) or (float if name in ("decay", "dense_sigma", "shift") else int)
+    words, numbers = ("pattern", "rule", "rope"), ("decay", "dense_sigma", "shift")
+    kind = str if name in words else float if name in numbers else int
     return kind(text)
 
 
 def _check(settings: Settings, model: ModelConfig) -> None:
     grid(settings, model)
+    from train.models import temporal_rope  # takes seconds to import
+
+    temporal_rope(replace(model, rope=str(settings.rope)))
     try:
         make_pattern(str(settings.pattern), decay=float(settings.decay or 0), rule=str(settings.rule))
     except RadialError as error:

@@ -1,0 +1,155 @@
+"""Runs of Wan's image-to-video models and of the 5B, from clips encoded by the real classes to an exported LoRA."""
+
+import csv
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wan_variants as wan
+from tiny_models import save_wan, save_wan_5b
+
+from data.encoders import load_encoder
+from data.encoders.base import EncoderSettings
+from data.errors import DataError
+from data.sample import Sample
+from data.writer import ShardWriter
+from train.checkpoint import last_checkpoint, load_weights
+from train.compose import compose_run, finish
+from train.errors import UserError
+from train.models import Conditions
+from train.preflight import preflight
+from train.run import RunFolder, train
+
+FRAMES = 9
+
+
+def model_folder(root: Path, variant: str) -> Path:
+    """A whole diffusers folder of a tiny model."""
+    folder = wan.save_folder(root / variant, variant)
+    save_wan_5b(folder) if variant == "5b" else save_wan(folder, image=variant == "i2v")
+    return folder
+
+
+def make_shards(out: Path, folder: Path, variant: str, image: bool) -> Path:
+    """Four clips, encoded and written as data.prepare does."""
+    settings = EncoderSettings(folder, torch.device("cpu"), torch.float32, torch.float32, image_to_video=image)
+    family = "wan22_5b" if variant == "5b" else "wan"
+    encoder = load_encoder(family, settings)
+    writer = ShardWriter(
+        out,
+        fps=encoder.fps,
+        encoder=type(encoder).fingerprint(folder),
+        latent=encoder.latent_is,
+        text=encoder.text_is,
+        arguments={},
+        empty_prompt=encoder.prompt(""),
+    )
+    height, width = (64, 96) if variant == "5b" else (32, 48)
+    for number in range(4):
+        frames = np.random.default_rng(number).integers(0, 256, (FRAMES, height, width, 3), dtype=np.uint8)
+        prompt = encoder.prompt("a red ball")
+        conditions = encoder.image(frames) if image else {}
+        writer.write(Sample(f"clip-{number}", encoder.encode(frames), prompt.text, {}, conditions, {"caption": "a"}))
+    writer.close()
+    return out
+
+
+def config_of(root: Path, conf: str, folder: Path, shards: Path, size: tuple[int, int], **changes: object):
+    given = {
+        "conf": conf,
+        "runs": root / "runs",
+        "model.path": folder,
+        "model.dimensions": "null",
+        "data.shards": shards,
+        "data.workers": 0,
+        "clip.frames": FRAMES,
+        "clip.height": size[0],
+        "clip.width": size[1],
+        "attention.block": 16,
+        "attention.dense_layers": 0,
+        "lora.rank": 4,
+        "lora.alpha": 4,
+        "optim.accumulate": 1,
+        "optim.warmup": 0,
+        "trainer.steps": 3,
+        "trainer.compile": "false",
+        "trainer.precision": "fp32",
+        "log.wandb": "disabled",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return finish(compose_run({key: str(value) for key, value in given.items()}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of models and shards, each made once."""
+    root, found = tmp_path_factory.mktemp("wan"), {}
+
+    def get(variant, image):
+        folder = root / variant if (root / variant).exists() else model_folder(root, variant)
+        if (variant, image) not in found:
+            found[variant, image] = make_shards(root / f"shards-{variant}-{image}", folder, variant, image)
+        return folder, found[variant, image]
+
+    return get
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as stream:
+        return [row["loss"] for row in csv.DictReader(stream) if row["loss"]]
+
+
+@pytest.mark.parametrize(("conf", "variant", "image", "size"), [
+    ("wan_i2v_2x", "i2v", True, (32, 48)), ("wan22_5b_4x", "5b", False, (64, 96)),
+])  # fmt: skip
+def test_a_run_trains_and_exports(tmp_path, monkeypatch, made, conf, variant, image, size):
+    config = config_of(tmp_path, conf, *made(variant, image), size)
+    preflight(config)
+    given = []
+    first_frame = Conditions.of
+    monkeypatch.setattr(
+        "train.module.Conditions.of", lambda *a: given.append("first_frame" in a[0].image) or first_frame(*a)
+    )
+    folder = RunFolder.create(config)
+    train(config, folder)
+    assert len(losses(folder.path)) == 3
+    weights = load_weights(last_checkpoint(folder.path))
+    assert len(weights) == 2 * 4 * 2
+    assert all(tensor.abs().max() > 0 for tensor in weights.values())
+    assert (folder.path / "export" / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(given) == 3
+    assert any(given) == (variant == "5b")
+
+
+def test_shards_that_do_not_fit_the_model_stop_the_run(tmp_path, made):
+    folder, plain = made("i2v", False)
+    with pytest.raises(UserError, match=r"the shards hold image \[\], expected 'condition'"):
+        preflight(config_of(tmp_path, "wan_i2v_2x", folder, plain, (32, 48)))
+    other, _ = made("5b", False)
+    with pytest.raises(DataError, match="was made with wan:vae-.*, expected wan22_5b:vae-"):
+        preflight(config_of(tmp_path, "wan22_5b_4x", other, plain, (32, 64)))
+    with pytest.raises(UserError, match="has num_layers=2, the chosen model has 40: choose the model="):
+        preflight(config_of(tmp_path, "wan_i2v_2x", folder, plain, (32, 48), model__dimensions="{num_layers: 40}"))
+    config = config_of(tmp_path, "wan_i2v_2x", folder, plain, (32, 48))
+    wrong = replace(config, objective=replace(config.objective, first_frame=0.5))
+    with pytest.raises(UserError, match="objective.first_frame is 0.5, but family wan takes no first frame"):
+        preflight(wrong)
+    text = (folder / "transformer" / "config.json").read_text()
+    mistaken = tmp_path / "mistaken" / "transformer"
+    shutil.copytree(folder / "transformer", mistaken)
+    other_class = text.replace("WanTransformer3DModel", "MochiTransformer3DModel")
+    for content, message in (
+        (other_class, "holds a MochiTransformer3DModel, expected a WanTransformer3DModel"),
+        (text[:-20], "config.json is not JSON"),
+    ):
+        (mistaken / "config.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            preflight(config_of(tmp_path, "wan_i2v_2x", mistaken.parent, plain, (32, 48)))
+    # a folder with nothing but the transformer says nothing of its VAE: the channels do
+    bare = tmp_path / "bare"
+    wan.model("5b").save_pretrained(bare / "transformer")
+    with pytest.raises(UserError, match="latents have 16 channels, the model takes 48: they were made by another VAE"):
+        preflight(config_of(tmp_path, "wan_2x", bare, plain, (32, 48)))

@@ -42,6 +42,17 @@ def number(key: str, text: str) -> float:
     return value
 
 
+def whole_number(key: str, text: str, least: int = 1) -> int:
+    """A whole number.
+
+    Raises:
+        UserError: it is none, or less than ``least``.
+    """
+    if not text.isdigit() or int(text) < least:
+        raise UserError(f"{key} is {text!r}, expected a whole number of at least {least}")
+    return int(text)
+
+
 def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
     """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
 

@@ -181,6 +181,12 @@ def test_loras_are_added_with_their_strengths(wan, tmp_path):
     assert (expected - stock(wan)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("offload", ["model", "block"])
+def test_offloaded_transformers_make_the_same_clip(wan, tmp_path, offload):
+    lora = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
+    close(latent(wan, lora=lora, offload=offload).latent, latent(wan, lora=lora).latent)
+
+
 def test_whole_changes_of_distilled_loras_are_applied(wan, tmp_path):
     from safetensors.torch import save_file
 

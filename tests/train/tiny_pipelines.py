@@ -9,13 +9,25 @@ import diffusers
 import torch
 from stock_models import CONFIGS
 from tiny_models import save_hunyuan, save_mochi, save_wan
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPVisionModel,
+    LlamaModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
 WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
 def _transformer(family: str, **changes: Any) -> Any:
     name, config = CONFIGS[family]
-    model = getattr(diffusers, name)(**{**config, **changes})
+    return _random(getattr(diffusers, name)(**{**config, **changes}))
+
+
+def _random(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -27,39 +39,70 @@ def _part(kind: Any, folder: Path, name: str) -> Any:
 
 
 def save_pipeline(family: str, folder: Path) -> Path:
-    """A pipeline of random weights."""
-    from transformers import AutoTokenizer, CLIPTextModel, LlamaModel, T5EncoderModel, UMT5EncoderModel
+    """A pipeline of random weights.
 
+    Args:
+        family: wan, wan_i2v, wan_a14b (two experts), wan_5b (its own VAE, a timestep for each token), hunyuan, mochi.
+    """
     torch.manual_seed(0)
     parts = folder.with_name(f"{folder.name}_parts")
-    if family == "wan":
-        save_wan(parts)
-        pipeline = diffusers.WanPipeline(
-            tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
-            text_encoder=_part(UMT5EncoderModel, parts, "text_encoder"),
-            vae=_part(diffusers.AutoencoderKLWan, parts, "vae"),
-            scheduler=diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER),
-            transformer=_transformer("wan", in_channels=16, out_channels=16, text_dim=32),
-        )
-    elif family == "hunyuan":
-        save_hunyuan(parts)
-        pipeline = diffusers.HunyuanVideoPipeline(
-            text_encoder=_part(LlamaModel, parts, "text_encoder"),
-            tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
-            transformer=_transformer("hunyuan", text_embed_dim=32, pooled_projection_dim=24),
-            vae=_part(diffusers.AutoencoderKLHunyuanVideo, parts, "vae"),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-            text_encoder_2=_part(CLIPTextModel, parts, "text_encoder_2"),
-            tokenizer_2=_part(AutoTokenizer, parts, "tokenizer_2"),
-        )
-    else:
-        save_mochi(parts)
-        pipeline = diffusers.MochiPipeline(
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-            vae=_part(diffusers.AutoencoderKLMochi, parts, "vae"),
-            text_encoder=_part(T5EncoderModel, parts, "text_encoder"),
-            tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
-            transformer=_transformer("mochi", text_embed_dim=32),
-        )
-    pipeline.save_pretrained(folder)
+    {"hunyuan": _hunyuan, "mochi": _mochi}.get(family, _wan)(family, parts).save_pretrained(folder)
     return folder
+
+
+def _wan(family: str, parts: Path) -> Any:
+    save_wan(parts, image=family == "wan_i2v")
+    transformer = {"in_channels": 16, "out_channels": 16, "text_dim": 32}
+    given = {
+        "tokenizer": _part(AutoTokenizer, parts, "tokenizer"),
+        "text_encoder": _part(UMT5EncoderModel, parts, "text_encoder"),
+        "vae": _part(diffusers.AutoencoderKLWan, parts, "vae"),
+        "scheduler": diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER),
+    }
+    if family == "wan_i2v":
+        # 16 latent channels, 4 of the mask, 16 of the condition; 17 image tokens of width 32
+        transformer |= {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 32}
+        return diffusers.WanImageToVideoPipeline(
+            **given,
+            image_encoder=_part(CLIPVisionModel, parts, "image_encoder"),
+            image_processor=_part(CLIPImageProcessor, parts, "image_processor"),
+            transformer=_transformer("wan_i2v", **transformer),
+        )
+    if family == "wan_a14b":
+        both = {name: _transformer("wan", **transformer) for name in ("transformer", "transformer_2")}
+        return diffusers.WanPipeline(**given, **both, boundary_ratio=0.875)
+    if family == "wan_5b":
+        given["vae"] = _random(
+            diffusers.AutoencoderKLWan(
+                base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True], z_dim=8,
+                patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16, is_residual=True,
+                decoder_base_dim=4, latents_mean=[0.1] * 8, latents_std=[0.5] * 8,
+            )
+        )  # fmt: skip
+        model = _transformer("wan", **{**transformer, "in_channels": 8, "out_channels": 8})
+        return diffusers.WanPipeline(**given, transformer=model, expand_timesteps=True)
+    return diffusers.WanPipeline(**given, transformer=_transformer("wan", **transformer))
+
+
+def _hunyuan(family: str, parts: Path) -> Any:
+    save_hunyuan(parts)
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=_part(LlamaModel, parts, "text_encoder"),
+        tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
+        transformer=_transformer("hunyuan", text_embed_dim=32, pooled_projection_dim=24),
+        vae=_part(diffusers.AutoencoderKLHunyuanVideo, parts, "vae"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_part(CLIPTextModel, parts, "text_encoder_2"),
+        tokenizer_2=_part(AutoTokenizer, parts, "tokenizer_2"),
+    )
+
+
+def _mochi(family: str, parts: Path) -> Any:
+    save_mochi(parts)
+    return diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=_part(diffusers.AutoencoderKLMochi, parts, "vae"),
+        text_encoder=_part(T5EncoderModel, parts, "text_encoder"),
+        tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
+        transformer=_transformer("mochi", text_embed_dim=32, max_sequence_length=256),
+    )

@@ -82,7 +82,9 @@ def weighted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The safetensors file and the config beside it."""
+    """The safetensors file and the config beside it; of an export's folder those for diffusers."""
+    if (path / "diffusers").is_dir():
+        path = path / "diffusers"
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:

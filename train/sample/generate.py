@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import warnings
@@ -114,7 +115,10 @@ class Generator:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "block":
                 adapter.transformer.enable_group_offload(
-                    onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+                    onload_device=device,
+                    offload_type="block_level",
+                    num_blocks_per_group=1,
+                    use_stream=device.type == "cuda",
                 )
             elif settings.offload == "none":
                 adapter.transformer.to(device)
@@ -258,7 +262,7 @@ class Generator:
         about = {
             "dense": dense.measured(),
             "speed_up": slow / fast,
-            "psnr": alike.psnr,
+            "psnr": alike.psnr if math.isfinite(alike.psnr) else None,
             "ssim": alike.ssim,
             "lpips": distance,
         }

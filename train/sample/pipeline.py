@@ -26,7 +26,8 @@ from train.export.verify import PIPELINES, compare_pairs, lora_layers
 from train.models import ModelAdapter, family_of, temporal_rope
 from train.sample.settings import Job, Settings
 
-_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "image_processor")
+_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_OTHER_PARTS = ("transformer", "transformer_2", "vae", "image_encoder", "image_processor")
 _VAE_DTYPE = {"HunyuanVideoPipeline": torch.bfloat16, "MochiPipeline": torch.bfloat16}  # Wan's is fp32
 
 
@@ -97,16 +98,12 @@ def encode_prompts(
         tokens: that a prompt is padded to.
         guided: encode the negative prompts too.
     """
-    parts = inspect.signature(cls.__init__).parameters
-    nothing = dict.fromkeys(name for name in ("transformer", "transformer_2", "vae") if name in parts)
+    nothing = dict.fromkeys(name for name in _OTHER_PARTS if name in inspect.signature(cls.__init__).parameters)
     pipeline = _load(cls, folder, **nothing, torch_dtype=dtype)
     pipeline.to(device)
     found = []
     for job in jobs:
         given = _encode(pipeline, job, guided, {"max_sequence_length": tokens, "device": device})
-        if getattr(pipeline, "image_encoder", None) is not None:
-            assert job.image is not None
-            given["image_embeds"] = pipeline.encode_image(first_frame(job.image), device)
         found.append({name: tensor.cpu() for name, tensor in given.items() if tensor is not None})
     del pipeline
     release(device)
@@ -141,8 +138,10 @@ def load_pipeline(cls: Any, folder: str, settings: Settings, device: torch.devic
     """The pipeline without its text encoders, its scheduler shifted, its transformers on the CPU."""
     nothing = dict.fromkeys(name for name in _TEXT_PARTS if name in inspect.signature(cls.__init__).parameters)
     vae = _VAE_DTYPE.get(cls.__name__, torch.float32) if dtype == torch.bfloat16 else torch.float32
-    pipeline = _load(cls, folder, **nothing, torch_dtype={"default": dtype, "vae": vae})
+    pipeline = _load(cls, folder, **nothing, torch_dtype={"default": dtype, "vae": vae, "image_encoder": torch.float32})
     pipeline.vae.to(device)
+    if getattr(pipeline, "image_encoder", None) is not None:
+        pipeline.image_encoder.to(device)
     if settings.shift is not None:
         config = pipeline.scheduler.config
         key = "flow_shift" if "flow_shift" in config else "shift"

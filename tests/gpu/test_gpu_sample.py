@@ -1,0 +1,42 @@
+"""Generating on a GPU: the CPU's clip, with every way of offloading, and less memory with some."""
+
+import pytest
+import torch
+from test_train_sample import HEADER, save_lora, words
+from tiny_pipelines import save_pipeline
+
+from train.sample.generate import Generator
+from train.sample.pipeline import pipeline_class
+from train.sample.ranks import Ranks
+from train.sample.settings import jobs, parse_settings
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return save_pipeline("wan", tmp_path_factory.mktemp("gpu") / "wan")
+
+
+def clip(folder, device, **changes):
+    settings, model = parse_settings(
+        words(folder, backend="torch", decay=0.4, dense_layers=1, dense_steps=1, **changes)
+    )
+    todo = jobs(settings)
+    ranks = Ranks(1, 0, torch.device(device))
+    made = Generator(settings, model, str(folder), pipeline_class(str(folder), False), ranks, todo)
+    result = made.denoise(todo[0], made.prompts[0], made.attention)
+    return result.latent, next(made.transformers[0].parameters()).device
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "block"])
+def test_the_gpus_clip_is_the_cpus(wan, tmp_path, offload):
+    lora = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
+    expected, _ = clip(wan, "cpu", lora=lora)
+    got, device = clip(wan, "cuda", lora=lora, offload=offload)
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+    assert device.type == ("cpu" if offload == "block" else "cuda")
+
+
+def test_bf16_is_near(wan):
+    expected, _ = clip(wan, "cpu")
+    got, _ = clip(wan, "cuda", dtype="bf16")
+    assert (got - expected).abs().mean() < 0.1 * expected.std()

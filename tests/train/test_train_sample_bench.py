@@ -1,0 +1,52 @@
+"""The benchmark of a denoising step, on a CPU at a size that says nothing of speed."""
+
+import json
+
+import pytest
+
+from train.errors import UserError
+from train.sample import bench
+
+TINY = [
+    "model=wan_14b", "frames=33", "blocks=3", "clip.height=64", "clip.width=96", "attention.block=16",
+    "trainer.precision=fp32", "trainer.compile=false",
+    "model.dimensions={num_attention_heads: 2, attention_head_dim: 16, ffn_dim: 32}",
+]  # fmt: skip
+
+
+def test_every_case_is_measured_beside_dense(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    bench.main([*TINY, "dense_layers=0,2", "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [(r["pattern"], r["dense_layers"]) for r in results] == [("released", 0), ("released", 2), ("dense", 0)]
+    assert all(r["forward"] > 0 and r["tokens"] == 9 * 4 * 6 for r in results)
+    assert results[0]["flops"] < results[1]["flops"] < results[2]["flops"]
+    printed = capsys.readouterr().out
+    assert "33 released, 2 dense layers: " in printed
+    bound = results[2]["flops"] / results[0]["flops"]
+    assert f"(bound by operations {bound:.2f}x)" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["frames=a"], "frames is 'a', expected a whole number"),
+        (["frames=32"], "frames is 32, expected 4 x k"),
+        (["dense=no"], "dense is 'no', expected true or false"),
+        (["--json"], "--json needs a file name"),
+        (["attention.patern=x"], "attention.patern is not a known key"),
+    ],
+)
+def test_mistakes(words, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(words)
+
+
+def test_no_speed_of_numbers_that_are_not_finite(monkeypatch):
+    run = bench.finish(
+        bench.compose_run({"conf": "wan_4x", **dict(word.split("=", 1) for word in TINY if "." in word)})
+    )
+    measured = bench.Bench(run, 1)
+    measured.adapter.transformer.proj_out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="numbers that are not finite"):
+        measured.measure(run, 1)

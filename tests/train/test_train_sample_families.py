@@ -1,0 +1,92 @@
+"""Every family that generates: with dense attention its clips are the stock pipeline's; with the released mask not."""
+
+import diffusers
+import numpy as np
+import pytest
+import sample_ranks
+import torch
+from PIL import Image
+from ranks import run_ranks
+from test_train_sample import close, latent
+from tiny_pipelines import save_pipeline
+
+from train.errors import UserError
+
+SMALL = {"frames": 33, "height": 32, "width": 48, "steps": 3, "seed": 7, "negative": "the bar"}
+CASES = {
+    "hunyuan": {"model": "hunyuan", "guidance": 6},
+    "mochi": {"model": "mochi", "guidance": 4.5, "frames": 49},
+    "wan_i2v": {"model": "wan_i2v_14b", "guidance": 5, "model.text_tokens": 512},
+    "wan_a14b": {"model": "wan22_t2v_a14b", "guidance": 4, "guidance_2": 3},
+    "wan_5b": {"model": "wan22_5b", "guidance": 5, "height": 64, "width": 96},
+}
+PICTURE = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    Image.fromarray(PICTURE).save(root / "first.png")
+    return root, {family: save_pipeline(family, root / family) for family in CASES}
+
+
+def settings(folders, family, image=None):
+    changes = {**SMALL, **CASES[family]}
+    if image:
+        changes["image"] = folders[0] / "first.png"
+    return folders[1][family], changes
+
+
+def stock(folder, changes):
+    """The pipeline as users of diffusers call it."""
+    image = "image" in changes
+    cls = diffusers.WanImageToVideoPipeline if image else diffusers.DiffusionPipeline
+    pipeline = cls.from_pretrained(folder)
+    more = {"image": Image.open(changes["image"])} if image else {}
+    if "guidance_2" in changes:
+        more["guidance_scale_2"] = changes["guidance_2"]
+    return pipeline(
+        prompt="a red ball, moving & it's a clip",
+        negative_prompt=changes["negative"],
+        height=changes["height"],
+        width=changes["width"],
+        num_frames=changes["frames"],
+        num_inference_steps=changes["steps"],
+        guidance_scale=changes["guidance"],
+        generator=torch.Generator().manual_seed(changes["seed"]),
+        max_sequence_length=changes.get("model.text_tokens", 24),
+        output_type="latent",
+        **more,
+    ).frames
+
+
+@pytest.mark.parametrize(("family", "image"), [
+    *((family, family == "wan_i2v") for family in CASES), ("wan_5b", True)
+])  # fmt: skip
+def test_dense_is_the_stock_pipeline_and_released_is_not(folders, family, image):
+    folder, changes = settings(folders, family, image)
+    expected = stock(folder, changes)
+    got = latent(folder, **changes, pattern="dense")
+    close(got.latent, expected)
+    sparse = latent(folder, **changes, decay=0.4, dense_layers=0, dense_steps=1)
+    assert (sparse.latent - expected).abs().max() > 1e-3
+    assert sparse.dense == [True] + [False] * (changes["steps"] - 1)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_two_processes_make_the_clip_of_one(folders, family):
+    folder, changes = settings(folders, family, family == "wan_i2v")
+    changes |= {"decay": 0.4, "dense_layers": 1, "dense_steps": 1}
+    expected = latent(folder, **changes).latent.numpy()
+    ways = [(1, 2)] if family in ("hunyuan", "wan_a14b") else [(1, 2), (2, 1)]
+    for branches, size in ways:
+        ranks = run_ranks(2, sample_ranks.clip, folder, {**changes, "sequence": size})
+        assert [rank["branch"] for rank in ranks] == ([0, 1] if branches == 2 else [0, 0])
+        for rank in ranks:
+            np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_and_models_that_do_not_fit(folders):
+    folder, changes = settings(folders, "mochi", image=True)
+    with pytest.raises(UserError, match="image is set, but .* is text-to-video"):
+        latent(folder, **changes)

@@ -1,0 +1,225 @@
+"""``python -m train.sample.bench``: seconds of a denoising step of a whole model, dense and sparse in one run.
+
+Random weights and inputs of the real shapes; all blocks, no gradients, no LoRA: what generation spends its time on. A
+step is two forward passes, the prompt's and the negative prompt's, but one of a model that is told the guidance. The
+bound is the ratio of floating-point operations: no kernel can be faster than that by sparsity alone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from radial import make_pattern
+from train.build import resolve_precision
+from train.cli import guarded, whole_number
+from train.compose import compose_run, finish, split_arguments
+from train.config import RunConfig
+from train.errors import UserError
+from train.models import family_of
+from train.models.weights import settle
+from train.plan import AttentionPlan
+
+USAGE = """python -m train.sample.bench [model=wan_14b] [frames=161,321] [dense_layers=0,2] [steps=1] [key=value ...]
+                             [--json FILE]
+
+Measures a denoising step with the pattern, for each number of dense layers, and dense, at each length.
+
+  model, frames, dense_layers   as given, comma-separated where several are measured
+  blocks                        all, or so many of them
+  steps                         forward passes of each case, after one of its first blocks; the median counts
+  dense                         false leaves the dense case out
+Other keys are those of a run: clip.height=480 attention.decay=0.8 trainer.compile=true trainer.precision=bf16"""
+_OURS = {
+    "model": "wan_14b",
+    "frames": "161,321",
+    "dense_layers": "0,2",
+    "blocks": "all",
+    "steps": "1",
+    "dense": "true",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case."""
+
+    frames: int
+    tokens: int
+    pattern: str
+    dense_layers: int
+    forward: float  # seconds of a forward pass
+    step: float  # seconds of a denoising step
+    flops: float  # of a forward pass
+    memory: float  # GiB, peak of the GPU
+
+
+class _Enough(Exception):
+    """Ends a forward pass after the blocks that a warm-up needs."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the cases and prints a line for each."""
+    out = None
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        if at + 1 == len(arguments):
+            raise UserError("--json needs a file name")
+        out = Path(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    settings = split_arguments(arguments)
+    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
+    lengths = [whole_number("frames", word) for word in ours["frames"].split(",")]
+    layers = [whole_number("dense_layers", word, least=0) for word in ours["dense_layers"].split(",")]
+    blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
+    steps = whole_number("steps", ours["steps"])
+    if ours["dense"] not in ("true", "false"):
+        raise UserError(f"dense is {ours['dense']!r}, expected true or false")
+    runs = [
+        finish(compose_run({"conf": "wan_4x", **settings, "model": ours["model"], "clip.frames": str(length)}))
+        for length in lengths
+    ]
+    bench = Bench(runs[0], blocks)
+    results: list[Result] = []
+    print(f"{bench.name}, {bench.layers} blocks, {bench.dtype}; {bench.passes} forward passes a step")
+    print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
+    for run in runs:
+        cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in layers]
+        if ours["dense"] == "true":
+            cases.append(replace(run, attention=replace(run.attention, pattern="dense", dense_layers=0, backend=None)))
+        found = [bench.measure(case, steps) for case in cases]
+        for result in found:
+            print(_line(result), flush=True)
+        if ours["dense"] == "true":
+            print("\n".join(_ratio(result, found[-1]) for result in found[:-1]), flush=True)
+        results += found
+    if out is not None:
+        about = {"torch": torch.__version__, "device": bench.name, "arguments": arguments}
+        out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+
+
+class Bench:
+    """A model of random weights.
+
+    Args:
+        config: names the model and its numbers.
+        blocks: as many of its blocks; None: all.
+    """
+
+    def __init__(self, config: RunConfig, blocks: int | None) -> None:
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.name = torch.cuda.get_device_name() if cuda else "cpu"
+        precision = resolve_precision(config.trainer.precision)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        shape: dict[str, Any] = dict(config.model.architecture or config.model.dimensions or {})
+        if not shape:
+            raise UserError("the model has no dimensions in its file, which a benchmark needs")
+        family, tokens = family_of(config.model), config.model.text_tokens
+        if blocks is not None:
+            shape = family.cut(shape, blocks)
+        torch.manual_seed(config.seed)
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.device):
+                self.adapter = family.from_config(shape, text_tokens=tokens)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        settle(self.adapter.transformer, self.dtype, self.device)
+        self.adapter.transformer.requires_grad_(False).eval()
+        self.layers = self.adapter.attention_shape[0]
+        self.passes = 1 if getattr(self.adapter.transformer.config, "guidance_embeds", False) else 2
+        if config.trainer.compile:
+            for block in self.adapter.blocks():
+                block.compile()
+
+    @torch.no_grad()
+    def measure(self, config: RunConfig, steps: int) -> Result:
+        """The median of ``steps`` forward passes of one clip.
+
+        Raises:
+            UserError: what comes out is not finite: no speed is told then.
+        """
+        vae, clip, attention = config.model.vae, config.clip, config.attention
+        cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
+        latent = torch.randn(1, self.adapter.latent_channels, *cells, device=self.device)
+        conditions = self.adapter.random_conditions(latent)
+        sigma = torch.tensor([0.6], device=self.device)
+        plan = AttentionPlan.of(
+            make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+            self.adapter.grid(latent),
+            block=attention.block,
+            dense_layers=attention.dense_layers,
+            backend=attention.backend,
+        )
+        self.adapter.set_plan(plan)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def forward() -> None:
+            out = self.adapter.velocity(latent, sigma, conditions)
+            if not out.isfinite().all():  # also waits for the device
+                raise UserError(f"pattern {attention.pattern} gives numbers that are not finite: no speed to tell")
+
+        self._warm_up(forward, attention.dense_layers)
+        seconds = statistics.median(_timed(forward) for _ in range(steps))
+        grid = plan.pattern_layout.grid
+        return Result(
+            frames=clip.frames,
+            tokens=grid.tokens,
+            pattern=attention.pattern,
+            dense_layers=attention.dense_layers,
+            forward=seconds,
+            step=seconds * self.passes,
+            flops=plan.attention_flops(*self.adapter.attention_shape) + self.adapter.linear_flops(grid),
+            memory=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
+        )
+
+    def _warm_up(self, forward: Callable[[], None], dense_layers: int) -> None:
+        """The first blocks of each kind, which build layouts and kernels; a whole dense pass takes minutes."""
+        blocks = self.adapter.blocks()
+
+        def stop(*_: Any) -> None:
+            raise _Enough
+
+        handles = [block.register_forward_pre_hook(stop) for block in blocks[dense_layers + 1 : dense_layers + 2]]
+        try:
+            forward()
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _timed(forward: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    forward()
+    return time.perf_counter() - start
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.frames:>6} {result.tokens:>9,} {result.pattern:<10} {result.dense_layers:>12} "
+        f"{result.forward:>10.2f} {result.step:>9.2f}   {result.memory:.1f}"
+    )
+
+
+def _ratio(result: Result, dense: Result) -> str:
+    return (
+        f"{result.frames:>6} {result.pattern}, {result.dense_layers} dense layers: "
+        f"{dense.forward / result.forward:.2f}x faster than dense "
+        f"(bound by operations {dense.flops / result.flops:.2f}x)"
+    )
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:], USAGE)

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import cli
-from data.batch import Batch
 from data.cli import setting
 from data.errors import DataError
 from data.manifest import Manifest
@@ -42,7 +40,7 @@ class Arguments:
         "folder or URL; null: shards of Wan-14B at 4x (41 MB a sample) are made and removed", None
     )
     samples: int = setting("how many to make when shards is null", 24)
-    workers: int = setting("loader processes", 1)
+    workers: int = setting("the loader's threads", 1)
     step_seconds: float = setting("length of the training step that the loader runs beside", 2.0)
     steps: int = setting("how many such steps", 15)
 
@@ -78,7 +76,7 @@ def raw_speed(files: list[Path]) -> Speed:
 
 
 def loader_speed(shards: str, workers: int, samples: int) -> Speed:
-    """Take so many samples from a DataLoader, one a batch, after a first one that starts its processes."""
+    """Take so many samples, one a batch, after a first one that starts the threads."""
     loader = iter(_loader(shards, workers, samples + 1))
     next(loader)
     start, taken, size = time.perf_counter(), 0, 0
@@ -102,10 +100,10 @@ def waiting_share(shards: str, workers: int, steps: int, step_seconds: float) ->
     return waited / (waited + steps * step_seconds)
 
 
-def _loader(shards: str, workers: int, steps: int) -> DataLoader[Batch]:
+def _loader(shards: str, workers: int, steps: int) -> LatentStream:
     manifest = Manifest.load(shards)
     order = BatchOrder(manifest.shapes(), seed=0, global_batch=1, shuffle_window=256)
-    return DataLoader(LatentStream(manifest, order, num_steps=steps), batch_size=None, num_workers=workers)
+    return LatentStream(manifest, order, num_steps=steps, workers=workers)
 
 
 def make_shards(folder: Path, samples: int) -> None:

@@ -11,12 +11,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        lines = message.strip().splitlines() or [""]
-        # A DataLoader re-raises a worker's exception with the worker's whole traceback as its message. The last line
-        # of that is the message that was meant.
-        if lines[0].startswith("Caught DataError in "):
-            lines = [lines[-1].partition("DataError: ")[2]]
-        super().__init__(" ".join(line.strip() for line in lines))
+        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
 class BadSampleError(DataError):

@@ -1,23 +1,25 @@
 """Streaming: from shards to batches in the exact order of a `BatchOrder`.
 
-Worker w of W makes steps w, w + W, …; a DataLoader asks its workers in turn, which restores the order. A step's samples
-are read where they lie, one range of bytes each, so little is held beyond a batch and nothing is read to be skipped:
-where training stands is one number, the steps it consumed, and `start_step` resumes there at once, with any number of
-workers and ranks.
+Worker w of W makes steps w, w + W, …; they are asked in turn, which restores the order. A step's samples are read where
+they lie, one range of bytes each, so little is held beyond a batch and nothing is read to be skipped: where training
+stands is one number, the steps it consumed, and `start_step` resumes there at once, with any number of workers and
+ranks.
+
+Workers are threads of the training process: reading, checking and stacking leave Python's lock, and a batch is handed
+over as it is. Processes would pass 41 MB samples through shared memory, which is slower than reading them from the page
+cache, and which containers keep small.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from data.batch import Batch, collate
 from data.errors import BadSampleError, DataError
@@ -26,12 +28,12 @@ from data.order import BatchOrder
 from data.reader import SampleReader
 from data.sample import Sample
 
-AHEAD = 2  # samples whose bytes are fetched before they are needed
+AHEAD = 2  # batches that a worker makes before they are needed
 log = logging.getLogger(__name__)
 
 
-class LatentStream(IterableDataset[Batch]):
-    """Batches of one data-parallel rank; use it as `DataLoader(stream, batch_size=None, num_workers=N)`.
+class LatentStream(Iterable[Batch]):
+    """Batches of one data-parallel rank.
 
     The batches do not depend on the number of workers, and those of all ranks together do not depend on the number of
     ranks: rank r gets samples r, r + world, … of each global batch.
@@ -47,6 +49,8 @@ class LatentStream(IterableDataset[Batch]):
         num_steps: how many steps to yield; None goes on without end.
         cache: a folder that keeps whole remote shards; None for no cache.
         max_bad: more damaged samples than this, over all workers of this rank, stop the run.
+        workers: threads that make batches ahead; 0 makes each when it is asked for.
+        pin_memory: batches lie in page-locked memory.
 
     Raises:
         DataError: here, when the arguments do not fit together; while iterating, when a shard cannot be reached or more
@@ -64,8 +68,9 @@ class LatentStream(IterableDataset[Batch]):
         num_steps: int | None = None,
         cache: str | Path | None = None,
         max_bad: int = 16,
+        workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        super().__init__()
         self.manifest = source if isinstance(source, Manifest) else Manifest.load(source)
         if order.shapes != self.manifest.shapes():
             raise DataError(f"{self.manifest.home}: the batch order was made for another manifest; make it from this")
@@ -74,8 +79,8 @@ class LatentStream(IterableDataset[Batch]):
         if order.global_batch % world:
             hint = f"choose a multiple of {world}"
             raise DataError(f"global batch {order.global_batch} cannot be split over {world} ranks evenly; {hint}")
-        if start_step < 0 or (num_steps is not None and num_steps < 0) or max_bad < 0:
-            numbers = f"start_step is {start_step}, num_steps {num_steps} and max_bad {max_bad}"
+        if min(start_step, num_steps or 0, max_bad, workers) < 0:
+            numbers = f"start_step is {start_step}, num_steps {num_steps}, max_bad {max_bad} and workers {workers}"
             raise DataError(f"{numbers}, expected none below 0")
         self.order = order
         self.rank = rank
@@ -84,70 +89,98 @@ class LatentStream(IterableDataset[Batch]):
         self.num_steps = num_steps
         self.cache = None if cache is None else Path(cache)
         self.max_bad = max_bad
-        # One flag a sample, shared by the workers, so that each damaged sample counts once.
-        self._bad = torch.zeros(len(self.manifest.samples), dtype=torch.bool).share_memory_()
+        self.workers = workers
+        self.pin_memory = pin_memory
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()  # of what the workers share: `_bad` and `order`
 
     @property
     def bad_samples(self) -> list[str]:
         """The keys of the damaged samples that were met so far, by any worker of this rank."""
-        return [info.key for info, bad in zip(self.manifest.samples, self._bad.tolist(), strict=True) if bad]
+        with self._lock:
+            return [self.manifest.samples[number].key for number in sorted(self._bad)]
 
     def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        if not self.workers:
+            yield from self._batches(0, 1)
+            return
+        with ExitStack() as stack:
+            lines = [stack.enter_context(_Worker(self._batches(w, self.workers))) for w in range(self.workers)]
+            for line in itertools.cycle(lines):
+                batch = line.next()
+                if batch is None:
+                    return
+                yield batch
+
+    def _batches(self, worker: int, workers: int) -> Iterator[Batch]:
+        """The batches that one worker makes."""
         end = None if self.num_steps is None else self.start_step + self.num_steps
         steps: Iterable[int] = itertools.count(self.start_step + worker, workers)
         if end is not None:
             steps = range(self.start_step + worker, end, workers)
-        # One thread, so that no file is read by two at once: it fetches bytes while this one decodes and collates.
-        with SampleReader(self.manifest, self.cache) as reader, ThreadPoolExecutor(1) as pool:
-            for _, group in itertools.groupby(self._parts(steps), key=lambda entry: entry[0]):
-                yield from self._epoch(reader, pool, [(step, part) for _, step, part in group])
+        with SampleReader(self.manifest, self.cache) as reader:
+            for _, group in itertools.groupby(steps, key=self.order.epoch_of):
+                with self._lock:  # the order keeps the last epochs in mind
+                    parts = [(step, self.order.part(step, self.rank, self.world)) for step in group]
+                for batch in self._epoch(reader, parts):
+                    yield batch.pin_memory() if self.pin_memory else batch
 
-    def _parts(self, steps: Iterable[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, step, this rank's samples) of each step."""
-        for step in steps:
-            yield self.order.epoch_of(step), step, self.order.part(step, self.rank, self.world)
-
-    def _epoch(
-        self, reader: SampleReader, pool: ThreadPoolExecutor, parts: list[tuple[int, list[int]]]
-    ) -> Iterator[Batch]:
+    def _epoch(self, reader: SampleReader, parts: list[tuple[int, list[int]]]) -> Iterator[Batch]:
         """The batches of these steps, all of one epoch; a shard is closed after its last sample."""
-        numbers = [number for _, part in parts for number in part]
-        left = Counter(self.order.shard_of(number)[0] for number in numbers)
-        coming = iter(numbers)
-        fetches = deque(self._fetch(reader, pool, number) for number in itertools.islice(coming, AHEAD))
+        left = Counter(self.order.shard_of(number)[0] for _, part in parts for number in part)
         for step, part in parts:
             samples = []
             for number in part:
-                content = fetches.popleft().result()
-                fetches += [self._fetch(reader, pool, after) for after in itertools.islice(coming, 1)]
-                samples.append(self._sample(reader, pool, number, content))
+                samples.append(self._sample(reader, number))
                 shard, _ = self.order.shard_of(number)
                 left[shard] -= 1
                 if left[shard] == 0:
                     reader.release(shard)
             yield collate(samples, step)
 
-    def _fetch(self, reader: SampleReader, pool: ThreadPoolExecutor, number: int) -> Future[Tensor]:
-        return pool.submit(reader.fetch, *self.order.shard_of(number))
-
-    def _sample(self, reader: SampleReader, pool: ThreadPoolExecutor, number: int, content: Tensor) -> Sample:
-        """The sample of these bytes, or what stands in for it where it is damaged."""
+    def _sample(self, reader: SampleReader, number: int) -> Sample:
+        """The sample of this number, or what stands in for it where it is damaged."""
         wanted = number
         while True:
             try:
-                return reader.decode(content, *self.order.shard_of(number))
+                return reader.read(*self.order.shard_of(number))
             except BadSampleError as error:
-                if not self._bad[number]:
-                    self._bad[number] = True
-                    log.warning("%s; skipped", error)
-                count = int(self._bad.sum())
+                with self._lock:
+                    if number not in self._bad:
+                        self._bad.add(number)
+                        log.warning("%s; skipped", error)
+                    count = len(self._bad)
                 number = self.order.next_alike(number)
                 if count > self.max_bad or number == wanted:
                     limit = f"{count} damaged samples, at most {self.max_bad} are skipped"
                     raise DataError(f"{error} ({limit}; python -m data.check lists them all)") from error
-            content = self._fetch(reader, pool, number).result()
+
+
+class _Worker:
+    """A thread that runs an iterator `AHEAD` steps ahead."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._coming: deque[Future[Batch | None]] = deque(self._submit() for _ in range(AHEAD))
+
+    def _submit(self) -> Future[Batch | None]:
+        return self._pool.submit(next, self._batches, None)
+
+    def next(self) -> Batch | None:
+        """The next batch, or None after the last one; raises what making it raised."""
+        batch = self._coming.popleft().result()
+        self._coming.append(self._submit())
+        return batch
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.submit(self._batches.close)  # type: ignore[attr-defined]
+        for future in self._coming:
+            future.cancel()
+        self._pool.shutdown()
 
 
 def read_samples(source: Manifest | str | Path, limit: int | None = None) -> Iterator[Sample]:

@@ -92,7 +92,7 @@ class DataConfig:
     cache: str | None = None  # folder that keeps whole remote shards; null: none
     max_bad: int = 16  # more damaged samples than this, on one rank, stop the run
     batch_size: int = 1  # samples a micro-batch on each device
-    workers: int = 2  # loader processes a rank
+    workers: int = 2  # the loader's threads a rank
     shuffle_window: int = 256  # samples that are shuffled together
     synthetic_clips: int = 0  # > 0: make that many synthetic clips where shards is missing
 

@@ -1,4 +1,4 @@
-"""A process and all that it started, such as a loader's workers and what they read from."""
+"""A process and all that it started, such as W&B's service and the commands that shards are read from."""
 
 from __future__ import annotations
 

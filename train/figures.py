@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from data.stream import LatentStream
 from train.control import ControlGroup
 from train.lora import ADAPTER
 from train.module import LengthExtensionModule
@@ -57,8 +58,9 @@ class Figures(Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.control.open(trainer)
         self._step = trainer.global_step
-        loader: Any = trainer.train_dataloader
-        self._lengths = sorted({info.shape[1] for info in loader.dataset.manifest.samples})
+        stream = trainer.train_dataloader
+        assert isinstance(stream, LatentStream)
+        self._lengths = sorted({info.shape[1] for info in stream.manifest.samples})
         self._sums = torch.zeros(BUCKETS + len(self._lengths), 2, dtype=torch.float64)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:

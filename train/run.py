@@ -13,9 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
 
-from data.errors import DataError
 from data.manifest import Manifest
 from data.order import BatchOrder
 from data.stream import LatentStream
@@ -37,7 +35,7 @@ from train.module import LengthExtensionModule
 from train.preflight import check_shapes, out_of_memory
 from train.ranks import global_rank, slurm_tasks
 from train.report import write_page
-from train.stop import EXIT_CODES, WORDS, StopSignals, spare_worker
+from train.stop import EXIT_CODES, WORDS, StopSignals
 from train.strategy import trainer_plan
 from train.terminal import Progress, collected
 from train.throughput import Throughput
@@ -45,7 +43,7 @@ from train.validation import Validation, lengths_of
 from train.watchdog import Watchdog
 
 
-def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> DataLoader:
+def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> LatentStream:
     sequence = config.parallel.sequence  # ranks that get the same samples
     order = BatchOrder(
         shards.shapes(),
@@ -53,7 +51,7 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
         global_batch=int(config.clips_at_once()),
         shuffle_window=config.data.shuffle_window,
     )
-    stream = LatentStream(
+    return LatentStream(
         shards,
         order,
         rank=trainer.global_rank // sequence,
@@ -62,15 +60,8 @@ def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int)
         num_steps=config.trainer.steps * config.optim.accumulate - start,
         cache=config.data.cache,
         max_bad=config.data.max_bad,
-    )
-    workers = config.data.workers
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
+        workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=spare_worker,
     )
 
 
@@ -214,15 +205,9 @@ def _validation_shards(config: RunConfig) -> Manifest | None:
 
 @contextmanager
 def _told(config: RunConfig, watchdog: Watchdog, rank: int) -> Iterator[None]:
-    """Says in words what ends a training from outside of it: lost ranks, data that is gone, memory that is full."""
+    """Says in words what ends a training from outside of it: lost ranks, memory that is full."""
     try:
         yield
-    except MISTAKES as error:
-        # a loader's worker sends its traceback along
-        text = str(error)
-        if "Original Traceback" in text:
-            raise DataError(text.strip().splitlines()[-1].partition(": ")[2]) from error
-        raise
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(config, error, rank)) from error
     except RuntimeError as error:

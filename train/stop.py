@@ -86,17 +86,3 @@ class StopSignals(Callback):
         self.asked = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
         if self.asked:
             trainer.should_stop = True
-
-
-def spare_worker(_: int) -> None:
-    """For a loader's workers: a signal to the whole group leaves them at work, so that the step can be finished.
-
-    A second SIGTERM, which is how a loader ends a worker that hangs, ends it.
-    """
-
-    def once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, once)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

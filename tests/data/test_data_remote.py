@@ -13,7 +13,6 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from data import remote
 from data.batch import Batch
@@ -95,8 +94,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batches_of(manifest: Manifest, workers: int = 0, **more: Any) -> list[Batch]:
     order = BatchOrder(manifest.shapes(), seed=1, global_batch=4, shuffle_window=9)
-    stream = LatentStream(manifest, order, **{"num_steps": 8, **more})
-    return list(DataLoader(stream, batch_size=None, num_workers=workers))
+    return list(LatentStream(manifest, order, workers=workers, **{"num_steps": 8, **more}))
 
 
 def assert_equal(found: list[Batch], expected: list[Batch]) -> None:

@@ -145,7 +145,8 @@ class ParallelConfig:
 
 @dataclass
 class ValidationConfig:
-    """The loss on held-out clips while training, at fixed noise levels and clip lengths (`train.validation`)."""
+    """What is looked at while training: the loss on held-out clips, at fixed noise levels and clip lengths
+    (`train.validation`), and clips of fixed prompts (`train.samples`)."""
 
     every: int = 0  # optimizer steps; 0: none
     shards: str | None = (
@@ -153,6 +154,11 @@ class ValidationConfig:
     )
     clips: int = 8  # the first of them
     sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    samples_every: int = 0  # optimizer steps between the prompts' clips; 0: none
+    prompts: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)  # a first frame for each prompt, for models that take one
+    samples_steps: int = 30  # denoising steps
+    samples_guidance: float = 5.0
 
 
 @dataclass
@@ -268,6 +274,8 @@ _AT_LEAST: dict[str, float] = {
     "log.norms_every": 0,
     "validation.every": 0,
     "validation.clips": 1,
+    "validation.samples_every": 0,
+    "validation.samples_steps": 1,
     "report.clips": 0,
     "report.sampling_steps": 1,
     "report.short_frames": 0,

@@ -28,6 +28,7 @@ from train.errors import UserError
 from train.offload import Offload, Stored
 
 _Runner = Callable[..., Tensor]
+_GRAPHS = 128  # of a process: kinds of block x shapes of clips x layouts, dense and sparse
 
 
 def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
@@ -46,13 +47,13 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
             reach from outside, so that checkpointing a compiled block would compute attention again.
     """
     if policy == "none":
-        return torch.compile(_call) if compiled else _call
+        return _compiled(_call) if compiled else _call
     settings: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         settings["context_fn"] = _compiled_contexts if compiled else functools.partial(_contexts, offload)
     inner: _Runner = functools.partial(checkpoint, **settings)
     if compiled:
-        inner = torch.compile(inner)
+        inner = _compiled(inner)
     if offload is None:
         return inner
 
@@ -68,6 +69,12 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
             return inner(block, hidden, *rest)
 
     return run
+
+
+def _compiled(run: _Runner) -> _Runner:
+    """A graph for each kind of block, shape of clip and layout of attention, none of them for any shape."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    return torch.compile(run, dynamic=False)
 
 
 def chunk_tokens(layer: nn.Module, tokens: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.batch import collate
-from data.encoders import check_encoder
+from data.encoders import check_encoder, encoder_class
 from data.errors import DataError
 from data.manifest import Manifest
 from data.remote import scheme_of
@@ -54,10 +55,12 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         )
     if config.data.shards is not None:
         shards = Manifest.load(config.data.shards)
-        check_encoder(shards, *_encoder(config))
+        check_encoder(shards, *encoder_of(config))
         check_shapes(config, shards)
         if adapter is not None:
             _check_sample(adapter, shards)
+    if config.validation.samples_every:
+        _check_prompts(config, adapter)
     low, high = sigma_range(config.model)
     if config.validation.every and not any(low <= sigma < high for sigma in config.validation.sigmas):
         raise UserError(
@@ -101,7 +104,7 @@ def check_memory(config: RunConfig) -> None:
     )
 
 
-def _encoder(config: RunConfig) -> tuple[str, Path | None]:
+def encoder_of(config: RunConfig) -> tuple[str, Path | None]:
     """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
     if tuple(config.model.vae) == (1, 1, 1):
         return "pixels", None
@@ -119,6 +122,41 @@ def _check_sample(adapter: ModelAdapter, shards: Manifest) -> None:
     adapter.check(batch.latent, Conditions.of(batch))
 
 
+def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
+    """Raise a UserError unless clips of ``validation.prompts`` can be generated."""
+    given = config.validation
+    if not given.prompts:
+        raise UserError("validation.samples_every needs prompts: validation.prompts='[a boat, a fox]'")
+    if given.images and len(given.images) != len(given.prompts):
+        raise UserError(
+            f"validation.images has {len(given.images)} pictures, expected one for each of the "
+            f"{len(given.prompts)} prompts"
+        )
+    for file in given.images:
+        if not Path(file).is_file():
+            raise UserError(f"validation.images: {file} is no file")
+    if config.model.expert in ("high", "low"):
+        raise UserError(
+            f"validation.samples_every needs both experts, model.expert is {config.model.expert}: set it to 0"
+        )
+    takes, needs = family_of(config.model).takes_first_frame, False
+    if adapter is not None:
+        latent = torch.empty(1, adapter.latent_channels, 2, 8, 8, device="meta")
+        needs = bool(adapter.random_conditions(latent).image)
+    if needs and not given.images:
+        raise UserError("the model starts from a picture: give one for each prompt, validation.images='[first.png]'")
+    if given.images and not needs and not takes and adapter is not None:
+        raise UserError("validation.images is set, but the model takes no first frame: leave it out")
+    family, folder = encoder_of(config)
+    parts = sum(encoder_class(family).parts.values(), ())
+    missing = [part for part in parts if folder is not None and not (folder / part).is_dir()]
+    if missing:
+        raise UserError(
+            f"validation.prompts are encoded and decoded by the model's own parts, but {folder} has no "
+            f"{', '.join(missing)}: give the whole diffusers folder, or set validation.samples_every=0"
+        )
+
+
 def check_heads(sequence: int, heads: int) -> None:
     """Sequence parallelism gives each rank some of the heads.
 
@@ -131,23 +169,25 @@ def check_heads(sequence: int, heads: int) -> None:
 
 
 def check_shapes(config: RunConfig, shards: Manifest) -> None:
-    """The shards hold the configured clip.
+    """The shards hold the configured clip, and beside it shorter and smaller ones at most: the plan is made for it.
 
     Raises:
-        UserError: they hold other shapes, or several.
+        UserError: they do not, or larger ones too.
     """
     frames = (config.clip.frames - 1) // config.model.vae[0] + 1
     cells = (frames, config.clip.height // config.model.vae[1], config.clip.width // config.model.vae[2])
-    found = {tuple(info.shape[1:]) for info in shards.samples}
-    if cells not in found:
+    found = sorted({tuple(info.shape[1:]) for info in shards.samples}, key=math.prod)
+    if cells not in found or math.prod(found[-1]) > math.prod(cells):
         raise UserError(
-            f"{shards.home} has latents of (frames, height, width) {sorted(found)}, but clip is "
-            f"{cells}: set clip.frames, clip.height, clip.width or data.shards"
+            f"{shards.home} has latents of (frames, height, width) {', '.join(map(str, found))}, but clip is {cells}, "
+            "expected the largest of them: set clip.frames, clip.height, clip.width or data.shards"
         )
-    if len(found) > 1:
-        raise UserError(
-            f"{shards.home} mixes latents of (frames, height, width) {sorted(found)}: train on one shape for now"
-        )
+    for _, height, width in found:
+        if height % config.model.patch[1] or width % config.model.patch[2]:
+            raise UserError(
+                f"{shards.home} has latents of {height} x {width} cells, which model.patch {list(config.model.patch)} "
+                "does not divide: make the shards anew"
+            )
 
 
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:

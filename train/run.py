@@ -35,6 +35,7 @@ from train.module import LengthExtensionModule
 from train.preflight import check_shapes, out_of_memory
 from train.ranks import global_rank, slurm_tasks
 from train.report import write_page
+from train.samples import Samples
 from train.stop import EXIT_CODES, WORDS, StopSignals
 from train.strategy import trainer_plan
 from train.terminal import Progress, collected
@@ -184,6 +185,8 @@ def _callbacks(
         throughput,
     )
 
+    samples = Samples(config, folder, control, watchdog, throughput)
+
     def more() -> dict[str, float]:
         return {"skipped": float(bad.skipped), **validation.row}
 
@@ -192,7 +195,7 @@ def _callbacks(
         folder / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep, control, figures
     )
     progress = Progress(figures)
-    return [throughput, validation, bad, figures, progress, stop, checkpoints, watchdog]
+    return [throughput, validation, samples, bad, figures, progress, stop, checkpoints, watchdog]
 
 
 def _validation_shards(config: RunConfig) -> Manifest | None:

@@ -27,6 +27,7 @@ def sample(
     shift: float,
     guidance: float,
     label: str = "Sampling",
+    quiet: bool = False,
 ) -> Tensor:
     """Integrates the flow from noise to a clean latent.
 
@@ -39,6 +40,7 @@ def sample(
         shift: the family's shift of the noise levels.
         guidance: classifier-free guidance weight; 1 is off and costs half.
         label: of the progress bar.
+        quiet: no progress bar.
 
     Returns:
         The latent, float32, of the shape of ``noise``.
@@ -49,7 +51,7 @@ def sample(
         least, end = adapter.sigma_range
         raise UserError(f"the model is an expert for noise levels {least:g} to {end:g}: sample with model.expert=both")
     x = noise.float()
-    for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True):
+    for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True, disable=quiet):
         level = (timestep / scheduler.config.num_train_timesteps).float()
         sigma = level.expand(len(x))
         adapter.set_plan(plan(level.item()))

@@ -1,0 +1,63 @@
+"""Shards of clips of several lengths and sizes: one shape a step, each with its own mask, exactly resumable."""
+
+import csv
+import shutil
+from dataclasses import replace
+
+import pytest
+from faults import losses
+from tiny import run_config
+
+from data.stream import read_samples
+from data.synth import synthesize
+from data.writer import ShardWriter
+from train.errors import UserError
+from train.folder import RunFolder
+from train.preflight import preflight
+from train.run import resume, train
+
+SHAPES = {"long": (8, 32, 64), "short": (4, 32, 64), "tall": (4, 64, 32)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixed")
+    parts = [synthesize(root / name, 4, *shape, seed=5) for name, shape in SHAPES.items()]
+    about = {key: getattr(parts[0], key) for key in ("fps", "encoder", "latent", "text", "arguments")}
+    with ShardWriter(root / "all", max_samples=5, empty_prompt=parts[0].load_empty_prompt(), **about) as writer:
+        for name, part in zip(SHAPES, parts, strict=True):
+            for sample in read_samples(part):
+                writer.write(replace(sample, key=f"{name}-{sample.key}"))
+    return root / "all"
+
+
+def config_of(tmp_path, shards, **changes):
+    given = {"trainer__steps": 9, "trainer__checkpoint_every": 3, "data__batch_size": 2, "validation__every": 0}
+    return run_config(tmp_path, data__shards=shards, data__synthetic_clips=0, **{**given, **changes})
+
+
+def run(config):
+    preflight(config)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return folder.path
+
+
+def test_each_step_has_one_shape_and_a_resumed_run_the_same_steps(tmp_path, shards):
+    config = config_of(tmp_path, shards)
+    whole = run(config)
+    with (whole / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["loss"]]
+    lengths = [[frames for frames in (4, 8) if row[f"loss_frames/{frames}"]] for row in rows]
+    assert len(rows) == 9 and all(len(one) == 1 for one in lengths) and [4] in lengths and [8] in lengths
+    again = shutil.copytree(whole, tmp_path / "runs" / "shapes_4x" / "again")
+    shutil.rmtree(again / "checkpoints" / "step-000009")
+    resume(again, config)
+    assert losses(again) == losses(whole)
+
+
+def test_the_clip_is_the_largest_of_them(tmp_path, shards):
+    with pytest.raises(
+        UserError, match=r"has latents of .*\(8, 32, 64\), but clip is \(4, 32, 64\), expected the larg"
+    ):
+        preflight(config_of(tmp_path, shards, clip__frames=4))

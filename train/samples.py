@@ -1,0 +1,206 @@
+"""Clips of fixed prompts while training: what the LoRA does, seen rather than read off a loss."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from PIL import ImageOps
+from torch import Tensor
+
+from data.batch import collate
+from data.encoders import load_encoder
+from data.encoders.base import Encoder, EncoderSettings
+from data.errors import DataError
+from data.sample import Sample
+from train.config import RunConfig
+from train.control import ControlGroup
+from train.errors import UserError
+from train.flow import noise_like
+from train.metrics import Forgiving
+from train.models import Conditions, family_of
+from train.module import LengthExtensionModule
+from train.preflight import encoder_of
+from train.sample.decode import decode_frames
+from train.sample.pipeline import first_frame
+from train.sample.video import video_file
+from train.sampling import sample
+from train.throughput import Throughput
+from train.watchdog import Watchdog
+
+FOLDER = "samples"
+
+
+class Samples(Callback):
+    """Generates a clip of each prompt every ``validation.samples_every`` steps and at the end.
+
+    The prompts are encoded once, before the first step, by rank 0, which then frees the text encoders. Groups of ranks
+    that share clips take the prompts in turn, and each group's first rank decodes and writes. The noise has generators
+    of its own, so that training's random state stays as it is; activations are free between steps, and what generating
+    and decoding took is given back before the next.
+
+    Args:
+        config: ``validation.prompts``, ``images`` and ``samples_*``; the clip is the run's own.
+        folder: of the run; videos go to ``samples/step-<n>``.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: Path, control: ControlGroup, watchdog: Watchdog, throughput: Throughput
+    ) -> None:
+        self.config, self.folder, self.every = config, folder, config.validation.samples_every
+        self.control, self.watchdog, self.throughput = control, watchdog, throughput
+        self._step = -1
+        self._conditions: list[Sample] = []
+        self._encoder: Encoder | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, LengthExtensionModule)
+        self.control.open(trainer)
+        self._step = trainer.global_step
+        if self.every:
+            mine: list[Sample] = []
+            error = ""
+            if self.control.rank == 0:
+                try:
+                    mine = self._encode(module)
+                except (DataError, UserError) as found:
+                    error = str(found)  # told on every rank, so that none waits for this one
+            mine, error = self.control.from_first((mine, error))
+            if error:
+                raise UserError(f"validation.prompts: {error}")
+            self._conditions = mine
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step or not self.every:
+            return
+        self._step = trainer.global_step
+        if self._step % self.every == 0 or self._step == trainer.max_steps:
+            assert isinstance(module, LengthExtensionModule)
+            start = time.perf_counter()
+            self.generate(trainer, module)
+            self.throughput.leave_out(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def generate(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
+        """All prompts' clips with the weights of now. Every rank must call it."""
+        sharing = module.sequence_size
+        group, groups = self.control.rank // sharing, self.control.world // sharing
+        writes = self.control.rank % sharing == 0
+        files: list[Path] = []
+        module.transformer.eval()
+        # every rank makes as many forward passes, so that none waits for another's
+        for turn in range(math.ceil(len(self._conditions) / groups)):
+            number = turn * groups + group
+            counts = number < len(self._conditions)
+            clip = self._conditions[number % len(self._conditions)]
+            with trainer.precision_plugin.forward_context():
+                latent = self._latent(module, clip, number, quiet=self.control.rank > 0)
+            if counts and writes:
+                words = re.sub(r"\W+", "-", clip.caption.lower()).strip("-")[:40].strip("-")
+                file = self.folder / FOLDER / f"step-{self._step:06d}" / f"{number:02d}-{words}.mp4"
+                self._write(latent, file)
+                files.append(file)
+            self.watchdog.progress()
+        module.transformer.train()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        found = sorted(file for files in self.control.gather(files) for file in files)
+        for logger in trainer.loggers:
+            if isinstance(logger, Forgiving) and isinstance(logger.inner, WandbLogger):
+                logger.attempt(_to_wandb, logger.inner.experiment, found, self._step)
+
+    def _latent(self, module: LengthExtensionModule, clip: Sample, number: int, quiet: bool) -> Tensor:
+        """The clip of a prompt, (C, f, h, w)."""
+        batch = collate([clip], 0).to(module.device)
+        told = self.config.validation.samples_guidance
+        distilled = getattr(module.transformer.config, "guidance_embeds", False)  # is told the guidance
+        conditions = Conditions.of(batch, told if distilled else module.guidance)
+        empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
+        shape = batch.latent
+        noise = noise_like(shape, self.config.seed, FOLDER, number)
+
+        def plan(sigma: float) -> Any:
+            self.watchdog.progress()
+            return module.plan(shape, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
+
+        made = sample(
+            module.adapter,
+            noise,
+            conditions,
+            empty,
+            plan,
+            steps=self.config.validation.samples_steps,
+            shift=self.config.shift(),
+            guidance=1.0 if distilled else told,
+            label=f"Sample {number + 1}",
+            quiet=quiet,
+        )
+        return made[0]
+
+    def _write(self, latent: Tensor, file: Path) -> None:
+        """Decodes a latent and writes it, or says why there is no room for it."""
+        encoder = self._decoder()
+        try:
+            with video_file(file, encoder.fps) as video:
+                if not hasattr(encoder, "vae"):
+                    video.add(encoder.decode(latent.float().cpu()))
+                    return
+                vae = encoder.vae.to(latent.device)
+                for frames in decode_frames(vae, latent[None], tiled=self.config.model.family == "hunyuan"):
+                    video.add(frames)
+                    self.watchdog.progress()
+                vae.to("cpu")
+        except OSError as error:
+            print(f"warning: {file} is not written ({error}); training goes on", flush=True)
+
+    def _decoder(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = self._load(torch.device("cpu"), vae_only=True)
+        return self._encoder
+
+    def _load(self, device: torch.device, vae_only: bool) -> Encoder:
+        family, folder = encoder_of(self.config)
+        vae_dtype = torch.bfloat16 if family in ("hunyuan", "mochi") else torch.float32
+        text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        images = bool(self.config.validation.images) and not family_of(self.config.model).takes_first_frame
+        settings = EncoderSettings(folder, device, vae_dtype, text_dtype, images and not vae_only, vae_only)
+        return load_encoder(family, settings)
+
+    def _encode(self, module: LengthExtensionModule) -> list[Sample]:
+        """What the model sees of each prompt, beside a latent of the clip's shape; the encoders are gone afterwards."""
+        clip, vae, given = self.config.clip, self.config.model.vae, self.config.validation
+        takes_first_frame = family_of(self.config.model).takes_first_frame
+        encoder = self._load(module.device, vae_only=False)
+        found = []
+        for number, text in enumerate(given.prompts):
+            prompt, image = encoder.prompt(text), {}
+            if given.images:
+                picture = ImageOps.fit(first_frame(Path(given.images[number])), (clip.width, clip.height))
+                if takes_first_frame:
+                    image = {"first_frame": encoder.encode(np.asarray(picture)[None])}
+                else:
+                    still = np.broadcast_to(np.asarray(picture), (clip.frames, clip.height, clip.width, 3))
+                    image = encoder.image(still)
+            cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
+            latent = torch.zeros(module.adapter.latent_channels, *cells, dtype=torch.bfloat16)
+            found.append(Sample(f"prompt-{number}", latent, prompt.text, prompt.pooled, image, {"caption": text}))
+            self.watchdog.progress()
+        del encoder
+        if module.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+
+def _to_wandb(run: Any, files: list[Path], step: int) -> None:
+    import wandb
+
+    videos = {f"{FOLDER}/{file.stem}": wandb.Video(str(file)) for file in files}
+    run.log({**videos, "trainer/global_step": step})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ FILE = "manifest.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 REJECTED = "rejected.jsonl"
 VERSION = 2
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 Shape = tuple[int, int, int, int]
 
 
@@ -76,6 +79,11 @@ class ShardInfo:
             samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size))
         name = _get(raw, "file", str, path, where)
         size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
+        # Both become parts of paths and of `pipe:` commands.
+        if not _NAME.fullmatch(name):
+            raise DataError(f"{path}: {where}file is {name!r}, expected a file name of letters, digits, _, - and .")
+        if not _SHA256.fullmatch(digest):
+            raise DataError(f"{path}: {where}sha256 is {digest!r}, expected 64 hexadecimal digits")
         return cls(name, tuple(samples), size, digest)
 
 
@@ -90,6 +98,8 @@ class Manifest:
         latent: what the latents are, in words.
         text: what the text tensors are, in words.
         arguments: the arguments that made the folder, as JSON.
+        videos: of how many files it was made, bad ones included; None where it was not made of files.
+        rejected: how many of them are bad; None where it was not made of files.
         home: where it was loaded from, see `load`; not part of the file.
         urls: where each shard is read from, see `data.remote`; not part of the file.
     """
@@ -100,6 +110,8 @@ class Manifest:
     latent: str
     text: str
     arguments: dict[str, Any]
+    videos: int | None = None
+    rejected: int | None = None
     home: str = field(default="", compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
 
@@ -142,6 +154,8 @@ class Manifest:
             "latent": self.latent,
             "text": self.text,
             "arguments": self.arguments,
+            "samples": len(self.samples),
+            **{name: n for name, n in (("videos", self.videos), ("rejected", self.rejected)) if n is not None},
         }
         lines = ",\n  ".join(json.dumps(shard.to_json()) for shard in self.shards)
         text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
@@ -211,6 +225,9 @@ class Manifest:
         if len(set(keys)) != len(keys):
             (twice, _), *_ = Counter(keys).most_common(1)
             raise DataError(f"{path}: key {twice} is listed twice, expected unique keys; make the folder anew")
+        if raw.get("samples", len(keys)) != len(keys):
+            raise DataError(f"{path}: samples is {raw['samples']!r}, but {len(keys)} are listed; make the folder anew")
+        counts = {name: _get(raw, name, int, path) if name in raw else None for name in ("videos", "rejected")}
         return cls(
             shards=tuple(shards),
             fps=float(_get(raw, "fps", (int, float), path)),
@@ -218,6 +235,7 @@ class Manifest:
             latent=_get(raw, "latent", str, path),
             text=_get(raw, "text", str, path),
             arguments=_get(raw, "arguments", dict, path),
+            **counts,
             home=home,
             urls=tuple(locate(home, shard.file) for shard in shards),
         )

@@ -24,7 +24,8 @@ from data.files import commit, temporary, write_bytes
 from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
 from data.sample import Prompt, Sample
 
-LEFTOVER = re.compile(r"shard-\d{5}\.tar|\.(shard-\d{5}\.tar|manifest\.json\..*|empty_prompt\.safetensors\..*)\.tmp")
+_SHARD = re.compile(r"shard-\d{5}\.tar|\.shard-\d{5}\.tar\.tmp")
+_TEMPORARY = re.compile(r"\.(manifest\.json|empty_prompt\.safetensors|rejected\.jsonl)\.[0-9a-f]+\.tmp")
 
 PARTS = ("json", "safetensors")
 
@@ -191,8 +192,9 @@ class ShardWriter:
         empty_prompt.validate("the empty prompt")
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if LEFTOVER.fullmatch(path.name):
+            if _SHARD.fullmatch(path.name):
                 path.unlink()
+        remove_leftovers(self.folder)
         self._about: dict[str, Any] = {
             "fps": fps,
             "encoder": encoder,
@@ -232,6 +234,13 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of files beside the shards while they were written."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink()
 
 
 def finish_folder(folder: Path, manifest: Manifest, empty_prompt: Prompt) -> None:

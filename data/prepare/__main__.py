@@ -75,7 +75,8 @@ def main(words: list[str]) -> int:
     # torch and diffusers take seconds to import: after what is typed is known to be right
     import torch
 
-    from data.prepare.run import Rank, Recipe, prepare
+    from data.prepare.recipe import Rank, Recipe
+    from data.prepare.run import prepare
 
     family = encoder_class(given.model)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,6 +4,9 @@ While a folder is made it holds a folder `.prepare`. Each finished shard gets a 
 and the videos that were done and the bad files that were met since the record before. A shard counts from the moment
 its record has its name: a tar without one is written anew. Any number of ranks may continue what any other number
 began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`.
+
+Ranks plan, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
+number of ranks is kept: a run with another number begins only when no rank writes any more.
 """
 
 from __future__ import annotations
@@ -11,23 +14,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from data.errors import DataError
 from data.files import write_bytes
-from data.manifest import ShardInfo
+from data.manifest import FILE, ShardInfo
+from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Rejected
 from data.sample import Sample
 from data.writer import TarShards
 
 FOLDER = ".prepare"
+_LOCK = "plan.lock"
+_WORLD = "world"
 _RECORD = re.compile(r"record-(\d{3,})-(\d{5})\.json")
 _SHARD = re.compile(r"\.?(shard-(\d{3,})-\d{5}\.tar)(\.tmp)?")
+
+
+class FinishedError(Exception):
+    """Another rank has ended the run: the manifest is there, or no clip came out."""
 
 
 class Journal:
@@ -44,13 +56,24 @@ class Journal:
         rejected: how many bad files there were on any rank then, and on this one since.
 
     Raises:
-        DataError: another process writes as this rank.
+        DataError: another process writes as this rank, or as one of another number of ranks.
+        FinishedError: the run has ended.
     """
 
     def __init__(self, folder: Path, rank: int, world: int, max_bytes: int) -> None:
         self._folder, self._home, self._rank = folder, folder / FOLDER, rank
-        self._home.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        with exclusively(folder):
+            check_begun(folder)
+            self._lock = self._claimed(world)
+            try:
+                self._begin(world, max_bytes)
+            except BaseException:
+                self._lock.close()
+                raise
+
+    def _begin(self, world: int, max_bytes: int) -> None:
+        """Read the records, and clear what has none."""
+        folder, rank = self._folder, self._rank
         shards, self.done, rejected = read_records(folder)
         self.present: dict[int, set[int]] = {}
         for shard in shards:
@@ -114,16 +137,29 @@ class Journal:
         self._next += 1
         self._rows, self._bad = [], []
 
-    def _locked(self) -> TextIO:
-        file = (self._home / f"rank-{self._rank:03d}.lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            hint = "wait for it, stop it, or choose another out="
+    def _claimed(self, world: int) -> TextIO:
+        """This rank's lock, of a run with this number of ranks."""
+        kept = self._home / _WORLD
+        before = kept.read_text() if kept.exists() else ""
+        if before != str(world):
+            for path in sorted(self._home.glob("rank-*.lock")):
+                self._lock_of(path, f" of {before}" if before else "", f" with {world} ranks").close()
+            write_bytes(kept, str(world).encode())
+        file = self._lock_of(self._home / f"rank-{self._rank:03d}.lock", f" of {world}", "")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
+
+    def _lock_of(self, path: Path, of: str, asked: str) -> TextIO:
+        """A rank's lock, or a DataError that names who has it."""
+        file = _locked(path, wait=False)
+        if file is None:
             raise DataError(
-                f"{self._folder}: another data.prepare is writing rank {self._rank} of it; {hint}"
-            ) from error
+                f"{self._folder}: another data.prepare is writing rank {int(path.stem[5:])}{of} of it "
+                f"({path.read_text().strip()}); wait for it or stop it before you start this one{asked}, "
+                "or choose another out="
+            )
         return file
 
 
@@ -139,23 +175,59 @@ def _numbers_of(key: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def planning(folder: Path) -> Iterator[Path]:
+def exclusively(folder: Path) -> Iterator[Path]:
     """The journal's folder, for one process after the other; it is removed again when nothing is left in it."""
     home = folder / FOLDER
-    made = [path for path in (folder, home) if not path.exists()]
-    home.mkdir(parents=True, exist_ok=True)
-    lock = home / "plan.lock"
+    made = not folder.exists()
+    file = _locked(home / _LOCK, wait=True)
+    assert file is not None
     try:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield home
+        yield home
     except BaseException:
         # Nothing was begun: leave no trace.
         with contextlib.suppress(OSError):
-            lock.unlink(missing_ok=True)
-            for path in reversed(made):
-                path.rmdir()
+            if _names(home) == [_LOCK]:
+                (home / _LOCK).unlink()
+                home.rmdir()
+            if made:
+                folder.rmdir()
         raise
+    finally:
+        file.close()
+
+
+def check_open(folder: Path) -> None:
+    """Raise a FinishedError where the folder's manifest is there."""
+    if (folder / FILE).exists():
+        raise FinishedError(folder)
+
+
+def check_begun(folder: Path) -> None:
+    """Raise a FinishedError where the folder's manifest is there, or its journal is gone because no clip came out."""
+    check_open(folder)
+    if not (folder / FOLDER / PLAN).exists():
+        raise FinishedError(folder)
+
+
+def _locked(path: Path, wait: bool) -> TextIO | None:
+    """The file, made where it is missing and locked; None where another process has it and `wait` is false."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+")
+        except FileNotFoundError:
+            continue  # the folder went in between
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Who had it before may have removed it, and others lock the next file of this name.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()
 
 
 def read_records(folder: Path) -> tuple[list[ShardInfo], set[int], list[Rejected]]:
@@ -172,6 +244,19 @@ def read_records(folder: Path) -> tuple[list[ShardInfo], set[int], list[Rejected
             done.update(raw["rows"])
             rejected += [Rejected(**entry) for entry in raw["rejected"]]
     return shards, done, rejected
+
+
+def check_unique(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    """Raise a DataError where two samples have one key: the folder was written by what knows no locks."""
+    home: dict[str, str] = {}
+    for shard in shards:
+        for sample in shard.samples:
+            if sample.key in home:
+                raise DataError(
+                    f"{folder}: sample {sample.key} is in {home[sample.key]} and in {shard.file}; were two runs at it "
+                    "that do not see each other's locks? Delete the folder and make it anew"
+                )
+            home[sample.key] = shard.file
 
 
 def remove(folder: Path) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +19,14 @@ from data.files import write_bytes
 from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
-from data.prepare.journal import Journal
+from data.prepare.journal import FinishedError, Journal
 from data.prepare.plan import Plan, Rejected, make_plan
-from data.prepare.video import Clip, Size
+from data.prepare.recipe import Rank, Recipe
+from data.prepare.video import Clip
 from data.sample import Sample
-from data.writer import finish_folder
+from data.writer import finish_folder, remove_leftovers
 
 AHEAD = 2  # decoded clips that wait in this process
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process's part of the run: number `index` of `world`, with device `local` of its node."""
-
-    index: int
-    world: int
-    local: int
-
-    @classmethod
-    def from_environment(cls) -> Rank:
-        """From what torchrun or srun set; alone otherwise. A batch script that runs outside srun is alone, too."""
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-            if all(name in os.environ for name in names):
-                return cls(*(int(os.environ[name]) for name in names))
-        return cls(0, 1, 0)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to make: the arguments of the command line, in the types that the work needs.
-
-    Attributes:
-        out: the folder of shards.
-        family: of the model, a key of `data.encoders.FAMILIES`.
-        weights: its diffusers folder, or None.
-        fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
-        selection: further arguments of `make_plan`, as they are.
-        image_to_video: write the first frame's conditions.
-        device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
-        workers: decoding processes.
-        shard_bytes: of a tar, at most.
-        bad_share: the share of bad files above which the run counts as failed.
-    """
-
-    out: Path
-    family: str
-    weights: Path | None
-    fps: float
-    frames: int
-    sizes: list[Size]
-    clips: int | None
-    selection: dict[str, Any]
-    image_to_video: bool
-    device: str | None
-    vae_dtype: torch.dtype
-    text_dtype: torch.dtype
-    workers: int
-    shard_bytes: int
-    bad_share: float
-
-    def arguments(self) -> dict[str, Any]:
-        """What decides the folder's contents, as JSON: a folder is only continued with the same."""
-        return {
-            "made_by": "data.prepare",
-            "model": self.family,
-            "fps": self.fps,
-            "frames": self.frames,
-            "sizes": [list(size) for size in self.sizes],
-            "clips": self.clips,
-            "image_to_video": self.image_to_video,
-            "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
-            "text_dtype": str(self.text_dtype).removeprefix("torch."),
-            **{name: str(v) if isinstance(v, Path) else v for name, v in self.selection.items()},
-        }
 
 
 def prepare(recipe: Recipe, rank: Rank) -> int:
@@ -105,22 +39,32 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
         DataError: arguments that do not fit the weights or the folder, or an unusable source.
     """
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights)}
-    if (recipe.out / FILE).exists():
-        manifest = Manifest.load(recipe.out)
-        _check_same(recipe.out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
-        journal.remove(recipe.out)
-        _say(rank, f"{recipe.out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there")
-        return 0
-    encoder = _load(recipe, rank)
-    encoder.check(recipe.frames, recipe.sizes)
-    planned = _plan(recipe, rank, arguments)
-    records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
+    try:
+        journal.check_open(recipe.out)
+        encoder = _load(recipe, rank)
+        encoder.check(recipe.frames, recipe.sizes)
+        planned = _plan(recipe, rank, arguments)
+        records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
+    except FinishedError:
+        return _already_there(recipe, rank, arguments)
     try:
         _encode_all(recipe, rank, planned, encoder, records)
         records.flush()
     finally:
         records.close()
     return _finish(recipe, rank, planned, encoder, arguments["encoder"])
+
+
+def _already_there(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> int:
+    """The exit code of the run that ended before this one."""
+    if not (recipe.out / FILE).exists():
+        _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
+        return 1
+    manifest = Manifest.load(recipe.out)
+    _check_same(recipe.out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
+    journal.remove(recipe.out)
+    _say(rank, f"{recipe.out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there")
+    return _code(recipe, manifest)
 
 
 def _load(recipe: Recipe, rank: Rank) -> Encoder:
@@ -137,7 +81,8 @@ def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
     """The folder's plan; the rank that comes first makes it, and the others wait for it."""
     if recipe.out.exists() and not recipe.out.is_dir():
         raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
-    with journal.planning(recipe.out) as home:
+    with journal.exclusively(recipe.out) as home:
+        journal.check_open(recipe.out)  # it was long ago that this was asked
         found = Plan.load(home)
         if found is None:
             found = make_plan(
@@ -232,19 +177,24 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
 def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
     try:
-        shards, done, rejected = journal.read_records(recipe.out)
-    except FileNotFoundError:
-        return 0  # another rank has merged them while this one read
-    if (recipe.out / FILE).exists():
-        return 0  # the journal goes after the manifest is there: what was read of it may be a part
+        with journal.exclusively(recipe.out):
+            journal.check_begun(recipe.out)
+            return _merge(recipe, rank, planned, encoder, encoder_id)
+    except FinishedError:
+        return 0  # another rank has merged
+
+
+def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
+    shards, done, rejected = journal.read_records(recipe.out)
     if len(done) < len(planned.rows):
         left = len(planned.rows) - len(done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
         return 0
+    journal.check_unique(recipe.out, shards)
+    remove_leftovers(recipe.out)
     rejected = planned.rejected + sorted(rejected, key=lambda entry: entry.path)
     write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
     files = len(planned.rows) + len(planned.rejected)
-    share = len(rejected) / files
     if not shards:
         journal.remove(recipe.out)
         print(f"{recipe.out}: no clip came out, all {files} files are bad; see {REJECTED}", file=sys.stderr)
@@ -256,6 +206,8 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder
         latent=encoder.latent_is,
         text=encoder.text_is,
         arguments={name: value for name, value in planned.arguments.items() if name != "encoder"},
+        videos=files,
+        rejected=len(rejected),
     )
     finish_folder(recipe.out, manifest, encoder.prompt(""))
     journal.remove(recipe.out)
@@ -263,13 +215,19 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder
         f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(planned.rows)} videos, "
         f"{len(rejected)} bad files"
     )
-    if share > recipe.bad_share:
-        print(
-            f"{recipe.out}: {share:.1%} of the files are bad, more than bad_share={recipe.bad_share:g}; see {REJECTED}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return _code(recipe, manifest)
+
+
+def _code(recipe: Recipe, manifest: Manifest) -> int:
+    """The exit code: 1 where more than `bad_share` of the files are bad."""
+    share = (manifest.rejected or 0) / (manifest.videos or 1)
+    if share <= recipe.bad_share:
+        return 0
+    print(
+        f"{recipe.out}: {share:.1%} of the files are bad, more than bad_share={recipe.bad_share:g}; see {REJECTED}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _say(rank: Rank, text: str, every: bool = False) -> None:

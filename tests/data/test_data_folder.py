@@ -106,6 +106,13 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     negative = {"key": "a", "shape": [1, 1, 1, 1], "offset": -1, "bytes": 5}
     refused({"shards": [{"samples": [negative]}]}, r"samples\[0\].offset is -1 and bytes 5, expected a place")
     refused({"shards": [{"file": "x", "samples": []}]}, r"shards\[0\].bytes is None, expected int")
+    whole = raw["shards"][0]
+    for name in ("x.tar; touch PWNED", "../x.tar", "/etc/x", "$(id).tar", ".x.tar", "-x.tar", "x.tar\n", ""):
+        refused({"shards": [{**whole, "file": name}]}, r"shards\[0\].file is .*, expected a file name of letters")
+    for digest in ("../x", "0" * 63, "G" * 64):
+        refused({"shards": [{**whole, "sha256": digest}]}, r"shards\[0\].sha256 is .*, expected 64 hexadecimal digits")
+    refused({"samples": 8}, "samples is 8, but 7 are listed")
+    refused({"rejected": "1"}, "rejected is '1', expected int")
     refused({"shards": raw["shards"] * 2}, "key s000 is listed twice")
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):

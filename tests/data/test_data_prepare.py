@@ -27,8 +27,7 @@ from data.manifest import Manifest
 from data.prepare import decoders, journal, run
 from data.prepare.__main__ import USAGE, main
 from data.prepare.decoders import Decoders, End, Task
-from data.prepare.journal import Journal
-from data.prepare.run import Rank
+from data.prepare.recipe import Rank
 from data.sample import Sample
 from data.stream import read_samples
 
@@ -143,7 +142,12 @@ def test_bad_files_are_listed_and_fail_the_run_above_their_share(
     kept = rejected["v6.mp4"]["kept"]
     assert 1 <= kept <= 4
     check_complete(out, {**LENGTHS, "v6.mp4": kept})
-    assert main([f"source={videos}", f"out={tmp_path / 'more'}", *FAST, "bad_share=0.5"]) == 0
+    for share, code in ((0.05, 1), (0.4, 0)):
+        assert main([f"source={videos}", f"out={out}", *FAST, f"bad_share={share}"]) == code, "the second time, too"
+        shown = capsys.readouterr()
+        assert "already there" in shown.out and ("40.0% of the files are bad" in shown.err) == code
+    counts = json.loads((out / "manifest.json").read_text())
+    assert [counts[name] for name in ("samples", "videos", "rejected")] == [13 + kept, 10, 4]
 
 
 def test_only_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +203,8 @@ def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: p
     monkeypatch.setattr(run, "finish_folder", dies)
     with pytest.raises(RuntimeError, match="killed"):
         main(words)
+    for name in ("manifest.json", "rejected.jsonl", "empty_prompt.safetensors"):
+        (out / f".{name}.0a1b2c3d.tmp").touch()  # a kill between writing and renaming
     shards = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert shards and not (out / "manifest.json").exists()
     monkeypatch.undo()
@@ -274,11 +280,71 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:
     check_complete(out)
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path) -> None:
-    held = Journal(tmp_path / "out", 0, 1, 10**9)
-    with pytest.raises(DataError, match="another data.prepare is writing rank 0 of it"):
-        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST])
-    held.close()
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), (rank, world, rank), strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as the same rank nor with another number of ranks, whose videos are others."""
+    out, encode_all = tmp_path / "out", run._encode_all
+    words = [f"source={videos}", f"out={out}", *FAST]
+    as_rank(monkeypatch, 0, 2)
+    assert main(words) == 0
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(run, "_encode_all", encode_all)
+        before = sorted(out.glob("**/*"))
+        with pytest.raises(DataError, match=rf"writing rank 1 of 2 of it \(process {os.getpid()} on .*\); wait for it"):
+            main(words)
+        as_rank(monkeypatch, 0, 1)
+        with pytest.raises(DataError, match=r"writing rank 1 of 2 of it .* before you start this one with 1 ranks"):
+            main(words)
+        assert sorted(out.glob("**/*")) == before
+        encode_all(*arguments)
+
+    as_rank(monkeypatch, 1, 2)
+    monkeypatch.setattr(run, "_encode_all", meanwhile)
+    assert main(words) == 0
+    check_complete(out)
+
+
+@pytest.mark.parametrize("late", ["_load", "_plan"])
+def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """The others ran from start to end while it loaded its weights, or between its plan and its first record."""
+    out, action = tmp_path / "out", getattr(run, late)
+    words = [f"source={videos}", f"out={out}", *FAST]
+    before: dict[str, bytes] = {}
+
+    def others_first(*arguments: Any) -> Any:
+        monkeypatch.setattr(run, late, action)
+        found = None if late == "_load" else action(*arguments)
+        for rank in (0, 1):
+            as_rank(monkeypatch, rank, 2)
+            assert main(words) == 0
+        before.update({path.name: path.read_bytes() for path in out.iterdir()})
+        return action(*arguments) if found is None else found
+
+    as_rank(monkeypatch, 1, 2)
+    monkeypatch.setattr(run, late, others_first)
+    assert main(words) == 0
+    check_complete(out)
+    assert before and {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_key_in_two_shards_is_no_manifest(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
+    monkeypatch.setattr(run, "_merge", lambda *arguments: 0)
+    assert main(words) == 0
+    monkeypatch.undo()
+    (record,) = (tmp_path / "out" / ".prepare").glob("record-*")
+    raw = json.loads(record.read_text())
+    raw["shard"]["file"] = "shard-001-00000.tar"
+    record.with_name("record-001-00000.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"v0000000-0000 is in shard-000-00000.tar and in shard-001-00000.tar"):
+        main(words)
 
 
 def dying(path: Any, **options: Any) -> Any:

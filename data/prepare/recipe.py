@@ -1,0 +1,78 @@
+"""What one run of `data.prepare` makes, and which part of it a process does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.prepare.video import Size
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's part of the run: number `index` of `world`, with device `local` of its node."""
+
+    index: int
+    world: int
+    local: int
+
+    @classmethod
+    def from_environment(cls) -> Rank:
+        """From what torchrun or srun set; alone otherwise. A batch script that runs outside srun is alone, too."""
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+            if all(name in os.environ for name in names):
+                return cls(*(int(os.environ[name]) for name in names))
+        return cls(0, 1, 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make: the arguments of the command line, in the types that the work needs.
+
+    Attributes:
+        out: the folder of shards.
+        family: of the model, a key of `data.encoders.FAMILIES`.
+        weights: its diffusers folder, or None.
+        fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
+        selection: further arguments of `make_plan`, as they are.
+        image_to_video: write the first frame's conditions.
+        device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
+        workers: decoding processes.
+        shard_bytes: of a tar, at most.
+        bad_share: the share of bad files above which the run counts as failed.
+    """
+
+    out: Path
+    family: str
+    weights: Path | None
+    fps: float
+    frames: int
+    sizes: list[Size]
+    clips: int | None
+    selection: dict[str, Any]
+    image_to_video: bool
+    device: str | None
+    vae_dtype: torch.dtype
+    text_dtype: torch.dtype
+    workers: int
+    shard_bytes: int
+    bad_share: float
+
+    def arguments(self) -> dict[str, Any]:
+        """What decides the folder's contents, as JSON: a folder is only continued with the same."""
+        return {
+            "made_by": "data.prepare",
+            "model": self.family,
+            "fps": self.fps,
+            "frames": self.frames,
+            "sizes": [list(size) for size in self.sizes],
+            "clips": self.clips,
+            "image_to_video": self.image_to_video,
+            "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+            **{name: str(v) if isinstance(v, Path) else v for name, v in self.selection.items()},
+        }

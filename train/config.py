@@ -35,6 +35,14 @@ class ModelConfig:
     boundary: float | None = None  # of two experts: the noise level from which on the first one runs
     expert: str | None = None  # of two experts, whom to train: both, high, low
     shifts: dict[int, float] = field(default_factory=dict)  # its noise shift, by the short side (pixels) from which on
+    native_size: list[int] | None = None  # (height, width) in pixels of what its authors generate
+    steps: int | None = None  # denoising steps that its authors generate with
+    guidance: list[float] | None = None  # their weight of guidance; of two experts each one's, high noise levels first
+
+    def shift_at(self, height: int, width: int) -> float | None:
+        """Its own noise shift for clips of this size in pixels; None where it has none."""
+        fitting = [start for start in self.shifts if start <= min(height, width)]
+        return self.shifts[max(fitting)] if fitting else None
 
 
 @dataclass
@@ -228,11 +236,9 @@ class RunConfig:
         """
         if self.objective.shift is not None:
             return self.objective.shift
-        side = min(self.clip.height, self.clip.width)
-        fitting = [start for start in self.model.shifts if start <= side]
-        if not fitting:
+        shift = self.model.shift_at(self.clip.height, self.clip.width)
+        if shift is None:
             raise UserError("objective.shift is not set, and the model has none of its own (model.shifts): set it")
-        shift = self.model.shifts[max(fitting)]
         if not self.objective.shift_with_length:
             return shift
         if self.model.native_frames is None:

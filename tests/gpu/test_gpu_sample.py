@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_train_sample import HEADER, save_lora, words
+from test_train_sample import words
+from test_train_sample_loras import HEADER, save_lora
 from tiny_pipelines import save_pipeline
 
 from train.sample.generate import Generator

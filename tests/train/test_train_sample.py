@@ -10,14 +10,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from oracles import masked_softmax
-from stock_models import TARGETS, random_lora
 from tiny_pipelines import save_pipeline
 
 from radial import Released, VideoGrid, build_layout
 from train.errors import UserError
-from train.export.base import stand_in
-from train.export.formats import FORMATS, Adapter
-from train.export.run import _fold
 from train.models.wan import WanSelfAttention
 from train.sample.__main__ import main
 from train.sample.generate import Generator
@@ -39,6 +35,7 @@ def words(folder, **changes):
         "model": "wan_14b",
         "model.path": folder,
         "model.text_tokens": TOKENS,
+        "model.dimensions": "null",
         "prompt": "a red ball, moving & it's a clip",
         "negative": "the bar",
         "block": 16,
@@ -132,77 +129,6 @@ def test_a_dense_noise_level_holds_for_steps_above_it(wan):
     levels.set_timesteps(4)
     between = (levels.timesteps[1] + levels.timesteps[2]).item() / 2000
     assert latent(wan, dense_sigma=between).dense == [True, True, False, False]
-
-
-def save_lora(folder, file, *, header, seed=1, format_name="comfyui"):
-    model = stand_in(folder / "transformer")
-    pairs = _fold(random_lora(model, TARGETS["wan"], seed=seed), 3)
-    FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
-    return file
-
-
-HEADER = {
-    f"radial.{key}": str(value)
-    for key, value in {
-        "pattern": "released", "rule": "wan", "decay": 0.4, "block": 16, "dense_layers": 1, "dense_sigma": None,
-        "frames": 33, "height": 32, "width": 48, "shift": 3.0, "rank": 3, "base_model": "base",
-    }.items()
-}  # fmt: skip
-
-
-def test_a_loras_header_sets_everything_up(wan, tmp_path):
-    file = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
-    unset = dict.fromkeys(("frames", "height", "width", "block"))
-    settings, _ = parse_settings(words(wan, lora=file, **unset))
-    assert (settings.frames, settings.height, settings.width, settings.block) == (33, 32, 48, 16)
-    assert (settings.pattern, settings.decay, settings.dense_layers, settings.dense_sigma) == ("released", 0.4, 1, None)
-    assert (settings.shift, settings.dense_steps) == (3.0, 2)
-    settings, _ = parse_settings(words(wan, lora=f"{file}:0.5", decay=0.9, frames=17, dense_steps=0))
-    assert (settings.frames, settings.decay, settings.dense_steps) == (17, 0.9, 0)
-    sigma = save_lora(wan, tmp_path / "sigma.safetensors", header={**HEADER, "radial.dense_sigma": "0.9"})
-    assert parse_settings(words(wan, lora=sigma))[0].dense_sigma == 0.9
-    assert parse_settings(words(wan, lora=sigma))[0].dense_steps is None
-    assert parse_settings(words(wan, lora=sigma, dense_steps=1))[0].dense_sigma is None
-
-
-def test_loras_are_added_with_their_strengths(wan, tmp_path):
-    mine = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
-    style = save_lora(wan, tmp_path / "style.safetensors", header={}, seed=2, format_name="kohya")
-    diffusers_style = save_lora(wan, tmp_path / "d" / "x", header={}, seed=2, format_name="diffusers").parent
-
-    def change(pipeline):
-        pipeline.load_lora_weights(mine, adapter_name="mine")
-        pipeline.load_lora_weights(diffusers_style, adapter_name="style")
-        pipeline.set_adapters(["mine", "style"], [0.5, -0.7])
-
-    expected = stock(wan, change)
-    clip = latent(wan, pattern="dense", lora=f"{mine}:0.5", add=f"{style}:-0.7")
-    close(clip.latent, expected)
-    assert (expected - stock(wan)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("offload", ["model", "block"])
-def test_offloaded_transformers_make_the_same_clip(wan, tmp_path, offload):
-    lora = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
-    close(latent(wan, lora=lora, offload=offload).latent, latent(wan, lora=lora).latent)
-
-
-def test_whole_changes_of_distilled_loras_are_applied(wan, tmp_path):
-    from safetensors.torch import save_file
-
-    torch.manual_seed(3)
-    bias, norm = torch.randn(32), torch.randn(32)
-    save_file(
-        {"diffusion_model.blocks.0.cross_attn.k.diff_b": bias, "diffusion_model.blocks.1.norm3.diff": norm},
-        tmp_path / "few.safetensors",
-    )
-
-    def change(pipeline):
-        blocks = pipeline.transformer.blocks
-        blocks[0].attn2.to_k.bias.data.add_(0.5 * bias)
-        blocks[1].norm2.weight.data.add_(0.5 * norm)
-
-    close(latent(wan, pattern="dense", add=f"{tmp_path / 'few.safetensors'}:0.5").latent, stock(wan, change))
 
 
 def frames_of(path):
@@ -300,6 +226,13 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"image": "/nowhere.png"}, "image /nowhere.png is missing"),
         ({"lora": "/nowhere.safetensors"}, "/nowhere.safetensors is missing, expected a LoRA"),
         ({"model.path": "/nowhere"}, "model.path /nowhere has no model_index.json"),
+        ({"lora_2": "x.safetensors"}, "lora_2 is for the second of two experts, the model has one transformer"),
+        ({"add_2": "x.safetensors"}, "add_2 is for the second of two experts"),
+        ({"guidance_2": 3}, "guidance_2 is for the second of two experts"),
+        ({"model": "wan22_t2v_a14b"}, "has 1 transformers, the chosen model has 2: choose the model=... that fits"),
+        ({"model": "wan22_5b", "height": 64, "width": 96}, "wan has one timestep a clip, the family wan22_5b does not"),
+        ({"model": "mochi", "frames": 49}, "holds a WanTransformer3DModel, expected a MochiTransformer3DModel: choose"),
+        ({"model.dimensions": None}, "has num_attention_heads=2, the chosen model has 40: choose the model=..."),
         ({"sequence": 2}, "sequence is 2 on 1 ranks, expected 1"),
         ({"split_guidance": "true"}, "sequence is 1 on 1 ranks, expected an even number"),
     ],

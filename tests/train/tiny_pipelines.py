@@ -19,7 +19,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+WAN_SHIFTS = {"wan_a14b": 12.0, "wan_5b": 5.0}  # the models' own; the others' at less than 720 lines is 3
 
 
 def _transformer(family: str, **changes: Any) -> Any:
@@ -57,7 +58,7 @@ def _wan(family: str, parts: Path) -> Any:
         "tokenizer": _part(AutoTokenizer, parts, "tokenizer"),
         "text_encoder": _part(UMT5EncoderModel, parts, "text_encoder"),
         "vae": _part(diffusers.AutoencoderKLWan, parts, "vae"),
-        "scheduler": diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER),
+        "scheduler": diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER, flow_shift=WAN_SHIFTS.get(family, 3.0)),
     }
     if family == "wan_i2v":
         # 16 latent channels, 4 of the mask, 16 of the condition; 17 image tokens of width 32

@@ -55,7 +55,7 @@ def read_lora(path: str | Path, model: nn.Module) -> Lora:
     Raises:
         UserError: not a safetensors file, a kind of adapter that is no LoRA, or tensors that do not fit the model.
     """
-    file, config = _find(Path(path).expanduser())
+    file, config = find_file(Path(path).expanduser())
     tensors, header = _load(file)
     scaling = _Scaling.of(header, config, file)
     return _assemble(tensors, header, scaling, model, file)
@@ -67,7 +67,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: there is no safetensors file.
     """
-    return _load(_find(Path(path).expanduser())[0], header_only=True)[1]
+    return _load(find_file(Path(path).expanduser())[0], header_only=True)[1]
 
 
 def trim(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,8 +81,12 @@ def weighted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
 
 
-def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The safetensors file and the config beside it; of an export's folder those for diffusers."""
+def find_file(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file and the config beside it; of an export's folder those for diffusers.
+
+    Raises:
+        UserError: there is none, or several.
+    """
     if (path / "diffusers").is_dir():
         path = path / "diffusers"
     if path.is_dir():

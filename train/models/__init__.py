@@ -25,6 +25,7 @@ __all__ = [
     "ADAPTERS",
     "Conditions",
     "ModelAdapter",
+    "check_pipeline",
     "describe_model",
     "family_of",
     "load_adapter",
@@ -121,6 +122,31 @@ def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
             )
     known = inspect.signature(model_class.__init__).parameters
     return {name: value for name, value in found.items() if name in known}
+
+
+def check_pipeline(config: ModelConfig, folder: Path) -> None:
+    """Holds the folder of a whole diffusers pipeline against the chosen model.
+
+    Raises:
+        UserError: it holds another one.
+    """
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path {folder} has no transformer/config.json, is the download complete?")
+    _read_architecture(config, file)
+    _check_boundary(config, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    experts = 1 if (index.get("transformer_2") or [None, None])[1] is None else 2
+    if experts != (1 if config.expert is None else 2):
+        raise UserError(
+            f"model.path {folder} has {experts} transformers, the chosen model has {3 - experts}: "
+            "choose the model=... that fits the weights"
+        )
+    if bool(index.get("expand_timesteps")) != family_of(config).takes_first_frame:
+        kind = "gives each token its own timestep" if index.get("expand_timesteps") else "has one timestep a clip"
+        raise UserError(
+            f"model.path {folder} {kind}, the family {config.family} does not: choose the model=... that fits"
+        )
 
 
 def random_adapter(config: ModelConfig, architecture: Mapping[str, Any]) -> ModelAdapter:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from radial import Dense, make_pattern
 from train import __version__
-from train.cli import files_with_strengths
 from train.config import ModelConfig
 from train.sample.decode import decode_frames
 from train.sample.denoise import Attention, Denoiser, noise_level
+from train.sample.loras import notes
 from train.sample.lpips import lpips
 from train.sample.pipeline import (
     encode_prompts,
@@ -36,8 +36,8 @@ from train.sample.pipeline import (
     transformers_of,
 )
 from train.sample.ranks import Ranks, Split
-from train.sample.records import both_file, dense_file, digests, is_done, recorded, write_record
-from train.sample.settings import Job, Settings, jobs
+from train.sample.records import both_file, dense_file, digests, execution, is_done, recorded, write_record
+from train.sample.settings import Job, Settings, jobs, slots
 from train.sample.video import Likeness, beside, video_file
 
 
@@ -185,12 +185,10 @@ class Generator:
 
     def _load_loras(self) -> list[str]:
         settings, said = self.settings, []
-        for transformer, own, more in zip(
-            self.transformers, (settings.lora, settings.lora_2), (settings.add, settings.add_2), strict=False
-        ):
-            files = [found for text in (own, more) if text for found in files_with_strengths("lora", text)]
-            said += load_loras(transformer, files)
-        for line in said:
+        found = slots(settings, self.model)
+        for transformer, slot in zip(self.transformers, found, strict=True):
+            said += load_loras(transformer, slot.files())
+        for line in (*notes(found, self.model), *said):
             self._say(line)
         return said
 
@@ -218,7 +216,8 @@ class Generator:
         measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
         record = {
             "settings": recorded(settings, self.model, job),
-            "lora_files": digests(settings),
+            "execution": execution(settings),
+            "lora_files": digests(settings, self.model),
             "loras": self.loaded,
             "measured": measured,
             "gpus": self.ranks.world,

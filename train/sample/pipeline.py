@@ -23,7 +23,7 @@ from train.errors import UserError
 from train.export.formats import named_tensors
 from train.export.reading import Lora, read_lora
 from train.export.verify import PIPELINES, compare_pairs, lora_layers
-from train.models import ModelAdapter, family_of, temporal_rope
+from train.models import ModelAdapter, check_pipeline, family_of, temporal_rope
 from train.sample.settings import Job, Settings
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -35,22 +35,23 @@ def pipeline_folder(model: ModelConfig) -> str:
     """The diffusers folder of the whole pipeline, downloaded where the model is of the hub.
 
     Raises:
-        UserError: no such folder, or one of a transformer alone.
+        UserError: no such folder, one of a transformer alone, or one of another model.
     """
     if model.path is None:
         how = f"; get the weights with: {model.weights}" if model.weights else ""
         raise UserError(f"model.path is not set, expected a diffusers pipeline's folder or hub:org/name{how}")
+    folder = Path(model.path).expanduser()
     if model.path.startswith("hub:"):
         try:
-            return snapshot_download(model.path.removeprefix("hub:"))
+            folder = Path(snapshot_download(model.path.removeprefix("hub:")))
         except OSError as error:
             raise UserError(f"model.path {model.path} cannot be fetched: {' '.join(str(error).split())}") from error
-    folder = Path(model.path).expanduser()
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"model.path {folder} has no model_index.json, expected the folder of a whole diffusers pipeline: "
             "transformer, vae, text_encoder, ..."
         )
+    check_pipeline(model, folder)
     return str(folder)
 
 

@@ -13,16 +13,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train.cli import files_with_strengths
 from train.config import ModelConfig
 from train.errors import UserError
-from train.sample.settings import Job, Settings
+from train.sample.settings import Job, Settings, slots
+
+_HOW = (
+    "compare",
+    "backend",
+    "sequence",
+    "split_guidance",
+    "offload",
+    "compile",
+)  # not what it is
+
+
+def execution(settings: Settings) -> dict[str, Any]:
+    """The settings that do not change a video, but how it was made."""
+    return {key: getattr(settings, key) for key in _HOW}
 
 
 def recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]:
     """What makes a video what it is, as JSON: two videos of the same record are the same."""
     own = asdict(settings)
-    for key in ("prompts", "out", "compare", "backend", "sequence", "split_guidance", "offload", "compile"):
+    for key in ("prompts", "out", *_HOW):
         del own[key]
     own |= {"prompt": job.prompt, "negative": job.negative, "image": job.image}
     own |= {"model": model.family, "model_path": model.path}
@@ -65,22 +78,20 @@ def is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
         return False
     new = recorded(settings, model, job)
     different = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
-    if different or files != digests(settings):
+    if different or files != digests(settings, model):
         what = ", ".join(f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in different[:3]) or "another LoRA"
         raise UserError(f"out {job.out} is there, of other settings ({what}): give another out")
     wanted = [job.out] + ([dense_file(job), both_file(job)] if settings.compare else [])
     return all(file.exists() for file in wanted)
 
 
-def digests(settings: Settings) -> dict[str, str]:
+def digests(settings: Settings, model: ModelConfig) -> dict[str, str]:
     """SHA-256 of each LoRA file."""
+    from train.export.reading import find_file  # takes seconds to import
+
     found = {}
-    for text in (settings.lora, settings.lora_2, settings.add, settings.add_2):
-        for path, _ in files_with_strengths("lora", text) if text else ():
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{file} is missing, expected a LoRA: a .safetensors file, or a folder with one")
-                with file.open("rb") as stream:
-                    found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for path, _ in (given for slot in slots(settings, model) for given in slot.files()):
+        file, _ = find_file(path)
+        with file.open("rb") as stream:
+            found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

@@ -15,13 +15,12 @@ from data.cli import parse, setting
 from data.encoders import encoder_class
 from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
-from train.cli import files_with_strengths
 from train.compose import compose_run
 from train.config import ROPE_KINDS, ModelConfig
 from train.errors import UserError
+from train.sample import loras
 
-HEADER = "radial."
-"""Prefix of this project's keys in a LoRA's header."""
+_EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 # Wan's own negative prompt, in its authors' words
 _WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
@@ -43,13 +42,13 @@ class Settings:
     height: int | None = setting("pixels (the LoRA's, else the model's)", None)
     width: int | None = setting("pixels (the LoRA's, else the model's)", None)
     fps: float | None = setting("pace (the model's)", None)
-    steps: int = setting("denoising steps", 50)
-    guidance: float | None = setting("weight of guidance; 1 is off (Wan 5, HunyuanVideo 6, Mochi 4.5)", None)
-    guidance_2: float | None = setting("of the expert for low noise levels (as guidance)", None)
-    shift: float | None = setting("of the noise levels (the LoRA's, else the model folder's scheduler)", None)
+    steps: int | None = setting("denoising steps (the model's: 40 to 64)", None)
+    guidance: float | None = setting("weight of guidance; 1 is off (the model's: 3.5 to 6)", None)
+    guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None)
+    shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None)
     seed: int = setting("of the noise", 0)
-    lora: str | None = setting("the LoRA: file or folder, with :strength", None)
-    lora_2: str | None = setting("the same for the expert for low noise levels", None)
+    lora: str | None = setting("the LoRA: file or folder, with :strength; an export's folder has both experts'", None)
+    lora_2: str | None = setting("that of the expert for low noise levels; none for none", None)
     add: str | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
     add_2: str | None = setting("the same for the expert for low noise levels", None)
     pattern: str | None = setting("attention: released, paper, dense (the LoRA's, else released)", None)
@@ -119,8 +118,16 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
-    header = _header(settings)
-    told = {f.name: _typed(header[f.name], f.name) for f in fields(Settings) if f.name in header}
+    if model.expert is None:
+        for name in _EXPERTS:
+            if getattr(settings, name) is not None:
+                raise UserError(f"{name} is for the second of two experts, the model has one transformer: leave it out")
+    else:
+        lora, lora_2 = loras.of_experts(settings.lora, settings.lora_2)
+        settings = replace(settings, lora=lora, lora_2=lora_2)
+    found = slots(settings, model)
+    loras.check(found, model)
+    told = loras.told(found, [f.name for f in fields(Settings)])
     if settings.dense_steps is None and settings.dense_sigma is None and told.get("dense_sigma") is None:
         told["dense_steps"] = 2
     if settings.dense_steps is not None:
@@ -128,13 +135,17 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     from train.models import family_of  # takes seconds to import
 
     native = encoder_class(family_of(model).encoder)
+    size = model.native_size or native.size
+    guidance = (model.guidance or []) if settings.guidance is None else []  # what is given is for both experts
     fallback: dict[str, Any] = {
         "out": Path("clip.mp4" if settings.prompts is None else "clips"),
-        "frames": native.lengths["1x"],
-        "height": native.size[0],
-        "width": native.size[1],
+        "frames": model.native_frames or native.lengths["1x"],
+        "height": size[0],
+        "width": size[1],
         "fps": native.fps,
-        "guidance": {"hunyuan": 6.0, "mochi": 4.5}.get(model.family, 5.0),
+        "steps": model.steps,
+        "guidance": guidance[0] if guidance else None,
+        "guidance_2": guidance[1] if len(guidance) == 2 else None,
         "pattern": "released",
         "rule": "wan",
         "decay": 1.0,
@@ -148,25 +159,22 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
     }
     settings = replace(settings, **{key: value for key, value in filled.items() if value is not None})
+    for name in ("steps", "guidance"):
+        if getattr(settings, name) is None:
+            raise UserError(f"{name} is not set, and the model has none of its own (model.{name}): set it")
+    if settings.shift is None:
+        assert settings.height and settings.width
+        settings = replace(settings, shift=model.shift_at(settings.height, settings.width))
     _check(settings, model)
     return settings
 
 
-def _header(settings: Settings) -> dict[str, str]:
-    if settings.lora is None:
-        return {}
-    from train.export.reading import read_header  # takes seconds to import
-
-    path, _ = files_with_strengths("lora", settings.lora)[0]
-    return {key.removeprefix(HEADER): value for key, value in read_header(path).items() if key.startswith(HEADER)}
-
-
-def _typed(text: str, name: str) -> Any:
-    if text == "None":
-        return None
-    words, numbers = ("pattern", "rule", "rope"), ("decay", "dense_sigma", "shift")
-    kind = str if name in words else float if name in numbers else int
-    return kind(text)
+def slots(settings: Settings, model: ModelConfig) -> list[loras.Slot]:
+    """The LoRAs of each transformer."""
+    first = loras.Slot("lora", None if model.expert is None else "high", settings.lora, settings.add)
+    if model.expert is None:
+        return [first]
+    return [first, loras.Slot("lora_2", "low", settings.lora_2, settings.add_2)]
 
 
 def _check(settings: Settings, model: ModelConfig) -> None:

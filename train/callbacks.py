@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +20,56 @@ BEST = "best.json"
 
 
 class StepCheckpoints(Callback):
-    """Saves ``checkpoints/step-<n>`` every ``every`` optimizer steps and at the end.
+    """Saves ``checkpoints/step-<n>`` every ``every`` optimizer steps, when ``minutes`` have passed, and at the end.
 
     The newest ``keep`` stay, and the best: that with the least validation loss of those saved at a step with one. One
     that cannot be written is named, and training goes on; only when the run ends with it is that an error.
 
     Raises:
-        UserError: the last checkpoint of the run could not be written.
+        UserError: the last checkpoint of the run could not be written, or the ranks go on from different ones.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, control: ControlGroup, figures: Figures) -> None:
-        self.folder, self.every, self.keep, self.control, self.figures = folder, every, keep, control, figures
-        self._saved = -1
+    def __init__(
+        self, folder: Path, every: int, minutes: float, keep: int, control: ControlGroup, figures: Figures
+    ) -> None:
+        self.folder, self.every, self.minutes, self.keep = folder, every, minutes, keep
+        self.control, self.figures = control, figures
+        self._saved = -1  # the step of the last checkpoint
+        self._seen = -1
+        self._tried_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.control.open(trainer)
-        self._saved = trainer.global_step  # a resumed run must not write the checkpoint it came from again
+        starts = self.control.gather((module.position, trainer.global_step))
+        if len(set(starts)) > 1:
+            steps = ", ".join(f"rank {rank} after step {step}" for rank, (_, step) in enumerate(starts))
+            raise UserError(
+                f"the ranks go on from different checkpoints: {steps}. Some node sees an old state of {self.folder}: "
+                "wait until all see the same files there, and resume"
+            )
+        # a resumed run must not write the checkpoint it came from again
+        self._saved = self._seen = trainer.global_step
+        self._tried_at = time.monotonic()
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self._saved:
+        if trainer.global_step == self._seen:
+            return  # in the middle of an accumulation, from where no run can go on
+        self._seen = trainer.global_step
+        if self._is_time() or trainer.global_step % self.every == 0:
             problem = self._save(trainer)
             if problem:
-                trainer.print(f"\nwarning: {problem}. Training goes on and tries again in {self.every} steps")
+                or_minutes = f" or {self.minutes:g} minutes" if self.minutes else ""
+                again = f"Training goes on and tries again in {self.every} steps{or_minutes}"
+                trainer.print(f"\nwarning: {problem}. {again}")
+
+    def _is_time(self) -> bool:
+        """Whether rank 0's clock says so; every rank must call it."""
+        if not self.minutes:
+            return False
+        late = self.control.rank == 0 and time.monotonic() - self._tried_at >= 60 * self.minutes
+        return self.control.any([late])[0]
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step != self._saved:
@@ -58,6 +86,7 @@ class StepCheckpoints(Callback):
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, FolderCheckpointIO)
         problem = self.control.from_first(plugin.problem)
+        self._tried_at = time.monotonic()
         if problem is None:
             self._saved = trainer.global_step
             if trainer.is_global_zero:
@@ -67,20 +96,24 @@ class StepCheckpoints(Callback):
     def _tidy(self, trainer: L.Trainer, newest: Path) -> None:
         loss = self.figures.row.get(VALIDATION)
         best = best_checkpoint(self.folder)
-        if loss is not None and (best is None or loss < best[1]):
+        if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             temporary = self.folder / f".{BEST}"
-            temporary.write_text(json.dumps({"checkpoint": newest.name, "loss": loss}) + "\n")
-            temporary.replace(self.folder / BEST)
-            best = (newest, loss)
+            try:
+                temporary.write_text(json.dumps({"checkpoint": newest.name, "loss": loss}) + "\n")
+                temporary.replace(self.folder / BEST)
+            except OSError as error:  # on this rank alone: raised, it would leave the others waiting
+                trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
+            else:
+                best = (newest, loss)
         for old in checkpoints_of(self.folder)[: -self.keep]:
             if best is None or old != best[0]:
                 trainer.strategy.remove_checkpoint(old)
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the least validation loss, and that; None before the first validation."""
+    """The checkpoint with the least validation loss, and that; None before the first that is a number."""
     try:
         noted = json.loads((folder / BEST).read_text())
     except (OSError, ValueError):
         return None
-    return folder / noted["checkpoint"], noted["loss"]
+    return (folder / noted["checkpoint"], noted["loss"]) if math.isfinite(noted["loss"]) else None

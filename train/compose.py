@@ -125,8 +125,8 @@ def read_config(run: Path) -> RunConfig:
     return config
 
 
-FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.keep", "trainer.compile",
-        "trainer.check_memory", "data.batch_size", "data.workers", "data.cache")  # fmt: skip
+FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep",
+        "trainer.compile", "trainer.check_memory", "data.batch_size", "data.workers", "data.cache")  # fmt: skip
 """With the sections ``parallel`` and ``log``: what may change on resume, as the steps stay the same."""
 
 

@@ -130,6 +130,7 @@ class TrainerConfig:
     fp8: bool = False  # the blocks' frozen linear layers in float8
     check_memory: bool = True  # refuse a run that cannot fit this machine, by the plan (`train.planning`)
     checkpoint_every: int = 100  # optimizer steps
+    checkpoint_minutes: float = 10.0  # and when so long has passed since the last; 0: by steps alone
     keep: int = 2  # newest checkpoints that stay, beside the best
     timeout: float = 540.0  # seconds at one place of a step after which the run ends and says which rank hangs
     max_skipped: int = 20  # steps whose loss or gradient is not finite, skipped, before the run ends
@@ -272,6 +273,7 @@ _AT_LEAST: dict[str, float] = {
     "trainer.nodes": 1,
     "trainer.devices": 1,
     "trainer.checkpoint_every": 1,
+    "trainer.checkpoint_minutes": 0,
     "trainer.keep": 1,
     "trainer.max_skipped": 0,
     "parallel.sequence": 1,

@@ -115,9 +115,9 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
         else:
             assert folder.checkpoint is not None
             module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
-        if not stop.asked:
+        if not stop.agreed:
             _finish(config, folder.path, trainer, module, shards)
-    return stop.asked
+    return stop.agreed
 
 
 def _assemble(
@@ -192,7 +192,12 @@ def _callbacks(
 
     figures = Figures(config.log.every, config.log.norms_every, throughput, control, more)
     checkpoints = StepCheckpoints(
-        folder / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep, control, figures
+        folder / "checkpoints",
+        config.trainer.checkpoint_every,
+        config.trainer.checkpoint_minutes,
+        config.trainer.keep,
+        control,
+        figures,
     )
     progress = Progress(figures)
     return [throughput, validation, samples, bad, figures, progress, stop, checkpoints, watchdog]

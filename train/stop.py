@@ -4,16 +4,18 @@
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
 
 Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last.
+They are taken by a thread: Python's own handlers wait for the main thread, which may wait for another rank in C.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -35,34 +37,46 @@ class StopSignals(Callback):
     """Turns signals into an orderly end of training.
 
     Attributes:
-        asked: what this process was asked, 0 for nothing; after a step, what any rank was asked.
+        asked: what this process was asked, 0 for nothing.
+        agreed: what the ranks have agreed to do after the last step, the same on all; 0 for going on.
     """
 
     def __init__(self, folder: Path, rank: int, control: ControlGroup) -> None:
         self.folder, self.rank, self.control = folder, rank, control
-        self.asked = 0
+        self.asked = self.agreed = 0
         self._step = -1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the signals over, and gives them back."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._listen()
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        number_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._hear, args=(ear,), name="signals", daemon=True)
+        thread.start()
+        _take_over()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(number_before)
+            mouth.shutdown(socket.SHUT_WR)  # a forked process may hold it open
+            thread.join()
+            mouth.close()
+            ear.close()
 
-    def _listen(self) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, self._heard)
+    def _hear(self, ear: socket.socket) -> None:
+        while numbers := ear.recv(64):
+            for number in numbers:
+                if number in _SIGNALS:
+                    self._heard(number)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _heard(self, number: int) -> None:
         if number == signal.SIGINT and self.asked == STOP:
             self._exit_now()
         if self.asked == 0 and self.rank == 0:
-            # print() may be what was interrupted
             again = "; again: at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
         # who asks to stop does not want it started again
@@ -74,7 +88,7 @@ class StopSignals(Callback):
         end_now(EXIT_CODES[STOP])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._listen()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
+        _take_over()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
         self._step = trainer.global_step
         self.control.open(trainer)
 
@@ -83,6 +97,12 @@ class StopSignals(Callback):
             return  # a micro-batch that was only accumulated
         self._step = trainer.global_step
         stop, requeue = self.control.any([self.asked == STOP, self.asked == REQUEUE])
-        self.asked = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
-        if self.asked:
+        self.agreed = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
+        if self.agreed:
             trainer.should_stop = True
+
+
+def _take_over() -> None:
+    """Keeps the signals from doing what they do to a process by themselves; `StopSignals` is told of them."""
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)

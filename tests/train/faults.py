@@ -11,9 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from train import callbacks
+from train.control import ControlGroup
+from train.errors import UserError
 
 
 @contextmanager
@@ -120,3 +126,34 @@ def equal_checkpoints(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(
         torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in keys
     )
+
+
+def save_by_the_clock(folder: Path) -> tuple[list[int], str]:
+    """On each of two ranks: the steps at which `StepCheckpoints` saves while rank 1's clock is far ahead, and what it
+    says when they start from different steps."""
+    control = ControlGroup()
+    now = 0.0
+    callbacks.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[assignment]
+    saves = callbacks.StepCheckpoints(folder, 6, 10.0, 2, control, SimpleNamespace(row={}))  # type: ignore[arg-type]
+    saved: list[int] = []
+
+    def save(trainer: SimpleNamespace) -> None:
+        saved.append(trainer.global_step)
+        saves._tried_at = now
+
+    saves._save = save  # type: ignore[method-assign,assignment]
+    trainer = SimpleNamespace(
+        global_step=0, is_global_zero=False, global_rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
+    saves.on_train_start(trainer, SimpleNamespace(position=0))  # type: ignore[arg-type]
+    for step in range(1, 7):
+        for _ in range(2):  # micro-batches
+            now += (2.5 if control.rank == 0 else 600.0) * 60
+            trainer.global_step = step
+            saves.on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+    try:
+        trainer.global_step = control.rank
+        saves.on_train_start(trainer, SimpleNamespace(position=control.rank))  # type: ignore[arg-type]
+    except UserError as error:
+        return saved, str(error)
+    return saved, ""

@@ -13,13 +13,15 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import wandb
-from faults import Run, equal_checkpoints, fill, losses, only_run, small_disk
+from faults import Run, equal_checkpoints, fill, losses, only_run, save_by_the_clock, small_disk
 from lightning.pytorch.callbacks import Callback
+from ranks import run_ranks
 from tiny import run_config, words
 
 from data.errors import DataError
@@ -27,13 +29,16 @@ from data.manifest import Manifest
 from data.stream import read_samples
 from data.writer import ShardWriter
 from train.build import training_shards
+from train.callbacks import StepCheckpoints, best_checkpoint
 from train.checkpoint import checkpoints_of, load_state, load_weights
 from train.compose import change_config, compose_run, finish
+from train.control import ControlGroup
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held
 from train.planning import GIB, GPUS, Machine
 from train.preflight import cheapest
 from train.run import resume, train
+from train.stop import REQUEUE, StopSignals
 
 
 def run(config) -> Path:
@@ -63,9 +68,11 @@ def at_step(monkeypatch, step, what):
 # ---- the disk
 
 
-def test_a_full_disk_costs_a_checkpoint_and_no_step(finished, tmp_path, monkeypatch, capsys):
-    """A tmpfs without a free byte from step 1 to step 5: rows and the checkpoints of steps 2 and 4 do not fit."""
-    config, whole = finished
+def test_a_full_disk_costs_a_checkpoint_and_no_step(tmp_path, monkeypatch, capsys):
+    """A tmpfs without a free byte from step 1 to the middle of step 5: the checkpoints of steps 2 and 4 do not fit,
+    and there is room again when half a step's gradient is there, from where none could go on."""
+    config = run_config(tmp_path, trainer__steps=6, optim__accumulate=2)
+    whole = run(config)
     shutil.copytree(Path(config.runs) / "synthetic", tmp_path / "synthetic")
     with small_disk(tmp_path / "disk", 24) as _:
         (tmp_path / "disk" / "runs").mkdir()
@@ -73,18 +80,18 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(finished, tmp_path, monkeypa
         config = replace(config, runs=str(tmp_path / "disk" / "runs"))
 
         class Fault(Callback):
-            def on_train_batch_end(self, trainer, *_):
-                if trainer.global_step == 1:
+            def on_train_batch_end(self, trainer, module, *_):
+                if module.position == 2:
                     fill(tmp_path / "disk")
-                if trainer.global_step == 5:
+                if module.position == 9:
                     (tmp_path / "disk" / "filler").unlink()
 
         monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
         folder = run(config)
         said = capsys.readouterr().out
         assert said.count("metrics.csv does not take the figures") == 1
-        assert "step-000002 could not be written" in said and "step-000004 could not be written" in said
-        assert "No space left on device" in said and "Training goes on and tries again in 2 steps" in said
+        assert [said.count(f"step-{step:06d} could not be written") for step in (2, 4)] == [1, 1]
+        assert "No space left on device" in said and "Training goes on and tries again in 2 steps or 10 minutes" in said
         assert losses(folder) == losses(whole)
         assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000006"]
         assert not list((folder / "checkpoints").glob(".*"))
@@ -134,6 +141,32 @@ def test_a_second_run_in_the_same_folder_is_refused(finished):
     assert done.stderr.startswith(f"error: {folder} is in use by process {os.getpid()} on ")
     assert done.stderr.count("\n") == 1
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock",)}
+
+
+def test_ranks_save_by_the_clock_of_the_first_and_from_one_step(tmp_path):
+    for saved, refused in run_ranks(2, save_by_the_clock, tmp_path):
+        assert saved == [3, 5, 6]
+        assert refused.startswith(
+            "the ranks go on from different checkpoints: rank 0 after step 0, rank 1 after step 1."
+        )
+
+
+def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
+    figures = SimpleNamespace(row={})
+    saves = StepCheckpoints(tmp_path, 1, 0, 1, ControlGroup(), figures)
+    trainer = SimpleNamespace(print=print, strategy=SimpleNamespace(remove_checkpoint=shutil.rmtree))
+    found = []
+    for step, loss in enumerate((math.nan, 2.0, 1.0, 3.0)):
+        figures.row = {"validation/loss": loss}
+        newest = tmp_path / f"step-{step:06d}"
+        newest.mkdir()
+        if step == 2:
+            (tmp_path / ".best.json").mkdir()  # in the way of the file
+        saves._tidy(trainer, newest)
+        found.append(best_checkpoint(tmp_path))
+    assert found == [None, *[(tmp_path / "step-000001", 2.0)] * 3]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003"]
+    assert "step-000002 is the best, but best.json could not be written" in capsys.readouterr().out
 
 
 # ---- numbers that are not finite
@@ -294,13 +327,30 @@ def test_three_remedies_of_the_plan_for_a_large_model(monkeypatch):
     assert not any("gpu=a100:" in remedy for remedy in found)
 
 
+def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
+    class Late(ControlGroup):
+        def any(self, flags):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stop.asked:
+                time.sleep(0.01)
+            return flags
+
+    stop = StopSignals(tmp_path, 1, Late())
+    trainer = SimpleNamespace(global_step=1, should_stop=False)
+    with stop.listening():
+        stop.on_train_batch_end(trainer, None)
+        assert (stop.asked, stop.agreed, trainer.should_stop) == (REQUEUE, 0, False)
+        trainer.global_step = 2
+        stop.on_train_batch_end(trainer, None)
+    assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
+
+
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    """The data never comes, so that the step of the first interrupt never ends."""
-    shards = training_shards(run_config(tmp_path)).folder
-    pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
-    process = Run(*words(tmp_path, data__shards=pipe, data__synthetic_clips=0))
-    process.wait_for(lambda: bool(list(tmp_path.glob("runs/shapes_4x/*/environment.json"))))
+    """Rank 1 is frozen, so that the step of the first interrupt never ends: rank 0 waits for it outside of Python."""
+    process, folder = start_two(tmp_path, 3)
+    frozen = process.ranks()[1]
+    os.kill(frozen, signal.SIGSTOP)
     time.sleep(2)
     os.kill(process.process.pid, signal.SIGINT)
     time.sleep(1)
@@ -309,7 +359,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     text = process.end(240)
     assert process.process.returncode == 130
     assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
-    assert get_state(only_run(tmp_path / "runs"))[0] == "stopped"
+    assert get_state(folder)[0] == "stopped"
+    assert not Path(f"/proc/{frozen}").exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from data.errors import DataError
 from radial import RadialError
 from train.errors import UserError
+from train.ranks import speaks_for_node
 
 MISTAKES = (UserError, DataError, RadialError)
 """What a user can mend; the message says how."""
@@ -23,7 +24,8 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
     try:
         command(arguments)
     except MISTAKES as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks_for_node():
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

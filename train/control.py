@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PATIENCE = timedelta(hours=2)  # `train.watchdog` ends a wait before, and can say for whom it was
 
 
 class ControlGroup:
@@ -25,7 +28,7 @@ class ControlGroup:
         """Forms the group; the strategy has set up torch.distributed by now. A second call does nothing."""
         self.rank, self.world = trainer.global_rank, trainer.world_size
         if self.world > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' CPU tensors."""

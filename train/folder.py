@@ -7,6 +7,7 @@ state           first line: running, requeue, stopped, done or failed; then why,
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -51,7 +52,10 @@ class RunFolder:
                 raise UserError(
                     f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
                 ) from error
-        write_config(config, path)
+        try:
+            write_config(config, path)
+        except OSError as error:
+            raise UserError(f"runs: {path} cannot be written ({error.strerror}): make room, or set runs=") from error
         if config.trainer.devices > 1:
             os.environ[_SHARED] = str(path)
         return cls(path)
@@ -72,6 +76,10 @@ def set_state(folder: Path, word: str, why: str = "") -> None:
         temporary.replace(folder / STATE)
     except OSError:
         temporary.unlink(missing_ok=True)
+        # over the old one there is room on a full disk too
+        with contextlib.suppress(OSError), (folder / STATE).open("r+") as file:
+            file.write(f"{word}\n{why}\n" if why else f"{word}\n")
+            file.truncate()
 
 
 def get_state(folder: Path) -> tuple[str, str]:
@@ -124,6 +132,9 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         job_id = os.environ.get("SLURM_JOB_ID")
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id, "since": since}, file)
-        file.flush()
+        try:
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id, "since": since}, file)
+            file.flush()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}): make room there, and resume") from error
         yield

@@ -10,6 +10,14 @@ def slurm_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
 
 
+def speaks_for_node() -> bool:
+    """Whether this process tells what all of its node find alike before they train: the first that srun or torchrun
+    started there. One that Lightning started is asked alone: the first has been there before it."""
+    if slurm_tasks() > 1:
+        return os.environ.get("SLURM_LOCALID", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def global_rank() -> int:
     """The rank over all nodes: of srun, of torchrun, or of Lightning's own launcher on one machine."""
     if slurm_tasks() > 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -13,6 +16,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
 
 from data.manifest import Manifest
 from data.order import BatchOrder
@@ -26,7 +30,7 @@ from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
 from train.figures import Figures
-from train.folder import RunFolder, held, set_state
+from train.folder import RunFolder, get_state, held, set_state
 from train.guard import BadSteps
 from train.held_out import draw_mask, write_report
 from train.loggers import loggers_of, note_once
@@ -41,7 +45,7 @@ from train.strategy import trainer_plan
 from train.terminal import Progress, collected
 from train.throughput import Throughput
 from train.validation import Validation, lengths_of
-from train.watchdog import Watchdog
+from train.watchdog import Watchdog, patience
 
 
 def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> LatentStream:
@@ -71,17 +75,23 @@ def train(config: RunConfig, folder: RunFolder) -> None:
 
     Raises:
         UserError: something that the user can mend, or another process runs in the folder.
-        SystemExit: the run was asked to stop (`train.stop`); it has saved a checkpoint.
+        SystemExit: the run was asked to stop (`train.stop`) and has saved a checkpoint; or, on a rank other than 0,
+            something that the user can mend, which is said once.
     """
     rank = global_rank()
     with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank):
         if rank == 0:
             set_state(folder.path, "running")
         try:
-            asked = _train(config, folder, rank)
+            with _room(folder.path):
+                asked = _train(config, folder, rank)
         except MISTAKES as error:
-            if rank == 0:
-                set_state(folder.path, "failed", str(error))
+            if rank and _has_failed(folder.path, rank, str(error)):
+                raise SystemExit(2) from None
+            set_state(folder.path, "failed", str(error))
+            if rank:
+                print(f"error: rank {rank}: {error}".replace(f"rank {rank}: rank", "rank"), file=sys.stderr, flush=True)
+                raise SystemExit(2) from None
             raise
         if rank:
             return
@@ -91,6 +101,29 @@ def train(config: RunConfig, folder: RunFolder) -> None:
             print(f"\nstopped, with a checkpoint; {why}")
             raise SystemExit(EXIT_CODES[asked])
         set_state(folder.path, "done")
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """A full disk in words, wherever it is met beside the checkpoints and the logs, which bear it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = (
+            error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "os error 28" in str(error)
+        )
+        if not full:
+            raise
+        raise UserError(
+            f"the disk is full ({error}): make room, then python -m train resume={folder} goes on"
+        ) from error
+
+
+def _has_failed(folder: Path, rank: int, why: str = "") -> bool:
+    """Whether a lower rank has said, for this reason if it is given, that the run has failed; waits for it."""
+    time.sleep(1 + 0.1 * min(rank, 20))
+    word, said = get_state(folder)
+    return word == "failed" and why.strip() in ("", said)
 
 
 def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
@@ -106,11 +139,11 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
             state = load_state(folder.checkpoint)
             start, resumed_step = state["position"], state["global_step"]
         unfinished = resumed_step < config.trainer.steps
-        watchdog = Watchdog(folder.path, config.trainer.timeout, control)
+        watchdog = Watchdog(folder.path, patience(config), control)
         trainer, module = _assemble(config, folder, shards, resumed_step, control, stop, watchdog)
         if unfinished:
             loader = _loader(config, shards, trainer, start)
-            with _told(config, watchdog, rank):
+            with _told(config, folder.path, watchdog, rank):
                 trainer.fit(module, loader, ckpt_path=folder.checkpoint)
         else:
             assert folder.checkpoint is not None
@@ -212,11 +245,14 @@ def _validation_shards(config: RunConfig) -> Manifest | None:
 
 
 @contextmanager
-def _told(config: RunConfig, watchdog: Watchdog, rank: int) -> Iterator[None]:
+def _told(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Iterator[None]:
     """Says in words what ends a training from outside of it: lost ranks, memory that is full."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if rank and _has_failed(folder, rank):
+            raise SystemExit(2) from None
+        set_state(folder, "failed", f"rank {rank}: out of memory")  # finding remedies takes seconds
         raise UserError(out_of_memory(config, error, rank)) from error
     except RuntimeError as error:
         watchdog.explain(error)

@@ -97,7 +97,7 @@ class Validation(Callback):
                     for j, sigma in enumerate(self.sigmas):
                         loss = self._loss(module, clip, length, sigma)
                         sums[i, j] += counts * torch.tensor([loss / sharing, 1 / sharing])
-                self.watchdog.progress()
+                        self.watchdog.progress()
         module.transformer.train()
         sums = self.control.sum(sums)
         table = sums[..., 0] / sums[..., 1]

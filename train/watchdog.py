@@ -21,19 +21,31 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from train.cli import MISTAKES
+from train.config import RunConfig
 from train.control import ControlGroup
 from train.family import end_now
-from train.folder import set_state
+from train.folder import get_state, set_state
+from train.planning import Budget, Duration, this_machine
 from train.ranks import slurm_tasks
 
 PLACES = ("reading data", "the forward pass", "the backward pass", "the optimizer step or what follows it")
 EXIT_CODE = 1
 _LATER = 10**9  # beats counted from here on are of a rank that looks for who hangs
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL error")
+_TOLD = ("failed", "stopped", "requeue")  # states of a run whose reason to end is known
+
+
+def patience(config: RunConfig) -> float:
+    """Seconds at one place after which a run stands still: ``trainer.timeout``, or three times what the plan gives the
+    longest micro-batch where that is more."""
+    budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
+    planned = None if budget is None else Duration(budget).slowest_micro_step
+    return max(config.trainer.timeout, 3 * (planned or 0.0))
 
 
 @dataclass(frozen=True)
@@ -109,8 +121,8 @@ class Watchdog(Callback):
         self._done.set()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, MISTAKES):
-            self._done.set()  # every rank ends for the same reason, which is told elsewhere
+        if isinstance(exception, (*MISTAKES, torch.OutOfMemoryError)):
+            self._done.set()  # the reason is told elsewhere, and that may take a while
 
     def progress(self) -> None:
         """What takes long beside the steps, such as a validation, is not standing still."""
@@ -134,6 +146,12 @@ class Watchdog(Callback):
                 self._end(f"rank {rank} (process {child.pid}) {_how_it_ended(child.returncode)}", speak=True)
 
     def _watch(self) -> None:
+        try:
+            self._keep_watch()
+        except Exception as error:  # without this thread the run might wait for ever
+            self._end(f"the watchdog of rank {self.control.rank} broke: {error!r}", speak=True)
+
+    def _keep_watch(self) -> None:
         count = 0
         while not self._done.wait(1.0):
             count += 1
@@ -169,7 +187,8 @@ class Watchdog(Callback):
                 return
             second = self._ask_all()
             silent = [rank for rank in range(self.control.world) if not _alive(first.get(rank), second.get(rank))]
-        speaker = min(rank for rank in range(self.control.world) if rank not in silent)
+        alive = (rank for rank in range(self.control.world) if rank not in silent)
+        speaker = min(alive, default=self.control.rank)
         if silent:
             seen = [second.get(rank) or first.get(rank) for rank in silent]
             names = [beat.words() if beat else f"rank {rank}" for rank, beat in zip(silent, seen, strict=True)]
@@ -209,14 +228,18 @@ class Watchdog(Callback):
             os.kill(self._parent, signal.SIGKILL)
 
     def _end(self, why: str, speak: bool) -> None:
-        """Ends this process, the ranks that it started, and a rank 0 on this machine that started it."""
-        if speak:
+        """Ends this process, the ranks that it started, and a rank 0 on this machine that started it.
+
+        Where a rank has ended for a reason of its own, the run says that already: the others follow it.
+        """
+        told = get_state(self.folder)[0] in _TOLD
+        if speak and not told:
             set_state(self.folder, "died", why)
             print(f"\nerror: {why}\nthe run goes on from its last checkpoint: python -m train resume={self.folder}",
                   file=sys.stderr, flush=True)  # fmt: skip
         else:
             time.sleep(2)  # the one that speaks comes first
-        end_now(EXIT_CODE)
+        end_now(2 if told else EXIT_CODE)
 
 
 def _alive(first: Beat | None, second: Beat | None) -> bool:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,6 +103,16 @@ def _is_rank(pid: int) -> bool:
         return b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
+
+
+def gone(pid: int, seconds: float = 20) -> bool:
+    """Whether a process ends in this time; one that nobody has asked for its exit code has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def only_run(runs: Path) -> Path:

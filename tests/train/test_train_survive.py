@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 import wandb
-from faults import Run, equal_checkpoints, fill, losses, only_run, save_by_the_clock, small_disk
+from faults import Run, equal_checkpoints, fill, gone, losses, only_run, save_by_the_clock, small_disk
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 from tiny import run_config, words
@@ -34,11 +34,12 @@ from train.checkpoint import checkpoints_of, load_state, load_weights
 from train.compose import change_config, compose_run, finish
 from train.control import ControlGroup
 from train.errors import UserError
-from train.folder import RunFolder, get_state, held
+from train.folder import RunFolder, get_state, held, set_state
 from train.planning import GIB, GPUS, Machine
 from train.preflight import cheapest
 from train.run import resume, train
 from train.stop import REQUEUE, StopSignals
+from train.watchdog import Watchdog, patience
 
 
 def run(config) -> Path:
@@ -113,6 +114,9 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoint_and_says_so(finished, 
                 run(config)
         folder = only_run(tmp_path / "disk" / "runs")
         assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
+        with pytest.raises(UserError, match=r"No space left on device.*make room"):
+            resume(folder, config)
+        assert get_state(folder)[0] == "failed"
         (tmp_path / "disk" / "filler").unlink()
         resume(folder, config)
         assert losses(folder) == losses(whole)
@@ -232,20 +236,26 @@ def test_all_ranks_skip_what_one_finds(tmp_path):
 # ---- data
 
 
+def damage(shards, number):
+    """Makes a sample of the first shard unreadable; its key."""
+    shard = Manifest.load(shards).shards[0]
+    info = shard.samples[number]
+    with (shards / shard.file).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xff" * info.bytes)
+    return info.key
+
+
 def test_a_shard_that_is_damaged_while_it_is_read(tmp_path, capsys):
     config = run_config(tmp_path, trainer__steps=12, data__workers=1)
     shards = training_shards(config).folder
     copy = shutil.copytree(shards, tmp_path / "shards")
-    manifest = Manifest.load(copy)
-    info = manifest.shards[0].samples[7]
-    with (copy / manifest.shards[0].file).open("r+b") as file:
-        file.seek(info.offset)
-        file.write(b"\xff" * info.bytes)
+    key = damage(copy, 7)
     config = replace(config, data=replace(config.data, shards=str(copy), synthetic_clips=0))
     folder = run(config)
     assert len(losses(folder)) == 12
     log = (folder / "log.txt").read_text()
-    assert log.count(f"sample {info.key}: no entry of a tar") == 1 and "; skipped" in log
+    assert log.count(f"sample {key}: no entry of a tar") == 1 and "; skipped" in log
     strict = replace(config, data=replace(config.data, max_bad=0))
     with pytest.raises(DataError) as error:
         run(strict)
@@ -360,7 +370,50 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert process.process.returncode == 130
     assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
     assert get_state(folder)[0] == "stopped"
-    assert not Path(f"/proc/{frozen}").exists()
+    assert gone(frozen)
+
+
+def test_a_run_is_as_patient_as_its_longest_step(tmp_path, monkeypatch):
+    """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward: more than trainer.timeout in all."""
+    monkeypatch.setattr("train.watchdog.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
+    config = finish(compose_run({"conf": "wan_4x"}))
+    assert 0.8 < patience(config) / (3 * 40 * 13.9) < 1.25
+    shorter = {"clip.frames": "81", "attention.dense_sigma": "null"}
+    assert patience(finish(compose_run({"conf": "wan_4x", **shorter}))) == config.trainer.timeout
+    monkeypatch.undo()
+    assert patience(run_config(tmp_path, trainer__timeout=7)) == 7
+
+
+def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr("train.watchdog.end_now", codes.append)
+    dog = Watchdog(tmp_path, 5, ControlGroup())
+    monkeypatch.setattr(dog, "_beat", lambda count: {}[count])
+    dog._watch()
+    assert codes == [1]
+    assert "error: the watchdog of rank 0 broke: KeyError(1)" in capsys.readouterr().err
+    set_state(tmp_path, "failed", "sample x is damaged")
+    dog._end("rank 0 was killed", speak=True)
+    assert codes == [1, 2] and get_state(tmp_path) == ("failed", "sample x is damaged")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_rank_or_of_all_is_said_once(tmp_path):
+    """A damaged sample, which one of the ranks reads; and a sample too large, for which all end."""
+    config = run_config(tmp_path)
+    copy = shutil.copytree(training_shards(config).folder, tmp_path / "shards")
+    damage(copy, 7)
+    alone = {"data__shards": copy, "data__max_bad": 0, "trainer__steps": 12}
+    all_alike = {"data__shards": poisoned(config, tmp_path, 5).data.shards, "trainer__max_skipped": 0}
+    for number, (given, reason) in enumerate([(alone, "at most 0 are skipped"), (all_alike, "trainer.max_skipped=0")]):
+        runs = tmp_path / f"runs{number}"
+        process = Run(*words(tmp_path, runs=runs, trainer__devices=2, data__synthetic_clips=0, **given))
+        text = process.end()
+        assert process.process.returncode == 2, text
+        assert text.count("error: ") == 1 and text.count(reason) == 1 and "Traceback" not in text, text
+        word, why = get_state(only_run(runs))
+        assert word == "failed" and reason in why
 
 
 @pytest.mark.slow
@@ -423,7 +476,7 @@ def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
     os.kill(frozen, signal.SIGSTOP)
     text = process.end(240)
     assert f"rank {rank}" in text and "gives no sign of life" in text, text
-    assert not Path(f"/proc/{frozen}").exists() or rank == 1
+    assert gone(frozen)
     same_as(folder, two_ranks)
 
 

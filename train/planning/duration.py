@@ -83,6 +83,13 @@ class Duration:
         return self.flops * self.clips_a_step / self.step / machine.world / machine.gpu.flops
 
     @property
+    def slowest_micro_step(self) -> float | None:
+        """Seconds of a micro-batch's forward and backward at the noise levels where they take longest."""
+        if self.budget.machine.gpu.flops is None:
+            return None
+        return max(sum(self._micro_step(dense).values()) for dense, share in self._sides if share)
+
+    @property
     def hours(self) -> float | None:
         """Hours of the whole run."""
         return None if self.step is None else self.step * self.budget.config.trainer.steps / 3600

@@ -2,13 +2,15 @@
 
 Local files, HTTP servers that know ranges and fsspec URLs are read where a sample lies; the rest of a shard is never
 touched. A `pipe:` command and a server without ranges can only be read through: the shard is fetched whole, once for
-each reader, into the cache folder or a temporary one. Failures of the way are tried again, then stop the run: a sample
-is only ever judged by bytes that arrived.
+each reader, into the cache folder or a temporary one. Failures of the way are tried again for two minutes, then stop
+the run: a sample is only ever judged by bytes that arrived, and a whole shard that is not what its manifest says only
+where it arrives so twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import fcntl
 import hashlib
 import http.client
@@ -25,7 +27,11 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from data.errors import DataError
 
 T = TypeVar("T")
-ATTEMPTS = 3
+ATTEMPTS = 8
+LONGEST = 60.0  # seconds between two of them, unless a server asks for more
+PATIENCE = 600.0  # seconds that a server may ask for
+AGAIN = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
 log = logging.getLogger(__name__)
@@ -66,11 +72,11 @@ def open_shard(url: str, sha256: str, cache: Path | None) -> ShardFile:
     if cache is not None:
         return _LocalFile(_cached(url, sha256, cache))
     if scheme == "pipe":
-        return _Fetched(url, "commands cannot be read from the middle")
+        return _Fetched(url, sha256, "commands cannot be read from the middle")
     if scheme in ("http", "https"):
         if _knows_ranges(url):
             return _HttpFile(url)
-        return _Fetched(url, "this server does not answer ranges")
+        return _Fetched(url, sha256, "this server does not answer ranges")
     return _FsspecFile(url)
 
 
@@ -94,14 +100,31 @@ def persistently(url: str, action: Callable[[], T]) -> T:
             return action()
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", None)
-            lasting = isinstance(error, FileNotFoundError | PermissionError) or (code is not None and 400 <= code < 500)
+            refused = code is not None and 400 <= code < 500 and code not in AGAIN
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            if lasting or attempt == ATTEMPTS:
-                reason = f"HTTP {code} {reason}" if code is not None else reason
+            reason = f"HTTP {code} {reason}" if code is not None else reason
+            if refused or isinstance(error, LASTING) or attempt == ATTEMPTS:
                 raise DataError(f"{url}: cannot be read ({reason}); check that it can be reached") from error
-            log.warning("%s: %s, trying again", url, reason)
-            time.sleep(2 ** (attempt - 1))
+            seconds = max(min(2.0 ** (attempt - 1), LONGEST), _asked_for(error))
+            log.warning("%s: %s, trying again in %.0f s", url, reason, seconds)
+            time.sleep(seconds)
     raise AssertionError
+
+
+def _asked_for(error: Exception) -> float:
+    """The seconds that a server's Retry-After asks to wait, which is a number or a date; 0 without one."""
+    value = error.headers.get("Retry-After") if isinstance(error, urllib.error.HTTPError) else None
+    if value is None:
+        return 0.0
+    try:
+        seconds = float(value) if value.isdecimal() else _seconds_until(value)
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), PATIENCE)
+
+
+def _seconds_until(date: str) -> float:
+    return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
 
 
 class _LocalFile:
@@ -130,6 +153,10 @@ class _HttpFile:
     def _fill(self, offset: int, buffer: memoryview) -> int:
         try:
             with _request(self._url, offset, len(buffer)) as answer:
+                place = answer.headers.get("Content-Range", "none")
+                if answer.status != http.HTTPStatus.PARTIAL_CONTENT or not place.startswith(f"bytes {offset}-"):
+                    found = f"HTTP {answer.status} with Content-Range {place}"
+                    raise OSError(f"asked for bytes from {offset} on, the server answered {found}")
                 filled = _fill(answer, buffer)
                 if answer.length:
                     raise http.client.IncompleteRead(b"", answer.length)
@@ -148,17 +175,21 @@ class _FsspecFile(_LocalFile):
         self._url = url
         self._file = persistently(url, lambda: _fsspec_open(url))
 
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        with _as_os_errors():
+            return super()._fill(offset, buffer)
+
 
 class _Fetched(_LocalFile):
     """A shard that can only be read through, in a temporary file of this reader."""
 
-    def __init__(self, url: str, why: str) -> None:
+    def __init__(self, url: str, sha256: str, why: str) -> None:
         log.warning("%s: is read through for each reader (%s); a cache folder reads it once", url, why)
         handle, name = tempfile.mkstemp(prefix="shard-", suffix=".tar")
         os.close(handle)
         path = Path(name)
         try:
-            persistently(url, lambda: _download(url, path))
+            _download_surely(url, sha256, path)
             super().__init__(path)
         finally:
             path.unlink()  # the open file keeps the bytes, and nothing stays behind when the process is killed
@@ -182,11 +213,23 @@ def _cached(url: str, sha256: str, cache: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             partial = cache / f".{sha256}.tmp"
-            found = persistently(url, lambda: _download(url, partial))
-            if found != sha256:
-                log.warning("%s: is not what its manifest says (SHA-256 %s, not %s)", url, found, sha256)
+            _download_surely(url, sha256, partial)
             partial.replace(path)
     return path
+
+
+def _download_surely(url: str, sha256: str, path: Path) -> None:
+    """Fetch a whole shard; one that is not what its manifest says is kept only where it arrives so twice in a row."""
+    before = None
+    for _ in range(ATTEMPTS):
+        found = persistently(url, lambda: _download(url, path))
+        if found == sha256:
+            return
+        log.warning("%s: is not what its manifest says (SHA-256 %s, not %s)", url, found, sha256)
+        if found == before:
+            return
+        before = found
+    raise DataError(f"{url}: arrived {ATTEMPTS} times and was another each time; check the way to it")
 
 
 def _download(url: str, path: Path) -> str:
@@ -215,12 +258,15 @@ def _stream(url: str) -> Iterator[bytes]:
         elif scheme == "file":
             source = stack.enter_context(Path(url.removeprefix("file://")).open("rb"))
         else:
+            stack.enter_context(_as_os_errors())
             source = stack.enter_context(_fsspec_open(url))
         try:
             while chunk := source.read(CHUNK):
                 yield chunk
             if scheme == "pipe":
                 source.wait_for_child()  # raises when the command failed
+            if scheme in ("http", "https") and source.length:
+                raise http.client.IncompleteRead(b"", source.length)  # reading in pieces does not tell
         except OSError as error:
             if scheme == "pipe" and source.status:
                 raise OSError(f"the command exited with {source.status}") from error
@@ -245,6 +291,18 @@ def _fsspec_open(url: str) -> Any:
 
     try:
         # Samples are read whole and once: caching ahead would read what is not wanted.
-        return fsspec.open(url, "rb", cache_type="none").open()
+        with _as_os_errors(ImportError, ValueError):
+            return fsspec.open(url, "rb", cache_type="none").open()
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _as_os_errors(*but: type[Exception]) -> Iterator[None]:
+    """What fsspec's file systems raise of their own, errors of their HTTP clients for example, as OSError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, DataError, *but)):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error

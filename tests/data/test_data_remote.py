@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email.utils
 import functools
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,12 @@ class Server:
     url: str
     ranges: bool = True
     failures: int = 0
+    failure: int = 503
+    retry_after: str | None = None
+    cuts: int = 0
+    ignores: int = 0
+    shifted: int = 0
+    changes: bool = False
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     sent: int = 0
 
@@ -43,13 +51,21 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.state.requests.append((self.path, wanted))
         if self.state.failures:
             self.state.failures -= 1
-            self.send_error(503)
+            self.send_response(self.state.failure)
+            if self.state.retry_after is not None:
+                self.send_header("Retry-After", self.state.retry_after)
+            self.end_headers()
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
             return
         content = path.read_bytes()
+        if self.state.changes:
+            content = content[:-1] + bytes([len(self.state.requests) % 256])
+        if wanted is not None and wanted != "bytes=0-0" and self.state.ignores:
+            self.state.ignores -= 1
+            wanted = None
         if wanted is None:
             self.send_response(200)
         else:
@@ -57,10 +73,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             if first >= len(content):
                 self.send_error(416)
                 return
+            if len(content) > 1 and first and self.state.shifted:
+                self.state.shifted -= 1
+                first, last = first - 1, last - 1
+            place = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
             content = content[first : last + 1]
             self.send_response(206)
+            self.send_header("Content-Range", place)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if self.state.cuts and len(content) > 1:
+            self.state.cuts -= 1
+            content = content[: len(content) // 2]
+            self.close_connection = True
         self.state.sent += len(content)
         self.wfile.write(content)
 
@@ -88,8 +113,11 @@ def server(manifest: Manifest) -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    return waited
 
 
 def batches_of(manifest: Manifest, workers: int = 0, **more: Any) -> list[Batch]:
@@ -162,11 +190,20 @@ def test_a_cache_fetches_each_shard_once(tmp_path: Path, manifest: Manifest, ser
     assert len(batches_of(far, cache=cache)) == 8
 
 
-def test_failures_of_the_way_are_tried_again_then_stop_the_run(manifest: Manifest, server: Server) -> None:
+def test_failures_of_the_way_are_tried_again_then_stop_the_run(
+    manifest: Manifest, server: Server, waits: list[float]
+) -> None:
     far = Manifest.load(server.url)
-    server.failures = 2
-    assert_equal(batches_of(far), batches_of(manifest))
-    server.failures = 3
+    for server.failure in (503, 429, 408):
+        server.failures = 7
+        assert_equal(batches_of(far), batches_of(manifest))
+    assert waits[:7] == [1, 2, 4, 8, 16, 32, 60] and len(waits) == 21
+    server.failure, server.failures, server.retry_after = 429, 2, "90"
+    assert_equal(batches_of(far, num_steps=1), batches_of(manifest, num_steps=1))
+    server.failures, server.retry_after = 1, email.utils.formatdate(time.time() + 40)
+    assert_equal(batches_of(far, num_steps=1), batches_of(manifest, num_steps=1))
+    assert waits[21:23] == [90, 90] and 35 < waits[23] < 41
+    server.failure, server.failures = 503, 8
     with pytest.raises(DataError, match=r"shard-\d+.tar: cannot be read \(HTTP 503 Service Unavailable\)"):
         batches_of(far)
     server.failures = 0
@@ -181,6 +218,64 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(manifest: Manifes
         Manifest.load("pipe:cat x")
     with pytest.raises(DataError, match=r"127.0.0.1:1/manifest.json: cannot be read \(.*refused"):
         Manifest.load("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("way", ["ranges", "through", "cache"])
+def test_a_connection_that_ends_early_is_no_damage(
+    tmp_path: Path, manifest: Manifest, server: Server, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.ranges, server.cuts = way == "ranges", 3
+    far = Manifest.load(server.url)
+    assert_equal(batches_of(far, cache=tmp_path / "cache" if way == "cache" else None), batches_of(manifest))
+    assert server.cuts == 0 and not any("skipped" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("fault", ["ignores", "shifted"])
+def test_bytes_of_another_place_are_not_taken(manifest: Manifest, server: Server, fault: str) -> None:
+    far = Manifest.load(server.url)
+    setattr(server, fault, 3)
+    assert_equal(batches_of(far), batches_of(manifest))
+    setattr(server, fault, 100)
+    answer = "HTTP 200 with Content-Range none" if fault == "ignores" else "HTTP 206 with Content-Range bytes"
+    with pytest.raises(DataError, match=rf"asked for bytes from \d+ on, the server answered {answer}"):
+        batches_of(far)
+
+
+def test_a_whole_shard_is_taken_as_wrong_only_where_it_arrives_so_twice(
+    tmp_path: Path, manifest: Manifest, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    far = Manifest.load(server.url)
+    server.changes = True
+    with pytest.raises(DataError, match=r"shard-\d+.tar: arrived 8 times and was another each time"):
+        batches_of(far, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    server.changes = False
+    path = manifest.folder / manifest.shards[1].file
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    caplog.clear()
+    server.requests.clear()
+    assert_equal(batches_of(far, cache=tmp_path / "cache"), batches_of(manifest))
+    assert [asked for asked, _ in server.requests].count("/shard-00001.tar") == 2
+    assert sum("is not what its manifest says" in message for message in caplog.messages) == 2
+
+
+def test_errors_of_a_file_system_s_own_are_tried_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3's and others' clients raise errors that are no OSError."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(manifest.folder), "/bucket/failing", recursive=True)
+    far = Manifest.load("memory://bucket/failing")
+    opened, failing = memory._open, iter([True, False] * 100)
+
+    def fails(*arguments: Any, **more: Any) -> Any:
+        if next(failing):
+            raise RuntimeError("the token has expired")
+        return opened(*arguments, **more)
+
+    monkeypatch.setattr(type(memory), "_open", lambda self, *arguments, **more: fails(*arguments, **more))
+    assert_equal(batches_of(far), batches_of(manifest))
+    failing = iter([True] * 100)
+    with pytest.raises(DataError, match=r"cannot be read \(RuntimeError: the token has expired\)"):
+        batches_of(far)
 
 
 def test_a_shard_cut_off_on_the_server_is_damage_not_failure(manifest: Manifest, server: Server) -> None:

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 import torch
 
-from data import remote
+from data import patience
 from data.batch import Batch
 from data.errors import DataError
 from data.manifest import Manifest
@@ -116,7 +116,7 @@ def server(manifest: Manifest) -> Iterator[Server]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited."""
     waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(patience.time, "sleep", waited.append)
     return waited
 
 

@@ -129,6 +129,45 @@ def test_the_released_script_multiplies_by_one(case):
         close(output(model, family), trained)
 
 
+ALL_HUNYUAN = (
+    r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|to_add_out)|proj_out|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear"
+    r"|proj_mlp|norm\.linear|timestep_embedder\.linear_1|text_embedder\.linear_2|proj_in)"
+)
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(3, torch.float32), (129, torch.bfloat16)])
+def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
+    """HunyuanVideo's, by the names that ComfyUI has; what it passes over in kohya's names is said, with the way out."""
+    base = save_transformer("hunyuan", tmp_path / "base")
+    model = stand_in(base)
+    pairs = _fold(random_lora(model, ALL_HUNYUAN, rank), rank)
+    pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
+    adapter = Adapter(pairs, model, {}, "base", "x")
+    for name in ("comfyui", "kohya"):
+        FORMATS[name](adapter, tmp_path / name)
+    keys = {key.split(".lora_")[0] for key in load_file(tmp_path / "comfyui" / "x.safetensors")}
+    assert {"transformer.time_in.in_layer", "transformer.txt_in.c_embedder.out_layer"} <= keys
+    assert {"transformer.double_blocks.1.img_mod.linear", "transformer.double_blocks.0.img_mlp.fc2"} <= keys
+    assert verify("comfyui", adapter, base, tmp_path / "comfyui")[0].endswith(f"{2 * len(keys)} tensors")
+    (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
+    assert "; ComfyUI passes over 13 of 30 layers such as time_in.mlp.0: " in said
+    assert said.endswith("give it format=comfyui")
+    alphas = [t for k, t in load_file(tmp_path / "kohya" / "x.safetensors").items() if k.endswith(".alpha")]
+    assert {alpha.item() for alpha in alphas} <= {rank, 2 * rank, 3 * rank, 4 * rank}
+
+
+def test_a_second_loaders_failure_costs_no_export(tmp_path):
+    """diffusers' reading of original names wants a block; the file is ComfyUI's."""
+    base = save_transformer("wan", tmp_path / "base")
+    model = stand_in(base)
+    pairs = _fold(random_lora(model, r"condition_embedder\.time_proj"), 3)
+    adapter = Adapter(pairs, model, {}, "base", "x")
+    FORMATS["comfyui"](adapter, tmp_path / "comfyui")
+    said = verify("comfyui", adapter, base, tmp_path / "comfyui")
+    assert said[0] == "names and shapes of the original checkpoint: 2 tensors"
+    assert said[1].startswith("diffusers does not read this file, format=diffusers is for it (ValueError: ")
+
+
 def test_verification_finds_what_loaders_pass_over(case):
     """Files that load without an error and yet not whole."""
     _, folder, adapter, _ = case

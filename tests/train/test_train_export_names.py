@@ -8,7 +8,7 @@ from original_keys import CHECKPOINTS, original_keys
 from torch import nn
 
 from train.export.formats import Adapter
-from train.export.names import original_layers
+from train.export.names import comfyui_names, original_layers
 from train.export.reading import weighted_layers
 
 WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}
@@ -92,3 +92,40 @@ def test_comfyuis_rules_find_every_key_in_the_checkpoint(name):
     for layer, (down, up) in fused.items():
         assert keys[f"{layer}.weight"] == (len(up), down.shape[1])
         assert down.shape[0] == up.shape[1]
+
+
+# HunyuanVideo's layers in ComfyUI, and the names under which its loader also takes them
+COMFYUI = {
+    "double_blocks.3.img_mod.linear": ("double_blocks.3.img_mod.lin", "double_blocks.3.img_mod.linear"),
+    "double_blocks.3.img_attn_qkv": ("double_blocks.3.img_attn.qkv", "double_blocks.3.img_attn_qkv"),
+    "double_blocks.3.txt_attn_proj": ("double_blocks.3.txt_attn.proj", "double_blocks.3.txt_attn_proj"),
+    "double_blocks.3.img_mlp.fc1": ("double_blocks.3.img_mlp.0", "double_blocks.3.img_mlp.fc1"),
+    "double_blocks.3.txt_mlp.fc2": ("double_blocks.3.txt_mlp.2", "double_blocks.3.txt_mlp.fc2"),
+    "single_blocks.39.linear1": ("single_blocks.39.linear1",),
+    "single_blocks.39.modulation.linear": ("single_blocks.39.modulation.lin", "single_blocks.39.modulation.linear"),
+    "txt_in.individual_token_refiner.blocks.1.self_attn_qkv": (
+        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv",
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv",
+    ),
+    "txt_in.individual_token_refiner.blocks.1.mlp.fc1": (
+        "txt_in.individual_token_refiner.blocks.1.mlp.0",
+        "txt_in.individual_token_refiner.blocks.1.mlp.fc1",
+    ),
+    "txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1": (
+        "txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1",
+    ),
+    "time_in.mlp.0": ("time_in.in_layer",),
+    "guidance_in.mlp.2": ("guidance_in.out_layer",),
+    "vector_in.in_layer": ("vector_in.in_layer",),
+    "txt_in.t_embedder.mlp.2": ("txt_in.t_embedder.out_layer",),
+    "txt_in.c_embedder.linear_1": ("txt_in.c_embedder.in_layer",),
+    "txt_in.input_embedder": ("txt_in.input_embedder",),
+    "final_layer.adaLN_modulation.1": ("final_layer.adaLN_modulation.1",),
+}
+
+
+def test_comfyuis_own_names_of_hunyuan_videos_layers():
+    assert COMFYUI.keys() <= {key.removesuffix(".weight") for key in original_keys("HunyuanVideo")}
+    for name, expected in COMFYUI.items():
+        assert comfyui_names("HunyuanVideoTransformer3DModel", name) == expected
+    assert comfyui_names("MochiTransformer3DModel", "t_embedder.mlp.0") == ("t_embedder.mlp.0",)

@@ -12,6 +12,7 @@ from train.errors import UserError
 from train.export.base import stand_in
 from train.export.reading import read_lora
 from train.export.verify import PIPELINES, empty_pipeline
+from train.sample.pipeline import load_loras
 
 LAYERS = ["blocks.0.attn1.to_q", "blocks.1.ffn.net.0.proj", "blocks.2.attn2.to_out.0"]
 
@@ -102,6 +103,62 @@ def test_other_spellings(model, tmp_path, prefix, down, up):
     same(read_lora(file, model), {LAYERS[0]: 1.5 * b @ a})
 
 
+@pytest.mark.parametrize("shorthand", [False, True])
+def test_what_few_step_loras_change(base, model, tmp_path, shorthand):
+    """Their keys: modulations, a norm, biases; the patch embedding as a difference or as a pair of convolutions."""
+    torch.manual_seed(0)
+    change = {
+        "scale_shift_table": torch.randn(1, 2, 32),
+        "blocks.1.scale_shift_table": torch.randn(1, 6, 32),
+        "blocks.0.attn1.norm_q.weight": torch.randn(32),
+        "condition_embedder.time_proj.bias": torch.randn(192),
+        "patch_embedding.weight": torch.randn(32, 4, 1, 2, 2),
+    }
+    ending = "diff_m" if shorthand else "modulation.diff"
+    named = dict(
+        zip(
+            [f"head.{ending}", f"blocks.1.{ending}", "blocks.0.self_attn.norm_q.diff", "time_projection.1.diff_b"],
+            list(change.values()),
+            strict=False,
+        )
+    )
+    if shorthand:
+        named["patch_embedding.diff"] = change["patch_embedding.weight"]
+    else:
+        down, up = torch.randn(3, 4, 1, 2, 2), torch.randn(32, 3, 1, 1, 1)
+        named |= {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up}
+        named["patch_embedding.alpha"] = torch.tensor(6.0)
+        x = torch.randn(1, 4, 3, 4, 4)
+        stacked = torch.nn.functional.conv3d(torch.nn.functional.conv3d(x, down, stride=(1, 2, 2)), up)
+    file = tmp_path / "few_step.safetensors"
+    save_file({f"diffusion_model.{name}": tensor.clone() for name, tensor in named.items()}, file)
+    lora = read_lora(file, model)
+    assert not lora.pairs
+    assert lora.differences.keys() == change.keys()
+    for name in change.keys() - (set() if shorthand else {"patch_embedding.weight"}):
+        assert torch.equal(lora.differences[name], change[name])
+    if not shorthand:
+        got = torch.nn.functional.conv3d(x, lora.differences["patch_embedding.weight"], stride=(1, 2, 2))
+        torch.testing.assert_close(got, 2 * stacked, rtol=1e-4, atol=1e-4)
+    transformer = load_transformer(base)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    load_loras(transformer, [(file, 0.5)])
+    for name, tensor in transformer.state_dict().items():
+        torch.testing.assert_close(
+            tensor - before[name], 0.5 * lora.differences.get(name, torch.zeros(())).expand_as(tensor)
+        )
+
+
+@pytest.mark.parametrize(("r", "factor"), [(4, 9 / 4), (8, 9 / 8)])
+def test_the_released_scripts_factor_is_the_files(model, tmp_path, r, factor):
+    """Whatever a layer's own rank is."""
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    tensors = {"transformer.blocks.0.attn1.to_q.lora_A.weight": a, "transformer.blocks.0.attn1.to_q.lora_B.weight": b}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    (tmp_path / "lora_config.json").write_text(json.dumps({"lora_params": {"lora_rank": r, "lora_alpha": 9}}))
+    same(read_lora(tmp_path, model), {LAYERS[0]: factor * b @ a})
+
+
 A, B = torch.ones(4, 32), torch.ones(32, 4)
 Q = "diffusion_model.blocks.0.self_attn.q"
 
@@ -118,6 +175,12 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         (
             {f"{Q.replace('q', 'norm_q')}.diff_b": A[0]},
             r"norm_q changes by a \(32,\) tensor, the model has none",
+        ),
+        ({"blocks.0.modulation.lora_A.weight": A}, "blocks.0.modulation.lora_A.weight fits no layer"),
+        ({"blocks.0.diff_m": torch.ones(1, 5, 32)}, r"blocks.0.modulation changes by a \(1, 5, 32\) tensor, the model"),
+        (
+            {"patch_embedding.lora_down.weight": A, "patch_embedding.lora_up.weight": B},
+            r"patch_embedding has factors \(32, 4\) and \(4, 32\), expected them for a \(32, 4, 1, 2, 2\) convolution",
         ),
         ({f"{Q}.dora_scale": A}, "dora_scale fits no layer of WanTransformer3DModel"),
         ({"lora_te_text_model_encoder_q.lora_down.weight": A}, "fits no layer"),

@@ -1,8 +1,9 @@
 """A LoRA as the files that other tools load.
 
     diffusers   <pipeline>.load_lora_weights(folder)
-    comfyui     ComfyUI's LoRA loaders; names of the original checkpoint
-    kohya       kohya's trainers and what reads their files, ComfyUI among them; the same names with underscores
+    comfyui     ComfyUI's LoRA loaders; names of the original checkpoint, or ComfyUI's where it takes no others
+    kohya       kohya's trainers and what reads their files; names of the original checkpoint with underscores (ComfyUI
+                reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers)
     peft        PeftModel.from_pretrained(transformer, folder)
     released    the folder that the released HunyuanVideo inference script takes
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.errors import UserError
-from train.export.names import TABLES, OriginalLayer, original_layers
+from train.export.names import TABLES, OriginalLayer, comfyui_names, original_layers
 from train.export.reading import Pairs, weighted_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -102,7 +103,8 @@ def _diffusers(adapter: Adapter, folder: Path) -> None:
 def _comfyui(adapter: Adapter, folder: Path) -> None:
     # the one prefix that ComfyUI has always read for HunyuanVideo; for the others it is its own name of the model
     prefix = "transformer." if adapter.model_class == "HunyuanVideoTransformer3DModel" else "diffusion_model."
-    _save(named_tensors(adapter.fused(), prefix), folder / f"{adapter.name}.safetensors", adapter)
+    named = {comfyui_names(adapter.model_class, name)[-1]: pair for name, pair in adapter.fused().items()}
+    _save(named_tensors(named, prefix), folder / f"{adapter.name}.safetensors", adapter)
 
 
 def _kohya(adapter: Adapter, folder: Path) -> None:
@@ -111,7 +113,7 @@ def _kohya(adapter: Adapter, folder: Path) -> None:
         layer = f"lora_unet_{name.replace('.', '_')}"
         tensors[f"{layer}.lora_down.weight"] = down
         tensors[f"{layer}.lora_up.weight"] = up
-        tensors[f"{layer}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)
+        tensors[f"{layer}.alpha"] = torch.tensor(float(len(down)))  # not every rank is a number in bf16
     _save(tensors, folder / f"{adapter.name}.safetensors", adapter)
 
 

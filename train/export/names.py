@@ -163,6 +163,30 @@ TABLES: dict[str, list[tuple[str, str, str]]] = {
     ],
 }
 
+# What lies in no layer: the name in the original checkpoint, and in diffusers.
+PARAMETERS: dict[str, list[tuple[str, str]]] = {
+    "WanTransformer3DModel": [
+        ("blocks.{}.modulation", "blocks.{}.scale_shift_table"),
+        ("head.modulation", "scale_shift_table"),
+    ]
+}
+# ComfyUI has names of its own for HunyuanVideo's layers. Those of the blocks it also takes as the original has them,
+# after `transformer.` and `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
+_COMFYUI_EMBEDDERS = {
+    "mlp.0": "in_layer",
+    "mlp.2": "out_layer",
+    "linear_1": "in_layer",
+    "linear_2": "out_layer",
+}
+_COMFYUI_BLOCKS = {
+    "_mod.linear": "_mod.lin",
+    ".modulation.linear": ".modulation.lin",
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+
 
 @dataclass(frozen=True)
 class OriginalLayer:
@@ -198,3 +222,36 @@ def original_layers(model_class: str, modules: Iterable[str]) -> list[OriginalLa
                 if present.issuperset(parts):
                     found.append(OriginalLayer(theirs.format(number) + name, parts, inner[0].startswith("*")))
     return found
+
+
+def original_parameters(model_class: str, parameters: Iterable[str]) -> dict[str, str]:
+    """Name in the original checkpoint -> name in diffusers, of what lies in no layer.
+
+    Args:
+        model_class: name of the diffusers class.
+        parameters: names of the model's parameters.
+    """
+    found = {}
+    for theirs, ours in PARAMETERS.get(model_class, []):
+        named = re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)"))
+        for name in parameters:
+            if match := named.fullmatch(name):
+                found[theirs.format(*match.groups())] = name
+    return found
+
+
+def comfyui_names(model_class: str, name: str) -> tuple[str, ...]:
+    """What ComfyUI calls a layer of the original checkpoint.
+
+    Returns:
+        Its own name, which is also the one that ``lora_unet_`` goes before with underscores; then the name of the
+        original checkpoint where it takes that too, after ``transformer.`` and ``diffusion_model.`` alone.
+    """
+    if model_class == "HunyuanVideoTransformer3DModel":
+        for theirs, own in _COMFYUI_EMBEDDERS.items():
+            if name.endswith((f"_in.{theirs}", f"_embedder.{theirs}")):
+                return (name.removesuffix(theirs) + own,)
+        for theirs, own in _COMFYUI_BLOCKS.items():
+            if name.endswith(theirs):
+                return name.removesuffix(theirs) + own, name
+    return (name,)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from train.errors import UserError
-from train.export.names import original_layers
+from train.export.names import comfyui_names, original_layers, original_parameters
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer of the diffusers model -> (A, B), (rank, in) and (out, rank): the weight's change at strength 1 is B A."""
@@ -30,8 +30,9 @@ _ENDINGS = re.compile(
     r"\.(?:(?P<down>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight)"
     r"|(?P<up>lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight)"
     r"|(?P<up_bias>lora_B(?:\.\w+)?\.bias)"
-    r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<bias>diff_b))$"
+    r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<modulation>diff_m)|(?P<bias>diff_b))$"
 )
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Lora:
 
     Attributes:
         pairs: low-rank changes of linear layers.
-        differences: whole changes of parameters (biases, norms), by their names in the diffusers model.
+        differences: whole changes of parameters (biases, norms, modulations, convolutions), by their names in the
+            diffusers model.
         header: the file's metadata.
     """
 
@@ -122,8 +124,7 @@ class _Scaling:
     def of(cls, header: Mapping[str, str], config: dict[str, Any], file: Path) -> _Scaling:
         """From diffusers' header, PEFT's adapter_config.json or the released HunyuanVideo script's lora_config.json."""
         if "lora_params" in config:
-            params = config["lora_params"]
-            return cls({"r": params["lora_rank"], "lora_alpha": params["lora_alpha"]})
+            return cls(config)
         if "lora_adapter_metadata" in header:
             told = json.loads(header["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in told.items()}
@@ -136,6 +137,8 @@ class _Scaling:
         config = self.config
         if not config:
             return 1.0
+        if "lora_params" in config:  # one factor for all layers, whatever their ranks
+            return float(config["lora_params"]["lora_alpha"]) / config["lora_params"]["lora_rank"]
         patterns = config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
         return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
@@ -143,18 +146,23 @@ class _Scaling:
 
 @dataclass(frozen=True)
 class _Target:
-    """A layer that tensors of a file name: one of diffusers', or one of the original checkpoint that holds several."""
+    """A layer that tensors of a file name: one of diffusers', or one of the original checkpoint that holds several.
+
+    Attributes:
+        parameter: of the modules, that a whole difference changes.
+    """
 
     name: str
     parts: tuple[str, ...]
     modules: tuple[nn.Module, ...]
-    swapped: bool
+    swapped: bool = False
+    parameter: str = "weight"
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """The rows of each part."""
         if self.swapped:
             rows = torch.cat(rows.chunk(2)[::-1])
-        return [piece.contiguous() for piece in rows.split([len(_tensor(m, "weight")) for m in self.modules])]
+        return [piece.contiguous() for piece in rows.split([len(_tensor(m, self.parameter)) for m in self.modules])]
 
 
 def _assemble(
@@ -166,15 +174,19 @@ def _assemble(
         if "down" in found and "up" in found:
             rank = len(found["down"])
             scale = found["alpha"].item() / rank if "alpha" in found else scaling.of_layer(target.name, rank)
-            for part, pair in _pairs(target, found["down"].float(), found["up"].float() * scale, file):
-                if part in lora.pairs:
-                    raise UserError(f"{file}: layer {part} is there twice, under two names")
-                lora.pairs[part] = pair
+            down, up = found["down"].float(), found["up"].float() * scale
+            if isinstance(target.modules[0], _CONVOLUTIONS):
+                found["diff"] = found.get("diff", 0) + _product(target, down, up, file)
+            else:
+                for part, pair in _pairs(target, down, up, file):
+                    if part in lora.pairs:
+                        raise UserError(f"{file}: layer {part} is there twice, under two names")
+                    lora.pairs[part] = pair
         elif not found.keys() <= {"diff", "bias"}:
             raise UserError(f"{file}: layer {target.name} has {' and '.join(found)} of a LoRA, the rest is missing")
         if "up_bias" in found:
             found["bias"] = found["up_bias"] * scale
-        for kind, parameter in (("diff", "weight"), ("bias", "bias")):
+        for kind, parameter in (("diff", target.parameter), ("bias", "bias")):
             if kind in found:
                 lora.differences.update(_whole(target, parameter, found[kind].float(), file))
     if not lora.pairs and not lora.differences:
@@ -184,24 +196,36 @@ def _assemble(
 
 def _group(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> Iterable[tuple[_Target, dict[str, Tensor]]]:
     """The tensors of each layer by their kind: down, up, up_bias, alpha, diff, bias."""
-    layers = weighted_layers(model)
-    targets = {name: _Target(name, (name,), (module,), False) for name, module in layers.items()}
-    for layer in original_layers(type(model).__name__, layers):
-        modules = tuple(layers[part] for part in layer.parts)
-        targets[layer.name] = _Target(layer.name, layer.parts, modules, layer.swapped)
-    targets |= {name.replace(".", "_"): target for name, target in targets.items()}
+    targets = _targets(model)
     found: dict[str, tuple[_Target, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         prefix, ending = _PREFIXES.match(key), _ENDINGS.search(key)
         assert prefix is not None  # it may be empty
-        target = targets.get(key[prefix.end() : ending.start()]) if ending else None
-        if ending is None or target is None:
+        kinds = [kind for kind, matched in ending.groupdict().items() if matched] if ending else []
+        name = key[prefix.end() : ending.start()] if ending else ""
+        if kinds == ["modulation"]:  # a short way to write that of a block
+            name, kinds = f"{name}.modulation", ["diff"]
+        target = targets.get(name)
+        if target is None or (target.parameter != "weight" and kinds != ["diff"]):
             raise UserError(
                 f"{file}: tensor {key} fits no layer of {type(model).__name__}, expected a LoRA for this very model"
             )
-        kind = next(kind for kind, matched in ending.groupdict().items() if matched)
-        found.setdefault(target.name, (target, {}))[1][kind] = tensor
+        found.setdefault(target.name, (target, {}))[1][kinds[0]] = tensor
     return found.values()
+
+
+def _targets(model: nn.Module) -> dict[str, _Target]:
+    """What a file may change, by each name that a tool may give it."""
+    model_class, layers = type(model).__name__, weighted_layers(model)
+    targets = {name: _Target(name, (name,), (module,)) for name, module in layers.items()}
+    for layer in original_layers(model_class, layers):
+        modules = tuple(layers[part] for part in layer.parts)
+        target = _Target(layer.name, layer.parts, modules, layer.swapped)
+        targets |= dict.fromkeys((layer.name, *comfyui_names(model_class, layer.name)), target)
+    for name, ours in original_parameters(model_class, dict(model.named_parameters())).items():
+        part, _, parameter = ours.rpartition(".")
+        targets[name] = _Target(name, (part,), (model.get_submodule(part),), parameter=parameter)
+    return targets | {name.replace(".", "_"): target for name, target in targets.items()}
 
 
 def _pairs(target: _Target, down: Tensor, up: Tensor, file: Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -230,7 +254,18 @@ def _whole(target: _Target, parameter: str, change: Tensor, file: Path) -> Itera
             f"{file}: {parameter} of {target.name} changes by a {tuple(change.shape)} tensor, the model has {shapes}"
         )
     for part, piece in zip(target.parts, target.split(change), strict=True):
-        yield f"{part}.{parameter}", piece
+        yield f"{part}.{parameter}".removeprefix("."), piece
+
+
+def _product(target: _Target, down: Tensor, up: Tensor, file: Path) -> Tensor:
+    """The whole change of a convolution by a pair: A convolves to the rank, B mixes it."""
+    shape = _tensor(target.modules[0], "weight").shape
+    if len(down) * shape[1:].numel() != down.numel() or (len(up), up.numel()) != (shape[0], shape[0] * len(down)):
+        raise UserError(
+            f"{file}: layer {target.name} has factors {tuple(up.shape)} and {tuple(down.shape)}, expected them for a "
+            f"{tuple(shape)} convolution: is the LoRA for another model?"
+        )
+    return (up.flatten(1) @ down.flatten(1)).reshape(shape)
 
 
 def _tensor(module: nn.Module, parameter: str) -> Tensor:

@@ -23,6 +23,7 @@ from torch import nn
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.formats import WEIGHTS, Adapter
+from train.export.names import comfyui_names
 from train.export.reading import Pairs, read_lora, trim, weighted_layers
 
 PIPELINES = {
@@ -46,12 +47,22 @@ def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list
         A line for each loader: what was loaded, by what.
 
     Raises:
-        UserError: something is missing, extra or different.
+        UserError: something is missing, extra or different for the format's own loader. What a second one cannot read
+            is said in its line.
     """
     file = next(folder.glob("*.safetensors"))
     compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
-    said = [load(adapter, base, file) for load in _LOADERS[format_name]]
+    own, *others = _LOADERS[format_name]
+    said = [own(adapter, base, file), *(_tried(load, adapter, base, file) for load in others)]
     return [line for line in said if line]
+
+
+def _tried(load: Callable[[Adapter, Path, Path], str], adapter: Adapter, base: Path, file: Path) -> str:
+    try:
+        return load(adapter, base, file)
+    except Exception as error:  # of another library, whose file this is not
+        reason = " ".join(str(error).split())[:200]
+        return f"diffusers does not read this file, format=diffusers is for it ({type(error).__name__}: {reason})"
 
 
 def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
@@ -86,25 +97,46 @@ def _by_peft(adapter: Adapter, base: Path, file: Path) -> str:
 
 
 def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
-    """ComfyUI's rule: a known prefix, the original layer's name, and factors of the original weight's shape."""
+    """ComfyUI's rule: a known prefix, the layer's name, and factors of the original weight's shape."""
     tensors = load_file(file)
     layers = adapter.fused()
+    passed_over = []
     for name, (down, up) in layers.items():
-        plain = [f"{prefix}{name}" for prefix in ("diffusion_model.", "transformer.")]
-        key = next((k for k in plain if f"{k}.lora_A.weight" in tensors), f"lora_unet_{name.replace('.', '_')}")
-        ends = ("lora_A.weight", "lora_B.weight") if key in plain else ("lora_down.weight", "lora_up.weight")
+        known = _comfyui_keys(adapter.model_class, name)
+        keys = [*known, f"lora_unet_{name.replace('.', '_')}"]
+        key = next((k for k in keys if any(f"{k}.{end}.weight" in tensors for end in ("lora_A", "lora_down"))), keys[0])
+        if key not in known:
+            passed_over.append(name)
+        ends = ("lora_down", "lora_up") if key.startswith("lora_unet_") else ("lora_A", "lora_B")
         for end, expected in zip(ends, (down, up), strict=True):
-            found = tensors.pop(f"{key}.{end}", None)
+            found = tensors.pop(f"{key}.{end}.weight", None)
             if found is None or not torch.equal(found, expected):
-                raise UserError(f"{file}: {key}.{end} is not what was exported, this file will not work in ComfyUI")
+                raise UserError(f"{file}: {key}.{end}.weight is not what was exported, it will not work elsewhere")
         alpha = tensors.pop(f"{key}.alpha", None)
         if alpha is not None and alpha.item() != len(down):
             raise UserError(f"{file}: {key}.alpha is {alpha.item()}, expected {len(down)}")
     if tensors:
         raise UserError(f"{file}: {min(tensors)} has no layer in the original checkpoint")
-    return f"names and shapes of the original checkpoint: {2 * len(layers)} tensors"
+    said = f"names and shapes of the original checkpoint: {2 * len(layers)} tensors"
+    if not passed_over:
+        return said
+    return (
+        f"{said}; ComfyUI passes over {len(passed_over)} of {len(layers)} layers such as {passed_over[0]}: "
+        "give it format=comfyui"
+    )
 
 
+def _comfyui_keys(model_class: str, name: str) -> list[str]:
+    """What ComfyUI looks for before ``.lora_A`` and the like."""
+    own, *others = comfyui_names(model_class, name)
+    keys = [f"diffusion_model.{own}", f"lora_unet_{own.replace('.', '_')}"]
+    if model_class == "HunyuanVideoTransformer3DModel":
+        last = (own, *others)[-1]
+        keys += [f"transformer.{last}", f"diffusion_model.{last}"]
+    return keys
+
+
+# The format's own loader first; a second one may also read the file.
 _LOADERS: dict[str, list[Callable[[Adapter, Path, Path], str]]] = {
     "diffusers": [_by_pipeline],
     "released": [_by_pipeline],

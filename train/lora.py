@@ -5,12 +5,12 @@ y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at th
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -44,28 +44,33 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
             parameter.data = parameter.data.float()
     for name in matched:
         layer = transformer.get_submodule(name)
-        layer.forward = functools.partial(_forward, layer)
-        layer.lora_B[ADAPTER].forward = functools.partial(_add_product, layer.lora_B[ADAPTER])
+        assert type(layer) is Linear
+        layer.__class__, layer.lora_B[ADAPTER].__class__ = _LoraLinear, _AddedLinear
     return matched
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """PEFT's forward of a linear layer with a LoRA, in fewer passes over the output.
+class _LoraLinear(Linear):
+    """PEFT's linear layer with a LoRA, its forward in fewer passes over the output.
 
     The factor goes to the narrow side, and the second product adds to the frozen layer's output: no second tensor of
-    the output's size is made in the forward, nor one of the gradient's in the backward.
+    the output's size is made in the forward, nor one of the gradient's in the backward. A class, since a compiler that
+    met another ``forward`` on each layer would compile each block by itself.
     """
-    out: Tensor = layer.base_layer(x)
-    if layer.disable_adapters:
-        return out
-    narrow = layer.lora_A[ADAPTER](x) * layer.scaling[ADAPTER]
-    total: Tensor = layer.lora_B[ADAPTER](narrow, out)
-    return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        narrow = self.lora_A[ADAPTER](x) * self.scaling[ADAPTER]
+        total: Tensor = self.lora_B[ADAPTER](narrow, out)
+        return total
 
 
-def _add_product(linear: nn.Linear, x: Tensor, to: Tensor) -> Tensor:
+class _AddedLinear(nn.Linear):
     """to + x W^T for ``x`` (..., in) and ``to`` (..., out); a module's forward, so that ZeRO 3 gathers its weight."""
-    return torch.addmm(to.flatten(0, -2), x.flatten(0, -2), linear.weight.t()).view(to.shape)
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.addmm(to.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(to.shape)
 
 
 def lora_parameters(transformer: Any) -> dict[str, Parameter]:

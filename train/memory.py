@@ -83,12 +83,19 @@ def chunk_tokens(layer: nn.Module, tokens: int) -> None:
     Args:
         layer: takes and gives (batch, tokens, features).
     """
-    whole = layer.forward
+    layer.__class__ = _chunked(type(layer), tokens)  # type: ignore[arg-type]
 
-    def forward(x: Tensor) -> Tensor:
+
+@functools.cache
+def _chunked(kind: Any, tokens: int) -> Any:
+    """A class for all layers of a kind, so that the blocks that hold them share one compiled graph."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        whole = super(chunked, self).forward
         return torch.cat([checkpoint(whole, part, use_reentrant=False) for part in x.split(tokens, dim=1)], dim=1)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    chunked: Any = type(f"Chunked{kind.__name__}", (kind,), {"forward": forward})
+    return chunked
 
 
 def _is_self_attention(operator: Any, args: Sequence[Any]) -> bool:

@@ -30,7 +30,9 @@ def gradients(
             torch.nn.init.normal_(parameter, std=0.1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    set_memory_policy(adapter, ParallelConfig(activations=policy), compiled=compiled)
+    set_memory_policy(
+        adapter, ParallelConfig(activations=policy, ffn_chunk=16 if compiled else None), compiled=compiled
+    )
     adapter.transformer.train()
     latent = latents(adapter, tokens, samples)
     seen = conditions(adapter, latent)

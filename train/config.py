@@ -340,6 +340,8 @@ def validate(config: RunConfig) -> None:
     if config.report.clips and config.report.short_frames > config.clip.frames:
         raise UserError(f"report.short_frames is {config.report.short_frames}, expected at most clip.frames")
     if config.lora is not None and config.lora.targets is not None:
+        if config.lora.text:
+            raise UserError("lora.text is true, but lora.targets names all modules: put those of the text into it")
         try:
             re.compile(config.lora.targets)
         except re.error as error:

@@ -26,7 +26,11 @@ def longest_runs() -> dict[str, str]:
 
 def config_of(name: str) -> RunConfig:
     """A run file as a benchmark takes it: every block runs the pattern."""
-    return finish(compose_run({"conf": name, "attention.dense_layers": "0", "trainer.compile": "true"}))
+    return finish(
+        compose_run(
+            {"conf": name, "attention.dense_layers": "0", "trainer.compile": "true", "parallel.activations": "full"}
+        )
+    )
 
 
 def shrunk(config: RunConfig) -> RunConfig:

@@ -89,6 +89,7 @@ def test_the_shift_follows_resolution_and_length():
         ),
         (["lora.rank=0"], "lora.rank is 0"),
         (["lora.targets=("], r"lora.targets is '\(', expected a regular expression"),
+        (["lora.targets=x", "lora.text=true"], "lora.text is true, but lora.targets names all modules"),
         (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
         (["optim.lr=inf"], "optim.lr is inf"),
         (["seed=99999999999999999999"], "seed is 99999999999999999999"),

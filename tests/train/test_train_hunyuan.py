@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-from families import TEXT, Perfect, build, conditions, latents, stock
+from families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
+from tiny_models import save_hunyuan
 
 from data.batch import Batch
+from data.encoders import load_encoder
+from data.encoders.base import EncoderSettings, to_video
 from data.sample import Prompt, TextTokens
 from radial import Dense
 from train.errors import UserError
@@ -20,6 +24,7 @@ from train.plan import AttentionPlan
 from train.sampling import sample
 
 TOKENS = (3, 4, 5)
+CPU = torch.device("cpu")
 
 
 def planned(adapter, latent, backend=None):
@@ -134,3 +139,18 @@ def test_a_dropped_caption_takes_the_empty_prompts_pooled_vector_along():
     module.caption_dropout = 0.0
     module.training_step(batch, 0)
     assert torch.equal(perfect.told["pooled_projections"], seen.pooled["clip"])
+
+
+@torch.no_grad()
+def test_the_encoders_latents_are_normalised_as_the_pipeline_undoes_it(tmp_path):
+    encoder = load_encoder("hunyuan", EncoderSettings(save_hunyuan(tmp_path), CPU, torch.float32, torch.float32))
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    mode = encoder.vae.encode(to_video(frames, CPU, torch.float32)).latent_dist.mode()
+    pipeline = HunyuanVideoPipeline(
+        None, None, build("hunyuan").transformer, encoder.vae, FlowMatchEulerDiscreteScheduler(shift=7.0), None, None
+    )
+    text = {"prompt_embeds": torch.zeros(1, 4, 24), "prompt_attention_mask": torch.ones(1, 4)}
+    size = {"height": 32, "width": 48, "num_frames": 9, "pooled_prompt_embeds": torch.zeros(1, 12)}
+    got = given_to_the_decoder(pipeline, encoder.encode(frames), **text, **size)
+    torch.testing.assert_close(got, mode, rtol=1e-2, atol=1e-4)  # shards hold bfloat16
+    assert encoder.vae.config.scaling_factor != 1

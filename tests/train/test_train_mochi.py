@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
+from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
-from families import TEXT, Perfect, build, conditions, latents, stock
+from families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 
+from data.encoders import load_encoder
+from data.encoders.base import EncoderSettings, to_video
 from data.sample import TextTokens
 from radial import Dense
 from train.flow import noised
@@ -16,6 +18,7 @@ from train.plan import AttentionPlan
 from train.sampling import sample
 
 TOKENS = (3, 4, 5)
+CPU = torch.device("cpu")
 
 
 def planned(adapter, latent):
@@ -86,3 +89,22 @@ def test_the_last_block_has_no_text_output():
     layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     expected = {f"transformer_blocks.{n}.attn1.{layer}" for n in range(3) for layer in layers}
     assert set(names) == expected - {"transformer_blocks.2.attn1.to_add_out"}
+
+
+@torch.no_grad()
+def test_the_encoders_latents_are_normalised_as_the_pipeline_undoes_it(tmp_path):
+    mean, std = torch.linspace(-0.3, 0.4, 12).tolist(), torch.linspace(0.6, 1.4, 12).tolist()
+    torch.manual_seed(0)
+    AutoencoderKLMochi(
+        latent_channels=12, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5, latents_mean=mean, latents_std=std, scaling_factor=0.8,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    encoder = load_encoder("mochi", EncoderSettings(tmp_path, CPU, torch.float32, torch.float32, vae_only=True))
+    frames = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), dtype=np.uint8)
+    mode = encoder.vae.encode(to_video(frames, CPU, torch.float32)).latent_dist.mode()
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipeline = MochiPipeline(scheduler, encoder.vae, None, None, build("mochi").transformer)
+    text = {"prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 4, dtype=torch.bool)}
+    size = {"height": 32, "width": 48, "num_frames": 13, "guidance_scale": 1.0}
+    got = given_to_the_decoder(pipeline, encoder.encode(frames), **text, **size)
+    torch.testing.assert_close(got, mode, rtol=1e-2, atol=1e-2)  # shards hold bfloat16

@@ -1,18 +1,23 @@
 """Exports of a run, as their users load them: through diffusers and PEFT."""
 
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import run_config
 
 from radial import Dense, VideoGrid
+from train import __version__
 from train.checkpoint import last_checkpoint, load_weights
 from train.errors import UserError
 from train.export.__main__ import main
@@ -80,13 +85,44 @@ def test_training_ends_with_every_adapter_format(trained):
 
 
 def test_the_header_says_how_to_run_it(trained):
-    _, run = trained
+    config, run = trained
     with safe_open(run / "export" / "diffusers" / "pytorch_lora_weights.safetensors", "pt") as file:
         header = file.metadata()
-    assert header["radial.pattern"] == "released"
-    assert header["radial.frames"] == "8"
-    assert header["radial.rank"] == "4"
-    assert header["radial.step"] == "3"
+    assert {key.removeprefix("radial."): value for key, value in header.items() if key != "format"} == {
+        "base_model": Path(config.model.path).name, "family": "wan", "rope": "default", "expert": "None",
+        "rank": "4", "shift": str(config.shift()), "step": "3", "version": __version__,
+        "pattern": "released", "rule": "wan", "decay": str(config.attention.decay),
+        "block": str(config.attention.block), "dense_layers": str(config.attention.dense_layers),
+        "dense_sigma": "None", "frames": "8", "height": str(config.clip.height), "width": str(config.clip.width),
+    }  # fmt: skip
+
+
+def test_a_model_of_the_hub_is_merged_into_a_whole_pipeline(trained, tmp_path, monkeypatch):
+    """Training has fetched the transformer alone."""
+    config, run = trained
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    shutil.copytree(config.model.path, hub / "transformer")
+    for name in ("model_index.json", "vae/config.json", "text_encoder/model.safetensors"):
+        (hub / name).parent.mkdir(exist_ok=True)
+        (hub / name).write_text("{}")
+
+    def download(name, allow_patterns=None):
+        assert name == "org/name"
+        names = [str(file.relative_to(hub)) for file in hub.rglob("*.*")]
+        for file in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("train.export.base.snapshot_download", download)
+    of_hub = replace(config, model=replace(config.model, path="hub:org/name", subfolder="transformer"))
+    monkeypatch.setattr("train.export.run.read_config", lambda run: of_hub)
+    export_run(run, out=tmp_path / "out", formats=["peft"])
+    assert [path.name for path in cache.iterdir()] == ["transformer"]
+    export_run(run, out=tmp_path / "out", formats=["peft"], merged=True)
+    merged = tmp_path / "out" / "merged"
+    assert {path.name for path in merged.iterdir()} == {"model_index.json", "transformer", "vae", "text_encoder"}
+    assert (merged / "text_encoder" / "model.safetensors").is_file()
 
 
 def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
@@ -113,6 +149,11 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
         (["run=x", "merge=yes"], "merge is 'yes', expected true or false"),
         (["run=x", "merge=true", "strength=a"], "strength is 'a', expected a number"),
         (["run=x", "merge=true", "add=a.safetensors:b"], "add is 'b', expected a number"),
+        (["run=x", "add_2=a.safetensors"], "add_2 is for the merged model, set merge=true"),
+        (
+            ["run={run}", "merge=true", "add_2=a.safetensors"],
+            "add_2 is for the second of two experts, the run trained one",
+        ),
         (["run=x", "strength=0.5"], "strength is for the merged model, set merge=true"),
         (["run={run}", "out={out}", "format=diffusers,onnx"], "format is 'onnx', expected some of diffusers,comfyui"),
         (["run={run}", "out={out}", "format=released"], "format released is not there for a WanTransformer3DModel"),

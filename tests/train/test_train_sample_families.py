@@ -7,10 +7,13 @@ import sample_ranks
 import torch
 from PIL import Image
 from ranks import run_ranks
-from test_train_sample import close, latent
+from test_train_sample import close, latent, words
+from test_train_sample_loras import save_lora
 from tiny_pipelines import save_pipeline
 
 from train.errors import UserError
+from train.sample.__main__ import main
+from train.sample.generate import Generator
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "steps": 3, "seed": 7, "negative": "the bar"}
 CASES = {
@@ -71,6 +74,37 @@ def test_dense_is_the_stock_pipeline_and_released_is_not(folders, family, image)
     sparse = latent(folder, **changes, decay=0.4, dense_layers=0, dense_steps=1)
     assert (sparse.latent - expected).abs().max() > 1e-3
     assert sparse.dense == [True] + [False] * (changes["steps"] - 1)
+
+
+@pytest.mark.parametrize(("family", "offload"), [("mochi", "block"), ("hunyuan", "model")])
+def test_compiled_offloaded_and_with_a_style_the_joint_families_make_the_same_clips(
+    folders, tmp_path, monkeypatch, family, offload
+):
+    """By the command, compared with dense; torch.compile without its code generation, which takes minutes."""
+    compiled = []
+
+    def compile_block(block):
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    folder, changes = settings(folders, family)
+    style = save_lora(folder, tmp_path / "style.safetensors", header={}, family=family, seed=2)
+    changes |= {"steps": 2, "decay": 0.4, "dense_layers": 1, "dense_steps": 0, "add": f"{style}:0.5"}
+    expected = {name: latent(folder, **{**changes, **more}).latent for name, more in (
+        ("released", {}), ("dense", {"pattern": "dense"}), ("plain", {"add": None})
+    )}  # fmt: skip
+    assert (expected["released"] - expected["plain"]).abs().max() > 1e-3
+    assert not compiled
+    made = []
+    write = Generator._write
+    monkeypatch.setattr(Generator, "_write", lambda self, job, clips: made.append(clips) or write(self, job, clips))
+    out = tmp_path / "clip.mp4"
+    main(words(folder, **changes, out=out, compare="dense", offload=offload, compile="true"))
+    assert len(compiled) == {"mochi": 2, "hunyuan": 4}[family]
+    for name in ("released", "dense"):
+        close(made[0][name].latent, expected[name])
+    assert out.with_stem("clip_both").exists()
 
 
 @pytest.mark.parametrize("family", CASES)

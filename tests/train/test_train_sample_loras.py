@@ -27,9 +27,9 @@ def two(tmp_path_factory):
     return save_pipeline("wan_a14b", tmp_path_factory.mktemp("loras") / "two")
 
 
-def save_lora(folder, file, *, header, seed=1, format_name="comfyui"):
+def save_lora(folder, file, *, header, seed=1, format_name="comfyui", family="wan"):
     model = stand_in(folder / "transformer")
-    pairs = _fold(random_lora(model, TARGETS["wan"], seed=seed), 3)
+    pairs = _fold(random_lora(model, TARGETS[family], seed=seed), 3)
     FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
     return file
 

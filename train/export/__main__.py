@@ -21,12 +21,13 @@ Writes a run's LoRA in the formats of other tools, loads each again with the too
   merge        true: also the base model with the LoRA in its weights, a diffusers folder of sharded safetensors
   strength     of the LoRA in the merged model (1.0)
   add          further LoRAs in the merged model, with strengths: style.safetensors:0.8,other.safetensors
+  add_2        those of the expert for low noise levels, of a run that trained two
 
 examples:
   python -m train.export run=runs/wan_4x/<time>
   python -m train.export run=runs/wan_4x/<time> format=comfyui dtype=bf16
   python -m train.export run=runs/wan_4x/<time> merge=true dtype=bf16 add=style.safetensors:0.8"""
-_KEYS = ("run", "checkpoint", "format", "out", "dtype", "merge", "strength", "add")
+_KEYS = ("run", "checkpoint", "format", "out", "dtype", "merge", "strength", "add", "add_2")
 
 
 def main(arguments: list[str]) -> None:
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> None:
         dtype=settings.get("dtype"),
         strength=number("strength", settings.get("strength", "1")),
         add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
+        add_2=files_with_strengths("add_2", settings["add_2"]) if "add_2" in settings else (),
     )
     print("\n".join(lines))
 

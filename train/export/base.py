@@ -16,8 +16,11 @@ from train.errors import UserError
 from train.models import model_folder
 
 
-def transformer_folder(config: ModelConfig) -> Path:
+def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
     """The folder with the transformer's config.json and weights; from the hub's cache where the model is of the hub.
+
+    Args:
+        whole: the folder that it lies in has to be whole: fetch the pipeline's other parts too.
 
     Raises:
         UserError: it is not there, or cannot be fetched.
@@ -25,7 +28,7 @@ def transformer_folder(config: ModelConfig) -> Path:
     path, subfolder = model_folder(config)
     if not Path(path).is_dir():
         try:
-            path = snapshot_download(path, allow_patterns=[f"{subfolder}/*" if subfolder else "*"])
+            path = snapshot_download(path, allow_patterns=None if whole or not subfolder else [f"{subfolder}/*"])
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model.path {config.path} cannot be fetched: {reason}") from error

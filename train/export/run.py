@@ -37,6 +37,7 @@ from train.export.reading import Lora, Pairs, read_lora
 from train.export.verify import verify
 from train.models import load_adapter
 
+_HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,6 +51,7 @@ def export_run(
     dtype: str | None = None,
     strength: float = 1.0,
     add: Sequence[tuple[Path, float]] = (),
+    add_2: Sequence[tuple[Path, float]] = (),
 ) -> list[str]:
     """Writes the export folder of a run, loads it again as its users will, and returns a line for each part.
 
@@ -62,18 +64,20 @@ def export_run(
         dtype: of all weights, ``fp32`` or ``bf16``; by default fp32 for adapters, and for merged models what the base
             model has. The merge itself is done in fp32.
         strength: of the run's LoRA in the merged model.
-        add: further LoRA files that are merged too, with their strengths.
+        add: further LoRA files that are merged too, with their strengths; of two experts into the first.
+        add_2: those of the expert for low noise levels.
 
     Raises:
         UserError: no run, no checkpoint, or weights that do not fit the base model; nothing is written then.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if not merged and (strength != 1.0 or add):
-        raise UserError(f"{'add' if add else 'strength'} is for the merged model, set merge=true")
+    if not merged and (strength != 1.0 or add or add_2):
+        name = "add" if add else "add_2" if add_2 else "strength"
+        raise UserError(f"{name} is for the merged model, set merge=true")
     config = read_config(run)
-    if config.model.expert == "both" and add:
-        raise UserError("add cannot say which of the two experts a LoRA is for: merge it with a run of one, or load it")
+    if add_2 and config.model.expert != "both":
+        raise UserError("add_2 is for the second of two experts, the run trained one transformer: use add")
     checkpoint = checkpoint or last_checkpoint(run)
     out = out or run / "export"
     weights = load_weights(checkpoint)
@@ -92,7 +96,7 @@ def export_run(
             step, said = load_state(checkpoint)["global_step"], []
             for kind, part, own in _parts(config, weights):
                 pairs = _fold(own, config.lora.alpha)
-                base = transformer_folder(part.model)
+                base = transformer_folder(part.model, whole=merged)
                 header, name = _header(part, step), "_".join(filter(None, (config.conf, kind)))
                 lines = _save_adapters(
                     part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name
@@ -100,7 +104,8 @@ def export_run(
                 said += [str(Path(kind) / line) for line in lines]
                 if merged:
                     model = stand_in(base)
-                    loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in add)]
+                    others = add_2 if kind == _LOW else add
+                    loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in others)]
                     whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
                     place = temporary / ("" if whole else kind) / "merged"
                     said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None))
@@ -117,9 +122,9 @@ def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str,
     if config.model.expert != "both":
         yield "", config, weights
         return
-    for expert, prefix in (("high", "transformer."), ("low", "transformer_2.")):
+    for folder, expert, prefix in ((_HIGH, "high", "transformer."), (_LOW, "low", "transformer_2.")):
         own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        yield f"{expert}_noise", replace(config, model=replace(config.model, expert=expert)), own
+        yield folder, replace(config, model=replace(config.model, expert=expert)), own
 
 
 def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:

@@ -49,14 +49,23 @@ class Clip:
     seconds: list[float]
     dense: list[bool]
 
-    def measured(self) -> dict[str, Any]:
-        """For the JSON; medians, since the first step of each kind builds and compiles."""
+    def medians(self) -> dict[str, float]:
+        """Seconds of a step of each kind there is; the first one builds and compiles, so that a mean would mislead."""
         kinds = {
             kind: [s for s, dense in zip(self.seconds, self.dense, strict=True) if dense == wanted]
             for kind, wanted in (("dense", True), ("sparse", False))
         }
-        steps = {f"seconds_a_{kind}_step": statistics.median(found) for kind, found in kinds.items() if found}
-        return {"seconds": sum(self.seconds), "seconds_a_step": self.seconds, **steps}
+        return {kind: statistics.median(found) for kind, found in kinds.items() if found}
+
+    def steady(self) -> float:
+        """Seconds of all steps, each taken as its kind's median: what a further clip takes."""
+        medians = self.medians()
+        return sum(medians["dense" if dense else "sparse"] for dense in self.dense)
+
+    def measured(self) -> dict[str, Any]:
+        """For the JSON."""
+        steps = {f"seconds_a_{kind}_step": seconds for kind, seconds in self.medians().items()}
+        return {"seconds": sum(self.seconds), "steady_seconds": self.steady(), "seconds_a_step": self.seconds, **steps}
 
 
 def generate(settings: Settings, model: ModelConfig) -> list[Path]:
@@ -122,8 +131,8 @@ class Generator:
                 )
             elif settings.offload == "none":
                 adapter.transformer.to(device)
-            if settings.compile:
-                adapter.transformer.compile_repeated_blocks()
+            for block in adapter.blocks() if settings.compile else ():
+                block.compile()
         assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
         self.attention = Attention(
             make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule)),
@@ -257,10 +266,10 @@ class Generator:
                 both.add(beside([mine, part]))
                 others.append(part)
         distance, why = lpips(one, np.concatenate(others))
-        fast, slow = sum(clip.seconds), sum(dense.seconds)
+        fast, slow = clip.steady(), dense.steady()
         about = {
             "dense": dense.measured(),
-            "speed_up": slow / fast,
+            "speed_up": slow / fast,  # without what the first steps build and compile
             "psnr": alike.psnr if math.isfinite(alike.psnr) else None,
             "ssim": alike.ssim,
             "lpips": distance,

@@ -141,7 +141,8 @@ def load_pipeline(cls: Any, folder: str, settings: Settings, device: torch.devic
     vae = _VAE_DTYPE.get(cls.__name__, torch.float32) if dtype == torch.bfloat16 else torch.float32
     pipeline = _load(cls, folder, **nothing, torch_dtype={"default": dtype, "vae": vae, "image_encoder": torch.float32})
     pipeline.vae.to(device)
-    if getattr(pipeline, "image_encoder", None) is not None:
+    # else it looks at its one picture on the CPU, where it is for the rest of the clip
+    if getattr(pipeline, "image_encoder", None) is not None and settings.offload == "none":
         pipeline.image_encoder.to(device)
     if settings.shift is not None:
         config = pipeline.scheduler.config

@@ -197,6 +197,8 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}, expected a positive number")
+    if settings.compare is not None and settings.pattern == "dense":
+        raise UserError("compare=dense with pattern=dense has nothing to compare: choose another pattern, or one clip")
     if settings.backend is not None and settings.backend not in BACKENDS:
         raise UserError(f"backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
     if settings.image is not None and not settings.image.is_file():

@@ -12,6 +12,7 @@ import torch
 from families import PATTERNS, TEXT, build, conditions, latents, shards, stock
 from family_steps import config_of, longest_runs, shrunk, step_of_two_blocks
 from oracles import masked_softmax
+from peft import LoraConfig
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,16 +131,16 @@ def test_padding_is_never_attended_where_the_family_masks_it(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_gradients_equal_the_stock_models_with_peft(family):
     gradients = []
-    for adapter in (build(family), stock(family)):
-        names = inject_lora(adapter.transformer, 4, 8, adapter.targets(text=False), seed=3)
+    adapter, reference = build(family), stock(family)
+    names = inject_lora(adapter.transformer, 4, 8, adapter.targets(text=False), seed=3)
+    reference.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=adapter.targets(text=False)))
+    for side in (adapter, reference):
         torch.manual_seed(4)
-        for parameter in adapter.transformer.parameters():
+        for parameter in side.transformer.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
-        if not gradients:
-            batch = ready(adapter)
-        adapter.velocity(*batch).square().mean().backward()
-        gradients.append({n: p.grad for n, p in adapter.transformer.named_parameters() if p.requires_grad})
+        side.velocity(*ready(adapter)).square().mean().backward()
+        gradients.append({n: p.grad for n, p in side.transformer.named_parameters() if p.requires_grad})
     assert len(names) == 4 * adapter.attention_shape[0]  # Q, K, V and O of each block
     assert len(gradients[0]) == 2 * len(names)
     assert gradients[0].keys() == gradients[1].keys()

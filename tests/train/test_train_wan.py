@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from families import Perfect, build, conditions, latents
 from oracles import masked_softmax
 from peft import LoraConfig
 from tiny import ARCHITECTURE, save_model
@@ -156,10 +157,15 @@ def test_an_euler_step_with_the_true_velocity_returns_the_clean_latent():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    scheduler.set_timesteps(1)
-    latent, noise = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    scheduler.set_timesteps(sigmas=[0.7])
+    adapter = build("wan")
+    latent = latents(adapter, (3, 4, 5))
+    noise = torch.randn(latent.shape)
     sigma = scheduler.sigmas[:1].expand(2)
-    x, velocity = noised(latent, noise, sigma)
-    torch.testing.assert_close(1000 * sigma[0], scheduler.timesteps[0])
+    x, target = noised(latent, noise, sigma)
+    perfect = Perfect(adapter, noise - latent)
+    velocity = adapter.velocity(x, sigma, conditions(adapter, latent))
+    torch.testing.assert_close(velocity, target)
+    torch.testing.assert_close(perfect.told["timestep"], scheduler.timesteps.expand(2))
     clean = scheduler.step(velocity, scheduler.timesteps[0], x, return_dict=False)[0]
     torch.testing.assert_close(clean, latent, rtol=0, atol=1e-5)

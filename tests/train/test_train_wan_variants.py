@@ -8,6 +8,7 @@ import pytest
 import torch
 import wan_ranks
 import wan_variants as wan
+from families import Perfect
 from oracles import masked_softmax
 from peft import LoraConfig
 from PIL import Image
@@ -188,15 +189,24 @@ def test_an_euler_step_with_the_true_velocity_returns_the_clean_latent(variant):
     scheduler.set_begin_index(2)
     adapter = wan.adapter_of(variant)
     latent, _, seen = ready(adapter, variant)
-    sigma = scheduler.sigmas[2].expand(2)
-    x, target = noised(latent, torch.randn(latent.shape), sigma)
-    velocity = target.clone()
+    sigma, noise = scheduler.sigmas[2].expand(2), torch.randn(latent.shape)
+    x, target = noised(latent, noise, sigma)
+    perfect = Perfect(adapter, noise - latent)
+    velocity = adapter.velocity(x, sigma, seen)
+    torch.testing.assert_close(velocity, target, rtol=0, atol=1e-5)
+    expected = scheduler.timesteps[2].expand(2)
     given = adapter.given_frames(seen)
-    velocity[:, :, :given] = adapter.velocity(x, sigma, seen)[:, :, :given].detach()
+    assert given == (variant == "5b_first")
+    if given:
+        tokens = adapter.grid(x).tokens_per_frame
+        expected = expected[:, None].repeat(1, adapter.grid(x).tokens)
+        expected[:, :tokens] = 0
+        assert torch.equal(perfect.told["hidden_states"][:, :, :1], latent[:, :, :1])
+    torch.testing.assert_close(perfect.told["timestep"], expected)
+    assert torch.equal(perfect.told["hidden_states"][:, : x.shape[1], given:], x[:, :, given:])
     scheduler.sigmas[3] = 0
     clean = scheduler.step(velocity, scheduler.timesteps[2], x, return_dict=False)[0]
     torch.testing.assert_close(clean, latent, rtol=0, atol=1e-5)
-    assert given == (variant == "5b_first")
 
 
 def test_models_of_the_class_that_are_none_of_these_are_refused():

@@ -48,9 +48,9 @@ def of_experts(lora: str | None, lora_2: str | None) -> tuple[str | None, str | 
         UserError: one of them is not told: an untuned expert would go unnoticed.
     """
     if lora is not None and lora_2 is None:
-        path, strength = files_with_strengths("lora", lora)[0]
-        if all((path / part).is_dir() for part in _PARTS):
-            return f"{path / _PARTS[0]}:{strength:g}", f"{path / _PARTS[1]}:{strength:g}"
+        (path, strength), *others = files_with_strengths("lora", lora)
+        if not others and all((path / part).is_dir() for part in _PARTS):
+            return f"{path / _PARTS[0]}:{strength}", f"{path / _PARTS[1]}:{strength}"
     if (lora is None) != (lora_2 is None):
         missing, given = ("lora", "lora_2") if lora is None else ("lora_2", "lora")
         raise UserError(

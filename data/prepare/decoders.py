@@ -12,7 +12,7 @@ import multiprocessing
 import queue
 import signal
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,6 +65,7 @@ class Decoders:
     ) -> None:
         self._tasks = tasks
         self._options: dict[str, Any] = {"fps": fps, "frames": frames, "sizes": sizes, "most": most}
+        self._closing, self._closed = threading.Lock(), False
         # Spawned, not forked: a fork of a process whose torch has run threads can hang.
         self._context = multiprocessing.get_context("spawn")
         self._workers = [self._start(tasks[w::workers]) for w in range(min(workers, len(tasks)))]
@@ -78,10 +79,13 @@ class Decoders:
                 try:
                     event = _receive(self._workers[position % count][1])
                 except (EOFError, OSError):
-                    process = self._workers[position % count][0]
+                    process, connection = self._workers[position % count]
                     process.join()
-                    rest = self._tasks[position + count :: count]
-                    self._workers[position % count] = self._start(rest)
+                    connection.close()
+                    with self._closing:
+                        if self._closed:
+                            return
+                        self._workers[position % count] = self._start(self._tasks[position + count :: count])
                     event = (clips, f"the decoder died ({_death(process.exitcode)})")
                 if isinstance(event, Clip):
                     clips += 1
@@ -91,10 +95,13 @@ class Decoders:
                     break
 
     def close(self) -> None:
-        """Stop the processes."""
-        for process, connection in self._workers:
-            connection.close()
+        """Stop the processes; who waits for the next clip meanwhile, in a thread, finds the end."""
+        with self._closing:
+            self._closed = True
+            workers = list(self._workers)
+        for process, _ in workers:
             process.terminate()
+        for process, _ in workers:
             process.join()
 
     def _start(self, tasks: Sequence[Task]) -> tuple[Any, Connection]:
@@ -137,8 +144,8 @@ def _death(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, up to `depth` of them taken ahead in a thread."""
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """The same items, up to `depth` of them taken ahead in a thread, which ends with this or with the next item."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 

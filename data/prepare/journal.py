@@ -95,6 +95,7 @@ class Journal:
         self._next = max(numbers, default=-1) + 1
         self._rows: list[int] = []
         self._bad: list[Rejected] = []
+        self._torn = False
         first = self._next
         self._shards = TarShards(
             folder,
@@ -106,7 +107,13 @@ class Journal:
 
     def write(self, sample: Sample) -> None:
         """Add a sample, see `TarShards.write`; whenever this finishes a shard, it is recorded."""
-        self._shards.write(sample)
+        try:
+            self._shards.write(sample)
+        except DataError:
+            raise  # nothing of it was written
+        except BaseException:
+            self._torn = True
+            raise
 
     def finish_row(self, row: int, rejected: Rejected | None) -> None:
         """The video's last sample is written; `rejected` when the file is bad."""
@@ -116,13 +123,15 @@ class Journal:
             self.rejected += 1
 
     def flush(self) -> None:
-        """Finish and record the shard in work, and the videos since then."""
+        """Finish and record the shard in work, and the videos since then; not after a write that failed half way."""
+        if self._torn:
+            return
         self._shards.flush()
         if self._rows:
             self._record(None)
 
     def close(self) -> None:
-        """Drop the shard in work, whose videos are not done, and let other processes write."""
+        """Drop the shard in work unless it was flushed, and let other processes write."""
         self._shards.abort()
         self._lock.close()
 

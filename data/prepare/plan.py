@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.files import write_bytes
-from data.prepare.sources import Video, parse_conditions, ranked, read_source, split_conditions
+from data.prepare.sources import Condition, Video, parse_conditions, ranked, read_source, split_conditions
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
@@ -73,8 +73,26 @@ class Plan:
         return cls(raw["arguments"], raw["root"], rows, rejected, raw["passed"])
 
 
-def make_plan(
-    arguments: dict[str, Any],
+@dataclass(frozen=True)
+class Candidates:
+    """The listed videos that meet the conditions on the list's columns, the best first.
+
+    Attributes:
+        about: the list and the conditions, as they are named in errors.
+        root: the folder that the listed paths are relative to.
+        listed: how many videos the list has.
+        matching: those that are left.
+        probed: conditions on what the videos' headers say.
+    """
+
+    about: str
+    root: str
+    listed: int
+    matching: list[Video]
+    probed: list[Condition]
+
+
+def select(
     *,
     source: Path,
     videos: Path | None,
@@ -82,28 +100,17 @@ def make_plan(
     caption_column: str | None,
     where: str | None,
     sort: str | None,
-    top: int | None,
-    fps: float,
-    frames: int,
-    clips: int | None,
-    progress: bool = False,
-) -> Plan:
-    """Choose the videos: conditions on the table's columns, then ranking, then the first `top` that hold a clip.
-
-    Headers are read from the best video down, and only until `top` are found.
+) -> Candidates:
+    """Read the list and choose by its columns; no video is opened.
 
     Args:
-        arguments: kept in the plan.
         source, path_column, caption_column: as in `read_source`.
         videos: the folder that the paths are relative to; None is the source's own.
         where: conditions, as `parse_conditions` takes them.
         sort: as `ranked` takes it; None keeps the order of the list.
-        top: how many videos; None takes all.
-        fps, frames, clips: pace and length of a clip, and the most from one video.
-        progress: show a progress bar on stderr.
 
     Raises:
-        DataError: as `read_source`, `parse_conditions` and `ranked`; or no video is left.
+        DataError: as `read_source`, `parse_conditions` and `ranked`.
     """
     listed, columns = read_source(source, path_column, caption_column)
     own, probed = split_conditions(parse_conditions(where) if where else [], columns)
@@ -111,10 +118,38 @@ def make_plan(
     if sort is not None:
         matching = ranked(matching, sort, columns)
     root = (videos or (source if source.is_dir() else source.parent)).absolute()
+    return Candidates(f"{source} with where={where or ''}", str(root), len(listed), matching, probed)
+
+
+def make_plan(
+    arguments: dict[str, Any],
+    candidates: Candidates,
+    *,
+    top: int | None,
+    fps: float,
+    frames: int,
+    clips: int | None,
+    progress: bool = False,
+) -> Plan:
+    """Choose the first `top` candidates that hold a clip and meet the conditions on their headers.
+
+    Headers are read from the best video down, and only until `top` are found.
+
+    Args:
+        arguments: kept in the plan.
+        candidates: from `select`.
+        top: how many videos; None takes all.
+        fps, frames, clips: pace and length of a clip, and the most from one video.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: no video is left.
+    """
+    matching, probed, root = candidates.matching, candidates.probed, Path(candidates.root)
     rows: list[Row] = []
     rejected: list[Rejected] = []
     wanted = len(matching) if top is None else top
-    passed = len(listed) - len(matching)
+    passed = candidates.listed - len(matching)
     with ThreadPoolExecutor(16) as pool, tqdm(total=min(wanted, len(matching)), disable=not progress) as bar:
         bar.set_description("choosing")
         for start in range(0, len(matching), 64):
@@ -137,8 +172,8 @@ def make_plan(
     if not rows:
         hint = f"{len(rejected)} are bad ({rejected[0].path}: {rejected[0].reason})" if rejected else "none is bad"
         raise DataError(
-            f"{source}: no video of {frames} frames at {fps:g} fps is left of {len(listed)}: {passed} are too short or "
-            f"do not meet where={where or ''}, {hint}"
+            f"{candidates.about}: no video of {frames} frames at {fps:g} fps is left of {candidates.listed}: {passed} "
+            f"are too short or do not meet the conditions, {hint}"
         )
     return Plan(arguments, str(root), rows, rejected, passed)
 

@@ -38,7 +38,7 @@ class Recipe:
         family: of the model, a key of `data.encoders.FAMILIES`.
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
-        selection: further arguments of `make_plan`, as they are.
+        selection: the arguments of `data.prepare.plan.select`, and `top`, as they are.
         image_to_video: write the first frame's conditions.
         device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
         workers: decoding processes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.journal import FinishedError, Journal
-from data.prepare.plan import Plan, Rejected, make_plan
+from data.prepare.plan import Candidates, Plan, Rejected, make_plan, select
 from data.prepare.recipe import Rank, Recipe
+from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
-from data.sample import Sample
+from data.sample import Prompt, Sample
 from data.writer import finish_folder, remove_leftovers
 
 AHEAD = 2  # decoded clips that wait in this process
@@ -41,17 +41,24 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights)}
     try:
         journal.check_open(recipe.out)
+        # A mistake in the list is told before weights are loaded.
+        listed = _select(recipe) if Plan.load(recipe.out / journal.FOLDER) is None else None
         encoder = _load(recipe, rank)
         encoder.check(recipe.frames, recipe.sizes)
-        planned = _plan(recipe, rank, arguments)
+        planned = _plan(recipe, rank, arguments, listed)
         records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
     except FinishedError:
         return _already_there(recipe, rank, arguments)
-    try:
-        _encode_all(recipe, rank, planned, encoder, records)
-        records.flush()
-    finally:
-        records.close()
+    with Stopping() as stopping:
+        try:
+            _encode_all(recipe, rank, planned, encoder, records, stopping)
+        finally:
+            # Whatever ended it: what was encoded stays.
+            with stopping.held():
+                try:
+                    records.flush()
+                finally:
+                    records.close()
     return _finish(recipe, rank, planned, encoder, arguments["encoder"])
 
 
@@ -70,28 +77,34 @@ def _already_there(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> int
 def _load(recipe: Recipe, rank: Rank) -> Encoder:
     if recipe.weights is not None and not recipe.weights.is_dir():
         raise DataError(f"weights is {recipe.weights}, expected a diffusers folder; download it first")
-    available = torch.cuda.is_available()
-    device = torch.device(recipe.device or (f"cuda:{rank.local % torch.cuda.device_count()}" if available else "cpu"))
+    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", rank.local % torch.cuda.device_count())
     _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     return load_encoder(recipe.family, settings)
 
 
-def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
-    """The folder's plan; the rank that comes first makes it, and the others wait for it."""
+def _select(recipe: Recipe) -> Candidates:
     if recipe.out.exists() and not recipe.out.is_dir():
         raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
+    return select(**{name: value for name, value in recipe.selection.items() if name != "top"})
+
+
+def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any], listed: Candidates | None) -> Plan:
+    """The folder's plan; the rank that comes first makes it, and the others wait for it."""
     with journal.exclusively(recipe.out) as home:
         journal.check_open(recipe.out)  # it was long ago that this was asked
         found = Plan.load(home)
         if found is None:
             found = make_plan(
                 arguments,
+                listed or _select(recipe),
+                top=recipe.selection["top"],
                 fps=recipe.fps,
                 frames=recipe.frames,
                 clips=recipe.clips,
                 progress=True,
-                **recipe.selection,
             )
             found.save(home)
     bad = f"{len(found.rejected)} files are bad"
@@ -106,7 +119,9 @@ def _check_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None
         raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")
 
 
-def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal) -> None:
+def _encode_all(
+    recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal, stopping: Stopping
+) -> None:
     """Decode, encode and write this rank's videos that are not done."""
     rows = [row for row in range(rank.index, len(planned.rows), rank.world) if row not in records.done]
     tasks = [Task(row, planned.path(row), records.present.get(row, set())) for row in rows]
@@ -117,9 +132,10 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
     decoders = Decoders(
         tasks, recipe.workers, fps=recipe.fps, frames=recipe.frames, sizes=recipe.sizes, most=recipe.clips
     )
-    events: Iterator[tuple[int, Clip] | End] = prefetch(iter(decoders), AHEAD)
+    events = prefetch(iter(decoders), AHEAD)
     try:
         failed: str | None = None
+        captioned: int | None = None
         kept = 0
         for event in events:
             bar.set_postfix(bad=bad, refresh=False)
@@ -127,7 +143,8 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
                 kept += len(records.present.get(event.row, ()))
                 reason = event.reason or failed or (None if kept else f"ends before {recipe.frames} frames")
                 rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
-                records.finish_row(event.row, rejected)
+                with stopping.held():
+                    records.finish_row(event.row, rejected)
                 bar.total = (bar.total or 0) + event.clips - expected[event.row]
                 if rejected:
                     bad += 1
@@ -136,8 +153,14 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
                 continue
             row, clip = event
             try:
-                records.write(make_sample(encoder, recipe, planned, row, clip))
+                if row != captioned:
+                    prompt, captioned = encoder.prompt(planned.rows[row].caption), row
+                sample = make_sample(encoder, recipe, planned, row, clip, prompt)
+                with stopping.held():
+                    records.write(sample)
                 kept += 1
+            except torch.OutOfMemoryError as error:
+                raise DataError(_too_large(planned, row, clip, error)) from error
             except DataError as error:
                 failed = str(error)
             bar.update()
@@ -145,16 +168,16 @@ def _encode_all(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, rec
     finally:
         bar.close()
         decoders.close()
+        events.close()
 
 
-def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip: Clip) -> Sample:
-    """Encode a clip with its caption.
+def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip: Clip, prompt: Prompt) -> Sample:
+    """Encode a clip; `prompt` is its caption's embedding, which all clips of a video share.
 
     Raises:
         DataError: what came out is no valid sample, a latent with NaN for example.
     """
     video = planned.rows[row]
-    prompt = encoder.prompt(video.caption)
     image = encoder.image(clip.frames) if recipe.image_to_video else {}
     frames, height, width = clip.frames.shape[:3]
     meta = {
@@ -172,6 +195,15 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
     )
     sample.validate()
     return sample
+
+
+def _too_large(planned: Plan, row: int, clip: Clip, error: Exception) -> str:
+    frames, height, width = clip.frames.shape[:3]
+    return (
+        f"{planned.path(row)}: the clip at {clip.start:.2f} s, {frames} frames of {height}x{width}, does not fit into "
+        f"the device's memory ({str(error).partition('.')[0]}); what is encoded stays. Start again on a device with "
+        "more (device=), or choose vae_dtype=bf16, a smaller size= or fewer frames=, and another out="
+    )
 
 
 def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:

@@ -30,6 +30,7 @@ _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 _BT709, _BT601 = 1, 5  # of swscale
 _HDR = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 _TICK = 0.002  # seconds by which a timestamp may be off: Matroska counts milliseconds
+_JUMP = 5.0  # seconds from one frame to the next above which the clock is broken, or ten times the usual
 _SLACK = 0.5  # seconds by which a stream may end before its header says
 
 
@@ -105,8 +106,8 @@ def read_clips(
         skip: numbers of clips that are passed over undecoded as far as possible.
 
     Raises:
-        DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, or it ends
-            before its header says.
+        DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, its clock
+            jumps, or it ends before its header says.
     """
     buffer: np.ndarray | None = None
     filled = index = 0
@@ -131,12 +132,13 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
     """Each decoded frame with how many output frames show it: those whose time lies before the next frame's."""
     shown: VideoFrame | None = None
     failure: str | None = None
-    origin, end, done = 0.0, 0.0, 0
+    origin, last, held, end, done = 0.0, 0.0, 0.0, 0.0, 0
     try:
         with av.open(str(path)) as container:
             stream = _stream(container)
             stream.thread_count = 1  # many processes decode at once
             usual = 1 / float(stream.average_rate or fps)
+            step, longest = usual, max(_JUMP, 10 * usual)
             frames = container.decode(stream)
             while True:
                 try:
@@ -151,12 +153,21 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                     break
                 if shown is None:
                     origin = frame.time or 0.0
-                time = end if frame.time is None else max(frame.time - origin, 0.0)
+                time = end if frame.time is None else frame.time - origin
                 if shown is not None:
+                    # A player would show one picture for all that time, or go back.
+                    if not -_TICK < time - last <= longest:
+                        failure = _jump(last, time - last)
+                        end = last + step  # as long as the frame before it
+                        break
+                    step = time - last
                     repeats = max(0, math.ceil((time - _TICK) * fps) - done)
                     yield shown, repeats, stream
                     done += repeats
-                shown, end = frame, max(end, time + (float(frame.duration * frame.time_base) or usual))
+                shown, last, held = frame, time, float(frame.duration * frame.time_base) or usual
+                end = max(end, time + held)
+            if held > longest:
+                failure, end = failure or _jump(last, held), last + step
             if shown is not None:
                 yield shown, max(0, math.floor((end + _TICK) * fps) - done), stream
             expected = _seconds(stream)
@@ -168,6 +179,10 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
         failure = f"truncated: ends after {end:.2f} s, its header says {expected:.2f} s"
     if failure is not None:
         raise DataError(failure)
+
+
+def _jump(place: float, step: float) -> str:
+    return f"time jumps by {step:.2f} s at {place:.2f} s"
 
 
 class _Scaler:
@@ -182,6 +197,14 @@ class _Scaler:
     def __call__(self, frame: VideoFrame, stream: Any) -> np.ndarray:
         if self._last is not None and self._last[0] is frame:
             return self._last[1]
+        try:
+            picture = self._scaled(frame, stream)
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise DataError(f"a frame cannot be scaled: {_reason(error)}") from error
+        self._last = (frame, picture)
+        return picture
+
+    def _scaled(self, frame: VideoFrame, stream: Any) -> np.ndarray:
         shown = _shown_size(frame, stream)
         # The first frame decides, also where a stream changes its size on the way.
         self._size = size = self._size or nearest_size(*shown, self._sizes)
@@ -203,9 +226,7 @@ class _Scaler:
         ).to_ndarray()
         picture = np.rot90(picture, turns)
         top, left = (picture.shape[0] - size[0]) // 2, (picture.shape[1] - size[1]) // 2
-        picture = picture[top : top + size[0], left : left + size[1]]
-        self._last = (frame, picture)
-        return picture
+        return picture[top : top + size[0], left : left + size[1]]
 
 
 def _matrix(frame: VideoFrame) -> int:

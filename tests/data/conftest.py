@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import write_six
 
 from data.manifest import Manifest
 from data.sample import Prompt, Sample, TextTokens
@@ -36,6 +37,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """A folder of six good videos, see `prepared.write_six`."""
+    return write_six(tmp_path / "videos")
 
 
 @pytest.fixture

@@ -54,6 +54,8 @@ class Encoder(ABC):
     lengths: ClassVar[dict[str, int]]
     size: ClassVar[tuple[int, int]]
     parts: ClassVar[dict[str, tuple[str, ...]]]
+    image_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The same for image-to-video, where the folder has them."""
     latent_is: ClassVar[str]
     text_is: ClassVar[str]
 
@@ -62,11 +64,12 @@ class Encoder(ABC):
         """Load the weights."""
 
     @classmethod
-    def fingerprint(cls, folder: Path | None) -> str:
-        """What identifies VAE and text encoders, see `data.encoders.fingerprint`."""
+    def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:
+        """What identifies VAE and encoders, see `data.encoders.fingerprint`."""
         if folder is None:
             raise DataError(f"weights is not set, model={cls.family} needs its diffusers folder")
-        return fingerprint_of(cls.family, folder, cls.parts)
+        image = {kind: parts for kind, parts in cls.image_parts.items() if (folder / parts[0]).is_dir()}
+        return fingerprint_of(cls.family, folder, {**cls.parts, **(image if image_to_video else {})})
 
     @property
     @abstractmethod

@@ -30,7 +30,7 @@ class PixelEncoder(Encoder):
         self._text = TinyTextEncoder()
 
     @classmethod
-    def fingerprint(cls, folder: Path | None) -> str:
+    def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:
         if folder is not None:
             raise DataError(f"weights is {folder}, but model=pixels has none; leave it out")
         return f"pixels-v1+{TinyTextEncoder().fingerprint}"

@@ -41,6 +41,7 @@ class WanEncoder(Encoder):
     cell = (4, 8, 8)
     """Frames, rows and columns of pixels in a latent cell."""
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
+    image_parts = {"image": ("image_encoder", "image_processor")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
     text_is = "text: UMT5 last hidden state, up to 512 tokens, without padding"
 

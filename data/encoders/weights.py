@@ -42,7 +42,7 @@ def fingerprint_of(family: str, folder: Path, parts: Mapping[str, tuple[str, ...
 def _hash_part(folder: Path, digest: Any) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
-    if "tokenizer" in folder.name:
+    if "tokenizer" in folder.name or "processor" in folder.name:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".txt", ".model"):
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

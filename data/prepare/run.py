@@ -38,7 +38,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     Raises:
         DataError: arguments that do not fit the weights or the folder, or an unusable source.
     """
-    arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights)}
+    arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
     try:
         journal.check_open(recipe.out)
         # A mistake in the list is told before weights are loaded.

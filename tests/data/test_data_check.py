@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny_models import save_wan
 from videos import write_video
 
@@ -114,7 +115,9 @@ def test_latents_are_decoded_by_the_vae_that_made_them(tmp_path: Path) -> None:
         main([str(out), "--contact-sheet"])
 
 
-def test_shards_of_another_encoder_model_or_version_are_refused(tmp_path: Path, shards: Manifest) -> None:
+def test_shards_of_another_encoder_model_or_version_are_refused(
+    tmp_path: Path, shards: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = save_wan(tmp_path / "wan")
     check_encoder(shards, "pixels", None)
     with pytest.raises(DataError, match=r"was made with pixels-v1\+tiny-text-v1-32x64, expected wan:vae-\w+\+text-"):
@@ -125,7 +128,20 @@ def test_shards_of_another_encoder_model_or_version_are_refused(tmp_path: Path, 
     raw = json.loads((shards.folder / FILE).read_text())
     (shards.folder / FILE).write_text(json.dumps({**raw, "encoder": fingerprint("wan", weights)}))
     check_encoder(Manifest.load(shards.home), "wan", weights)
+    assert not caplog.messages
     check_encoder(Manifest.load(shards.home), "wan", tmp_path / "transformer_alone")
+    assert "only its family is compared" in caplog.messages[-1]
+    assert "has no vae, text_encoder, tokenizer" in caplog.messages[-1] and len(caplog.messages) == 1
+    image = save_wan(tmp_path / "image", image=True)
+    made = json.dumps({**raw, "encoder": fingerprint("wan", image, image_to_video=True)})
+    (shards.folder / FILE).write_text(made)
+    check_encoder(Manifest.load(shards.home), "wan", image)
+    assert len(caplog.messages) == 1
+    check_encoder(Manifest.load(shards.home), "wan", weights)
+    assert "all but the image encoder is compared" in caplog.messages[-1]
+    save_file({"x": np.zeros(1, np.float32)}, image / "image_encoder" / "model.safetensors")
+    with pytest.raises(DataError, match=r"was made with wan:.*\+image-\w+, expected wan:.*\+image-"):
+        check_encoder(Manifest.load(shards.home), "wan", image)
     (shards.folder / FILE).write_text(json.dumps({**raw, "version": 3}))
     with pytest.raises(DataError, match="version is 3, this code reads 2"):
         Manifest.load(shards.home)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
 from torch.nn import functional as F
 
 from data.encoders import fingerprint, load_encoder
-from data.encoders.base import Encoder, EncoderSettings, to_video
+from data.encoders.base import Encoder, EncoderSettings, to_frames, to_video
 from data.errors import DataError
 from data.sample import Sample
 
@@ -79,15 +81,43 @@ def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:
     assert torch.equal(encoder.encode(frames), ((mode - mean) / std).bfloat16())
 
 
-def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[str, Path]) -> None:
-    """Causal chunks: the start of a clip has the latent that it has alone, whatever follows, with bounded memory."""
-    encoder: Any = load("wan", folders["wan"])
+@pytest.mark.parametrize(("family", "frames", "mean", "std"), [
+    ("hunyuan", 9, [0.0] * 4, [1.0] * 4), ("mochi", 13, [0.1, -0.2, 0.3, 0.0], [0.9, 1.1, 1.2, 0.8]),
+])  # fmt: skip
+def test_hunyuan_and_mochi_store_what_their_pipelines_denoise(
+    folders: dict[str, Path], family: str, frames: int, mean: list[float], std: list[float]
+) -> None:
+    """Normalised and scaled; decoding is the inverse."""
+    encoder: Any = load(family, folders[family])
+    encoder.vae.register_to_config(scaling_factor=0.5)
+    video = to_video(clip := moving(frames, 48, 64), torch.device("cpu"), torch.float32)
+    mode = encoder.vae.encode(video).latent_dist.mode()[0]
+    shift, scale = (torch.tensor(v)[:, None, None, None] for v in (mean, std))
+    latent = encoder.encode(clip)
+    torch.testing.assert_close(latent.float(), (mode - shift) / scale * 0.5, atol=1e-5, rtol=2**-8)
+    back = encoder.vae.decode((latent.float() / 0.5 * scale + shift)[None], return_dict=False)[0]
+    assert np.abs(encoder.decode(latent).astype(int) - to_frames(back)).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["wan", "wan22_5b"])
+def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[str, Path], family: str) -> None:
+    """Against the VAE's own layers over all frames at once: causal convolutions need no cache then."""
+    encoder: Any = load(family, folders[family])
     seen: list[int] = []
-    encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
-    frames = moving(33, 32, 48)
-    whole = encoder.encode(frames)
-    assert whole.shape[1] == 9 and max(seen) == 4
-    assert torch.equal(encoder.encode(frames[:17]), whole[:, :5])
+    counting = encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    video = to_video(moving(33, 64, 96), torch.device("cpu"), torch.float32)
+    found = encoder._latent(video)
+    assert found.shape[1] == 9 and max(seen) == 4 and len(seen) == 9
+    counting.remove()
+    for layer in encoder.vae.encoder.modules():
+        if getattr(layer, "mode", None) == "downsample3d":
+            # Without a cache it leaves the time as it is: the first frame stays alone, two of the others become one.
+            layer.register_forward_hook(lambda own, _, out: torch.cat([out[:, :, :1], own.time_conv(out)], dim=2))
+    size = encoder.vae.config.patch_size
+    folded = video if size is None else patchify(video, size)
+    whole = DiagonalGaussianDistribution(encoder.vae.quant_conv(encoder.vae.encoder(folded))).mode()
+    mean, std = encoder._statistics()
+    torch.testing.assert_close(found, ((whole - mean) / std)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_5b_s_first_latent_frame_is_its_image_condition(folders: dict[str, Path]) -> None:
@@ -170,6 +200,16 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path, folders: dict[str, Path
     assert other.split("+")[1] == known.split("+")[1] and other.split("+")[0] != known.split("+")[0]
     other_text = fingerprint("wan", save_wan(tmp_path / "other", seed=1))
     assert other_text.split("+")[1] != known.split("+")[1]
+
+
+def test_image_encoders_are_told_apart(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Where image conditions are written, and only there; a folder without an image encoder has none to tell."""
+    folder = save_wan(tmp_path / "image", image=True)
+    plain, known = fingerprint("wan", folder), fingerprint("wan", folder, image_to_video=True)
+    assert known.startswith(f"{plain}+image-") and fingerprint("wan", folders["wan"], image_to_video=True) == plain
+    settings = folder / "image_processor" / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("0.48145466", "0.5"))
+    assert fingerprint("wan", folder) == plain != known != fingerprint("wan", folder, image_to_video=True)
 
 
 def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:

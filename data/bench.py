@@ -30,6 +30,8 @@ from data.stream import LatentStream
 from data.writer import ShardWriter
 
 ROUNDS = 3
+LEAST_OF_RAW = 0.8
+MOST_WAITING = 0.01
 
 
 @dataclass
@@ -41,15 +43,15 @@ class Arguments:
     )
     samples: int = setting("how many to make when shards is null", 24)
     workers: int = setting("the loader's threads", 1)
-    step_seconds: float = setting("length of the training step that the loader runs beside", 2.0)
-    steps: int = setting("how many such steps", 15)
+    step_seconds: float = setting("length of the training step that the loader runs beside", 16.0)
+    steps: int = setting("how many such steps", 4)
 
 
 USAGE = cli.usage(
     Arguments,
     "python -m data.bench [key=value ...]",
     "Measures the loader: samples/s and GB/s against raw tarfile reading, and the share of a step spent waiting.",
-    ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=16"],
+    ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=30"],
 )
 
 
@@ -124,6 +126,8 @@ def main(words: list[str]) -> int:
     for name in ("samples", "workers", "steps"):
         if getattr(given, name) < 1:
             raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
+    if given.step_seconds <= 0:
+        raise DataError(f"step_seconds is {given.step_seconds:g}, expected above 0")
     if given.shards is not None:
         return _report(given, given.shards)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,10 +148,16 @@ def _report(given: Arguments, shards: str) -> int:
         print(f"{'raw tarfile':<24}{raw.samples:>12.1f}{raw.bytes / 1e9:>8.2f}")
     print(f"{f'loader, {given.workers} workers':<24}{loaded.samples:>12.1f}{loaded.bytes / 1e9:>8.2f}")
     if raw is not None:
-        print(f"loader / raw: {loaded.samples / raw.samples:.2f}")
+        of_raw = loaded.samples / raw.samples
+        print(f"loader / raw: {of_raw:.2f} ({_verdict(of_raw >= LEAST_OF_RAW)}: at least {LEAST_OF_RAW:g})")
     share = waiting_share(shards, given.workers, given.steps, given.step_seconds)
-    print(f"waiting for data beside steps of {given.step_seconds:g} s: {share:.2%} of the time")
+    verdict = f"{_verdict(share <= MOST_WAITING)}: at most {MOST_WAITING:.0%}"
+    print(f"waiting for data beside steps of {given.step_seconds:g} s: {share:.2%} of the time ({verdict})")
     return 0
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "does not hold"
 
 
 def _median(measure: Callable[[], Speed]) -> Speed:

@@ -41,7 +41,7 @@ class Arguments:
     clips: int = setting("rows of the contact sheet: clips spread over the folder", 8)
     pictures: int = setting("columns of the contact sheet: frames spread over a clip", 6)
     weights: Path | None = setting("the diffusers folder whose VAE decodes; not needed for pixels", None)
-    device: str = setting("where the VAE runs", "cpu")
+    device: str | None = setting("where the VAE runs; null: a GPU where there is one", None)
 
 
 USAGE = cli.usage(
@@ -63,13 +63,17 @@ class Findings:
 
 
 def check(manifest: Manifest, progress: bool = False) -> Findings:
-    """Verify every shard; remote ones are read whole.
+    """Verify the empty prompt and every shard; remote ones are read whole.
 
     Args:
         manifest: of the folder.
         progress: show a progress bar on stderr.
     """
     findings = Findings()
+    try:
+        manifest.load_empty_prompt()
+    except DataError as error:
+        findings.problems.append(str(error))
     total = sum(shard.bytes for shard in manifest.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
         for url, shard in zip(manifest.urls, manifest.shards, strict=True):
@@ -105,7 +109,8 @@ def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, adv
                 findings.problems.append(f"{url}: {error}")
                 continue
             findings.shapes[info.shape] += 1
-            findings.seconds += float(sample.meta.get("frames", info.shape[1])) / fps
+            frames = sample.meta.get("frames")  # what others put there may be anything
+            findings.seconds += (frames if type(frames) is int and frames > 0 else info.shape[1]) / fps
         # What follows the samples ends the tar; a byte more is one too many.
         while len(take(CHUNK)):
             pass
@@ -150,7 +155,7 @@ def _row(frames: Sequence[np.ndarray], label: str) -> Image.Image:
     return row
 
 
-def decoder_of(manifest: Manifest, weights: Path | None, device: str) -> Encoder:
+def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> Encoder:
     """What decodes a folder's latents.
 
     Raises:
@@ -160,7 +165,8 @@ def decoder_of(manifest: Manifest, weights: Path | None, device: str) -> Encoder
     if family not in FAMILIES:
         raise DataError(f"{manifest.home}: was made with {manifest.encoder}, which nothing here decodes")
     check_encoder(manifest, family, weights)
-    settings = EncoderSettings(weights, torch.device(device), torch.float32, torch.float32, vae_only=True)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = EncoderSettings(weights, where, torch.float32, torch.float32, vae_only=True)
     return load_encoder(family, settings)
 
 
@@ -173,7 +179,6 @@ def main(words: list[str]) -> int:
     manifest = Manifest.load(given.shards)
     encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
     found = check(manifest, progress=True)
-    manifest.load_empty_prompt()
     print(table(manifest, found))
     for problem in found.problems:
         print(f"damaged: {problem}")

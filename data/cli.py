@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,9 +76,12 @@ def _value(name: str, text: str, hint: Any, choices: Sequence[str]) -> Any:
     if kind is Path:
         return Path(text).expanduser()
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
     except ValueError as error:
         raise DataError(f"{name} is {text!r}, expected {'a number' if kind is float else 'a whole number'}") from error
+    return value
 
 
 def usage(schema: type, synopsis: str, about: str, examples: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -65,10 +66,18 @@ class SampleReader:
         if shard in self._open:
             self._open.pop(shard).close()
 
+    def release_but(self, wanted: Mapping[int, int]) -> None:
+        """Close the shards of which no sample is wanted any more.
+
+        Args:
+            wanted: how many, by shard.
+        """
+        for shard in [shard for shard in self._open if not wanted.get(shard)]:
+            self.release(shard)
+
     def close(self) -> None:
         """Close all shards."""
-        for shard in list(self._open):
-            self.release(shard)
+        self.release_but({})
 
     def __enter__(self) -> SampleReader:
         return self

@@ -134,8 +134,8 @@ class LatentStream(Iterable[Batch]):
                 samples.append(self._sample(reader, number))
                 shard, _ = self.order.shard_of(number)
                 left[shard] -= 1
-                if left[shard] == 0:
-                    reader.release(shard)
+                # What stood in for a damaged sample may lie in a shard that is not to come, or that is over.
+                reader.release_but(left)
             yield collate(samples, step)
 
     def _sample(self, reader: SampleReader, number: int) -> Sample:

@@ -74,3 +74,10 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return Manifest.load(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def manifest(make_folder: MakeFolder) -> Manifest:
+    """23 samples of two shapes in 5 shards."""
+    made: Manifest = make_folder(23, frames=lambda i: 3 + i % 2)
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,7 +18,22 @@ def test_it_measures_a_folder(make_folder: Any, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("6 samples of 0.0 MB in 2 shards")
     assert [line.split("  ")[0] for line in lines[1:5]] == ["", "raw tarfile", "loader, 1 workers", lines[4]]
-    assert lines[4].startswith("loader / raw: ") and lines[5].startswith("waiting for data beside steps of 0.01 s: ")
+    assert re.fullmatch(r"loader / raw: [\d.]+ \((holds|does not hold): at least 0.8\)", lines[4])
+    waiting = r"waiting for data beside steps of 0.01 s: [\d.]+% of the time \((holds|does not hold): at most 1%\)"
+    assert re.fullmatch(waiting, lines[5])
+
+
+@pytest.mark.parametrize(("loaded", "waiting", "verdicts"), [
+    (0.8, 0.01, ["holds", "holds"]), (0.79, 0.011, ["does not hold"] * 2),
+])  # fmt: skip
+def test_it_says_whether_the_goals_hold(
+    make_folder: Any, monkeypatch: Any, capsys: Any, loaded: float, waiting: float, verdicts: list[str]
+) -> None:
+    monkeypatch.setattr(bench, "raw_speed", lambda *a: bench.Speed(100.0, 1.0))
+    monkeypatch.setattr(bench, "loader_speed", lambda *a: bench.Speed(100 * loaded, 1.0))
+    monkeypatch.setattr(bench, "waiting_share", lambda *a: waiting)
+    bench.main([f"shards={make_folder(2).home}"])
+    assert re.findall(r"\((.*?):", capsys.readouterr().out) == verdicts
 
 
 def test_both_sides_read_the_same_bytes(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,5 +56,12 @@ def test_the_made_shards_are_those_of_the_recipe(tmp_path: Any) -> None:
 def test_mistakes() -> None:
     with pytest.raises(DataError, match="workers is 0, expected at least 1"):
         bench.main(["workers=0"])
+    for value, message in (
+        ("nan", "'nan', expected a number"),
+        ("inf", "'inf', expected a number"),
+        ("0", "0, expected"),
+    ):
+        with pytest.raises(DataError, match=f"step_seconds is {message}"):
+            bench.main([f"step_seconds={value}"])
     with pytest.raises(DataError, match="no manifest"):
         bench.main(["shards=nowhere"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from safetensors.numpy import save_file
 from tiny_models import save_wan
 from videos import write_video
 
-from data.check import main
+from data.check import check, main
 from data.encoders import check_encoder, fingerprint
 from data.errors import DataError
-from data.manifest import FILE, Manifest
+from data.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.prepare.__main__ import main as prepare
+from data.writer import ShardWriter
 
 
 @pytest.fixture
@@ -61,6 +63,11 @@ def damage_header(path: Path, shards: Manifest) -> str:
     return "shard-000-00001.tar: sample v0000001-0000: no entry of a tar where the manifest says"
 
 
+def damage_prompt(path: Path, shards: Manifest) -> str:
+    (shards.folder / EMPTY_PROMPT).write_bytes(b"x")
+    return "empty_prompt.safetensors: cannot be read"
+
+
 def cut(path: Path, shards: Manifest) -> str:
     path.write_bytes(path.read_bytes()[:-3000])
     return "bytes, the manifest says"
@@ -71,12 +78,26 @@ def lengthen(path: Path, shards: Manifest) -> str:
     return "bytes, the manifest says"
 
 
-@pytest.mark.parametrize("spoil", [damage_payload, damage_header, cut, lengthen])
+@pytest.mark.parametrize("spoil", [damage_payload, damage_header, damage_prompt, cut, lengthen])
 def test_damage_is_found(shards: Manifest, spoil: Any, capsys: pytest.CaptureFixture[str]) -> None:
     message = spoil(shards.folder / shards.shards[1].file, shards)
     assert main([shards.home]) == 1
-    damaged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged: ")]
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  samples ") for line in shown), "the table is printed whatever is damaged"
+    damaged = [line for line in shown if line.startswith("damaged: ")]
     assert damaged and message in " ".join(damaged)
+
+
+@pytest.mark.parametrize("frames", ["ten", None, [1], -1, 10])
+def test_the_hours_of_strangers_samples(make_folder: Any, make_sample: Any, tmp_path: Path, frames: Any) -> None:
+    """What their meta calls frames need not be a number; the latent's length stands in."""
+    one = make_folder(1)
+    with ShardWriter(tmp_path / "theirs", fps=16.0, encoder="e", latent="l", text="t", arguments={},
+                     empty_prompt=one.load_empty_prompt()) as writer:  # fmt: skip
+        sample = make_sample(0)
+        writer.write(dataclasses.replace(sample, meta={**sample.meta, "frames": frames}))
+    found = check(Manifest.load(tmp_path / "theirs"))
+    assert not found.problems and found.seconds == (10 if frames == 10 else 3) / 16
 
 
 def test_a_missing_shard_and_mistakes(shards: Manifest) -> None:

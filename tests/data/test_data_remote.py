@@ -94,13 +94,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def manifest(make_folder: Any) -> Manifest:
-    """23 samples of two shapes in 5 shards."""
-    made: Manifest = make_folder(23, frames=lambda i: 3 + i % 2)
-    return made
-
-
-@pytest.fixture
 def server(manifest: Manifest) -> Iterator[Server]:
     state = Server("")
     handler = functools.partial(Handler, state, directory=str(manifest.folder))

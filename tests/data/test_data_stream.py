@@ -6,7 +6,6 @@ import itertools
 import json
 import subprocess
 import sys
-import tarfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,43 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from batches import assert_equal, order_of
 from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import SimpleShardList
 from webdataset.tariterators import tarfile_to_samples
 
 from data import remote
-from data.batch import Batch, collate
+from data.batch import collate
 from data.errors import DataError
-from data.manifest import FILE, Manifest
+from data.manifest import Manifest
 from data.order import BatchOrder
 from data.reader import SampleReader
 from data.sample import Prompt, Sample, TextTokens
 from data.stream import AHEAD, LatentStream, read_samples
-
-
-def lengths(index: int) -> int:
-    return 3 + index % 2
-
-
-@pytest.fixture
-def manifest(make_folder: Any) -> Manifest:
-    """23 samples of two shapes in 5 shards."""
-    made: Manifest = make_folder(23, frames=lengths)
-    return made
-
-
-def order_of(manifest: Manifest, global_batch: int = 4) -> BatchOrder:
-    return BatchOrder(manifest.shapes(), seed=1, global_batch=global_batch, shuffle_window=9)
-
-
-def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
-    assert [batch.step for batch in found] == [batch.step for batch in expected]
-    assert [batch.keys for batch in found] == [batch.keys for batch in expected]
-    for a, b in zip(found, expected, strict=True):
-        assert a.captions == b.captions and torch.equal(a.latent, b.latent)
-        assert torch.equal(a.text["umt5"].tokens, b.text["umt5"].tokens)
-        assert torch.equal(a.text["umt5"].mask, b.text["umt5"].mask)
-        assert torch.equal(a.pooled["clip"], b.pooled["clip"]) and torch.equal(a.image["first"], b.image["first"])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -64,7 +39,7 @@ def test_workers_change_nothing(manifest: Manifest, workers: int) -> None:
 def test_batches_are_what_the_order_says(manifest: Manifest, make_sample: Any) -> None:
     order = order_of(manifest)
     for batch in LatentStream(manifest.folder, order, num_steps=7):
-        samples = [make_sample(i, lengths(i)) for i in order.batch(batch.step)[1]]
+        samples = [make_sample(i, 3 + i % 2) for i in order.batch(batch.step)[1]]
         assert_equal([batch], [collate(samples, batch.step)])
 
 
@@ -182,104 +157,12 @@ def test_arguments_that_do_not_fit(manifest: Manifest, make_folder: Any) -> None
         LatentStream(manifest, order, start_step=-1)
 
 
-def damage(manifest: Manifest, shard: int, start: int, content: bytes | None) -> None:
-    """Overwrite a shard from byte `start` on, or cut it off there."""
-    path = manifest.folder / manifest.shards[shard].file
-    whole = path.read_bytes()
-    path.write_bytes(whole[:start] if content is None else whole[:start] + content + whole[start + len(content) :])
-
-
-def offset_of(manifest: Manifest, shard: int, name: str) -> int:
-    with tarfile.open(manifest.folder / manifest.shards[shard].file) as tar:
-        return tar.getmember(name).offset_data
-
-
-def with_nan(manifest: Manifest) -> None:
-    """The latent of s007 holds a NaN, in a shard that is whole."""
-    start = offset_of(manifest, 1, "s007.safetensors")
-    path = manifest.folder / manifest.shards[1].file
-    header = int.from_bytes(path.read_bytes()[start : start + 8], "little")
-    names = json.loads(path.read_bytes()[start + 8 : start + 8 + header])
-    damage(manifest, 1, start + 8 + header + names["latent"]["data_offsets"][0], b"\xff\x7f")
-
-
-DAMAGE: dict[str, tuple[Any, list[str]]] = {
-    "cut": (lambda m: damage(m, 1, offset_of(m, 1, "s007.safetensors") + 10, None), ["s007", "s008", "s009"]),
-    "header": (lambda m: damage(m, 1, offset_of(m, 1, "s007.json") - 512, b"\xff" * 512), ["s007"]),
-    "tensors": (lambda m: damage(m, 1, offset_of(m, 1, "s007.safetensors"), b"\xff" * 8), ["s007"]),
-    "json": (lambda m: damage(m, 1, offset_of(m, 1, "s007.json"), b"]"), ["s007"]),
-    "nan": (with_nan, ["s007"]),
-    "whole": (lambda m: damage(m, 1, 0, b"\0" * m.shards[1].bytes), ["s005", "s006", "s007", "s008", "s009"]),
-}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", list(DAMAGE))
-def test_damaged_samples_are_skipped_counted_and_named(
-    manifest: Manifest, kind: str, workers: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    spoil, bad = DAMAGE[kind]
-    whole = list(LatentStream(manifest, order_of(manifest), num_steps=12))
-    spoil(manifest)
-    again = Manifest.load(manifest.folder)
-    stream = LatentStream(again, order_of(again), num_steps=12, workers=workers)
-    found = list(stream)
-    assert stream.bad_samples == bad
-    for batch, good in zip(found, whole, strict=True):
-        for key, expected in zip(batch.keys, good.keys, strict=True):
-            assert key not in bad and (key == expected or expected in bad)
-        assert batch.latent.shape == good.latent.shape
-    for key in bad:
-        assert sum(f"shard-00001.tar: sample {key}: " in message for message in caplog.messages) == 1
-    # Ranks of one sequence-parallel group read the same and so replace the same.
-    twin = LatentStream(Manifest.load(manifest.folder), order_of(manifest), num_steps=12)
-    assert_equal(list(twin), found)
-
-
-def test_too_many_damaged_samples_stop_the_run(manifest: Manifest) -> None:
-    DAMAGE["whole"][0](manifest)
-    allowed = LatentStream(manifest, order_of(manifest), num_steps=20, max_bad=5)
-    assert len(list(allowed)) == 20 and len(allowed.bad_samples) == 5
-    batches = LatentStream(manifest, order_of(manifest), num_steps=20, max_bad=4, workers=2)
-    with pytest.raises(DataError, match=r"shard-00001.tar: sample s00\d: .*\(5 damaged samples, at most 4") as caught:
-        list(batches)
-    assert "\n" not in str(caught.value)
-
-
 def test_workers_end_with_who_asks_them(manifest: Manifest) -> None:
     batches = iter(LatentStream(manifest, order_of(manifest), workers=3))
     next(batches)
     assert sum(thread.name.startswith("loader") for thread in threading.enumerate()) == 3
     batches.close()  # type: ignore[attr-defined]
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
-
-
-def test_a_shape_without_a_good_sample_stops_the_run(make_folder: Any) -> None:
-    manifest = make_folder(5)
-    damage(manifest, 0, 0, b"\0" * manifest.shards[0].bytes)
-    with pytest.raises(DataError, match="5 damaged samples"):
-        list(LatentStream(manifest, order_of(manifest, 1), num_steps=5))
-
-
-def test_a_shard_that_cannot_be_reached_stops_the_run(manifest: Manifest) -> None:
-    (manifest.folder / manifest.shards[1].file).unlink()
-    with pytest.raises(DataError, match=r"shard-00001.tar: cannot be read \(No such file"):
-        list(LatentStream(manifest, order_of(manifest), num_steps=12))
-
-
-def test_read_samples_refuses_damage(manifest: Manifest) -> None:
-    damage(manifest, 1, offset_of(manifest, 1, "s007.json"), b"]")
-    with pytest.raises(DataError, match="shard-00001.tar: sample s007: s007.json is not JSON"):
-        list(read_samples(manifest))
-
-
-def test_a_manifest_of_other_shapes_is_noticed(manifest: Manifest) -> None:
-    path = manifest.folder / FILE
-    raw = json.loads(path.read_text())
-    raw["shards"][0]["samples"][0]["shape"] = [4, 9, 2, 2]
-    path.write_text(json.dumps(raw))
-    with pytest.raises(DataError, match=r"shard-00000.tar: sample s000: latent has shape \[4, 3, 2, 2\], the manifest"):
-        list(read_samples(manifest.folder))
 
 
 WALK = """

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
+from data.outlines import REACH, signed_distance
 
 PALETTE = {
     "red": (0.90, 0.20, 0.18),
@@ -37,8 +38,6 @@ NIGHTS = ((0.06, 0.07, 0.13), (0.11, 0.06, 0.12), (0.05, 0.10, 0.09), (0.09, 0.0
 DAWN, DAY = (0.62, 0.34, 0.30), (0.36, 0.56, 0.74)
 # Shares of the clip: until the first the sky is that of night, at the second that of dawn, from the third on of day.
 DARK, SUNRISE, BRIGHT = 0.2, 0.5, 0.8
-# How far each shape's corners reach from its centre, in units of its size; chosen for about equal areas.
-REACH = {"circle": 1.0, "square": 1.22, "triangle": 1.42, "star": 1.36}
 SUBSTEPS = 4
 # A clip that can hold the visitor's absence whole starts so that it does, with this many frames around it.
 MARGIN = 8
@@ -142,7 +141,7 @@ class Scene:
             x, y, angle = (states[:, i, j, None, None] for j in range(3))
             dx, dy = xs - x, ys - y
             cos, sin = angle.cos(), angle.sin()
-            distance = _signed_distance(body.shape, cos * dx + sin * dy, cos * dy - sin * dx, body.size)
+            distance = signed_distance(body.shape, cos * dx + sin * dy, cos * dy - sin * dx, body.size)
             # A pixel's coverage falls from 1 to 0 over one pixel of signed distance.
             cover = (0.5 - distance).clamp(0, 1)
             colour = torch.tensor(PALETTE[body.colour])[:, None, None, None]
@@ -278,33 +277,3 @@ def _absences(visible: list[bool]) -> list[list[int]]:
 def _holds_absence(visible: list[bool]) -> bool:
     """Does the visitor leave and come back, in sight for MARGIN frames at both ends of the clip?"""
     return all(visible[:MARGIN] + visible[-MARGIN:]) and not all(visible)
-
-
-def _signed_distance(shape: str, x: Tensor, y: Tensor, size: float) -> Tensor:
-    """Distance in pixels to the outline of a shape around the origin, negative inside."""
-    if shape == "circle":
-        return (x * x + y * y).sqrt() - size
-    if shape == "square":
-        half = size * REACH["square"] / math.sqrt(2)
-        over_x, over_y = x.abs() - half, y.abs() - half
-        return over_x.clamp(min=0).hypot(over_y.clamp(min=0)) + torch.maximum(over_x, over_y).clamp(max=0)
-    corners, inner = (3, 0.5) if shape == "triangle" else (5, 0.5)
-    return _star(x, y, size * REACH[shape], corners, inner)
-
-
-def _star(x: Tensor, y: Tensor, radius: float, corners: int, inner: float) -> Tensor:
-    """Signed distance to a star with outer corners at `radius` and inner ones at `inner * radius`.
-
-    By symmetry everything folds into the half sector between an outer corner (on the axis) and the next inner one,
-    where the outline is one line segment. A triangle is the star of 3 corners whose inner ones lie on its sides.
-    """
-    half = math.pi / corners
-    angle = torch.atan2(y, x)
-    folded = (angle - 2 * half * torch.round(angle / (2 * half))).abs()
-    length = (x * x + y * y).sqrt()
-    px, py = length * folded.cos(), length * folded.sin()
-    ex, ey = inner * radius * math.cos(half) - radius, inner * radius * math.sin(half)
-    along = (((px - radius) * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-    offset_x, offset_y = px - radius - along * ex, py - along * ey
-    side = torch.sign((px - radius) * ey - py * ex)
-    return (offset_x * offset_x + offset_y * offset_y).sqrt() * side

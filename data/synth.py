@@ -1,4 +1,4 @@
-"""Make a folder of synthetic clips: `python -m data.synth --out DIR --clips 256 --frames 64`.
+"""Make a folder of synthetic clips: `python -m data.synth out=DIR clips=256 frames=64`.
 
 Pixels serve as latents, in bfloat16, and captions are encoded by `TinyTextEncoder` under the name `text`. A finished
 folder made with the same arguments is kept as it is, so the command can stand in front of every run.
@@ -6,20 +6,21 @@ folder made with the same arguments is kept as it is, so the command can stand i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import multiprocessing
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from data import cli
+from data.cli import setting
 from data.errors import DataError
 from data.manifest import FILE, Manifest
 from data.sample import Sample
@@ -31,6 +32,29 @@ from data.writer import ShardWriter
 FPS = 16.0
 LATENTS = "pixels-v1"
 SCENES = "synth-v2"
+
+
+@dataclass
+class Arguments:
+    """The keys of the command line."""
+
+    out: Path = setting("folder for the shards")
+    clips: int = setting("number of clips", 256)
+    frames: int = setting("frames a clip", 64)
+    height: int = setting("pixels", 32)
+    width: int = setting("pixels", 64)
+    seed: int = setting("draws the clips", 0)
+    per_shard: int = setting("clips a shard", 64)
+    workers: int = setting("processes that render; 0: this one alone", 0)
+    preview: Path | None = setting("a .gif that shows the first 16 clips", None)
+
+
+USAGE = cli.usage(
+    Arguments,
+    "python -m data.synth out=FOLDER [key=value ...]",
+    "Makes synthetic clips as shards for training; a finished folder made with the same arguments is kept.",
+    ["python -m data.synth out=shards/shapes clips=256 frames=64 preview=shapes.gif"],
+)
 
 
 def fingerprint() -> str:
@@ -155,46 +179,19 @@ def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4,
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / FPS), loop=0)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
-@contextlib.contextmanager
-def _one_line(prog: str) -> Iterator[None]:
-    """Turns the errors that users can mend into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (DataError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with code 2 and one line on stderr when the arguments or the folder are wrong."""
-    parser = _Parser("python -m data.synth", description="Make synthetic clips as shards for training.")
-    parser.add_argument("--out", required=True, help="folder for the shards")
-    parser.add_argument("--clips", type=int, default=256, help="number of clips (default %(default)s)")
-    parser.add_argument("--frames", type=int, default=64, help="frames a clip (default %(default)s)")
-    parser.add_argument("--height", type=int, default=32, help="pixels (default %(default)s)")
-    parser.add_argument("--width", type=int, default=64, help="pixels (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the clips (default %(default)s)")
-    parser.add_argument("--per-shard", type=int, default=64, help="clips a shard (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that render (default: this one alone)")
-    parser.add_argument("--preview", metavar="FILE.gif", help="show the first 16 clips as an animated GIF")
-    chosen = vars(parser.parse_args(argv))
-    preview = chosen.pop("preview")
-    with _one_line(parser.prog):
-        there = (Path(chosen["out"]) / FILE).exists()
-        manifest = synthesize(**chosen, progress=True)
-        state = "already there" if there else "made"
-        print(f"{manifest.folder}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, {state}")
-        if preview:
-            write_preview(list(read_samples(manifest, 16)), preview)
-            print(f"{preview}: preview")
+def main(words: list[str]) -> int:
+    """Make the clips, show them; returns 0."""
+    given = cli.parse(Arguments, words)
+    there = (given.out / FILE).exists()
+    chosen = {name: value for name, value in vars(given).items() if name != "preview"}
+    manifest = synthesize(**chosen, progress=True)
+    state = "already there" if there else "made"
+    print(f"{manifest.folder}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, {state}")
+    if given.preview is not None:
+        write_preview(list(read_samples(manifest, 16)), given.preview)
+        print(f"{given.preview}: preview")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "python -m data.synth", USAGE)

@@ -14,6 +14,8 @@ from tiny_pipelines import save_pipeline
 from train.errors import UserError
 from train.sample.__main__ import main
 from train.sample.generate import Generator
+from train.sample.pipeline import load_pipeline, pipeline_class
+from train.sample.settings import parse_settings
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "steps": 3, "seed": 7, "negative": "the bar"}
 CASES = {
@@ -118,6 +120,16 @@ def test_two_processes_make_the_clip_of_one(folders, family):
         assert [rank["branch"] for rank in ranks] == ([0, 1] if branches == 2 else [0, 0])
         for rank in ranks:
             np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("offload", "device"), [("none", "meta"), ("model", "cpu"), ("block", "cpu")])
+def test_an_offloaded_image_encoder_is_not_on_the_device(folders, offload, device):
+    """The meta device stands in for a GPU."""
+    folder, changes = settings(folders, "wan_i2v", image=True)
+    given, _ = parse_settings(words(folder, **changes, offload=offload))
+    loaded = load_pipeline(pipeline_class(str(folder), True), str(folder), given, torch.device("meta"), torch.float32)
+    assert loaded.vae.device.type == "meta"
+    assert loaded.image_encoder.device.type == device
 
 
 def test_images_and_models_that_do_not_fit(folders):

@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 
+from launch.queue import UNKNOWN, slurm_state
 from launch.start import recorded, run_argument, yes
-from launch.status import slurm_state
 from train.errors import UserError
 from train.folder import holder
 
@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     now = yes(settings, "now")
     job, who = recorded(folder).get("job"), holder(folder)
     state = slurm_state(job) if job else ""
+    if state.startswith(UNKNOWN):
+        raise UserError(f"job {job}: {state}; try again when SLURM answers")
     if job and state:
         # SIGINT reaches the processes and not the script, which then sees that the user wanted the end
         waiting = not state.startswith("RUNNING")

@@ -18,6 +18,7 @@ from train.compose import compose_run, finish, read_config, split_arguments
 from train.config import RunConfig
 from train.environment import backends, driver, environment, gpus, nccl, read_speed
 from train.errors import UserError
+from train.folder import gpus_given
 from train.preflight import preflight
 
 USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
     findings = [] if quick else [*machine(), *attention(config), slurm()]
     findings += [disk(Path(run) if run else Path(config.runs if config else "."))]
     if config is not None:
-        findings += needs(config, quick)
+        findings += needs(config, quick, gpus_given(Path(run)) if run is not None else 0)
     for finding in findings:
         if not quick or finding.verdict == "missing":
             print(f"{socket.gethostname()}: {finding}" if quick else finding)
@@ -131,10 +132,18 @@ def disk(folder: Path) -> Finding:
     return Finding("ok", "disk", f"{there}: {free:,.0f} GiB free")
 
 
-def needs(config: RunConfig, quick: bool) -> Iterator[Finding]:
-    """What the run needs."""
-    if gpus() and len(gpus()) < config.trainer.devices:
+def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
+    """What the run needs.
+
+    Args:
+        given: GPUs that SLURM says this node has for the job.
+    """
+    if (gpus() or given) and len(gpus()) < config.trainer.devices:
         remedy = "set trainer.devices, or give the job more GPUs"
+        if len(gpus()) < given:
+            remedy = (
+                f"the job has {given} a node: nvidia-smi there says why torch does not see them; leave the node out"
+            )
         yield Finding("missing", "GPUs", f"{len(gpus())}, the run wants {config.trainer.devices} a node", remedy)
     try:
         preflight(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launch.plan import store_plan
+from launch.plan import show_plan
 from launch.start import prepare, record, whole_number
 from train.compose import split_arguments
 from train.planning import this_machine
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     settings = split_arguments(arguments)
     devices = whole_number(settings, "gpus", 1) if "gpus" in settings or "resume" not in settings else None
     folder, config = prepare(settings, None if devices is None else 1, devices, elsewhere=False)
-    store_plan(folder.path, config, this_machine(config.trainer.devices, config.trainer.nodes))
+    show_plan(folder.path, config, this_machine(config.trainer.devices, config.trainer.nodes))
     record(folder.path, how="local")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "train", f"resume={folder.path}"])

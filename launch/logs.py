@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from launch.queue import slurm_state
 from launch.start import recorded, run_argument, yes
+from launch.status import standing
 from train.errors import UserError
-from train.folder import holder
 
 USAGE = """python -m launch logs RUN [lines=N] [follow=true]
 
 The last N lines (40 by default) of what a run printed: of its SLURM job's output, or of log.txt in its folder, which
 has every rank's warnings. With follow=true what comes is printed until the run ends or Ctrl-C.
 """
+_ASK_EVERY = 3.0  # seconds
 
 
 def main(arguments: list[str]) -> None:
@@ -26,14 +29,22 @@ def main(arguments: list[str]) -> None:
     if not count.isdigit():
         raise UserError(f"lines is {count!r}, expected a whole number")
     about = recorded(folder)
-    file = log_file(folder, about.get("job"))
-    while follow and not file.exists():
-        time.sleep(1)
-    if not file.exists():
-        waits = f": SLURM job {about['job']} has not started" if about.get("job") else ""
-        raise UserError(f"{folder} has no output yet{waits}")
+    job = about.get("job")
+    file = log_file(folder, job)
     with contextlib.suppress(KeyboardInterrupt):
-        _show(file, int(count), folder if follow else None)
+        if follow and not file.exists():
+            print(f"waiting for {file}{f': job {job} is {slurm_state(job)}' if job else ''}", flush=True)
+        while follow and not file.exists() and _goes_on(folder, job):
+            time.sleep(_ASK_EVERY)
+        if not file.exists():
+            waits = f": SLURM job {job} has not started" if job else ""
+            raise UserError(f"{folder} has no output yet{waits}")
+        _show(file, int(count), (lambda: _goes_on(folder, job)) if follow else None)
+
+
+def _goes_on(folder: Path, job: str | None) -> bool:
+    """Whether more will come: a job that waits to go on is in SLURM's queue."""
+    return slurm_state(job) != "" if job else standing(folder)[0] in ("new", "starting", "running")
 
 
 def log_file(folder: Path, job: str | None) -> Path:
@@ -41,16 +52,20 @@ def log_file(folder: Path, job: str | None) -> Path:
     return folder / (f"slurm-{job}.out" if job else "log.txt")
 
 
-def _show(file: Path, count: int, while_running: Path | None) -> None:
+def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
     with file.open(errors="replace") as stream:
         # a progress line is written over itself
         lines = [line.rstrip("\n").split("\r")[-1] for line in stream]
         print("\n".join(lines[-count:] if count else []), flush=True)
-        while while_running is not None:
+        ends, asked = goes_on is None, time.monotonic()
+        while goes_on is not None:
             text = stream.read()
             sys.stdout.write(text)
             sys.stdout.flush()
-            if not text:
-                if holder(while_running) is None:
-                    return
-                time.sleep(0.5)
+            if text:
+                continue
+            if ends:
+                return  # after its last words
+            time.sleep(0.5)
+            if time.monotonic() - asked > _ASK_EVERY:
+                ends, asked = not goes_on(), time.monotonic()

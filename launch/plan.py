@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from launch.start import whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import PLAN
 from train.planning import (
     GIB,
     GPUS,
@@ -22,6 +20,7 @@ from train.planning import (
     plan_table,
     remedies,
     setting_lines,
+    store_plan,
 )
 
 USAGE = f"""python -m launch plan [conf=RUN] [nodes=1] [gpus=N] [gpu={"|".join(GPUS)}] [cpu_memory=GIB] [key=value ...]
@@ -51,15 +50,15 @@ def main(arguments: list[str]) -> None:
     budget = Budget.of(config, machine)
     if budget is None:
         raise UserError(f"the dimensions of {config.model.path} are not known: give model.path=<local folder>")
-    if machine.world % budget.sequence:
-        sizes = ", ".join(str(n) for n in range(1, machine.world + 1) if machine.world % n == 0)
-        raise UserError(f"parallel.sequence is {budget.sequence}, expected a divisor of {machine.world} GPUs: {sizes}")
+    if gpus % budget.sequence:
+        sizes = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+        raise UserError(f"parallel.sequence is {budget.sequence}, expected a divisor of a node's {gpus} GPUs: {sizes}")
     if any(key in settings for key in _BATCH_KEYS):
         recipe = Duration(budget).clips_a_step
     print("\n".join(plan_lines(budget, recipe)))
 
 
-def store_plan(folder: Path, config: RunConfig, machine: Machine) -> None:
+def show_plan(folder: Path, config: RunConfig, machine: Machine) -> None:
     """Prints the plan of a run and keeps it in its folder, for the report to set beside what is measured."""
     budget = Budget.of(config, machine)
     if budget is None:
@@ -67,9 +66,7 @@ def store_plan(folder: Path, config: RunConfig, machine: Machine) -> None:
         return
     text = "\n".join(plan_lines(budget, config.clips_at_once() * config.optim.accumulate))
     print(f"{text}\n")
-    duration = Duration(budget)
-    about = {"step_seconds": duration.step, "memory_gib": budget.gpu_memory / GIB, "mfu": duration.mfu, "table": text}
-    (folder / PLAN).write_text(json.dumps(about, indent=1) + "\n")
+    store_plan(folder, budget, text)
 
 
 def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.plan import CPU_GIB, store_plan
+from launch.plan import CPU_GIB, show_plan
 from launch.start import prepare, record, whole_number, yes
 from train.compose import split_arguments
 from train.errors import UserError
@@ -41,7 +41,7 @@ example:
 SCRIPT = "job.sbatch"
 _MARK = "# ---- the run"  # the template from here on is the same for every run
 _WAITS_FOR_EVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidQOS",
-                   "InvalidAccount", "ReqNodeNotAvail", "AssocGrpLimit", "QOSMaxNodePerUserLimit")  # fmt: skip
+                   "InvalidAccount")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Job:
             if value is not None:
                 line = f"#SBATCH --{key}={value}" if value != "" else f"#SBATCH --{key}"
                 head.append(f"{line:<40}  # {why[key]}" if key in why else line)
-        head += [f"#SBATCH {word}" for word in shlex.split(self.sbatch or "")]
+        head += [f"#SBATCH {_as_sbatch_reads(word)}" for word in shlex.split(self.sbatch or "")]
         prefix, srun = self._container()
         head += [
             f"RUN={shlex.quote(str(self.folder))}",
@@ -115,6 +115,12 @@ class Job:
             return ["apptainer", "exec", "--nv", "--bind", bound, "--pwd", str(Path.cwd()), self.container], []
         workdir = f"--container-workdir={Path.cwd()}"
         return [], [f"--container-image={self.container}", f"--container-mounts={bound}", workdir]
+
+
+def _as_sbatch_reads(word: str) -> str:
+    """An option with what is between its quotes: ``--comment=a b`` as ``--comment="a b"``."""
+    name, equals, value = word.partition("=")
+    return f'{name}{equals}"{value}"' if re.search(r"\s", value) else word
 
 
 def main(arguments: list[str]) -> None:
@@ -145,7 +151,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"mounts is {words['mounts']}, it needs container=IMAGE")
     folder, config = prepare(settings, nodes, tasks, elsewhere=True)
     machine = Machine(gpu, gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
-    store_plan(folder.path, config, machine)
+    show_plan(folder.path, config, machine)
     path = folder.path.resolve()
     job = Job(config.conf, path, nodes, tasks, gpus, cpus or config.data.workers + 2, grace, time=time_limit, **words)
     script = path / SCRIPT
@@ -155,7 +161,7 @@ def main(arguments: list[str]) -> None:
         print(f"submit it  sbatch {script}")
         return
     number = submit(script)
-    record(path, how="slurm", job=number)
+    record(path, how="slurm", job=number, gpus=gpus)
     print(f"job        {number}")
     print(f"follow it  python -m launch logs {folder.path} follow=true")
     print(f"           python -m launch status {folder.path}")

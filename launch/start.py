@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.queue import check_not_queued
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, RunFolder, held, write_config
+from train.folder import CONFIG, LAUNCH, RunFolder, held, write_config
 from train.preflight import preflight
-
-RECORD = "launch.json"
 
 
 def whole_number(settings: dict[str, str], key: str, default: int) -> int:
@@ -54,6 +53,7 @@ def prepare(
             settings[key] = str(number)
     if "resume" in settings:
         folder = Path(settings.pop("resume"))
+        check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
         preflight(config, elsewhere=elsewhere)
         with held(folder):  # not under a run that reads it
@@ -66,7 +66,7 @@ def prepare(
 
 def record(folder: Path, **about: Any) -> None:
     """Notes how the run was started, for `status`, `logs` and `cancel`."""
-    (folder / RECORD).write_text(json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n")
+    (folder / LAUNCH).write_text(json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n")
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}, expected a run folder such as runs/shapes_4x/<time>")
-    file = folder / RECORD
+    file = folder / LAUNCH
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 

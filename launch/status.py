@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import subprocess
 import time
 from pathlib import Path
 
+from launch.queue import slurm_state
 from launch.start import recorded, run_argument
 from train.checkpoint import checkpoints_of
 from train.compose import read_config
 from train.errors import UserError
 from train.folder import CONFIG, get_state, holder
+from train.metrics import METRICS, read_metrics
 
 USAGE = """python -m launch status [RUN]
 
@@ -27,7 +27,11 @@ def main(arguments: list[str]) -> None:
         if not folders:
             raise UserError("runs/ has no run, expected one, or a run folder as in: python -m launch status RUN")
         for folder in folders:
-            print(f"{folder!s:<48} {standing(folder)[0]:<10} {_progress(folder)}")
+            try:
+                line = f"{standing(folder)[0]:<10} {_progress(folder)}"
+            except (OSError, ValueError, KeyError) as error:  # of other people, of other versions
+                line = f"{'damaged':<10} {' '.join(str(error).split())}"
+            print(f"{folder!s:<48} {line}")
         return
     folder, _ = run_argument(arguments)
     about = recorded(folder)
@@ -54,23 +58,8 @@ def standing(folder: Path) -> tuple[str, str]:
     return word, why
 
 
-def slurm_state(job: str) -> str:
-    """State and reason of a job, such as ``RUNNING`` or ``PENDING (Resources)``; empty when SLURM has forgotten it."""
-    try:
-        out = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T (%r), starts %S"], capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"job {job}: {error.filename} is not on this machine, ask on the cluster's login node"
-        ) from error
-    return out.stdout.strip().replace(" (None)", "")
-
-
 def _progress(folder: Path) -> str:
-    rows = []
-    file = folder / "metrics.csv"
-    if file.exists():
-        with file.open(newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if row.get("loss")]
+    rows = [row for row in read_metrics(folder / METRICS) if row.get("loss")]
     steps = read_config(folder).trainer.steps
     if not rows:
         return f"no step of {steps} yet"

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from train.checkpoint import FolderCheckpointIO, checkpoints_of, remove_leftovers
+from train.checkpoint import FolderCheckpointIO, checkpoints_of
 from train.control import ControlGroup
 from train.errors import UserError
 from train.figures import VALIDATION, Figures
@@ -50,8 +50,6 @@ class StepCheckpoints(Callback):
         # a resumed run must not write the checkpoint it came from again
         self._saved = self._seen = trainer.global_step
         self._tried_at = time.monotonic()
-        if trainer.is_global_zero:
-            remove_leftovers(self.folder)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self._seen:

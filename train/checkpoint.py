@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,16 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what runs that were killed while they saved have left in a checkpoints folder."""
+    """Removes what runs that were killed while they saved have left in a checkpoints folder.
+
+    A checkpoint that was to be replaced by another of its step is put back where that other did not get there.
+    """
     for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        replaced = re.fullmatch(r"\.(step-\d+)\.old-\d+", leftover.name)
+        if replaced and not (folder / replaced[1]).exists():
+            leftover.rename(folder / replaced[1])
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -157,7 +165,8 @@ def last_good_checkpoint(run: str | Path) -> tuple[Path | None, list[str]]:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The step-* folders in a checkpoints folder, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:

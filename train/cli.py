@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,9 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
     try:
         command(arguments)
     except MISTAKES as error:
-        if speaks_for_node():
-            print(f"error: {error}", file=sys.stderr)
+        if not speaks_for_node():
+            time.sleep(5)  # where the first fails alike, it says so, and srun or torchrun ends this process
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: making it, holding it against a second run, and saying how the run in it stands.
 
 config.yaml     the whole config; a resume reads it
-state           first line: running, requeue, stopped, done or failed; then why, in words
+state           first line: running, requeue, stopped, done, failed or died; then why, in words
 .lock           held by rank 0 while it runs: host, process and SLURM job
 """
 
@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from train.config import RunConfig
 from train.errors import UserError
+from train.ranks import global_rank, slurm_tasks
 
-CONFIG, PLAN, STATE, LOCK = "config.yaml", "plan.json", "state", ".lock"
+CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
 
 
@@ -37,9 +38,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
-        """A new ``<runs>/<conf>/<time>`` with the run's config in it; processes that the first one starts share it."""
+        """A new ``<runs>/<conf>/<time>`` with the run's config in it; the processes of one run share it.
+
+        Raises:
+            UserError: it cannot be made, or these processes have no way to tell each other which it is.
+        """
         if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
             return cls(Path(os.environ[_SHARED]))
+        store = _store_of_torchrun()
+        if store is not None and global_rank():
+            return cls(Path(store.get(_SHARED).decode()))
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         path = Path(config.runs) / config.conf / stamp
         for attempt in range(1, 100):
@@ -58,7 +66,26 @@ class RunFolder:
             raise UserError(f"runs: {path} cannot be written ({error.strerror}): make room, or set runs=") from error
         if config.trainer.devices > 1:
             os.environ[_SHARED] = str(path)
+        if store is not None:
+            store.set(_SHARED, str(path))
         return cls(path)
+
+
+def _store_of_torchrun() -> Any:
+    """Where torchrun's processes meet, a ``torch.distributed.Store``; None for a process that it has not started."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if slurm_tasks() > 1 or (torchrun and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+        raise UserError(
+            "several processes are started at once, each of which would make a run folder: make it first, with "
+            "python -m launch slurm ... dry_run=true, and start them with resume=<run folder>"
+        )
+    if not torchrun:
+        return None
+    import torch.distributed as dist  # takes a second, and few need it
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"radial-{start}", dist.TCPStore(address, port, is_master=False))
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -104,6 +131,29 @@ def holder(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def gpus_given(folder: Path) -> int:
+    """GPUs of each node that SLURM, or launch, says this job has; 0 outside of a job and in one without."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return 0
+    words = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    file = folder / LAUNCH
+    noted = json.loads(file.read_text()).get("gpus", 0) if file.is_file() else 0
+    return max(int(words) if words.isdigit() else 0, int(noted))
+
+
+def _lock(file: IO[str]) -> None:
+    """Locks it; who only asks who holds it (`holder`) lets it go within a moment."""
+    end = time.monotonic() + 1
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the system lets it go even when the process is killed.
@@ -119,7 +169,7 @@ def held(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             other = holder(folder) or {"pid": "?", "host": "?", "job": None, "since": "?"}
             job = f", SLURM job {other['job']}" if other["job"] else ""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from train.config import RunConfig
 from train.environment import environment
+from train.folder import CONFIG, PLAN
 from train.metrics import Forgiving, MetricsCsv
+from train.planning import Budget, plan_table, store_plan, stored_plan, this_machine
 
 WANDB_ID, ENVIRONMENT, MASK = "wandb_id", "environment.json", "mask.png"
 _PATIENCE = 60  # seconds for W&B's service to answer at the start
@@ -28,12 +34,31 @@ def loggers_of(config: RunConfig, folder: Path, resumed_step: int, rank: int) ->
         inner = TensorBoardLogger(folder, name="", version="tensorboard")
         loggers.append(Forgiving(inner, "TensorBoard", "training goes on, metrics.csv has them"))
     if config.log.wandb != "disabled":
-        loggers.append(_wandb(config, folder))
+        loggers += _wandb(config, folder)
     return loggers
 
 
-def _wandb(config: RunConfig, folder: Path) -> Logger:
-    """W&B's log of this folder's run, the same one after every resume; offline where its service does not answer."""
+@contextmanager
+def wandb_closed() -> Iterator[None]:
+    """Ends W&B's run with the training, while what it has to say still goes to log.txt."""
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            try:
+                wandb.finish(exit_code=code)
+            except Exception as error:  # its service is gone: that was told when figures were lost
+                logging.getLogger(__name__).info("Weights & Biases did not end its run: %s", error)
+                with suppress(Exception):
+                    wandb.teardown()  # so that this process can start it anew
+
+
+def _wandb(config: RunConfig, folder: Path) -> list[Logger]:
+    """W&B's log of this folder's run, the same one after every resume; offline where its service does not answer, and
+    none where it does not even run on this machine."""
     import wandb
 
     file = folder / WANDB_ID
@@ -56,13 +81,26 @@ def _wandb(config: RunConfig, folder: Path) -> Logger:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"warning: Weights & Biases does not answer ({reason}); this run is logged offline, {sync}", flush=True)
         wandb.teardown()  # of what has failed: it still holds the run's id
-        run = wandb.init(mode="offline", **options)
+        try:
+            run = wandb.init(mode="offline", **options)
+        except Exception as again:
+            reason = " ".join(str(again).split()) or type(again).__name__
+            print(
+                f"warning: nor offline ({reason}); training goes on without it, metrics.csv has the figures", flush=True
+            )
+            return []
     inner = WandbLogger(experiment=run)
-    return Forgiving(inner, "Weights & Biases", f"training goes on, metrics.csv has them; {sync}")
+    return [Forgiving(inner, "Weights & Biases", f"training goes on, metrics.csv has them; {sync}")]
 
 
-def note_once(folder: Path, loggers: list[Logger]) -> None:
-    """The environment, in its file and in the logs, and the mask's picture in the logs. The config is there already."""
+def note_once(config: RunConfig, folder: Path, loggers: list[Logger]) -> None:
+    """Environment and plan, in their files and in the logs, and the mask's picture in the logs. The config is there
+    already, and the plan where launch has made it."""
+    if not (folder / PLAN).exists():
+        budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
+        if budget is not None:
+            store_plan(folder, budget, plan_table(budget))
+    plan = stored_plan(folder)
     about = environment()
     (folder / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n")
     text = json.dumps(about, indent=1)
@@ -70,23 +108,25 @@ def note_once(folder: Path, loggers: list[Logger]) -> None:
         if not isinstance(logger, Forgiving):
             continue
         if isinstance(logger.inner, WandbLogger):
-            logger.attempt(_to_wandb, logger.inner.experiment, about, folder / MASK)
+            logger.attempt(_to_wandb, logger.inner.experiment, about, plan, folder / MASK)
         elif isinstance(logger.inner, TensorBoardLogger):
-            config = (folder / "config.yaml").read_text()
-            logger.attempt(_to_tensorboard, logger.inner.experiment, config, text, folder / MASK)
+            words = {"config": (folder / CONFIG).read_text(), "environment": text}
+            if plan is not None:
+                words["plan"] = plan["table"]
+            logger.attempt(_to_tensorboard, logger.inner.experiment, words, folder / MASK)
 
 
-def _to_wandb(run: Any, about: dict[str, Any], mask: Path) -> None:
+def _to_wandb(run: Any, about: dict[str, Any], plan: dict[str, Any] | None, mask: Path) -> None:
     import wandb
 
-    run.config.update({"environment": about}, allow_val_change=True)
+    run.config.update({"environment": about, "plan": plan}, allow_val_change=True)
     run.summary["mask"] = wandb.Image(str(mask))
 
 
-def _to_tensorboard(writer: Any, config: str, about: str, mask: Path) -> None:
+def _to_tensorboard(writer: Any, words: dict[str, str], mask: Path) -> None:
     import numpy
     from PIL import Image
 
-    writer.add_text("config", f"```\n{config}\n```")
-    writer.add_text("environment", f"```\n{about}\n```")
+    for name, text in words.items():
+        writer.add_text(name, f"```\n{text}\n```")
     writer.add_image("mask", numpy.asarray(Image.open(mask).convert("RGB")), dataformats="HWC")

@@ -14,8 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 METRICS = "metrics.csv"
-WANDB_ID = "wandb_id"
-_WANDB_PATIENCE = 60  # seconds for the service to answer at the start
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

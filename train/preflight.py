@@ -209,10 +209,8 @@ def cheapest(config: RunConfig) -> list[str]:
     here = best(tighter, clips)
     found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
     for remedy in remedies(tighter, clips):
-        # not the same again, and not the GPU that is here
-        known = (here is not None and remedy.startswith(f"{machine.world} GPUs")) or any(
-            f"gpu={name}:" in remedy for name, gpu in GPUS.items() if gpu.memory <= machine.gpu.memory
-        )
+        # not the GPU that is here
+        known = any(f"gpu={name}:" in remedy for name, gpu in GPUS.items() if gpu.memory <= machine.gpu.memory)
         found += [] if known else [remedy]
     return found[:3]
 

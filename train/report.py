@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from train.charts import line_chart, smoothed
 from train.checkpoint import checkpoints_of
@@ -18,8 +17,9 @@ from train.cli import guarded
 from train.compose import read_config, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, PLAN, get_state
+from train.folder import CONFIG, get_state
 from train.metrics import METRICS, read_metrics
+from train.planning import stored_plan
 
 PAGE = "report.html"
 USAGE = """python -m train.report run=<run folder> [out=FILE]
@@ -155,14 +155,16 @@ def _validation(rows: list[dict[str, str]]) -> str:
     """The last validation, and how far it is from the first: a row a length, a column a noise level."""
     levels = sorted({key.rsplit("_", 1)[1] for key in _keys(rows, "validation/") if "/sigma_" in key}, key=float)
     lengths = sorted((key for key in _keys(rows, "validation/") if key.endswith("_frames")), key=_first_number)
-    measured = [row for row in rows if lengths and row.get(lengths[0])]
+    measured = [row for row in rows if any(row.get(key) for key in lengths)]
     if not measured:
         return ""
     first, last = measured[0], measured[-1]
 
     def cell(key: str) -> str:
-        now, before = float(last[key]), float(first[key])
-        change = f" <small>({now - before:+.4f})</small>" if first is not last else ""
+        if not last.get(key):  # a resumed run may validate at other levels and lengths
+            return "<td></td>"
+        now = float(last[key])
+        change = f" <small>({now - float(first[key]):+.4f})</small>" if first is not last and first.get(key) else ""
         return f"<td>{now:.4f}{change}</td>"
 
     head = "".join(f"<th>sigma {level}</th>" for level in levels)
@@ -226,10 +228,9 @@ def _picture(file: Path, caption: str = "") -> str:
 
 def _plan(folder: Path, rows: list[dict[str, str]]) -> str:
     """What the plan said before the run, beside the run's median and peak."""
-    file = folder / PLAN
-    if not file.exists():
+    plan = stored_plan(folder)
+    if plan is None:
         return ""
-    plan: dict[str, Any] = json.loads(file.read_text())
     measured = {
         "step_seconds": _median([value for _, value in _series(rows, "step_seconds")]),
         "memory_gib": max((value for _, value in _series(rows, "memory_gib")), default=None),

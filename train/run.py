@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -23,17 +24,17 @@ from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, resolve_precision, synthetic_shards, training_shards
 from train.callbacks import StepCheckpoints
-from train.checkpoint import FolderCheckpointIO, last_good_checkpoint, load_state
+from train.checkpoint import FolderCheckpointIO, last_good_checkpoint, load_state, remove_leftovers
 from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
 from train.figures import Figures
-from train.folder import RunFolder, get_state, held, set_state
+from train.folder import RunFolder, get_state, gpus_given, held, set_state
 from train.guard import BadSteps
 from train.held_out import draw_mask, write_report
-from train.loggers import loggers_of, note_once
+from train.loggers import loggers_of, note_once, wandb_closed
 from train.models import load_adapter, sigma_range
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes, out_of_memory
@@ -79,7 +80,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
             something that the user can mend, which is said once.
     """
     rank = global_rank()
-    with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank):
+    with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank), wandb_closed():
         if rank == 0:
             set_state(folder.path, "running")
         try:
@@ -128,6 +129,11 @@ def _has_failed(folder: Path, rank: int, why: str = "") -> bool:
 
 def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
     """Returns what a signal asked for, 0 when the run is finished."""
+    if gpus_given(folder.path) and not torch.cuda.is_available():
+        raise UserError(
+            f"SLURM gave this job {gpus_given(folder.path)} GPUs a node, but torch sees none on "
+            f"{socket.gethostname()}: python -m launch doctor there says why, sbatch's --exclude leaves the node out"
+        )
     control = ControlGroup()
     stop = StopSignals(folder.path, rank, control)
     with stop.listening():
@@ -194,7 +200,7 @@ def _assemble(
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
         draw_mask(module, shards, folder.path)
-        note_once(folder.path, loggers)
+        note_once(config, folder.path, loggers)
         _say_hello(config, folder, module, precision)
     return trainer, module
 
@@ -297,6 +303,9 @@ def _environment(config: RunConfig) -> list[ClusterEnvironment]:
 
 def resume(folder: Path, config: RunConfig) -> None:
     """Goes on from the newest checkpoint of a run folder that can be read; at the beginning where there is none yet."""
+    if global_rank() == 0:
+        with held(folder):
+            remove_leftovers(folder / "checkpoints")
     checkpoint, damaged = last_good_checkpoint(folder)
     if damaged and global_rank() == 0:
         assert checkpoint is not None

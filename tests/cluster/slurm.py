@@ -42,6 +42,7 @@ MpiDefault=none
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
 """
 
 
@@ -62,8 +63,8 @@ class Slurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        # the nodes' names are in no resolver
-        ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH, "MASTER_ADDR": "127.0.0.1"}
+        # an address as a user's profile may set it, which a job must not take for its own
+        ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH, "MASTER_ADDR": "192.0.2.1"}
         return {**{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}, **ours}
 
     def start(self) -> None:
@@ -84,7 +85,8 @@ class Slurm:
         self._spawn("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._spawn("slurmd", "-D", "-N", node)
-        _wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], "the nodes are not idle")
+        states = ("sinfo", "-h", "-N", "-p", "main", "-o", "%t")
+        _wait(lambda: self.run(*states).split() == ["idle", "idle"], "the nodes are not idle")
 
     def _spawn(self, *command: str) -> None:
         with (self.folder / f"{command[0]}{len(self.daemons)}.out").open("wb") as out:

@@ -82,6 +82,9 @@ def test_two_nodes_train_to_the_end(undisturbed, slurm):
 
 def test_a_preempted_run_ends_with_the_losses_of_an_undisturbed_one(slurm, undisturbed, tmp_path):
     folder, job = submit(slurm, tmp_path)
+    assert f"job {job} of {folder} is still in the queue" in launch(
+        slurm, "slurm", f"resume={folder}", "processes=2", code=2
+    )
     wait_for_step(slurm, folder, job, 7)
     slurm.run("scontrol", "requeue", job)
     at_once(slurm, job)
@@ -142,6 +145,7 @@ def test_a_killed_process_costs_nothing_but_the_time_since_the_last_checkpoint(s
         (["nodes=9", "processes=2"], "Node count specification invalid"),
         (["nodes=2", "gpus=8"], "generic resource (gres) specification"),
         (["nodes=2", "processes=2", "sbatch=--nix=1"], "unrecognized option"),
+        (["nodes=2", "processes=2", "partition=short", "time=30"], "would wait for ever: PartitionTimeLimit"),
     ],
 )
 def test_what_slurm_refuses_is_told_in_its_words_and_ours(slurm, tmp_path, options, theirs):

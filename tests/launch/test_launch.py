@@ -14,8 +14,10 @@ from tiny import run_config, words
 from launch import cancel, doctor, logs, status
 from launch.slurm import Job, main, seconds_of
 from launch.start import record, run_argument
+from train.compose import read_config
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held, set_state
+from train.run import resume
 
 
 def launch(*arguments, **options):
@@ -52,10 +54,13 @@ def job(**changes) -> Job:
 
 
 def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
-    script = job(account="lab", qos="high", partition="h200", time="1-00:00:00", sbatch="--exclusive --nice=5").script()
+    script = job(
+        account="lab", qos="high", partition="h200", time="1-00:00:00", sbatch="--exclusive --nice=5 --comment='a b'"
+    ).script()
     for line in (
         "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--account=lab", "--qos=high",
-        "--partition=h200", "--time=1-00:00:00", "--exclusive", "--nice=5", "--signal=USR1@300", "--requeue",
+        "--partition=h200", "--time=1-00:00:00", "--exclusive", "--nice=5", '--comment="a b"',
+        "--signal=USR1@300", "--requeue",
     ):  # fmt: skip
         assert f"#SBATCH {line}" in script
     assert "#SBATCH --mem" not in script
@@ -149,6 +154,72 @@ def test_status_logs_and_cancel_of_a_run_that_does_not_run(folder, capsys):
         status.main(["/nowhere"])
     record(folder, how="slurm", job="7")
     assert json.loads((folder / "launch.json").read_text())["job"] == "7"
+
+
+def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, capsys):
+    """A SLURM job that waits to go on is followed across its requeue; a run on this machine until its end."""
+    monkeypatch.setattr(logs, "_ASK_EVERY", 0.2)
+    states = ["PENDING (Resources)", "RUNNING", "PENDING (BeginTime)", "RUNNING", ""]
+    file = folder / "slurm-7.out"
+
+    def slurm_state(job):
+        state = states.pop(0)
+        if state == "RUNNING" or not state:
+            with file.open("a") as out:
+                out.write(f"a line, {len(states)} states left\n")
+        return state
+
+    monkeypatch.setattr(logs, "slurm_state", slurm_state)
+    record(folder, how="slurm", job="7")
+    logs.main([str(folder), "follow=true"])
+    said = f"waiting for {file}: job 7 is PENDING (Resources)\n"
+    assert capsys.readouterr().out == said + "".join(f"a line, {n} states left\n" for n in (3, 1, 0))
+    record(folder, how="local")
+    (folder / "log.txt").write_text("first\n")
+    set_state(folder, "done")
+    logs.main([str(folder), "follow=true"])
+    assert capsys.readouterr().out == "first\n"
+
+
+def test_a_job_that_waits_is_not_submitted_again(folder, tmp_path, monkeypatch):
+    record(folder, how="slurm", job="7")
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'PENDING (Resources), starts N/A'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(
+        UserError, match=r"job 7 of .* is still in the queue \(PENDING .*: wait for it, or end it first with"
+    ):
+        main([f"resume={folder}", "gpus=1", "trainer.keep=7", "dry_run=true"])
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_damaged_folder_does_not_hide_the_other_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parents[2])
+    other = folder.with_name("other")
+    other.mkdir()
+    (other / "config.yaml").write_text("{")
+    status.main([])
+    said = capsys.readouterr().out
+    assert "no step of 4 yet" in said and "damaged    " in said and said.count("\n") == 2
+
+
+def test_a_job_whose_gpus_are_not_seen_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "gpus", list)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    record(folder, how="slurm", job="7", gpus=1)
+    doctor.main([f"run={folder}", "quick=true"])  # on the login node
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit):
+        doctor.main([f"run={folder}", "quick=true"])
+    assert (
+        "missing  GPUs         0, the run wants 1 a node  ->  the job has 1 a node: nvidia-smi"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="SLURM gave this job 1 GPUs a node, but torch sees none on"):
+        resume(folder, read_config(folder))
+    assert get_state(folder)[0] == "failed"
 
 
 def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):

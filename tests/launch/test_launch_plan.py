@@ -43,6 +43,13 @@ def test_the_plan_of_the_largest_run(capsys):
     assert "fits as it is" in again
 
 
+def test_clips_are_shared_within_a_node_as_train_has_it(capsys):
+    text = "\n".join(lines(capsys, "conf=wan_4x", "nodes=5", "gpus=8"))
+    assert {int(size) for size in re.findall(r"parallel.sequence=(\d+)", text)} <= {1, 2, 4, 8}
+    with pytest.raises(UserError, match="parallel.sequence is 5, expected a divisor of a node's 8 GPUs: 1, 2, 4, 8"):
+        main(["conf=wan_4x", "nodes=5", "gpus=8", "parallel.sequence=5"])
+
+
 def test_where_nothing_fits(capsys):
     text = "\n".join(lines(capsys, "conf=wan_4x", "gpu=rtx5090", "gpus=2", "cpu_memory=64"))
     assert "no setting fits these GPUs; what would:" in text

@@ -74,6 +74,15 @@ def test_the_page_needs_nothing_beside_itself(folder):
     assert "http" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
 
 
+def test_a_run_that_went_on_with_other_noise_levels_has_a_page(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    log = MetricsCsv(copy, 6)
+    log.log_metrics({"validation/8_frames": 1.5, "validation/8_frames/sigma_0.25": 2.5, "validation/loss": 1.5}, 6)
+    log.save()
+    text = write_page(copy).read_text()
+    assert "<td>2.5000</td>" in text and "sigma 0.25" in text and "<td></td>" in text
+
+
 def test_the_validation_table_has_every_length_and_noise_level(folder):
     rows = read_metrics(folder / "metrics.csv")
     last = [row for row in rows if row["validation/loss"]][-1]

@@ -1,11 +1,14 @@
 """Whole runs on real shards and a real checkpoint, cut down to seconds: training, freezing, resuming, logging."""
 
 import csv
+import json
+import math
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +20,21 @@ from data.errors import DataError
 from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, training_shards
-from train.checkpoint import FolderCheckpointIO, last_checkpoint, load_state, load_weights
+from train.checkpoint import (
+    FolderCheckpointIO,
+    last_checkpoint,
+    last_good_checkpoint,
+    load_state,
+    load_weights,
+    remove_leftovers,
+)
 from train.compose import read_config
 from train.errors import UserError
 from train.folder import RunFolder
 from train.models import load_adapter
 from train.preflight import preflight
 from train.run import resume, train
+from train.terminal import Progress
 
 # The run of tests/train/tiny.py: what the first steps gave when this was written (torch 2.13, x86-64)
 GOLDEN = [1.90173, 2.10216, 1.99403, 1.97354]
@@ -126,6 +137,26 @@ def test_the_result_does_not_depend_on_loader_workers(finished, tmp_path):
     assert losses(other) == losses(folder)
 
 
+def test_the_line_of_progress(capsys):
+    figures = SimpleNamespace(row={})
+    progress = Progress(figures)
+    trainer = SimpleNamespace(global_step=0, max_steps=300, is_global_zero=True)
+    progress.on_train_start(trainer)
+    pace = {"step_seconds": 12.3, "tokens_per_second": 23700.0, "mfu": 0.41, "memory_gib": 68.0, "hours_left": 8.1}
+    for step in range(1, 301):
+        figures.row = {"loss": math.nan if step == 2 else 2.0 - step / 300, **(pace if step == 1 else {})}
+        figures.row["skipped"] = float(step >= 2)
+        trainer.global_step = step
+        progress.on_train_batch_end(trainer)
+        progress.on_train_batch_end(trainer)  # a micro-batch
+    told = capsys.readouterr().out.splitlines()  # no terminal: the first step, the last, and one each half minute
+    assert told[0] == (
+        "step 1/300  loss 1.9967 (1.9967 steady)  12.30 s/step  23.7k tokens/s  MFU 41%  68.0 GiB  8.1 h left"
+    )
+    assert told[-1].startswith("step 300/300  loss 1.0000 (1.0300 falling)  12.30 s/step")
+    assert told[-1].endswith("8.1 h left  1 skipped") and len(told) == 2
+
+
 def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two micro-batches of one clip step like one batch of the same two clips."""
     small = run_config(tmp_path, optim__accumulate=2, trainer__steps=1, optim__clip=1e9)
@@ -148,9 +179,10 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 def test_wandb_works_offline(tmp_path):
     command = [sys.executable, "-m", "train", *words(tmp_path, log__wandb="offline", trainer__steps=2)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     folder = next((tmp_path / "runs" / "shapes_4x").iterdir())
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert "1,024 tokens" in json.loads((folder / "plan.json").read_text())["table"]
 
 
 def test_two_processes_train_like_one(tmp_path):
@@ -205,6 +237,28 @@ def test_a_failing_write_leaves_the_last_checkpoint(finished, tmp_path, monkeypa
     assert plugin.problem == f"{good} could not be written: [Errno 28] No space left on device"
     assert {p.name: p.read_bytes() for p in good.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(finished, tmp_path):
+    """Killed between the two renames of writing a step again."""
+    _, folder = finished
+    saved = shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    (saved / "step-000004").rename(saved / ".step-000004.old-17")
+    for name in (".step-000002.old-17", ".step-000004.tmp-17", "step-000002.bak"):
+        shutil.copytree(saved / "step-000002", saved / name)
+    remove_leftovers(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["step-000002", "step-000002.bak", "step-000004"]
+    assert last_good_checkpoint(tmp_path) == (saved / "step-000004", [])
+
+
+@pytest.mark.slow
+def test_torchrun_trains_in_one_folder(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    command = [*torchrun, "-m", "train", *words(tmp_path, trainer__devices=2)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    assert len(losses(folder)) == 4
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])

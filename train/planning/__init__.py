@@ -9,6 +9,7 @@ from train.planning.advice import Setting, best, fewest, remedies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, this_machine
+from train.planning.stored import store_plan, stored_plan
 from train.planning.table import plan_table, setting_lines
 
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "plan_table",
     "remedies",
     "setting_lines",
+    "store_plan",
+    "stored_plan",
     "this_machine",
 ]

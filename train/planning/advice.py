@@ -59,12 +59,12 @@ def _means(setting: Setting) -> tuple[bool, int, bool, int]:
     return budget.offloaded > 0, budget.stage, budget.config.parallel.ffn_chunk is not None, budget.sequence
 
 
-def fewest(budget: Budget, clips_a_step: float, most: int) -> Setting | None:
-    """The best setting on the smallest number of GPUs, up to ``most``, on which any fits.
+def fewest(budget: Budget, clips_a_step: float, most: int, above: int = 0) -> Setting | None:
+    """The best setting on the smallest number of GPUs, more than ``above`` and up to ``most``, on which any fits.
 
     CPU memory goes with the GPUs, in the proportion of the budget's machine.
     """
-    for count in _counts(most):
+    for count in (count for count in _counts(most) if count > above):
         gpus = min(count, max(_NODE, budget.machine.gpus))
         share = budget.machine.cpu_memory * gpus / budget.machine.gpus
         machine = replace(budget.machine, gpus=gpus, nodes=count // gpus, cpu_memory=share)
@@ -78,7 +78,7 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
     """What to change, in words, when nothing fits the machine: the cheapest first."""
     machine = budget.machine
     said = []
-    more = None if machine.is_cpu else fewest(budget, clips_a_step, 64)
+    more = None if machine.is_cpu else fewest(budget, clips_a_step, 64, machine.world)
     if more is not None:
         where = more.budget.machine
         nodes = f" on {where.nodes} nodes" if where.nodes > 1 else ""
@@ -113,8 +113,8 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
     if given.trainer.fp8 and "zero3" in strategies:
         strategies.remove("zero3")  # they exclude each other
-    for sequence in range(1, machine.world + 1):
-        if machine.world % sequence or budget.sizes.heads % sequence:
+    for sequence in range(1, machine.gpus + 1):
+        if machine.gpus % sequence or budget.sizes.heads % sequence:
             continue
         accumulate = clips_a_step * sequence / budget.clips / machine.world
         if accumulate < 1 or accumulate % 1:

@@ -1,8 +1,8 @@
 """What a plan cannot derive and somebody measured: one table, with its sources.
 
 Rates are of one NVIDIA H200, bf16, torch 2.11; for other GPUs they are scaled by peak FLOP/s (kernels) or by memory
-bandwidth (everything else). `python -m train.bench --json F`, then `python -m train.compare F` sets a prediction
-beside a measurement; a number here may change only with such a file at hand.
+bandwidth (everything else). `python -m train.bench --json F`, then `python -m train.planning.compare F` sets a
+prediction beside a measurement; a number here may change only with such a file at hand.
 
 Activations are counted in hidden states: the tokens of one rank x model width x bytes of the run's precision.
 """

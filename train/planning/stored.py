@@ -1,0 +1,26 @@
+"""The plan of a run in its folder, for its logs and its report to set beside what is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.folder import PLAN
+from train.planning.budget import GIB, Budget
+from train.planning.duration import Duration
+
+
+def store_plan(folder: Path, budget: Budget, table: str) -> None:
+    """Writes plan.json: ``step_seconds``, ``memory_gib``, ``mfu`` (null where unknown) and the ``table`` in words."""
+    duration = Duration(budget)
+    about = {"step_seconds": duration.step, "memory_gib": budget.gpu_memory / GIB, "mfu": duration.mfu, "table": table}
+    temporary = folder / f".{PLAN}.tmp"
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
+    temporary.replace(folder / PLAN)
+
+
+def stored_plan(folder: Path) -> dict[str, Any] | None:
+    """What `store_plan` has written; None where no plan was made."""
+    file = folder / PLAN
+    return dict(json.loads(file.read_text())) if file.exists() else None

@@ -189,7 +189,8 @@ def _check(settings: Settings, model: ModelConfig) -> None:
     block = settings.block or 0
     if block < 16 or block & (block - 1):
         raise UserError(f"block is {settings.block}, expected a power of two such as 64 or 128")
-    for name, least in (("steps", 1), ("dense_layers", 0), ("dense_steps", 0), ("seed", 0), ("sequence", 1)):
+    fewest = 2 if model.family == "mochi" else 1  # its noise levels have a linear and a quadratic half
+    for name, least in (("steps", fewest), ("dense_layers", 0), ("dense_steps", 0), ("seed", 0), ("sequence", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}, expected at least {least}")

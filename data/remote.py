@@ -224,7 +224,9 @@ def _stream(url: str) -> Iterator[bytes]:
                 raise http.client.IncompleteRead(b"", source.length)  # reading in pieces does not tell
         except OSError as error:
             if scheme == "pipe" and source.status:
-                raise OSError(f"the command exited with {source.status}") from error
+                # A shell's 127: there is no such command, and time does not bring one.
+                kind = FileNotFoundError if source.status == 127 else OSError
+                raise kind(f"the command exited with {source.status}") from error
             raise
 
 

@@ -114,6 +114,8 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     refused({"samples": 8}, "samples is 8, but 7 are listed")
     refused({"rejected": "1"}, "rejected is '1', expected int")
     refused({"shards": raw["shards"] * 2}, "key s000 is listed twice")
+    path.write_text(json.dumps({name: value for name, value in raw.items() if name != "samples"}))
+    assert Manifest.load(manifest.folder) == manifest, "counts are younger than the format"
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         Manifest.load(manifest.folder)

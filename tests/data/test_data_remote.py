@@ -207,6 +207,12 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
     assert [path for path, _ in server.requests].count("/shard-00002.tar") == 1, "time does not mend a 404"
     with pytest.raises(DataError, match=r"pipe:exit 3 #manifest.json: cannot be read \(the command exited with 3\)"):
         Manifest.load("pipe:exit 3 #{}")
+    waits.clear()
+    with pytest.raises(
+        DataError, match=r"pipe:nosuch manifest.json: cannot be read \(the command exited with 127"
+    ):
+        Manifest.load("pipe:nosuch {}")
+    assert not waits, "time does not bring a command"
     with pytest.raises(DataError, match=r"pipe:cat x: names no file, expected \{\}"):
         Manifest.load("pipe:cat x")
     with pytest.raises(DataError, match=r"127.0.0.1:1/manifest.json: cannot be read \(.*refused"):

@@ -208,9 +208,7 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
     with pytest.raises(DataError, match=r"pipe:exit 3 #manifest.json: cannot be read \(the command exited with 3\)"):
         Manifest.load("pipe:exit 3 #{}")
     waits.clear()
-    with pytest.raises(
-        DataError, match=r"pipe:nosuch manifest.json: cannot be read \(the command exited with 127"
-    ):
+    with pytest.raises(DataError, match=r"pipe:nosuch manifest.json: cannot be read \(the command exited with 127"):
         Manifest.load("pipe:nosuch {}")
     assert not waits, "time does not bring a command"
     with pytest.raises(DataError, match=r"pipe:cat x: names no file, expected \{\}"):

@@ -26,7 +26,7 @@ from radial import make_pattern
 from train.build import chosen_policies, resolve_precision, set_memory_policy
 from train.cli import guarded
 from train.compose import compose_run, finish, split_arguments
-from train.config import RunConfig, validate
+from train.config import RunConfig
 from train.errors import UserError
 from train.flops import SampleFlops, peak_rate
 from train.flow import noised
@@ -39,6 +39,7 @@ from train.planning import cpu_memory
 from train.preflight import check_heads
 from train.sequence import SequenceGroup, flow_loss
 from train.throughput import compile_seconds
+from train.validate import validate
 
 USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
                       [key=value ...] [--json FILE]

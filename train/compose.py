@@ -19,8 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from train.config import RunConfig, validate
+from train.config import RunConfig
 from train.errors import UserError
+from train.validate import validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEFAULT_RUN = "shapes_4x"
@@ -97,7 +98,7 @@ def finish(config: DictConfig) -> RunConfig:
     """The config as dataclasses, complete and validated.
 
     Raises:
-        UserError: see `train.config.validate`; or a value that is missing.
+        UserError: see `train.validate.validate`; or a value that is missing.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

@@ -6,9 +6,10 @@ import pytest
 
 from data.encoders import encoder_class
 from train.compose import compose_run, finish, group_options
-from train.config import ClipConfig, validate
+from train.config import ClipConfig
 from train.errors import UserError
 from train.models import family_of
+from train.validate import validate
 
 PUBLIC = [name for name in group_options()["model"] if not name.startswith("shapes")]
 

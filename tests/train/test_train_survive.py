@@ -494,8 +494,8 @@ def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
 def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetition):
     """kill -9 of a rank or of all, at a random moment, with a checkpoint at every step: many fall into its writing."""
     moment = torch.rand(2, generator=torch.Generator().manual_seed(repetition)).tolist()
-    process, folder = start_two(tmp_path, 1, trainer__checkpoint_every=1, trainer__keep=30)
-    time.sleep(4 * moment[0])
+    process, folder = start_two(tmp_path, 1 + int(14 * moment[0]), trainer__checkpoint_every=1, trainer__keep=30)
+    time.sleep(0.3 * moment[1])
     if repetition % 3 == 0:
         process.kill()
     else:

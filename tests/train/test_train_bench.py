@@ -13,20 +13,24 @@ from train.errors import UserError
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
 
 
-def test_the_figures_of_a_step(tmp_path):
+@pytest.mark.parametrize("counts", [[2], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_the_figures_of_a_step(tmp_path, counts):
     file = tmp_path / "bench.json"
-    settings = [*TINY, "lora.rank=8", "sp=1,2", "pattern=released,dense", "trainer.precision=fp32"]
-    settings += ["parallel.activations=selective", "--json", str(file)]
+    settings = [
+        *TINY,
+        "lora.rank=8",
+        f"sp={','.join(map(str, counts))}",
+        "pattern=released,dense",
+        "trainer.precision=fp32",
+    ]
+    settings += ["parallel.activations=selective", "trainer.compile=false", "--json", str(file)]
     command = [sys.executable, "-m", "train.bench", *settings]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("faster than dense with sp=") == 2
+    assert done.stdout.count("faster than dense with sp=") == len(counts)
     results = json.loads(file.read_text())["results"]
     assert [(row["pattern"], row["sp"]) for row in results] == [
-        ("released", 1),
-        ("dense", 1),
-        ("released", 2),
-        ("dense", 2),
+        (pattern, sp) for sp in counts for pattern in ("released", "dense")
     ]
     for row in results:
         assert (row["tokens"], row["blocks"]) == (5 * 8 * 16, 2)

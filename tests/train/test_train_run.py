@@ -299,7 +299,7 @@ def test_shards_of_another_size_are_refused(finished):
     config, _ = finished
     shards = training_shards(config).folder
     wrong = replace(config, data=replace(config.data, shards=str(shards)), clip=replace(config.clip, frames=16))
-    with pytest.raises(UserError, match=r"has latents of .*\[\(8, 32, 64\)\], but clip is \(16, 32, 64\)"):
+    with pytest.raises(UserError, match=r"has latents of .*\(8, 32, 64\), but clip is \(16, 32, 64\)"):
         run(wrong)
 
 

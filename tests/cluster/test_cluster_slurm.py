@@ -54,13 +54,15 @@ def output(folder: Path) -> str:
     return "".join(file.read_text() for file in folder.glob("slurm-*.out"))
 
 
-def at_once(slurm, job):
-    """SLURM lets a job that was queued again wait for two minutes."""
+def starts_again(slurm, folder, job):
+    """Waits for a job's second start, at once: SLURM lets a job that was queued again wait for two minutes."""
     slurm.wait(job, "PENDING")
     end = time.monotonic() + 60
     while slurm.state(job) == "PENDING" and time.monotonic() < end:
         slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
         time.sleep(2)
+    while "start 2" not in output(folder) and time.monotonic() < end:
+        time.sleep(1)  # the state may still be that of the first start's end
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_a_preempted_run_ends_with_the_losses_of_an_undisturbed_one(slurm, undis
     )
     wait_for_step(slurm, folder, job, 7)
     slurm.run("scontrol", "requeue", job)
-    at_once(slurm, job)
+    starts_again(slurm, folder, job)
     slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
     text = output(folder)
     assert "SIGTERM: stopping after this step" in text and "start 2, on n[1-2]" in text, text
@@ -99,7 +101,7 @@ def test_before_its_time_is_up_a_run_queues_itself_again(slurm, undisturbed, tmp
     folder, job = submit(slurm, tmp_path)
     wait_for_step(slurm, folder, job, 7)
     slurm.run("scancel", "--signal=USR1", job)  # what --signal=USR1@600 does ten minutes before the end
-    at_once(slurm, job)
+    starts_again(slurm, folder, job)
     slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
     text = output(folder)
     assert "requeue, newest checkpoint: step-" in text and "start 2" in text, text
@@ -133,7 +135,7 @@ def test_a_killed_process_costs_nothing_but_the_time_since_the_last_checkpoint(s
     ranks = subprocess.run(["pgrep", "-f", f"train resume={folder}"], capture_output=True, text=True).stdout.split()
     mine = [pid for pid in ranks if "SLURM_PROCID=2" in Path(f"/proc/{pid}/environ").read_text()]
     subprocess.run(["kill", "-9", mine[0]], check=True)
-    at_once(slurm, job)
+    starts_again(slurm, folder, job)
     slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
     # whether the others find words for it depends on how soon SLURM ends them
     assert re.search("(running|died), newest checkpoint: step-000005", output(folder)), output(folder)

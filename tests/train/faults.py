@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,17 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 
+from data.manifest import Manifest
+from data.stream import read_samples
+from data.writer import ShardWriter
 from train import callbacks
+from train.build import training_shards
 from train.control import ControlGroup
 from train.errors import UserError
+from train.folder import RunFolder
+from train.run import train
 
 
 @contextmanager
@@ -168,3 +176,42 @@ def save_by_the_clock(folder: Path) -> tuple[list[int], str]:
     except UserError as error:
         return saved, str(error)
     return saved, ""
+
+
+def run(config) -> Path:
+    """Trains in a new folder, which it returns."""
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return folder.path
+
+
+def at_step(monkeypatch, step, what):
+    """Calls ``what`` after a step, between its row in the log and its checkpoint."""
+
+    class Fault(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == step:
+                what()
+
+    monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
+
+
+def poisoned(config, tmp_path, number):
+    """The run's shards with one sample so large that its squared error is infinite."""
+    source = training_shards(config)
+    about = {name: getattr(source, name) for name in ("fps", "encoder", "latent", "text", "arguments")}
+    with ShardWriter(tmp_path / "poisoned", **about, empty_prompt=source.load_empty_prompt()) as writer:
+        for index, sample in enumerate(read_samples(source)):
+            latent = sample.latent * (1e25 if index == number else 1)
+            writer.write(replace(sample, latent=latent))
+    return replace(config, data=replace(config.data, shards=str(tmp_path / "poisoned"), synthetic_clips=0))
+
+
+def damage(shards, number):
+    """Makes a sample of the first shard unreadable; its key."""
+    shard = Manifest.load(shards).shards[0]
+    info = shard.samples[number]
+    with (shards / shard.file).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xff" * info.bytes)
+    return info.key

@@ -6,11 +6,9 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,34 +17,34 @@ import psutil
 import pytest
 import torch
 import wandb
-from faults import Run, equal_checkpoints, fill, gone, losses, only_run, save_by_the_clock, small_disk
+from faults import (
+    Run,
+    at_step,
+    damage,
+    equal_checkpoints,
+    fill,
+    losses,
+    only_run,
+    poisoned,
+    run,
+    save_by_the_clock,
+    small_disk,
+)
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 from tiny import run_config, words
 
 from data.errors import DataError
 from data.manifest import Manifest
-from data.stream import read_samples
-from data.writer import ShardWriter
 from train.build import training_shards
 from train.callbacks import StepCheckpoints, best_checkpoint
 from train.checkpoint import checkpoints_of, load_state, load_weights
-from train.compose import change_config, compose_run, finish
+from train.compose import change_config
 from train.control import ControlGroup
 from train.errors import UserError
-from train.folder import RunFolder, get_state, held, set_state
+from train.folder import get_state, held
 from train.metrics import read_metrics
-from train.planning import GIB, GPUS, Machine
-from train.preflight import cheapest
-from train.run import resume, train
-from train.stop import REQUEUE, StopSignals
-from train.watchdog import Watchdog, patience
-
-
-def run(config) -> Path:
-    folder = RunFolder.create(config)
-    train(config, folder)
-    return folder.path
+from train.run import resume
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +52,6 @@ def finished(tmp_path_factory):
     """An undisturbed run of 6 steps, a checkpoint at every second."""
     config = run_config(tmp_path_factory.mktemp("run"), trainer__steps=6)
     return config, run(config)
-
-
-def at_step(monkeypatch, step, what):
-    """Calls ``what`` after a step, between its row in the log and its checkpoint."""
-
-    class Fault(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == step:
-                what()
-
-    monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
 
 
 # ---- the disk
@@ -177,17 +164,6 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
 # ---- numbers that are not finite
 
 
-def poisoned(config, tmp_path, number):
-    """The run's shards with one sample so large that its squared error is infinite."""
-    source = training_shards(config)
-    about = {name: getattr(source, name) for name in ("fps", "encoder", "latent", "text", "arguments")}
-    with ShardWriter(tmp_path / "poisoned", **about, empty_prompt=source.load_empty_prompt()) as writer:
-        for index, sample in enumerate(read_samples(source)):
-            latent = sample.latent * (1e25 if index == number else 1)
-            writer.write(replace(sample, latent=latent))
-    return replace(config, data=replace(config.data, shards=str(tmp_path / "poisoned"), synthetic_clips=0))
-
-
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(tmp_path, capsys):
     config = poisoned(
         run_config(tmp_path, trainer__steps=12, trainer__checkpoint_every=1, trainer__keep=20), tmp_path, 5
@@ -235,16 +211,6 @@ def test_all_ranks_skip_what_one_finds(tmp_path):
 
 
 # ---- data
-
-
-def damage(shards, number):
-    """Makes a sample of the first shard unreadable; its key."""
-    shard = Manifest.load(shards).shards[0]
-    info = shard.samples[number]
-    with (shards / shard.file).open("r+b") as file:
-        file.seek(info.offset)
-        file.write(b"\xff" * info.bytes)
-    return info.key
 
 
 def test_a_shard_that_is_damaged_while_it_is_read(tmp_path, capsys):
@@ -314,209 +280,6 @@ def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path
     assert killed
     assert said.count("warning: Weights & Biases does not take the figures") == 1
     assert losses(folder) == losses(whole)
-
-
-# ---- memory, signals, ranks
-
-
-def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
-    config = run_config(tmp_path)
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.99 GiB. GPU 0 has ...")
-
-    monkeypatch.setattr("train.models.wan.WanAdapter.velocity", full)
-    with pytest.raises(UserError, match=r"rank 0: out of memory.*Cheapest first: .*parallel.activations"):
-        run(config)
-
-
-def test_three_remedies_of_the_plan_for_a_large_model(monkeypatch):
-    machine = Machine(GPUS["a100"], 1, 1, 128 * GIB)
-    monkeypatch.setattr("train.preflight.this_machine", lambda *_: machine)
-    found = cheapest(finish(compose_run({"conf": "wan_4x", "parallel.activations": "auto"})))
-    assert len(set(found)) == 3
-    assert not any("gpu=a100:" in remedy for remedy in found)
-
-
-def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
-    class Late(ControlGroup):
-        def any(self, flags):
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not stop.asked:
-                time.sleep(0.01)
-            return flags
-
-    stop = StopSignals(tmp_path, 1, Late())
-    trainer = SimpleNamespace(global_step=1, should_stop=False)
-    with stop.listening():
-        stop.on_train_batch_end(trainer, None)
-        assert (stop.asked, stop.agreed, trainer.should_stop) == (REQUEUE, 0, False)
-        trainer.global_step = 2
-        stop.on_train_batch_end(trainer, None)
-    assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
-
-
-@pytest.mark.slow
-def test_a_second_interrupt_ends_at_once(tmp_path):
-    """Rank 1 is frozen, so that the step of the first interrupt never ends: rank 0 waits for it outside of Python."""
-    process, folder = start_two(tmp_path, 3)
-    frozen = process.ranks()[1]
-    os.kill(frozen, signal.SIGSTOP)
-    time.sleep(2)
-    os.kill(process.process.pid, signal.SIGINT)
-    time.sleep(1)
-    assert process.process.poll() is None
-    os.kill(process.process.pid, signal.SIGINT)
-    text = process.end(240)
-    assert process.process.returncode == 130
-    assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
-    assert get_state(folder)[0] == "stopped"
-    assert gone(frozen)
-
-
-def test_a_run_is_as_patient_as_its_longest_step(tmp_path, monkeypatch):
-    """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward: more than trainer.timeout in all."""
-    monkeypatch.setattr("train.watchdog.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
-    config = finish(compose_run({"conf": "wan_4x"}))
-    assert 0.8 < patience(config) / (3 * 40 * 13.9) < 1.25
-    shorter = {"clip.frames": "81", "attention.dense_sigma": "null"}
-    assert patience(finish(compose_run({"conf": "wan_4x", **shorter}))) == config.trainer.timeout
-    monkeypatch.undo()
-    assert patience(run_config(tmp_path, trainer__timeout=7)) == 7
-
-
-def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr("train.watchdog.end_now", codes.append)
-    dog = Watchdog(tmp_path, 5, ControlGroup())
-    monkeypatch.setattr(dog, "_beat", lambda count: {}[count])
-    dog._watch()
-    assert codes == [1]
-    assert "error: the watchdog of rank 0 broke: KeyError(1)" in capsys.readouterr().err
-    set_state(tmp_path, "failed", "sample x is damaged")
-    dog._end("rank 0 was killed", speak=True)
-    assert codes == [1, 2] and get_state(tmp_path) == ("failed", "sample x is damaged")
-    assert capsys.readouterr().err == ""
-
-
-def test_more_gpus_are_a_remedy_and_fewer_are_none(monkeypatch):
-    machine = Machine(GPUS["h200"], 8, 1, 8 * 128 * GIB)
-    monkeypatch.setattr("train.preflight.this_machine", lambda *_: machine)
-    found = cheapest(finish(compose_run({"conf": "wan_4x", "trainer.devices": "8", "optim.accumulate": "1"})))
-    counts = [int(number) for remedy in found for number in re.findall(r"^(\d+) GPUs of this kind", remedy)]
-    assert found and all(count > 8 for count in counts)
-
-
-@pytest.mark.slow
-def test_a_mistake_of_one_rank_or_of_all_is_said_once(tmp_path):
-    """A damaged sample, which one of the ranks reads; and a sample too large, for which all end."""
-    config = run_config(tmp_path)
-    copy = shutil.copytree(training_shards(config).folder, tmp_path / "shards")
-    damage(copy, 7)
-    alone = {"data__shards": copy, "data__max_bad": 0, "trainer__steps": 12}
-    all_alike = {"data__shards": poisoned(config, tmp_path, 5).data.shards, "trainer__max_skipped": 0}
-    for number, (given, reason) in enumerate([(alone, "at most 0 are skipped"), (all_alike, "trainer.max_skipped=0")]):
-        runs = tmp_path / f"runs{number}"
-        process = Run(*words(tmp_path, runs=runs, trainer__devices=2, data__synthetic_clips=0, **given))
-        text = process.end()
-        assert process.process.returncode == 2, text
-        assert text.count("error: ") == 1 and text.count(reason) == 1 and "Traceback" not in text, text
-        word, why = get_state(only_run(runs))
-        assert word == "failed" and reason in why
-
-
-@pytest.mark.slow
-def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
-    shards = training_shards(run_config(tmp_path)).folder
-    pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"
-    process = Run(*words(tmp_path, data__shards=pipe, data__synthetic_clips=0, trainer__timeout=5))
-    text = process.end(240)
-    assert process.process.returncode == 1
-    assert "error: no step for 5 s (trainer.timeout): the run hangs in reading data after step 0; stacks: " in text
-    folder = only_run(tmp_path / "runs")
-    assert "most recent call first" in (folder / "stack-rank-0.txt").read_text()
-    assert get_state(folder)[0] == "died"
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """An undisturbed run of two processes."""
-    tmp_path = tmp_path_factory.mktemp("two")
-    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20)).end()
-    folder = only_run(tmp_path / "runs")
-    assert len(losses(folder)) == 20, text
-    return folder
-
-
-def start_two(tmp_path, step, **changes):
-    """A run of two processes that has made so many steps; its folder."""
-    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20, **changes))
-    process.wait_for(lambda: any(len(losses(f)) >= step for f in tmp_path.glob("runs/shapes_4x/*")))
-    return process, only_run(tmp_path / "runs")
-
-
-def same_as(folder, whole):
-    """The run, resumed until its end, has the losses and the state of the undisturbed one, bit for bit."""
-    text = Run(f"resume={folder}").end()
-    assert losses(folder) == losses(whole), text
-    assert equal_checkpoints(folder / "checkpoints" / "step-000020", whole / "checkpoints" / "step-000020")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path, rank):
-    process, folder = start_two(tmp_path, 5)
-    os.kill(process.ranks()[rank], signal.SIGKILL)
-    text = process.end(240)
-    end = time.monotonic() + 20
-    while process.ranks()[1:] and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "Traceback" not in text, text
-    assert ("error: rank 0 was killed" if rank == 0 else "error: rank 1 (process ") in text, text
-    assert f"the run goes on from its last checkpoint: python -m train resume={folder}" in text
-    same_as(folder, two_ranks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
-    process, folder = start_two(tmp_path, 3, trainer__timeout=6)
-    frozen = process.ranks()[rank]
-    os.kill(frozen, signal.SIGSTOP)
-    text = process.end(240)
-    assert f"rank {rank}" in text and "gives no sign of life" in text, text
-    assert gone(frozen)
-    same_as(folder, two_ranks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("repetition", range(20))
-def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetition):
-    """kill -9 of a rank or of all, at a random moment, with a checkpoint at every step: many fall into its writing."""
-    moment = torch.rand(2, generator=torch.Generator().manual_seed(repetition)).tolist()
-    process, folder = start_two(tmp_path, 1 + int(14 * moment[0]), trainer__checkpoint_every=1, trainer__keep=30)
-    time.sleep(0.3 * moment[1])
-    if repetition % 3 == 0:
-        process.kill()
-    else:
-        os.kill(process.ranks()[repetition % 2], signal.SIGKILL)
-    process.end(240)
-    assert process.process.returncode and get_state(folder)[0] in ("running", "died")
-    for path in checkpoints_of(folder / "checkpoints"):
-        load_state(path), load_weights(path)
-    same_as(folder, two_ranks)
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, tmp_path):
-    process, folder = start_two(tmp_path, 4)
-    os.kill(process.ranks()[1], signal.SIGTERM)
-    text = process.end(240)
-    assert process.process.returncode == 75, text
-    assert get_state(folder)[0] == "requeue"
-    (last,) = checkpoints_of(folder / "checkpoints")[-1:]
-    assert load_state(last)["global_step"] == len(losses(folder))
-    same_as(folder, two_ranks)
 
 
 # ---- other people's files

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 from radial import make_pattern
 from train.build import chosen_policies, resolve_precision, set_memory_policy
-from train.cli import guarded
+from train.cli import guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
@@ -81,25 +80,19 @@ class Result:
 
 def main(arguments: list[str]) -> None:
     """Runs the cases and prints a line for each."""
-    out = None
-    if "--json" in arguments:
-        at = arguments.index("--json")
-        if at + 1 == len(arguments):
-            raise UserError("--json needs a file name")
-        out = Path(arguments[at + 1])
-        arguments = arguments[:at] + arguments[at + 2 :]
+    out, arguments = json_file(arguments)
     config, ours = bench_config(arguments)
     if config.model.dimensions is None and config.model.architecture is None:
         raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
-    blocks = None if ours["blocks"] == "all" else _number("blocks", ours["blocks"])
+    blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
     cases = [
-        (replace(config, attention=replace(config.attention, pattern=name)), _number("sp", word))
+        (replace(config, attention=replace(config.attention, pattern=name)), whole_number("sp", word))
         for word in ours["sp"].split(",")
         for name in ours["pattern"].split(",")
     ]
     for case, _ in cases:
         validate(case)
-    steps, results = _number("steps", ours["steps"]), []
+    steps, results = whole_number("steps", ours["steps"]), []
     print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
     for case, sp in cases:
         results.append(run_case(case, sp, blocks, steps))
@@ -257,12 +250,6 @@ def _parts(step: Any, device: torch.device, seconds: float) -> dict[str, float]:
         kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
         parts[kind] += spent
     return {**parts, "waiting": max(0.0, seconds - sum(parts.values()) + parts["copies"])}
-
-
-def _number(key: str, word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise UserError(f"{key} is {word!r}, expected a whole number of at least 1")
-    return int(word)
 
 
 def _line(result: Result) -> str:

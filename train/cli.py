@@ -57,6 +57,20 @@ def whole_number(key: str, text: str, least: int = 1) -> int:
     return int(text)
 
 
+def json_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The file of ``--json FILE``, if it is given, and the other words.
+
+    Raises:
+        UserError: there is no word after it.
+    """
+    if "--json" not in arguments:
+        return None, arguments
+    at = arguments.index("--json")
+    if at + 1 == len(arguments):
+        raise UserError("--json needs a file name")
+    return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+
+
 def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
     """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
 

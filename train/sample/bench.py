@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from radial import make_pattern
 from train.build import resolve_precision
-from train.cli import guarded, whole_number
+from train.cli import guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
@@ -68,13 +67,7 @@ class _Enough(Exception):
 
 def main(arguments: list[str]) -> None:
     """Runs the cases and prints a line for each."""
-    out = None
-    if "--json" in arguments:
-        at = arguments.index("--json")
-        if at + 1 == len(arguments):
-            raise UserError("--json needs a file name")
-        out = Path(arguments[at + 1])
-        arguments = arguments[:at] + arguments[at + 2 :]
+    out, arguments = json_file(arguments)
     settings = split_arguments(arguments)
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
     lengths = [whole_number("frames", word) for word in ours["frames"].split(",")]

@@ -81,12 +81,12 @@ class Slurm:
         ends = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         munge = [f"--{option}={folder}/munge.{end}" for option, end in ends.items()]
         self._spawn("munged", "--foreground", "--force", *munge)
-        _wait(lambda: (folder / "munge.socket").exists(), "munged did not start")
+        wait_until(lambda: (folder / "munge.socket").exists(), "munged did not start")
         self._spawn("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._spawn("slurmd", "-D", "-N", node)
         states = ("sinfo", "-h", "-N", "-p", "main", "-o", "%t")
-        _wait(lambda: self.run(*states).split() == ["idle", "idle"], "the nodes are not idle")
+        wait_until(lambda: self.run(*states).split() == ["idle", "idle"], "the nodes are not idle")
 
     def _spawn(self, *command: str) -> None:
         with (self.folder / f"{command[0]}{len(self.daemons)}.out").open("wb") as out:
@@ -103,7 +103,7 @@ class Slurm:
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
         """Waits until the job is in one of the states and returns it."""
-        _wait(lambda: self.state(job) in states, lambda: f"job {job} is {self.state(job)}, not {states}", seconds)
+        wait_until(lambda: self.state(job) in states, lambda: f"job {job} is {self.state(job)}, not {states}", seconds)
         return self.state(job)
 
     def stop(self) -> None:
@@ -128,7 +128,8 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait(ready, reason, seconds: float = 60) -> None:
+def wait_until(ready, reason="it does not come", seconds: float = 60) -> None:
+    """Polls ``ready()``; after so many seconds fails with the reason, or with what ``reason()`` then says."""
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm import wait_until
 from tiny import words
 
 from launch import cancel
@@ -55,14 +56,18 @@ def output(folder: Path) -> str:
 
 
 def starts_again(slurm, folder, job):
-    """Waits for a job's second start, at once: SLURM lets a job that was queued again wait for two minutes."""
+    """Waits for a job's second start, without the two minutes for which SLURM lets a job wait that was queued again.
+
+    They are there so that the first start is over: a second one that begins in the second of its end is refused, as
+    one whose credential was revoked. So nothing is hurried before the first one's last process is gone.
+    """
     slurm.wait(job, "PENDING")
-    end = time.monotonic() + 60
-    while slurm.state(job) == "PENDING" and time.monotonic() < end:
-        slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
-        time.sleep(2)
-    while "start 2" not in output(folder) and time.monotonic() < end:
-        time.sleep(1)  # the state may still be that of the first start's end
+    wait_until(
+        lambda: not subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{job}\."], capture_output=True).stdout, seconds=90
+    )
+    time.sleep(2)
+    slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    wait_until(lambda: "start 2" in output(folder), lambda: f"{slurm.state(job)}: {output(folder)}", 120)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from lightning.pytorch.callbacks import Callback
+from test_train_samples import frames_of
 from tiny import run_config, words
 
 from data.errors import DataError
@@ -185,11 +186,31 @@ def test_wandb_works_offline(tmp_path):
     assert "1,024 tokens" in json.loads((folder / "plan.json").read_text())["table"]
 
 
+def samples_after(step: int) -> dict[str, object]:
+    """Settings that generate clips of three prompts after the last step: two ranks cannot split them evenly."""
+    return {
+        "trainer__steps": step,
+        "validation__samples_every": step,
+        "validation__samples_steps": 2,
+        "validation__prompts": "['a red ball, moving', 'the bar', 'a disc']",
+    }
+
+
+def same_samples(one: Path, two: Path) -> None:
+    files = sorted((one / "samples").rglob("*.mp4"))
+    assert len(files) == 3
+    assert sorted((two / "samples").rglob("*.mp4")) == [two / file.relative_to(one) for file in files]
+    for file in files:
+        first, second = frames_of(file).astype(int), frames_of(two / file.relative_to(one)).astype(int)
+        assert abs(first - second).mean() < 0.5 < first.std()
+
+
 def test_two_processes_train_like_one(tmp_path):
-    """DDP over gloo with one clip each equals one process with both clips: the same steps, the same weights."""
+    """DDP over gloo with one clip each equals one process with both clips: the same steps, weights and samples."""
     results = []
     for name, change in (("one", {"data__batch_size": 2}), ("two", {"trainer__devices": 2})):
-        command = words(tmp_path, runs=tmp_path / name, trainer__steps=2, **change)
+        change |= samples_after(2)
+        command = words(tmp_path, runs=tmp_path / name, **change)
         done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         folders = list((tmp_path / name / "shapes_4x").iterdir())
@@ -198,13 +219,14 @@ def test_two_processes_train_like_one(tmp_path):
         results.append((losses(folders[0]), {index: entry["exp_avg"] for index, entry in state.items()}))
     (one_loss, one), (two_loss, two) = results
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
+    same_samples(*(next((tmp_path / name / "shapes_4x").iterdir()) for name in ("one", "two")))
     for index in one:  # the first moment, linear in the gradients: Adam's steps would hide a wrong scale
         torch.testing.assert_close(one[index], two[index], rtol=1e-3, atol=1e-3 * one[index].abs().max().item())
 
 
 def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
     """Sequence parallelism with a token count that two ranks cannot split evenly; the report runs in the group."""
-    odd = {"clip__frames": 5, "clip__height": 20, "clip__width": 20, "attention__block": 16, "trainer__steps": 3}
+    odd = {"clip__frames": 5, "clip__height": 20, "clip__width": 20, "attention__block": 16, **samples_after(3)}
     assert run_config(tmp_path, **odd).grid().tokens == 125
     one = run(run_config(tmp_path, **odd))
     shared = {**odd, "trainer__devices": 2, "parallel__sequence": 2, "runs": tmp_path / "two"}
@@ -215,6 +237,7 @@ def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
     (two,) = (tmp_path / "two" / "shapes_4x").iterdir()
     assert (two / "report.json").exists()
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    same_samples(one, two)
     first, second = (load_state(last_checkpoint(folder))["optimizer_states"][0]["state"] for folder in (one, two))
     for index in first:
         expected, got = first[index]["exp_avg"], second[index]["exp_avg"]

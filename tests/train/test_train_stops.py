@@ -32,6 +32,9 @@ from train.preflight import cheapest
 from train.stop import REQUEUE, StopSignals
 from train.watchdog import Watchdog, patience
 
+STEPS = 30
+"""Of the runs of two processes: room for five kills in a row."""
+
 
 def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
     config = run_config(tmp_path)
@@ -156,15 +159,15 @@ def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
 def two_ranks(tmp_path_factory):
     """An undisturbed run of two processes."""
     tmp_path = tmp_path_factory.mktemp("two")
-    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20)).end()
+    text = Run(*words(tmp_path, trainer__devices=2, trainer__steps=STEPS)).end()
     folder = only_run(tmp_path / "runs")
-    assert len(losses(folder)) == 20, text
+    assert len(losses(folder)) == STEPS, text
     return folder
 
 
 def start_two(tmp_path, step, **changes):
     """A run of two processes that has made so many steps; its folder."""
-    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=20, **changes))
+    process = Run(*words(tmp_path, trainer__devices=2, trainer__steps=STEPS, **changes))
     process.wait_for(lambda: any(len(losses(f)) >= step for f in tmp_path.glob("runs/shapes_4x/*")))
     return process, only_run(tmp_path / "runs")
 
@@ -173,7 +176,7 @@ def same_as(folder, whole):
     """The run, resumed until its end, has the losses and the state of the undisturbed one, bit for bit."""
     text = Run(f"resume={folder}").end()
     assert losses(folder) == losses(whole), text
-    assert equal_checkpoints(folder / "checkpoints" / "step-000020", whole / "checkpoints" / "step-000020")
+    assert equal_checkpoints(folder / "checkpoints" / f"step-{STEPS:06d}", whole / "checkpoints" / f"step-{STEPS:06d}")
 
 
 @pytest.mark.slow
@@ -204,20 +207,30 @@ def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repetition", range(20))
-def test_killed_at_any_moment_a_run_resumes_exactly(two_ranks, tmp_path, repetition):
-    """kill -9 of a rank or of all, at a random moment, with a checkpoint at every step: many fall into its writing."""
-    moment = torch.rand(2, generator=torch.Generator().manual_seed(repetition)).tolist()
-    process, folder = start_two(tmp_path, 1 + int(14 * moment[0]), trainer__checkpoint_every=1, trainer__keep=30)
-    time.sleep(0.3 * moment[1])
-    if repetition % 3 == 0:
-        process.kill()
-    else:
-        os.kill(process.ranks()[repetition % 2], signal.SIGKILL)
-    process.end(240)
-    assert process.process.returncode and get_state(folder)[0] in ("running", "died")
-    for path in checkpoints_of(folder / "checkpoints"):
-        load_state(path), load_weights(path)
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_again_and_again_a_run_resumes_exactly(two_ranks, tmp_path, seed):
+    """kill -9 of a rank or of all, five times at random moments: many fall into the writing of a checkpoint.
+
+    Each start leads to a kill some steps later, so that a run which was killed and resumed is killed again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = words(tmp_path, trainer__devices=2, trainer__steps=STEPS, trainer__checkpoint_every=1, trainer__keep=STEPS)
+    for kill in range(5):
+        before = sum(len(losses(f)) for f in tmp_path.glob("runs/shapes_4x/*"))
+        step = before + 1 + int(3 * torch.rand(1, generator=generator))
+        process = Run(*start)
+        process.wait_for(lambda step=step: any(len(losses(f)) >= step for f in tmp_path.glob("runs/shapes_4x/*")))
+        time.sleep(0.3 * float(torch.rand(1, generator=generator)))
+        if (seed + kill) % 3 == 0:
+            process.kill()
+        else:
+            os.kill(process.ranks()[kill % 2], signal.SIGKILL)
+        text = process.end(240)
+        folder = only_run(tmp_path / "runs")
+        assert process.process.returncode and get_state(folder)[0] in ("running", "died"), text
+        for path in checkpoints_of(folder / "checkpoints"):
+            load_state(path), load_weights(path)
+        start = [f"resume={folder}"]
     same_as(folder, two_ranks)
 
 

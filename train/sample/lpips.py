@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,10 @@ _WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 def lpips(one: np.ndarray, other: np.ndarray) -> tuple[float | None, str]:
     """Mean distance of the frames of two clips, (n, H, W, 3) uint8; or None and why it cannot be told."""
-    if find_spec("torchvision") is None:
-        return None, "needs torchvision"
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # missing, or built for another torch
+        return None, f"needs torchvision ({error})"
     file = Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS
     if not file.is_file():
         return None, f"needs {file}"

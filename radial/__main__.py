@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     mask.add_argument("--tokens-per-frame", type=int, required=True, metavar="S", help="height x width in tokens")
     mask.add_argument("--frames", type=int, required=True, metavar="F", help="latent frames")
     mask.add_argument("--pattern", default="released", help="released (default), paper or dense")
-    mask.add_argument("--rule", default="wan", help=f"of released: {', '.join(RULES)} (default wan)")
+    mask.add_argument("--rule", help=f"of released: {', '.join(RULES)} (default wan)")
     mask.add_argument("--decay", type=float, default=1.0, help="of released: below 1 is sparser (default 1.0)")
     mask.add_argument("--block", type=int, default=128, metavar="B", help="block size in tokens (default 128)")
     mask.add_argument("--text", type=int, default=0, metavar="N", help="text tokens after the video (default 0)")
@@ -43,14 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     mask.add_argument("--save", type=Path, metavar="FILE.npz", help="write the boolean block mask as array 'mask'")
     mask.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask with frame boundaries")
 
-    bench = commands.add_parser("bench", help="measure the backends on this GPU, or how long layouts take to build")
+    bench = commands.add_parser("bench", help="measure the backends on this GPU")
     bench.add_argument("--shapes", default="wan_1x,wan_2x,wan_4x", help=f"of {', '.join(SHAPES)} (default %(default)s)")
     bench.add_argument("--heads", type=int, metavar="N", help="attention heads (default: each model's own)")
     bench.add_argument("--backends", default="fa4,flex", help="under the released mask (default %(default)s)")
     bench.add_argument("--rounds", type=int, default=3, help="of measurement; the median counts (default %(default)s)")
-    bench.add_argument("--layouts", action="store_true", help="measure instead how long layouts take to build")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the speed-ups against length")
+
+    layouts = commands.add_parser("layouts", help="measure how long layouts take to build on one thread")
+    layouts.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
 
     commands.add_parser("backends", help="which attention backends are usable here, and why the others are not")
     return parser
@@ -76,7 +78,9 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
 
 def _mask(arguments: argparse.Namespace) -> None:
     grid = VideoGrid(arguments.frames, 1, arguments.tokens_per_frame, arguments.text)
-    pattern = make_pattern(arguments.pattern, decay=arguments.decay, rule=arguments.rule)
+    if arguments.rule is not None and arguments.pattern != Released.name:
+        raise RadialError(f"--rule is {arguments.rule!r}, but pattern {arguments.pattern!r} has no rules: leave it out")
+    pattern = make_pattern(arguments.pattern, decay=arguments.decay, rule=arguments.rule or "wan")
     if arguments.save and arguments.save.suffix != ".npz":
         raise RadialError(f"--save is {arguments.save}, expected a file that ends in .npz")
     _check_outputs(arguments.save, arguments.plot)
@@ -115,9 +119,6 @@ def _bench(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.json, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
-    if arguments.layouts:
-        bench_layouts(arguments.json)
-        return
     for name in ("heads", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -140,9 +141,12 @@ def _backends() -> None:
         for device in devices:
             dtype = torch.bfloat16 if device == "cuda" else torch.float32
             for kind, layout in (("sparse", sparse), ("dense", dense)):
-                call = AttentionCall(torch.device(device), dtype, 128, True, False, layout)
-                reason = backend.why_not(call)
-                print(f"{name:<12} {device:<6} {kind:<8} {'yes' if reason is None else 'no: ' + reason}")
+                trains, infers = (
+                    backend.why_not(AttentionCall(torch.device(device), dtype, 128, grad, False, layout))
+                    for grad in (True, False)
+                )
+                usable = "yes" if trains is None else f"no: {infers}" if infers else "without gradients"
+                print(f"{name:<12} {device:<6} {kind:<8} {usable}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -153,6 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
             _mask(parsed)
         elif parsed.command == "bench":
             _bench(parsed)
+        elif parsed.command == "layouts":
+            _check_outputs(parsed.json)
+            bench_layouts(parsed.json)
         else:
             _backends()
     except RadialError as error:

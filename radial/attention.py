@@ -33,7 +33,7 @@ def radial_attention(
         q, k, v: (batch, tokens, heads, head_dim); video tokens frame by frame in raster order, then text tokens.
         grid: how those tokens lie; ``grid.tokens`` is the sequence length.
         pattern: which block pairs are computed (`radial.patterns`).
-        block: block size in tokens (64 or 128 for the GPU kernels).
+        block: block size in tokens, a power of two (128 for `fa4`; the other GPU kernels take 64 too).
         text_lengths: (batch,) integer tensor, valid text tokens of each sample, clamped to the grid's. Keys after
             them are masked; their query rows are still computed. None means that all text tokens count.
         scale: factor of the scores, head_dim ** -0.5 by default.

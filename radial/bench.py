@@ -43,7 +43,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from radial.attention import attention_over
 from radial.backends import BACKENDS, AttentionCall
@@ -103,7 +102,7 @@ def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: 
             if name not in known:
                 raise RadialError(f"{what} is {name!r}, expected one of {', '.join(known)}")
     if not torch.cuda.is_available():
-        raise RadialError("bench measures GPU kernels and finds no CUDA GPU; --layouts measures what the CPU does")
+        raise RadialError("bench measures GPU kernels and finds no CUDA GPU; python -m radial layouts measures the CPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bf16, head_dim 128")
     rows = []
     for name in shapes:
@@ -113,7 +112,7 @@ def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: 
 
 
 def _candidates(grid: VideoGrid, backends: list[str]) -> list[Candidate]:
-    """The dense kernels that run here, then the backends under the released mask."""
+    """cuDNN's dense kernel, fa4's where it runs, then the backends under the released mask."""
     device = torch.device("cuda")
     sparse, dense = build_layout(Released(), grid).to(device), build_layout(Dense(), grid)
 
@@ -140,6 +139,8 @@ def _candidates(grid: VideoGrid, backends: list[str]) -> list[Candidate]:
 
 
 def _bench_shape(name: str, grid: VideoGrid, heads: int, backends: list[str], rounds: int) -> list[dict[str, Any]]:
+    from tqdm import tqdm  # the one part of this package that is not torch's
+
     candidates = _candidates(grid, backends)
     n, device = grid.tokens, torch.device("cuda")
     torch.manual_seed(0)
@@ -241,12 +242,13 @@ def draw_bench(rows: list[dict[str, Any]], path: Path) -> None:
         axes.minorticks_off()
         axes.set(title=title, xlabel="tokens", ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("speed-up over dense flash-attn-4")
+    figure.axes[0].set_ylabel("speed-up over the fastest dense kernel")
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)
 
 
 def write_bench(rows: list[dict[str, Any]], path: Path) -> None:
-    """The rows as JSON, with what they were measured on."""
+    """The rows as JSON, with what they were measured on; what was not measured is null."""
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     path.write_text(json.dumps(about | {"rows": rows}, indent=1))

@@ -1,4 +1,4 @@
-"""Measurements: how long layouts take to build. ``python -m radial bench --layouts`` prints the README's table anew."""
+"""How long layouts take to build: ``python -m radial layouts`` prints the README's table anew."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ from statistics import median
 
 import torch
 
+from radial.bench import SHAPES
 from radial.grid import VideoGrid
-from radial.layout import build_layout
+from radial.layout import make_layout
 from radial.patterns import Paper, Pattern, Released
 
-SHAPES = {
-    "wan 720p 81 frames": VideoGrid(21, 45, 80),
-    "wan 720p 161 frames": VideoGrid(41, 45, 80),
-    "wan 720p 321 frames": VideoGrid(81, 45, 80),
-    "hunyuan 720p 509 frames": VideoGrid(128, 45, 80, 256),
-    "mochi 480p 667 frames": VideoGrid(112, 30, 53, 256),
-    "one million tokens": VideoGrid(278, 45, 80),
-}
+GRIDS = {name: shape.grid for name, shape in SHAPES.items()} | {"a million": VideoGrid(278, 45, 80)}
 
 
 def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
@@ -28,16 +22,15 @@ def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
-    print(f"{'shape':<26} {'pattern':<10} {'tokens':>9} {'kept blocks':>12} {'sparsity':>9} {'seconds':>8}")
+    print(f"{'shape':<12} {'pattern':<10} {'tokens':>9} {'kept blocks':>12} {'sparsity':>9} {'seconds':>8}")
     try:
-        for name, grid in SHAPES.items():
+        for name, grid in GRIDS.items():
             patterns: list[Pattern] = [Released(), Paper()] if grid.tokens < 500_000 else [Released()]
             for pattern in patterns:
                 times = []
                 for _ in range(repeats):
-                    build_layout.cache_clear()
                     start = time.perf_counter()
-                    layout = build_layout(pattern, grid)
+                    layout = make_layout(pattern, grid, 128)
                     times.append(time.perf_counter() - start)
                 row = {
                     "shape": name,
@@ -49,7 +42,7 @@ def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{name:<26} {pattern.name:<10} {grid.tokens:>9,} {layout.kept:>12,} "
+                    f"{name:<12} {pattern.name:<10} {grid.tokens:>9,} {layout.kept:>12,} "
                     f"{layout.sparsity:>9.4f} {row['seconds']:>8.3f}"
                 )
     finally:

@@ -135,11 +135,15 @@ def layout_of(handle: int) -> BlockLayout:
     return _LIVE[handle]
 
 
-@lru_cache(maxsize=64)
 def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLayout:
-    """The layout of a pattern on a grid, on the CPU; cached by its arguments.
+    """`make_layout`, cached by its arguments."""
+    return _cached_layout(pattern, grid, block)
 
-    Time and memory follow the surviving blocks (`python -m radial bench --layouts`).
+
+def make_layout(pattern: Pattern, grid: VideoGrid, block: int) -> BlockLayout:
+    """The layout of a pattern on a grid, on the CPU.
+
+    Time and memory follow the surviving blocks (`python -m radial layouts`).
 
     Raises:
         RadialError: a block size that is not a power of two of at least 16, or a pattern with its own token order.
@@ -169,6 +173,9 @@ def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLa
     rows = owner[narrow.sort(stable=True).indices].int()
     column_offsets = _offsets(torch.bincount(columns, minlength=blocks))
     return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows)
+
+
+_cached_layout = lru_cache(maxsize=64)(make_layout)  # apart, so that a default counts as the argument it stands for
 
 
 def _offsets(counts: Tensor) -> Tensor:

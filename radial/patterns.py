@@ -147,18 +147,19 @@ class Dense:
 
 
 def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern:
-    """The pattern of that name; ``decay`` and ``rule`` apply to ``released`` alone.
+    """The pattern of that name; ``rule`` applies to ``released`` alone, and any of its rules may be given.
 
     Raises:
-        RadialError: an unknown name, or a value that the pattern refuses.
+        RadialError: an unknown name, or a value that the pattern refuses: a decay for one that has none.
     """
+    released, others = Released(decay=decay, rule=rule), {Paper.name: Paper(), Dense.name: Dense()}
     if name == Released.name:
-        return Released(decay=decay, rule=rule)
-    if name == Paper.name:
-        return Paper()
-    if name == Dense.name:
-        return Dense()
-    raise RadialError(f"pattern is {name!r}, expected one of released, paper, dense")
+        return released
+    if name not in others:
+        raise RadialError(f"pattern is {name!r}, expected one of {', '.join([Released.name, *others])}")
+    if decay != 1.0:
+        raise RadialError(f"decay is {decay:g}, but pattern {name!r} has none: leave it out, or take released")
+    return others[name]
 
 
 def _complete(bands: Bands, grid: VideoGrid, block: int, *, strict: bool) -> Tensor:

@@ -33,8 +33,8 @@ def test_packages_import_only_what_they_may(package):
 
 
 def test_radial_needs_only_torch():
-    """Importing radial loads no third-party package that torch does not load itself."""
-    program = "import sys, torch; before = set(sys.modules); import radial; print(*set(sys.modules) - before)"
+    """Neither importing radial nor its command line loads a third-party package that torch does not load itself."""
+    program = "import sys, torch; before = set(sys.modules); import radial.__main__; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded - set(sys.stdlib_module_names) <= {"radial", "torch"}

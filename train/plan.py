@@ -42,7 +42,7 @@ class AttentionPlan:
     ) -> AttentionPlan:
         return cls(
             build_layout(pattern, grid, block),
-            build_layout(Dense(), grid, block),
+            build_layout(Dense(), grid),
             dense_layers,
             all_dense,
             backend,

@@ -35,7 +35,8 @@ class Fa4(KernelBackend):
             return f"q, k and v are {call.dtype}, its kernels take bfloat16 and float16"
         if call.head_dim not in (64, 128):
             return f"head_dim is {call.head_dim}, expected 64 or 128"
-        if call.layout.block != 128 and not call.layout.is_dense:
+        # its dense kernels have no lists, but none of them masks text
+        if call.layout.block != 128 and (call.masks_text or not call.layout.is_dense):
             return f"the layout's blocks are {call.layout.block} tokens, its tiles 128"
         return _import_problem()
 
@@ -112,7 +113,7 @@ def _import_problem() -> str | None:
     try:
         import radial.backends.hopper  # noqa: F401
     except Exception as error:  # a broken installation raises anything, also from its own import-time checks
-        return f'flash-attn-4 does not import ({type(error).__name__}: {error}): pip install "radial-lora[gpu]"'
+        return f'flash-attn-4 does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
     return None
 
 

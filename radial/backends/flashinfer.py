@@ -61,7 +61,7 @@ def _import_problem() -> str | None:
     try:
         import flashinfer  # noqa: F401
     except Exception as error:  # a broken installation raises anything, also from its own import-time checks
-        return f'flashinfer does not import ({type(error).__name__}: {error}): pip install "radial-lora[gpu]"'
+        return f'flashinfer does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
     return None
 
 

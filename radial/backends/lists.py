@@ -19,7 +19,7 @@ from radial.layout import BlockLayout
 class Lists(NamedTuple):
     """Block lists of one direction on the device, int32; the last dimension contiguous.
 
-    The library works through the masked list, then through the full one: in the forward each from its end, and only
+    flash-attn-4 works through the masked list, then through the full one: in the forward each from its end, and only
     the first block it meets is checked against the sequence's end.
 
     Attributes:

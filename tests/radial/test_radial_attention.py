@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracles import masked_softmax
 
 from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout, radial_attention
+from radial.backends import BACKENDS, AttentionCall, choose_backend
 
 
 def inputs(grid, batch, heads, dim, dtype=torch.float64, seed=0):
@@ -34,23 +35,22 @@ def outputs_and_gradients(attention, q, k, v, grad):
     batch=st.integers(1, 3),
     pattern=st.sampled_from([Released(), Released(0.3, "hunyuan"), Released(1.0, "ports"), Paper(), Dense()]),
     block=st.sampled_from([16, 32]),
+    scale=st.sampled_from([None, 0.2]),
     seed=st.integers(0, 2**16),
 )
-def test_torch_backend_equals_the_masked_softmax(frames, height, width, text, masked, batch, pattern, block, seed):
+def test_torch_backend_equals_the_masked_softmax(
+    frames, height, width, text, masked, batch, pattern, block, scale, seed
+):
     grid = VideoGrid(frames, height, width, text)
     q, k, v, grad = inputs(grid, batch, 2, 8, seed=seed)
     lengths = None
     if text and masked:
-        lengths = torch.randint(0, text + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+        lengths = torch.randint(-1, text + 2, (batch,), generator=torch.Generator().manual_seed(seed))
     layout = build_layout(pattern, grid, block)
-    expected = outputs_and_gradients(lambda *x: masked_softmax(*x, layout, lengths, 8**-0.5), q, k, v, grad)
-    got = outputs_and_gradients(
-        lambda *x: radial_attention(*x, grid, pattern, block=block, text_lengths=lengths, backend="torch"),
-        q,
-        k,
-        v,
-        grad,
-    )
+    clamped = None if lengths is None else lengths.clamp(0, text)
+    expected = outputs_and_gradients(lambda *x: masked_softmax(*x, layout, clamped, scale or 8**-0.5), q, k, v, grad)
+    given = {"block": block, "text_lengths": lengths, "scale": scale, "backend": "torch"}
+    got = outputs_and_gradients(lambda *x: radial_attention(*x, grid, pattern, **given), q, k, v, grad)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -112,6 +112,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2**20  # KiB
+
+
+def test_the_fastest_backend_that_serves_the_call_is_taken(monkeypatch):
+    """On a Hopper GPU with every library there: what fa4 cannot read goes to the next that can."""
+    from radial.backends import fa4, flashinfer
+
+    assert list(BACKENDS) == ["fa4", "sdpa", "flashinfer", "flex", "torch"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for module in (fa4, flashinfer):
+        monkeypatch.setattr(module, "_import_problem", lambda: None)
+    grid = VideoGrid(9, 16, 16, 64)
+
+    def chosen(pattern, block, *, masks_text=False, needs_grad=True, dim=128):
+        layout = build_layout(pattern, grid, block)
+        call = AttentionCall(torch.device("cuda"), torch.bfloat16, dim, needs_grad, masks_text, layout)
+        return choose_backend(call).name
+
+    assert chosen(Released(), 128) == chosen(Released(), 128, masks_text=True) == "fa4"
+    assert chosen(Dense(), 128, masks_text=True) == chosen(Dense(), 64) == "fa4"
+    assert chosen(Dense(), 64, masks_text=True) == "sdpa"  # its masked lists have tiles of 128
+    assert chosen(Released(), 64) == "flex"
+    assert chosen(Released(), 128, dim=96) == "torch"
+    assert chosen(Released(), 64, needs_grad=False) == "flashinfer"
 
 
 def test_mistakes_are_explained():

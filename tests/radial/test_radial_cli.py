@@ -1,6 +1,7 @@
 """``python -m radial`` as a user runs it."""
 
 import json
+import re
 
 import numpy
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from radial import Released, VideoGrid, build_layout
 from radial.__main__ import main
+from radial.backends.flashinfer import FlashInfer
 
 
 def test_mask_json_save_and_plot(tmp_path, capsys):
@@ -24,7 +26,15 @@ def test_mask_json_save_and_plot(tmp_path, capsys):
     mask = numpy.load(save)["mask"]
     assert mask.dtype == bool
     assert (mask == layout.mask().numpy()).all()
-    assert Image.open(plot).size[0] > 500
+    whole = tmp_path / "whole.png"
+    main(f"mask --tokens-per-frame 200 --frames 9 --pattern dense --block 64 --text 30 --plot {whole}".split())
+    shown, all_of_it = (_dark_pixels(path) for path in (plot, whole))
+    assert shown / all_of_it == pytest.approx(layout.kept / 29**2, abs=0.1)
+
+
+def _dark_pixels(picture):
+    """How much of it is in the colour of a kept block."""
+    return int((numpy.asarray(Image.open(picture).convert("RGB"))[..., 0] < 80).sum())
 
 
 def test_mask_for_people(capsys):
@@ -42,6 +52,21 @@ def test_backends_table(capsys):
     assert "no: it computes all blocks" in out
 
 
+def test_a_backend_that_runs_forward_only_is_told_apart(monkeypatch, capsys):
+    forward_only = "it runs forward only, and this call needs gradients"
+    monkeypatch.setattr(FlashInfer, "why_not", lambda self, call: forward_only if call.needs_grad else None)
+    main(["backends"])
+    assert re.search("flashinfer +cpu +sparse +without gradients", capsys.readouterr().out)
+
+
+def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("radial.bench_layouts.GRIDS", {"tiny": VideoGrid(5, 8, 16)})
+    main(["layouts", "--json", str(tmp_path / "layouts.json")])
+    rows = json.loads((tmp_path / "layouts.json").read_text())["rows"]
+    assert [row["pattern"] for row in rows] == ["released", "paper"]
+    assert "tiny" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -51,6 +76,8 @@ def test_backends_table(capsys):
         (["--decay", "-1"], "decay is -1.0"),
         (["--decay", "nan"], "decay is nan"),
         (["--rule", "wann"], "rule is 'wann'"),
+        (["--rule", "ports", "--pattern", "paper"], "pattern 'paper' has no rules"),
+        (["--decay", "0.3", "--pattern", "paper"], "pattern 'paper' has none"),
         (["--pattern", "spiral"], "pattern is 'spiral'"),
         (["--block", "100"], "block is 100"),
         (["--text", "-1"], "text_tokens is -1"),

@@ -59,6 +59,7 @@ def test_layouts_are_cached_by_their_arguments():
     grid = VideoGrid(5, 8, 16)
     assert build_layout(Released(), grid, 64) is build_layout(Released(1.0, "wan"), VideoGrid(5, 8, 16), 64)
     assert build_layout(Released(), grid, 64) is not build_layout(Released(0.5), grid, 64)
+    assert build_layout(Released(), grid) is build_layout(Released(), grid, 128)
 
 
 @pytest.mark.parametrize("block", [0, 8, 100])

@@ -15,7 +15,7 @@ def complete_part(layout):
     return layout.mask()[:c, :c]
 
 
-def without_empty_rows(mask):
+def rows_with_blocks(mask):
     """The rows that the definition fills; the others are what the oracle knows nothing of."""
     return mask.any(1)
 
@@ -39,7 +39,7 @@ def without_empty_rows(mask):
 def test_released_is_bit_identical_to_its_definition(s, frames, block, decay, rule):
     expected = released_blocks(s, frames, block, decay, rule)
     got = complete_part(build_layout(Released(decay, rule), VideoGrid(frames, 1, s), block))
-    rows = without_empty_rows(expected)
+    rows = rows_with_blocks(expected)
     assert torch.equal(got[rows], expected[rows])
     assert got.any(1).all()
 
@@ -56,7 +56,7 @@ def test_released_on_any_shape(s, frames, block, decay, rule):
     expected = released_blocks(s, frames, block, decay, rule)
     layout = build_layout(Released(decay, rule), VideoGrid(frames, 1, s), block)
     got = complete_part(layout)
-    rows = without_empty_rows(expected)
+    rows = rows_with_blocks(expected)
     assert torch.equal(got[rows], expected[rows])
     # rows that the definition leaves empty: the union of their nearest non-empty neighbours, or everything
     for row in (~rows).nonzero().flatten().tolist():

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     mask.add_argument("--frames", type=int, required=True, metavar="F", help="latent frames")
     mask.add_argument("--pattern", default="released", help="released (default), paper or dense")
     mask.add_argument("--rule", help=f"of released: {', '.join(RULES)} (default wan)")
-    mask.add_argument("--decay", type=float, default=1.0, help="of released: below 1 is sparser (default 1.0)")
+    mask.add_argument("--decay", type=float, help="of released: below 1 is sparser (default 1.0)")
     mask.add_argument("--block", type=int, default=128, metavar="B", help="block size in tokens (default 128)")
     mask.add_argument("--text", type=int, default=0, metavar="N", help="text tokens after the video (default 0)")
     mask.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -78,9 +78,10 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
 
 def _mask(arguments: argparse.Namespace) -> None:
     grid = VideoGrid(arguments.frames, 1, arguments.tokens_per_frame, arguments.text)
-    if arguments.rule is not None and arguments.pattern != Released.name:
-        raise RadialError(f"--rule is {arguments.rule!r}, but pattern {arguments.pattern!r} has no rules: leave it out")
-    pattern = make_pattern(arguments.pattern, decay=arguments.decay, rule=arguments.rule or "wan")
+    settings = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
+    pattern = make_pattern(arguments.pattern, **settings)
+    if settings and not isinstance(pattern, Released):
+        raise RadialError(f"--{next(iter(settings))} is of pattern released, {pattern.name} has none: leave it out")
     if arguments.save and arguments.save.suffix != ".npz":
         raise RadialError(f"--save is {arguments.save}, expected a file that ends in .npz")
     _check_outputs(arguments.save, arguments.plot)

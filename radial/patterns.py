@@ -147,18 +147,16 @@ class Dense:
 
 
 def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern:
-    """The pattern of that name; ``rule`` applies to ``released`` alone, and any of its rules may be given.
+    """The pattern of that name; ``decay`` and ``rule`` apply to ``released`` alone, but have to be valid.
 
     Raises:
-        RadialError: an unknown name, or a value that the pattern refuses: a decay for one that has none.
+        RadialError: an unknown name, or a value that ``released`` refuses.
     """
     released, others = Released(decay=decay, rule=rule), {Paper.name: Paper(), Dense.name: Dense()}
     if name == Released.name:
         return released
     if name not in others:
         raise RadialError(f"pattern is {name!r}, expected one of {', '.join([Released.name, *others])}")
-    if decay != 1.0:
-        raise RadialError(f"decay is {decay:g}, but pattern {name!r} has none: leave it out, or take released")
     return others[name]
 
 

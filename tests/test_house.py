@@ -40,6 +40,12 @@ def test_radial_needs_only_torch():
     assert loaded - set(sys.stdlib_module_names) <= {"radial", "torch"}
 
 
+def test_training_imports_no_video_library():
+    """Nodes that only train need no FFmpeg, and no client of a service that the run does not use."""
+    program = "import sys; sys.modules.update(dict.fromkeys(['av', 'wandb', 'deepspeed'])); import train.run"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 def test_everything_public_has_a_docstring():
     for package in MAY_IMPORT:
         for file in (ROOT / package).rglob("*.py"):

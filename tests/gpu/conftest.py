@@ -1,4 +1,4 @@
-"""Tests of CUDA code: `pytest tests/gpu -m gpu` where there is a GPU; skipped elsewhere."""
+"""Tests of CUDA code: `pytest tests/gpu`; skipped where there is no GPU."""
 
 from pathlib import Path
 

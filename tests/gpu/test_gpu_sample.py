@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from test_train_sample import words
-from test_train_sample_loras import HEADER, save_lora
-from tiny_pipelines import save_pipeline
+from tiny_pipelines import HEADER, save_lora, save_pipeline, words
 
 from train.sample.generate import Generator
 from train.sample.pipeline import pipeline_class

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from test_train_sample import words
+from tiny_pipelines import words
 
 from train.sample.generate import Generator
 from train.sample.pipeline import pipeline_class

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from oracles import masked_softmax
-from tiny_pipelines import save_pipeline
+from tiny_pipelines import CLIP, TOKENS, save_pipeline, words
 
 from radial import Released, VideoGrid, build_layout
 from train.errors import UserError
@@ -21,29 +21,10 @@ from train.sample.pipeline import pipeline_class
 from train.sample.ranks import Ranks
 from train.sample.settings import jobs, parse_settings
 
-TOKENS = 24
-CLIP = {"frames": 33, "height": 32, "width": 48, "steps": 4, "guidance": 5, "seed": 7}
-
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
     return save_pipeline("wan", tmp_path_factory.mktemp("sample") / "wan")
-
-
-def words(folder, **changes):
-    given = {
-        "model": "wan_14b",
-        "model.path": folder,
-        "model.text_tokens": TOKENS,
-        "model.dimensions": "null",
-        "prompt": "a red ball, moving & it's a clip",
-        "negative": "the bar",
-        "block": 16,
-        "dtype": "fp32",
-        **CLIP,
-        **changes,
-    }
-    return [f"{key.replace('__', '.')}={value}" for key, value in given.items() if value is not None]
 
 
 def generator(folder, **changes):

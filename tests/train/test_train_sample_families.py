@@ -7,9 +7,8 @@ import sample_ranks
 import torch
 from PIL import Image
 from ranks import run_ranks
-from test_train_sample import close, latent, words
-from test_train_sample_loras import save_lora
-from tiny_pipelines import save_pipeline
+from test_train_sample import close, latent
+from tiny_pipelines import save_lora, save_pipeline, words
 
 from train.errors import UserError
 from train.sample.__main__ import main

@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stock_models import TARGETS, random_lora
-from test_train_sample import close, generator, latent, stock, words
-from tiny_pipelines import save_pipeline
+from test_train_sample import close, generator, latent, stock
+from tiny_pipelines import HEADER, save_lora, save_pipeline, words
 
 from train.errors import UserError
 from train.export.base import stand_in
-from train.export.formats import FORMATS, Adapter
 from train.export.run import _fold
 from train.sample.__main__ import main
 from train.sample.settings import parse_settings
@@ -25,22 +24,6 @@ def wan(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     return save_pipeline("wan_a14b", tmp_path_factory.mktemp("loras") / "two")
-
-
-def save_lora(folder, file, *, header, seed=1, format_name="comfyui", family="wan"):
-    model = stand_in(folder / "transformer")
-    pairs = _fold(random_lora(model, TARGETS[family], seed=seed), 3)
-    FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
-    return file
-
-
-HEADER = {
-    f"radial.{key}": str(value)
-    for key, value in {
-        "pattern": "released", "rule": "wan", "decay": 0.4, "block": 16, "dense_layers": 1, "dense_sigma": None,
-        "frames": 33, "height": 32, "width": 48, "shift": 3.0, "rank": 3, "base_model": "base",
-    }.items()
-}  # fmt: skip
 
 
 def test_a_loras_header_sets_everything_up(wan, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from stock_models import CONFIGS
+from stock_models import CONFIGS, TARGETS, random_lora
 from tiny_models import save_hunyuan, save_mochi, save_wan
 from transformers import (
     AutoTokenizer,
@@ -19,6 +19,21 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from train.export.base import stand_in
+from train.export.formats import FORMATS, Adapter
+from train.export.run import _fold
+
+TOKENS = 24
+CLIP = {"frames": 33, "height": 32, "width": 48, "steps": 4, "guidance": 5, "seed": 7}
+"""A clip of these pipelines, cut down to seconds."""
+HEADER = {
+    f"radial.{key}": str(value)
+    for key, value in {
+        "pattern": "released", "rule": "wan", "decay": 0.4, "block": 16, "dense_layers": 1, "dense_sigma": None,
+        "frames": 33, "height": 32, "width": 48, "shift": 3.0, "rank": 3, "base_model": "base",
+    }.items()
+}  # fmt: skip
+"""What a LoRA's file says of how it was trained."""
 WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 WAN_SHIFTS = {"wan_a14b": 12.0, "wan_5b": 5.0}  # the models' own; the others' at less than 720 lines is 3
 
@@ -107,3 +122,36 @@ def _mochi(family: str, parts: Path) -> Any:
         tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
         transformer=_transformer("mochi", text_embed_dim=32, max_sequence_length=256),
     )
+
+
+def words(folder: Path, **changes: Any) -> list[str]:
+    """Of the command line that generates such a clip."""
+    given = {
+        "model": "wan_14b",
+        "model.path": folder,
+        "model.text_tokens": TOKENS,
+        "model.dimensions": "null",
+        "prompt": "a red ball, moving & it's a clip",
+        "negative": "the bar",
+        "block": 16,
+        "dtype": "fp32",
+        **CLIP,
+        **changes,
+    }
+    return [f"{key.replace('__', '.')}={value}" for key, value in given.items() if value is not None]
+
+
+def save_lora(
+    folder: Path,
+    file: Path,
+    *,
+    header: dict[str, str],
+    seed: int = 1,
+    format_name: str = "comfyui",
+    family: str = "wan",
+) -> Path:
+    """A random LoRA for the pipeline in ``folder``, in a file of the format."""
+    model = stand_in(folder / "transformer")
+    pairs = _fold(random_lora(model, TARGETS[family], seed=seed), 3)
+    FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
+    return file

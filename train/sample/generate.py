@@ -122,14 +122,7 @@ class Generator:
         adapters = [make_adapter(transformer, placed) for transformer in self.transformers]
         for adapter in adapters:
             adapter.transformer.requires_grad_(False).eval()
-            if settings.offload == "block":
-                adapter.transformer.enable_group_offload(
-                    onload_device=device,
-                    offload_type="block_level",
-                    num_blocks_per_group=1,
-                    use_stream=device.type == "cuda",
-                )
-            elif settings.offload == "none":
+            if settings.offload == "none":
                 adapter.transformer.to(device)
             for block in adapter.blocks() if settings.compile else ():
                 block.compile()
@@ -143,6 +136,15 @@ class Generator:
             settings.backend,
         )
         self.denoiser = Denoiser(adapters, noise_level(self.transformers[0]), self.attention, split, bring=self._bring)
+        # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
+        # forward that they found once the first pass has told them the order of the blocks
+        for transformer in self.transformers if settings.offload == "block" else ():
+            transformer.enable_group_offload(
+                onload_device=device,
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=device.type == "cuda",
+            )
         self.pipeline.set_progress_bar_config(unit="step", dynamic_ncols=True, disable=ranks.rank != 0)
 
     def run(self) -> None:

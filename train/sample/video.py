@@ -10,7 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +25,8 @@ class VideoWriter:
 
     def add(self, frames: np.ndarray) -> None:
         """Appends (n, H, W, 3) uint8."""
+        import av
+
         if self.stream is None:
             self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "16"})
             self.stream.height, self.stream.width = (side - side % 2 for side in frames.shape[1:3])
@@ -43,6 +44,8 @@ class VideoWriter:
 @contextmanager
 def video_file(path: Path, fps: float) -> Iterator[VideoWriter]:
     """A video that appears under its name when it is whole."""
+    import av  # here, since training imports this file and needs no videos
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.mp4")
     try:

@@ -139,6 +139,11 @@ def test_values_are_taken_as_typed():
         ({"model.family": "wam"}, "model.family is 'wam', expected one of"),
         ({"conf": "shapes_base", "model.path": "x"}, "model.architecture asks for random weights"),
         ({"model.path": "/tmp"}, "has no .*config.json"),
+        (
+            {"conf": "shapes_base", "model.architecture.num_layer": "2"},
+            "model.architecture.num_layer is not a setting of WanTransformer3DModel; did you mean num_layers",
+        ),
+        ({"conf": "shapes_base", "model.architecture.num_layers": "two"}, "does not make a WanTransformer.*str"),
         ({"data.shards": "/nowhere"}, "/nowhere"),
         ({"data.synthetic_clips": "0"}, "data.shards is not set"),
         ({"parallel.sequence": "2"}, "parallel.sequence is 2, expected a divisor of trainer.devices=1: 1$"),

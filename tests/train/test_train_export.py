@@ -114,7 +114,7 @@ def test_a_model_of_the_hub_is_merged_into_a_whole_pipeline(trained, tmp_path, m
             shutil.copy(hub / file, cache / file)
         return str(cache)
 
-    monkeypatch.setattr("train.export.base.snapshot_download", download)
+    monkeypatch.setattr("train.models.snapshot_download", download)
     of_hub = replace(config, model=replace(config.model, path="hub:org/name", subfolder="transformer"))
     monkeypatch.setattr("train.export.run.read_config", lambda run: of_hub)
     export_run(run, out=tmp_path / "out", formats=["peft"])

@@ -99,6 +99,10 @@ def test_what_the_released_script_reads(base, model, tmp_path):
 def test_other_spellings(model, tmp_path, prefix, down, up):
     a, b = torch.randn(4, 32), torch.randn(32, 4)
     file = tmp_path / "style.safetensors"
+    for config in ("adapter_config.json", "lora_config.json"):  # of another LoRA in the same folder
+        (tmp_path / config).write_text('{"lora_alpha": 64, "r": 4}')
+    save_file({prefix + down: a, prefix + up: b}, file)
+    same(read_lora(file, model), {LAYERS[0]: b @ a})
     save_file({prefix + down: a, prefix + up: b, prefix + "alpha": torch.tensor(6.0)}, file)
     same(read_lora(file, model), {LAYERS[0]: 1.5 * b @ a})
 
@@ -210,3 +214,13 @@ def test_files_that_are_none(model, tmp_path):
         read_lora(tmp_path, model)
     with pytest.raises(UserError, match="b.safetensors is missing, expected a LoRA"):
         read_lora(tmp_path / "b.safetensors", model)
+    file = tmp_path / "adapter_model.safetensors"
+    for config, header, message in (
+        ("{", {}, "adapter_config.json is not JSON"),
+        ("[]", {}, "adapter_config.json is a list, expected a JSON object"),
+        ("{}", {"lora_adapter_metadata": "{"}, "adapter_model.safetensors: lora_adapter_metadata is not JSON"),
+    ):
+        save_file({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, file, header)
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(UserError, match=message):
+            read_lora(file, model)

@@ -1,5 +1,7 @@
 """The plan: counted sizes, memory against a traced step, FLOPs against the model's own count, choices that fit."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from traced import step_memory, with_parallel
 
 from radial import Released
 from train.__main__ import main
-from train.compose import compose_run, finish
+from train.compose import CONF, compose_run, finish
 from train.errors import UserError
 from train.flops import SampleFlops
 from train.lora import inject_lora
@@ -229,3 +231,12 @@ def test_the_default_run_has_a_plan():
     budget = Budget.of(finish(compose_run({})), this_machine(1))
     assert budget.misfit is None
     assert budget.gpu_memory < GIB
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path):
+    """Weights that a newer diffusers saved have settings that this one's class does not know."""
+    shutil.copytree(CONF.parent / "train" / "assets" / "shapes_base", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_a_newer_version": 1}))
+    config = run_config(tmp_path, model__path=tmp_path / "base")
+    assert load_adapter(config.model, None, 0).attention_shape[0] == Budget.of(config, this_machine(1)).sizes.layers

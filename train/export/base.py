@@ -8,12 +8,11 @@ from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from train.config import ModelConfig
 from train.errors import UserError
-from train.models import model_folder
+from train.models import fetched, model_folder
 
 
 def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
@@ -26,13 +25,10 @@ def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
         UserError: it is not there, or cannot be fetched.
     """
     path, subfolder = model_folder(config)
-    if not Path(path).is_dir():
-        try:
-            path = snapshot_download(path, allow_patterns=None if whole or not subfolder else [f"{subfolder}/*"])
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"model.path {config.path} cannot be fetched: {reason}") from error
-    return Path(path) / (subfolder or "")
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = fetched(config, None if whole or not subfolder else [f"{subfolder}/*"])
+    return folder / (subfolder or "")
 
 
 def public_name(config: ModelConfig) -> str:

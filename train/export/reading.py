@@ -32,6 +32,8 @@ _ENDINGS = re.compile(
     r"|(?P<up_bias>lora_B(?:\.\w+)?\.bias)"
     r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<modulation>diff_m)|(?P<bias>diff_b))$"
 )
+# what lies beside a file of this very name; beside another name it may be another LoRA's
+_CONFIGS = {"adapter_model.safetensors": "adapter_config.json", "pytorch_lora_weights.safetensors": "lora_config.json"}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
@@ -84,10 +86,10 @@ def weighted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def find_file(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The safetensors file and the config beside it; of an export's folder those for diffusers.
+    """The safetensors file and its config, PEFT's or the released script's; of an export's folder those for diffusers.
 
     Raises:
-        UserError: there is none, or several.
+        UserError: there is none, or several; or the config is not readable.
     """
     if (path / "diffusers").is_dir():
         path = path / "diffusers"
@@ -98,11 +100,18 @@ def find_file(path: Path) -> tuple[Path, dict[str, Any]]:
         path = files[0]
     if not path.is_file():
         raise UserError(f"{path} is missing, expected a LoRA: a .safetensors file, or a folder with one")
-    for name in ("adapter_config.json", "lora_config.json"):
-        beside = path.with_name(name)
-        if beside.is_file():
-            return path, json.loads(beside.read_text())
-    return path, {}
+    beside = path.parent / _CONFIGS.get(path.name, "")
+    return path, _json(beside.read_text(), beside) if beside.is_file() else {}
+
+
+def _json(text: str, where: Path | str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): get it again from where the LoRA is from") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is a {type(found).__name__}, expected a JSON object: is it a LoRA's?")
+    return found
 
 
 def _load(file: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -126,7 +135,7 @@ class _Scaling:
         if "lora_params" in config:
             return cls(config)
         if "lora_adapter_metadata" in header:
-            told = json.loads(header["lora_adapter_metadata"])
+            told = _json(header["lora_adapter_metadata"], f"{file}: lora_adapter_metadata")
             config = {key.removeprefix("transformer."): value for key, value in told.items()}
         if config.get("use_dora"):
             raise UserError(f"{file} is a DoRA, expected a LoRA")

@@ -25,9 +25,11 @@ __all__ = [
     "ADAPTERS",
     "Conditions",
     "ModelAdapter",
+    "architecture_of",
     "check_pipeline",
     "describe_model",
     "family_of",
+    "fetched",
     "load_adapter",
     "model_folder",
     "random_adapter",
@@ -91,15 +93,24 @@ def describe_model(config: ModelConfig) -> ModelAdapter | None:
     Raises:
         UserError: the folder's config.json does not fit ``model.dimensions`` or the family.
     """
-    architecture = config.architecture
+    architecture = architecture_of(config)
     if architecture is None:
-        path, subfolder = model_folder(config)
-        file = Path(path) / (subfolder or "") / "config.json"
-        if not file.is_file():
-            return None
-        architecture = _read_architecture(config, file)
+        return None
     with torch.device("meta"):
         return random_adapter(config, architecture)
+
+
+def architecture_of(config: ModelConfig) -> dict[str, Any] | None:
+    """What the diffusers class of a run's model is made from; None for a model that is still on the hub.
+
+    Raises:
+        UserError: no ``model.path``, or a folder whose config.json does not fit the family or ``model.dimensions``.
+    """
+    if config.architecture is not None:
+        return config.architecture
+    path, subfolder = model_folder(config)
+    file = Path(path) / (subfolder or "") / "config.json"
+    return _read_architecture(config, file) if file.is_file() else None
 
 
 def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
@@ -122,6 +133,22 @@ def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
             )
     known = inspect.signature(model_class.__init__).parameters
     return {name: value for name, value in found.items() if name in known}
+
+
+def fetched(config: ModelConfig, patterns: list[str] | None = None) -> Path:
+    """The folder of a model of the hub, downloaded where it is not in this machine's cache.
+
+    Args:
+        patterns: of the files that are needed; None: all.
+
+    Raises:
+        UserError: it is not there, cannot be reached, or has a name that the hub does not know.
+    """
+    assert config.path is not None and config.path.startswith(_HUB)
+    try:
+        return Path(snapshot_download(config.path.removeprefix(_HUB), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {config.path} cannot be fetched: {' '.join(str(error).split())}") from error
 
 
 def check_pipeline(config: ModelConfig, folder: Path) -> None:
@@ -223,11 +250,10 @@ def _load_as_stored(config: ModelConfig, seed: int) -> ModelAdapter:
 
 def _load_one(config: ModelConfig) -> ModelAdapter:
     path, subfolder = model_folder(config)
+    if config.path is not None and config.path.startswith(_HUB):
+        path = str(fetched(config, [f"{subfolder}/*" if subfolder else "*", "model_index.json"]))
+        _check_boundary(config, Path(path))
     try:
-        if config.path is not None and config.path.startswith(_HUB):
-            files = [f"{subfolder}/*" if subfolder else "*", "model_index.json"]
-            path = snapshot_download(path, allow_patterns=files)
-            _check_boundary(config, Path(path))
         stored = stored_dtype(Path(path) / (subfolder or ""))
         adapter = family_of(config).load(path, subfolder, text_tokens=config.text_tokens, dtype=stored)
     except OSError as error:

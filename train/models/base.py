@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -175,8 +177,23 @@ class ModelAdapter(ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, text_tokens: int) -> ModelAdapter:
-        """A transformer with random weights (training a base, benchmarks, tests)."""
-        return cls(cls.model_class(**config), text_tokens)
+        """A transformer with random weights (training a base, benchmarks, tests).
+
+        Raises:
+            UserError: the config does not make a model of the class.
+        """
+        known, name = list(inspect.signature(cls.model_class.__init__).parameters), cls.model_class.__name__
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f", expected some of {', '.join(known[1:])}"
+                raise UserError(f"model.architecture.{key} is not a setting of {name}{hint}")
+        try:
+            model = cls.model_class(**config)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.architecture does not make a {name} ({reason}): check its values") from error
+        return cls(model, text_tokens)
 
     @classmethod
     def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:

@@ -6,15 +6,13 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from radial import VideoGrid, build_layout, make_pattern
 from train.config import ModelConfig, RunConfig
-from train.models import ModelAdapter, family_of, model_folder
+from train.models import ModelAdapter, architecture_of, family_of
 from train.models.weights import settle
 
 
@@ -28,7 +26,6 @@ class Sizes:
         tokens, video_tokens: of a clip, with and without text tokens.
         cells: values of a clip's latent.
         weights, block_weights: bytes of the frozen weights of the model and of one block.
-        stored: bytes of the weights' file in bf16.
         trained: parameters.
         linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
         density: share of token pairs that a layer with the pattern computes.
@@ -68,7 +65,9 @@ class Sizes:
             precision: ``bf16`` or ``fp32``.
             layers: another number of blocks than the model's.
         """
-        architecture = _architecture(config.model)
+        model = config.model
+        known = model.architecture is not None or model.path is not None
+        architecture = (architecture_of(model) if known else None) or model.dimensions
         if architecture is None:
             return None
         if layers is not None:
@@ -112,17 +111,6 @@ def _skeleton(family: str, text_tokens: int, architecture: str, frozen: torch.dt
         adapter = family_of(config).from_config(json.loads(architecture), text_tokens=text_tokens)
     settle(adapter.transformer, frozen, "meta")
     return adapter
-
-
-def _architecture(config: ModelConfig) -> dict[str, Any] | None:
-    if config.architecture is not None:
-        return config.architecture
-    if config.path is not None:
-        path, subfolder = model_folder(config)
-        file = Path(path) / (subfolder or "") / "config.json"
-        if file.is_file():
-            return {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_")}
-    return config.dimensions
 
 
 def _bytes(parameter: nn.Parameter) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from train.errors import UserError
 from train.export.formats import named_tensors
 from train.export.reading import Lora, read_lora
 from train.export.verify import PIPELINES, compare_pairs, lora_layers
-from train.models import ModelAdapter, check_pipeline, family_of, temporal_rope
+from train.models import ModelAdapter, check_pipeline, family_of, fetched, temporal_rope
 from train.sample.settings import Job, Settings
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -42,10 +41,7 @@ def pipeline_folder(model: ModelConfig) -> str:
         raise UserError(f"model.path is not set, expected a diffusers pipeline's folder or hub:org/name{how}")
     folder = Path(model.path).expanduser()
     if model.path.startswith("hub:"):
-        try:
-            folder = Path(snapshot_download(model.path.removeprefix("hub:")))
-        except OSError as error:
-            raise UserError(f"model.path {model.path} cannot be fetched: {' '.join(str(error).split())}") from error
+        folder = fetched(model)
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"model.path {folder} has no model_index.json, expected the folder of a whole diffusers pipeline: "

@@ -107,6 +107,8 @@ def parse_settings(words: Sequence[str]) -> tuple[Settings, ModelConfig]:
         raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
     config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **model}).model)
     assert isinstance(config, ModelConfig)
+    if config.rope not in ROPE_KINDS:
+        raise UserError(f"model.rope is {config.rope!r}, expected one of {', '.join(ROPE_KINDS)}")
     return complete(settings, config), config
 
 

@@ -44,6 +44,7 @@ class Encoder(ABC):
         fps: pace of the family's clips.
         lengths: frames of a clip at 1x, 2x and 4x of the native length, those of the published recipe.
         size: (height, width) of a clip unless told otherwise.
+        strides: (time, space), pixels of a latent cell; a clip has 1 + n * time frames.
         parts: kind (vae, text) -> subfolders of the diffusers folder that make it up.
         latent_is: what the latents are, in words, for the manifest.
         text_is: what the text tensors are, in words, for the manifest.
@@ -53,6 +54,7 @@ class Encoder(ABC):
     fps: ClassVar[float]
     lengths: ClassVar[dict[str, int]]
     size: ClassVar[tuple[int, int]]
+    strides: ClassVar[tuple[int, int]]
     parts: ClassVar[dict[str, tuple[str, ...]]]
     image_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The same for image-to-video, where the folder has them."""
@@ -70,11 +72,6 @@ class Encoder(ABC):
             raise DataError(f"weights is not set, model={cls.family} needs its diffusers folder")
         image = {kind: parts for kind, parts in cls.image_parts.items() if (folder / parts[0]).is_dir()}
         return fingerprint_of(cls.family, folder, {**cls.parts, **(image if image_to_video else {})})
-
-    @property
-    @abstractmethod
-    def strides(self) -> tuple[int, int]:
-        """(time, space): pixels of a latent cell; a clip has 1 + n * time frames."""
 
     patch: ClassVar[int] = 2
     """Latent cells of a token, in height and width."""
@@ -99,17 +96,25 @@ class Encoder(ABC):
         """
         raise DataError("image_to_video is true, but this model has no image-to-video encoder; leave it out")
 
-    def check(self, frames: int, sizes: list[tuple[int, int]]) -> None:
+    @classmethod
+    def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
         """Raise a DataError that names the nearest fit unless clips of this length and these sizes can be encoded."""
-        time, space = self.strides
+        time, space = cls.strides
         if frames < 1 or (frames - 1) % time:
             below = max(0, (frames - 1) // time) * time + 1
             raise DataError(f"frames is {frames}, expected 1 + a multiple of {time}, such as {below} or {below + time}")
-        step = space * self.patch
+        step = space * cls.patch
         for height, width in sizes:
             if min(height, width) < step or height % step or width % step:
                 near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))
                 raise DataError(f"size is {height}x{width}, expected sides that divide by {step}, such as {near}")
+
+    @classmethod
+    def check_vae(cls, folder: Path, found: tuple[int, int], hint: str) -> None:
+        """Raise a DataError that ends in `hint` unless the strides of the VAE in `folder` are the family's."""
+        if found != cls.strides:
+            there, here = (f"{time}x{space}x{space}" for time, space in (found, cls.strides))
+            raise DataError(f"{folder}: a cell of its latents is {there} pixels, model={cls.family} has {here}; {hint}")
 
 
 def load_text(loader: Any, settings: EncoderSettings, part: str) -> Any:

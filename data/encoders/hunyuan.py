@@ -26,6 +26,7 @@ class HunyuanEncoder(Encoder):
     fps = 24.0
     lengths = {"1x": 129, "2x": 253, "4x": 509}  # noqa: RUF012
     size = (720, 1280)
+    strides = (4, 8)
     parts = {  # noqa: RUF012
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -38,6 +39,8 @@ class HunyuanEncoder(Encoder):
         assert folder is not None
         self.device = settings.device
         self.vae = load_part(AutoencoderKLHunyuanVideo, folder / "vae", self.device, settings.vae_dtype)
+        found = (self.vae.config.temporal_compression_ratio, self.vae.config.spatial_compression_ratio)
+        self.check_vae(folder / "vae", found, "it is none of HunyuanVideo's")
         self.vae.enable_tiling()
         self.pipeline: Any = HunyuanVideoPipeline(
             text_encoder=load_text(LlamaModel, settings, "text_encoder"),
@@ -48,10 +51,6 @@ class HunyuanEncoder(Encoder):
             text_encoder_2=load_text(CLIPTextModel, settings, "text_encoder_2"),
             tokenizer_2=load_tokenizer(settings, "tokenizer_2"),
         )
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        return self.vae.config.temporal_compression_ratio, self.vae.config.spatial_compression_ratio
 
     def encode(self, frames: np.ndarray) -> Tensor:
         with torch.no_grad():

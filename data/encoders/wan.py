@@ -8,7 +8,6 @@ grow with the clip's length and the latent is that of the whole clip.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,7 @@ class WanEncoder(Encoder):
     fps = 16.0
     lengths = {"1x": 81, "2x": 161, "4x": 321}  # noqa: RUF012
     size = (720, 1280)
-    cell = (4, 8, 8)
-    """Frames, rows and columns of pixels in a latent cell."""
+    strides = (4, 8)
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     image_parts = {"image": ("image_encoder", "image_processor")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
@@ -50,7 +48,9 @@ class WanEncoder(Encoder):
         assert folder is not None
         self.device = settings.device
         self.vae = load_part(AutoencoderKLWan, folder / "vae", self.device, settings.vae_dtype)
-        self._check_vae(folder / "vae")
+        found = (self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial)
+        fits = [kind.family for kind in (WanEncoder, Wan5BEncoder) if kind.strides == found]
+        self.check_vae(folder / "vae", found, f"choose model={fits[0]}" if fits else "it is none of Wan's")
         text_encoder = load_text(UMT5EncoderModel, settings, "text_encoder")
         tokenizer = load_tokenizer(settings, "tokenizer")
         self.pipeline: Any = WanPipeline(tokenizer, text_encoder, self.vae, scheduler=None, transformer=None)
@@ -64,22 +64,6 @@ class WanEncoder(Encoder):
             self.images = WanImageToVideoPipeline(
                 tokenizer, text_encoder, self.vae, None, processor, image_encoder, transformer=None
             )
-
-    def _check_vae(self, folder: Path) -> None:
-        """Raise a DataError where the other of the two VAEs lies; both are of one class."""
-        found = (self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial)
-        if found != self.cell[:2]:
-            time, space = found
-            fits = [kind.family for kind in (WanEncoder, Wan5BEncoder) if kind.cell[:2] == found]
-            hint = f"choose model={fits[0]}" if fits else "it is none of Wan's"
-            raise DataError(
-                f"{folder}: a cell of its latents is {time}x{space}x{space} pixels, model={self.family} has "
-                f"{'x'.join(map(str, self.cell))}; {hint}"
-            )
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        return self.cell[:2]
 
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
@@ -135,7 +119,7 @@ class Wan5BEncoder(WanEncoder):
     fps = 24.0
     lengths = {"1x": 121, "2x": 241, "4x": 481}  # noqa: RUF012
     size = (704, 1280)
-    cell = (4, 16, 16)
+    strides = (4, 16)
 
     def __init__(self, settings: EncoderSettings) -> None:
         if settings.image_to_video:

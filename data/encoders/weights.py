@@ -93,7 +93,8 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
         loader: a class of diffusers or transformers with `from_pretrained`.
 
     Raises:
-        DataError: the folder is missing, holds another class, or cannot be loaded.
+        DataError: the folder is missing, holds another class, lacks a tensor or has one in another shape, or cannot be
+            loaded.
     """
     config = read_config(folder)
     # diffusers writes one name, transformers a list; an encoder's weights may be saved by a class with more heads.
@@ -102,7 +103,21 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
         raise DataError(f"{folder}: holds a {found}, expected a {loader.__name__}; choose the model= that fits")
     try:
         name = "torch_dtype" if found is not None else "dtype"
-        model = loader.from_pretrained(folder, use_safetensors=True, **{name: dtype})
+        # transformers draws what is missing at random and goes on, so what was loaded is looked at below.
+        how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, name: dtype}
+        model, about = loader.from_pretrained(folder, **how)
+        _check_loaded(folder, about)
+        return model.eval().requires_grad_(False).to(device)
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{folder}: cannot be loaded as {loader.__name__}: {' '.join(str(error).split())}") from error
-    return model.eval().requires_grad_(False).to(device)
+
+
+def _check_loaded(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise a DataError unless every tensor of the model came out of the files; `about` as `from_pretrained` tells."""
+    lacking, other = sorted(about["missing_keys"]), sorted(key for key, *_ in about["mismatched_keys"])
+    for names, what in ((lacking, "missing"), (other, "of another shape")):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise DataError(f"{folder}: {what} in the weights, by its config.json: {shown}; download the folder again")

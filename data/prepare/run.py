@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.encoders import fingerprint, load_encoder
+from data.encoders import encoder_class, fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.files import write_bytes
@@ -38,13 +38,13 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     Raises:
         DataError: arguments that do not fit the weights or the folder, or an unusable source.
     """
+    encoder_class(recipe.family).check(recipe.frames, recipe.sizes)
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
     try:
         journal.check_open(recipe.out)
         # A mistake in the list is told before weights are loaded.
         listed = _select(recipe) if Plan.load(recipe.out / journal.FOLDER) is None else None
         encoder = _load(recipe, rank)
-        encoder.check(recipe.frames, recipe.sizes)
         planned = _plan(recipe, rank, arguments, listed)
         records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
     except FinishedError:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import AutoencoderKLHunyuanVideo, WanImageToVideoPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
@@ -141,6 +141,16 @@ def test_the_two_vaes_of_wan_are_not_mistaken(folders: dict[str, Path]) -> None:
         load("wan22_5b", folders["wan"])
 
 
+def test_another_hunyuan_vae_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=4, spatial_compression_ratio=4
+    )
+    other = shutil.copytree(folders["hunyuan"], tmp_path / "other")
+    vae.save_pretrained(other / "vae")
+    with pytest.raises(DataError, match="other/vae: a cell of its latents is 4x4x4 pixels, model=hunyuan has 4x8x8"):
+        load("hunyuan", other)
+
+
 def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
     encoder: Any = load("wan", save_wan(tmp_path, image=True), image_to_video=True)
     frames = moving(9, 48, 64)
@@ -210,6 +220,25 @@ def test_image_encoders_are_told_apart(tmp_path: Path, folders: dict[str, Path])
     settings = folder / "image_processor" / "preprocessor_config.json"
     settings.write_text(settings.read_text().replace("0.48145466", "0.5"))
     assert fingerprint("wan", folder) == plain != known != fingerprint("wan", folder, image_to_video=True)
+
+
+@pytest.mark.parametrize(("part", "tensor"), [
+    ("vae", "decoder.conv_in.weight"), ("text_encoder", "encoder.block.1.layer.1.layer_norm.weight"),
+    ("text_encoder", "shared.weight"),
+])  # fmt: skip
+def test_weights_that_lack_a_tensor_or_have_it_in_another_shape_are_refused(
+    tmp_path: Path, folders: dict[str, Path], part: str, tensor: str
+) -> None:
+    broken = shutil.copytree(folders["wan"], tmp_path / "broken")
+    (file,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(file)
+    kept = tensors.pop(tensor)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DataError, match=rf"broken/{part}: missing in the weights, by its config.json: .*{tensor}"):
+        load("wan", broken)
+    save_file({**tensors, tensor: torch.cat([kept, kept])}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=rf"broken/{part}: of another shape in the weights, .*: {tensor};"):
+        load("wan", broken)
 
 
 def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -124,8 +124,6 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
     given = parse(Arguments, ["source=a=b.csv", "out=o", "where=score>4.5, x='y'", "top=null", "--image-to-video"])
     assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
     assert given.image_to_video and given.frames == "4x" and given.weights is None
-    listed = tmp_path / "list.csv"
-    listed.write_text("path,caption\nv.mp4,a clip\n")
     mistakes = [
         (["out=o"], "source is not set, give source=VALUE; folder of videos"),
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
@@ -140,8 +138,12 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "model=pixels", "frames=5x"], "frames is '5x', expected a number or one of 1x, 2x, 4x"),
         (["source=s", "out=o", "model=pixels", "size=32"], "size is '32', expected HEIGHTxWIDTH"),
         (
-            [f"source={listed}", "out=o", "model=pixels", "size=33x64"],
+            ["source=s", "out=o", "model=pixels", "size=33x64"],
             "size is 33x64, expected sides that divide by 2, such as",
+        ),
+        (
+            ["source=s", "out=o", "model=hunyuan", "weights=w", "frames=10"],
+            "frames is 10, expected 1 + a multiple of 4",
         ),
         (["source=s", "out=o", "model=wan"], "weights is not set, model=wan needs its diffusers folder"),
         (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),

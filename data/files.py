@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -34,6 +35,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         commit(file, path)
     except BaseException:
-        file.close()
-        Path(file.name).unlink(missing_ok=True)
+        try:
+            with contextlib.suppress(OSError):  # it writes what is left, which fails on a full disk as it failed before
+                file.close()
+        finally:
+            Path(file.name).unlink(missing_ok=True)
         raise

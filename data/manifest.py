@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import safetensors.torch
 from safetensors import SafetensorError
 
@@ -162,21 +160,18 @@ class Manifest:
         write_bytes(folder / FILE, text.encode())
 
     @classmethod
-    def load(cls, source: str | Path, urls: str | Sequence[str] | None = None) -> Manifest:
+    def load(cls, source: str | Path) -> Manifest:
         """Read a manifest, and check that local shards are there.
 
         Args:
             source: the folder or the JSON file itself; or the folder's URL, which may be http(s)://, anything that
                 fsspec opens, or `pipe:` with a command that has {} for a file's name, such as
                 `pipe:aws s3 cp s3://bucket/shards/{} -`.
-            urls: where the shards are read from when they are not beside the manifest: one URL a shard in the
-                manifest's order, or one brace pattern such as `pipe:aws s3 cp s3://b/shard-{00000..00009}.tar -`.
 
         A local shard of another size than it should have is told in the log, and read as far as it goes.
 
         Raises:
-            DataError: no manifest, not a manifest, wrong version, a bad field, a shard missing, or a number of URLs
-                that is not the number of shards.
+            DataError: no manifest, not a manifest, wrong version, a bad field, or a shard missing.
         """
         home = str(source)
         if scheme_of(home) == "pipe" and "{}" not in home:
@@ -198,11 +193,6 @@ class Manifest:
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON ({error}); make the folder anew") from error
         manifest = cls._parse(raw, home, path)
-        if urls is not None:
-            listed = list(braceexpand.braceexpand(urls)) if isinstance(urls, str) else list(urls)
-            if len(listed) != len(manifest.shards):
-                raise DataError(f"{path}: lists {len(manifest.shards)} shards, but {len(listed)} URLs were given")
-            return dataclasses.replace(manifest, urls=tuple(listed))
         for shard in manifest.shards if local else ():
             file = Path(home) / shard.file
             if not file.is_file():
@@ -227,10 +217,15 @@ class Manifest:
             raise DataError(f"{path}: key {twice} is listed twice, expected unique keys; make the folder anew")
         if raw.get("samples", len(keys)) != len(keys):
             raise DataError(f"{path}: samples is {raw['samples']!r}, but {len(keys)} are listed; make the folder anew")
+        fps = _get(raw, "fps", (int, float), path)
+        try:
+            check_fps(fps)
+        except DataError as error:
+            raise DataError(f"{path}: {error}; make the folder anew") from error
         counts = {name: _get(raw, name, int, path) if name in raw else None for name in ("videos", "rejected")}
         return cls(
             shards=tuple(shards),
-            fps=float(_get(raw, "fps", (int, float), path)),
+            fps=float(fps),
             encoder=_get(raw, "encoder", str, path),
             latent=_get(raw, "latent", str, path),
             text=_get(raw, "text", str, path),
@@ -239,6 +234,12 @@ class Manifest:
             home=home,
             urls=tuple(locate(home, shard.file) for shard in shards),
         )
+
+
+def check_fps(fps: float) -> None:
+    """Raise a DataError unless it is a pace, in frames a second."""
+    if not (math.isfinite(fps) and fps > 0):
+        raise DataError(f"fps is {fps}, expected frames a second, above 0")
 
 
 def locate(home: str, file: str) -> str:

@@ -5,30 +5,45 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
+import itertools
 import logging
+import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 from data.errors import DataError
 
 T = TypeVar("T")
-ATTEMPTS = 8
-LONGEST = 60.0  # seconds between two of them, unless a server asks for more
-PATIENCE = 600.0  # seconds that a server may ask for
+PATIENCE = 120.0  # seconds that are waited in all, whatever a server asks for
 AGAIN = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 log = logging.getLogger(__name__)
+_unwanted: ContextVar[threading.Event] = ContextVar("unwanted", default=threading.Event())  # noqa: B039  never set
+
+
+def give_up_on(unwanted: threading.Event) -> None:
+    """From now on this thread gives up what it tries, waits for or downloads once the event is set."""
+    _unwanted.set(unwanted)
+
+
+def check_wanted(url: str, seconds: float = 0.0) -> None:
+    """Wait, for so many seconds, unless what this thread does is no longer wanted: raise a DataError then."""
+    if _unwanted.get().wait(seconds):
+        raise DataError(f"{url}: is no longer wanted")
 
 
 def persistently(url: str, action: Callable[[], T]) -> T:
-    """What `action` returns; it is tried again after failures of the way.
+    """What `action` returns; it is tried again after failures of the way, after 1 s, 2 s, 4 s and so on.
 
     Raises:
-        DataError: it failed `ATTEMPTS` times, or in a way that time does not mend.
+        DataError: it failed and `PATIENCE` seconds were waited, or it failed in a way that time does not mend, or it is
+            no longer wanted (`give_up_on`).
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    left = PATIENCE
+    for attempt in itertools.count():
         try:
             return action()
         except (OSError, http.client.HTTPException) as error:
@@ -36,11 +51,12 @@ def persistently(url: str, action: Callable[[], T]) -> T:
             refused = code is not None and 400 <= code < 500 and code not in AGAIN
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
             reason = f"HTTP {code} {reason}" if code is not None else reason
-            if refused or isinstance(error, LASTING) or attempt == ATTEMPTS:
+            if refused or isinstance(error, LASTING) or left <= 0:
                 raise DataError(f"{url}: cannot be read ({reason}); check that it can be reached") from error
-            seconds = max(min(2.0 ** (attempt - 1), LONGEST), _asked_for(error))
+            seconds = min(max(2.0**attempt, _asked_for(error)), left)
+            left -= seconds
             log.warning("%s: %s, trying again in %.0f s", url, reason, seconds)
-            time.sleep(seconds)
+            check_wanted(url, seconds)
     raise AssertionError
 
 
@@ -50,10 +66,9 @@ def _asked_for(error: Exception) -> float:
     if value is None:
         return 0.0
     try:
-        seconds = float(value) if value.isdecimal() else _seconds_until(value)
+        return float(value) if value.isdecimal() else _seconds_until(value)
     except ValueError:
         return 0.0
-    return min(max(seconds, 0.0), PATIENCE)
 
 
 def _seconds_until(date: str) -> float:

@@ -4,7 +4,7 @@ Local files, HTTP servers that know ranges and fsspec URLs are read where a samp
 touched. A `pipe:` command and a server without ranges can only be read through: the shard is fetched whole, once for
 each reader, into the cache folder or a temporary one. Failures of the way are tried again for two minutes, then stop
 the run: a sample is only ever judged by bytes that arrived, and a whole shard that is not what its manifest says only
-where it arrives so twice.
+where it arrives so twice; the cache keeps none of those.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import http.client
 import logging
-import os
 import tempfile
 import urllib.error
 import urllib.request
@@ -23,9 +22,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from data.errors import DataError
-from data.patience import ATTEMPTS, as_os_errors, persistently
+from data.files import commit, temporary
+from data.patience import as_os_errors, check_wanted, persistently
 
 TIMEOUT = 60  # seconds without a byte
+ATTEMPTS = 8  # times that a whole shard is fetched which arrives differently each time
 CHUNK = 1 << 20
 log = logging.getLogger(__name__)
 
@@ -61,16 +62,16 @@ def open_shard(url: str, sha256: str, cache: Path | None) -> ShardFile:
     """
     scheme = scheme_of(url)
     if scheme == "file":
-        return _LocalFile(Path(url.removeprefix("file://")))
+        return _open_local(Path(url.removeprefix("file://")))
     if cache is not None:
-        return _LocalFile(_cached(url, sha256, cache))
+        return _cached(url, sha256, cache)
     if scheme == "pipe":
-        return _Fetched(url, sha256, "commands cannot be read from the middle")
+        return _fetched(url, sha256, "commands cannot be read from the middle")
     if scheme in ("http", "https"):
         if _knows_ranges(url):
             return _HttpFile(url)
-        return _Fetched(url, sha256, "this server does not answer ranges")
-    return _FsspecFile(url)
+        return _fetched(url, sha256, "this server does not answer ranges")
+    return _FsspecFile(url, persistently(url, lambda: _fsspec_open(url)))
 
 
 def read_all(url: str) -> bytes:
@@ -82,10 +83,12 @@ def read_all(url: str) -> bytes:
     return persistently(url, lambda: b"".join(_stream(url)))
 
 
-class _LocalFile:
-    def __init__(self, path: Path) -> None:
-        self._url = str(path)
-        self._file: BinaryIO = persistently(self._url, lambda: path.open("rb", buffering=0))
+class _File:
+    """An open file that can be read from the middle."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url = url
+        self._file = file
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         return persistently(self._url, lambda: self._fill(offset, buffer))
@@ -125,29 +128,10 @@ class _HttpFile:
         pass
 
 
-class _FsspecFile(_LocalFile):
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._file = persistently(url, lambda: _fsspec_open(url))
-
+class _FsspecFile(_File):
     def _fill(self, offset: int, buffer: memoryview) -> int:
         with as_os_errors():
             return super()._fill(offset, buffer)
-
-
-class _Fetched(_LocalFile):
-    """A shard that can only be read through, in a temporary file of this reader."""
-
-    def __init__(self, url: str, sha256: str, why: str) -> None:
-        log.warning("%s: is read through for each reader (%s); a cache folder reads it once", url, why)
-        handle, name = tempfile.mkstemp(prefix="shard-", suffix=".tar")
-        os.close(handle)
-        path = Path(name)
-        try:
-            _download_surely(url, sha256, path)
-            super().__init__(path)
-        finally:
-            path.unlink()  # the open file keeps the bytes, and nothing stays behind when the process is killed
 
 
 def _fill(file: Any, buffer: memoryview) -> int:
@@ -158,42 +142,78 @@ def _fill(file: Any, buffer: memoryview) -> int:
     return filled
 
 
-def _cached(url: str, sha256: str, cache: Path) -> Path:
-    """The shard in the cache, fetched when it is not there yet; one process fetches, the others wait."""
+def _open_local(path: Path) -> ShardFile:
+    return _File(str(path), persistently(str(path), lambda: path.open("rb", buffering=0)))
+
+
+def _fetched(url: str, sha256: str, why: str) -> ShardFile:
+    """A shard that can only be read through, in a temporary file of this reader."""
+    log.warning("%s: is read through for each reader (%s); a cache folder reads it once", url, why)
+    file = tempfile.TemporaryFile(prefix="shard-")  # noqa: SIM115  without a name: a kill leaves nothing behind
+    try:
+        _download_surely(url, sha256, file)
+    except BaseException:
+        file.close()
+        raise
+    return _File(url, file)
+
+
+def _cached(url: str, sha256: str, cache: Path) -> ShardFile:
+    """The shard in the cache, fetched when it is not there yet; one process fetches, the others wait.
+
+    One that is not what its manifest says is read all the same, but not kept.
+    """
     path = cache / f"{sha256}.tar"
     if path.exists():
-        return path
+        return _open_local(path)
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{sha256}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            partial = cache / f".{sha256}.tmp"
-            _download_surely(url, sha256, partial)
-            partial.replace(path)
-    return path
+        if path.exists():
+            return _open_local(path)
+        partial = temporary(path)
+        file = partial.open("w+b")
+        try:
+            if not _download_surely(url, sha256, file):
+                return _File(url, file)  # the open file keeps the bytes
+            commit(file, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+    return _open_local(path)
 
 
-def _download_surely(url: str, sha256: str, path: Path) -> None:
-    """Fetch a whole shard; one that is not what its manifest says is kept only where it arrives so twice in a row."""
+def _download_surely(url: str, sha256: str, file: BinaryIO) -> bool:
+    """Fetch a whole shard into an empty file; returns whether it is what its manifest says.
+
+    Raises:
+        DataError: it cannot be reached, or is not what its manifest says and never arrives the same twice in a row.
+    """
     before = None
     for _ in range(ATTEMPTS):
-        found = persistently(url, lambda: _download(url, path))
+        found = persistently(url, lambda: _download(url, file))
         if found == sha256:
-            return
+            return True
         log.warning("%s: is not what its manifest says (SHA-256 %s, not %s)", url, found, sha256)
         if found == before:
-            return
+            return False
         before = found
     raise DataError(f"{url}: arrived {ATTEMPTS} times and was another each time; check the way to it")
 
 
-def _download(url: str, path: Path) -> str:
-    """Fetch a whole file; returns its SHA-256."""
+def _download(url: str, file: BinaryIO) -> str:
+    """Fetch a whole file in place of what `file` holds; returns its SHA-256."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in _stream(url):
-            digest.update(chunk)
-            file.write(chunk)
+    file.seek(0)
+    file.truncate()
+    for chunk in _stream(url):
+        check_wanted(url)
+        digest.update(chunk)
+        file.write(chunk)
+    file.flush()
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ from data.batch import Batch, collate
 from data.errors import BadSampleError, DataError
 from data.manifest import Manifest
 from data.order import BatchOrder
+from data.patience import give_up_on
 from data.reader import SampleReader
 from data.sample import Sample
 
@@ -161,7 +162,8 @@ class _Worker:
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
-        self._pool = ThreadPoolExecutor(1, "loader")
+        self._unwanted = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "loader", initializer=give_up_on, initargs=(self._unwanted,))
         self._coming: deque[Future[Batch | None]] = deque(self._submit() for _ in range(AHEAD))
 
     def _submit(self) -> Future[Batch | None]:
@@ -177,6 +179,7 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._unwanted.set()  # a server that does not answer is not waited for
         self._pool.submit(self._batches.close)  # type: ignore[attr-defined]
         for future in self._coming:
             future.cancel()

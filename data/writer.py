@@ -21,7 +21,7 @@ import safetensors.torch
 
 from data.errors import DataError
 from data.files import commit, temporary, write_bytes
-from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
+from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo, check_fps
 from data.sample import Prompt, Sample
 
 _SHARD = re.compile(r"shard-\d{5}\.tar|\.shard-\d{5}\.tar\.tmp")
@@ -80,11 +80,13 @@ class _OpenShard:
         return ShardInfo(self.path.name, tuple(self.samples), hashed.size, hashed.digest.hexdigest())
 
     def abort(self) -> None:
-        # Left open, the tar would write its end when it is collected; it may fail here as it failed before.
-        with contextlib.suppress(OSError):
-            self._tar.close()
-            self._file.close()
-        temporary(self.path).unlink(missing_ok=True)
+        try:
+            # Left open, both would write their ends when they are collected; they may fail here as they failed before.
+            for file in (self._tar, self._file):
+                with contextlib.suppress(OSError):
+                    file.close()
+        finally:
+            temporary(self.path).unlink(missing_ok=True)
 
 
 class TarShards:
@@ -164,7 +166,7 @@ class ShardWriter:
         max_samples, max_bytes: as in `TarShards`.
 
     Raises:
-        DataError: when the folder is finished already, or a limit is below 1.
+        DataError: when the folder is finished already, fps is no pace, or a limit is below 1.
     """
 
     def __init__(
@@ -180,6 +182,7 @@ class ShardWriter:
         max_samples: int = 1024,
         max_bytes: int = 1 << 30,
     ) -> None:
+        check_fps(fps)
         self.folder = Path(folder)
         self._done: list[ShardInfo] = []
         self._shards = TarShards(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import resource
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 from data.errors import DataError
+from data.files import write_bytes
 from data.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.sample import Prompt
 from data.writer import ShardWriter
@@ -75,6 +79,9 @@ def test_writer_refuses_what_would_spoil_a_folder(tmp_path: Path, make_folder: A
         ShardWriter(finished.folder, **ABOUT)
     with pytest.raises(DataError, match="max_samples is 0"):
         ShardWriter(tmp_path / "x", max_samples=0, **ABOUT)
+    for fps in (0, float("nan")):
+        with pytest.raises(DataError, match=f"fps is {fps}, expected frames a second, above 0"):
+            ShardWriter(tmp_path / "x", **{**ABOUT, "fps": fps})
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file"):
         ShardWriter(tmp_path / "file", **ABOUT)
@@ -84,6 +91,28 @@ def test_writer_refuses_what_would_spoil_a_folder(tmp_path: Path, make_folder: A
         writer.write(make_sample(1))
         writer.write(make_sample(1))
     assert list((tmp_path / "twice").iterdir()) == []
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files end at 1000 bytes, for this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, make_sample: Any, full_disk: None) -> None:
+    """Closing a file writes what is left of it, and fails like the writing itself."""
+    with pytest.raises(OSError, match="File too large"):
+        write_bytes(tmp_path / "a", bytes(3000))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "b", **ABOUT) as writer:
+        writer.write(make_sample(0))
+        assert writer._shards._open is not None
+        file = writer._shards._open._file
+        writer.write(dataclasses.replace(make_sample(1), latent=torch.zeros(1, 1, 128, 128)))
+    assert file.closed and not list((tmp_path / "b").iterdir())
 
 
 def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
@@ -102,6 +131,8 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     refused({"format": "other"}, "not a manifest of shards")
     refused({"version": 1}, "version is 1, this code reads 2")
     refused({"fps": "16"}, "fps is '16', expected int or float")
+    for fps in (0, -1.5, float("nan"), float("inf")):
+        refused({"fps": fps}, rf"manifest.json: fps is {fps}, expected frames a second, above 0; make the folder anew")
     refused({"shards": [{"samples": [{"key": "a", "shape": [1, 2]}]}]}, r"shards\[0\].samples\[0\].shape is \[1, 2\]")
     negative = {"key": "a", "shape": [1, 1, 1, 1], "offset": -1, "bytes": 5}
     refused({"shards": [{"samples": [negative]}]}, r"samples\[0\].offset is -1 and bytes 5, expected a place")
@@ -121,9 +152,6 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
         Manifest.load(manifest.folder)
     path.write_text(json.dumps(raw))
 
-    assert Manifest.load(manifest.folder, urls="pipe:cat x-{0..1}.tar").urls == ("pipe:cat x-0.tar", "pipe:cat x-1.tar")
-    with pytest.raises(DataError, match="lists 2 shards, but 1 URLs"):
-        Manifest.load(manifest.folder, urls=["a.tar"])
     (manifest.folder / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar: missing"):
         Manifest.load(manifest.folder)

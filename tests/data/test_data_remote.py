@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import functools
+import hashlib
 import http.server
 import threading
 import time
@@ -15,13 +16,15 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from batches import order_of
 
 from data import patience
 from data.batch import Batch
 from data.errors import DataError
 from data.manifest import Manifest
 from data.order import BatchOrder
-from data.stream import LatentStream
+from data.patience import check_wanted
+from data.stream import LatentStream, _Worker
 
 
 @dataclass
@@ -109,7 +112,7 @@ def server(manifest: Manifest) -> Iterator[Server]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited."""
     waited: list[float] = []
-    monkeypatch.setattr(patience.time, "sleep", waited.append)
+    monkeypatch.setattr(patience, "check_wanted", lambda url, seconds: waited.append(seconds))
     return waited
 
 
@@ -154,12 +157,6 @@ def test_what_cannot_seek_is_read_through_and_says_so(
     assert any("is read through" in message and why in message for message in caplog.messages)
 
 
-def test_urls_beside_a_local_manifest(manifest: Manifest, server: Server) -> None:
-    patterns = [f"pipe:cat {manifest.folder}/shard-{{00000..00004}}.tar", f"{server.url}/shard-{{00000..00004}}.tar"]
-    for urls in (*patterns, [f"file://{manifest.folder}/{shard.file}" for shard in manifest.shards]):
-        assert_equal(batches_of(Manifest.load(manifest.folder, urls=urls)), batches_of(manifest))
-
-
 def test_fsspec_urls(manifest: Manifest) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(manifest.folder), "/bucket/shards", recursive=True)
@@ -190,16 +187,22 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
     for server.failure in (503, 429, 408):
         server.failures = 7
         assert_equal(batches_of(far), batches_of(manifest))
-    assert waits[:7] == [1, 2, 4, 8, 16, 32, 60] and len(waits) == 21
+    assert waits[:7] == [1, 2, 4, 8, 16, 32, 57] and len(waits) == 21
     server.failure, server.failures, server.retry_after = 429, 2, "90"
     assert_equal(batches_of(far, num_steps=1), batches_of(manifest, num_steps=1))
     server.failures, server.retry_after = 1, email.utils.formatdate(time.time() + 40)
     assert_equal(batches_of(far, num_steps=1), batches_of(manifest, num_steps=1))
-    assert waits[21:23] == [90, 90] and 35 < waits[23] < 41
-    server.failure, server.failures = 503, 8
+    assert waits[21:23] == [90, 30] and 35 < waits[23] < 41
+    for seconds in ("600", email.utils.formatdate(time.time() + 600)):
+        server.failures, server.retry_after = 8, seconds
+        with pytest.raises(DataError, match="HTTP 429"):
+            batches_of(far)
+        assert waits[24:] == [120] and server.failures == 6, "no server is waited for longer"
+        waits.pop()
+    server.failure, server.failures, server.retry_after = 503, 8, None
     with pytest.raises(DataError, match=r"shard-\d+.tar: cannot be read \(HTTP 503 Service Unavailable\)"):
         batches_of(far)
-    server.failures = 0
+    assert sum(waits[24:]) == 120 and server.failures == 0
     (manifest.folder / manifest.shards[2].file).unlink()
     server.requests.clear()
     with pytest.raises(DataError, match=r"shard-00002.tar: cannot be read \(HTTP 404 Not Found\)"):
@@ -215,6 +218,20 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
         Manifest.load("pipe:cat x")
     with pytest.raises(DataError, match=r"127.0.0.1:1/manifest.json: cannot be read \(.*refused"):
         Manifest.load("http://127.0.0.1:1")
+
+
+def test_closing_waits_for_no_server(
+    manifest: Manifest, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In earnest: the thread that tries again is told that nobody wants its batches."""
+    monkeypatch.setattr(patience, "check_wanted", check_wanted)
+    stream = LatentStream(Manifest.load(server.url), order_of(manifest))
+    server.failures, server.retry_after = 1000, "100"
+    with _Worker(stream._batches(0, 1)):  # type: ignore[arg-type]
+        while "trying again in 100 s" not in caplog.text:
+            time.sleep(0.01)
+        before = time.monotonic()
+    assert time.monotonic() - before < 60
 
 
 @pytest.mark.parametrize("way", ["ranges", "through", "cache"])
@@ -248,12 +265,24 @@ def test_a_whole_shard_is_taken_as_wrong_only_where_it_arrives_so_twice(
     assert not list((tmp_path / "cache").glob("*.tar"))
     server.changes = False
     path = manifest.folder / manifest.shards[1].file
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
     caplog.clear()
     server.requests.clear()
-    assert_equal(batches_of(far, cache=tmp_path / "cache"), batches_of(manifest))
+    cache = tmp_path / "cache"
+    once = {"start_step": 0, "num_steps": 5}  # within the first epoch
+    assert_equal(batches_of(far, cache=cache, **once), batches_of(manifest, **once))
     assert [asked for asked, _ in server.requests].count("/shard-00001.tar") == 2
     assert sum("is not what its manifest says" in message for message in caplog.messages) == 2
+    kept = {shard.sha256 for shard in manifest.shards}
+    assert {file.stem for file in cache.glob("*.tar")} == kept - {manifest.shards[1].sha256}
+    assert not list(cache.glob(".*.tmp"))
+    # Mended on the server, it is fetched anew and kept.
+    path.write_bytes(whole)
+    assert_equal(batches_of(far, cache=cache), batches_of(manifest))
+    assert {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.glob("*.tar")} == dict(
+        zip(kept, kept, strict=True)
+    )
 
 
 def test_errors_of_a_file_system_s_own_are_tried_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

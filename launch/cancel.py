@@ -8,7 +8,8 @@ import socket
 import subprocess
 
 from launch.queue import UNKNOWN, slurm_state
-from launch.start import recorded, run_argument, yes
+from launch.start import recorded, run_argument
+from train.cli import flag
 from train.errors import UserError
 from train.folder import holder
 
@@ -22,7 +23,7 @@ With now=true it ends at once and keeps its last checkpoint.
 def main(arguments: list[str]) -> None:
     """Does it."""
     folder, settings = run_argument(arguments, "now")
-    now = yes(settings, "now")
+    now = flag("now", settings.get("now", "false"))
     job, who = recorded(folder).get("job"), holder(folder)
     state = slurm_state(job) if job else ""
     if state.startswith(UNKNOWN):

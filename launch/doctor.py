@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.start import yes
-from train.cli import MISTAKES
+from train.cli import MISTAKES, flag
 from train.compose import compose_run, finish, read_config, split_arguments
 from train.config import RunConfig
 from train.environment import backends, driver, environment, gpus, nccl, read_speed
@@ -48,7 +47,7 @@ class Finding:
 def main(arguments: list[str]) -> None:
     """Prints the findings."""
     settings = split_arguments(arguments)
-    quick, run = yes(settings, "quick"), settings.pop("run", None)
+    quick, run = flag("quick", settings.pop("quick", "false")), settings.pop("run", None)
     config = None
     if run is not None:
         config = read_config(Path(run))

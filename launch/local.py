@@ -6,8 +6,9 @@ import os
 import sys
 
 from launch.plan import show_plan
-from launch.start import prepare, record, whole_number
+from launch.start import layout, prepare, record
 from train.compose import split_arguments
+from train.errors import UserError
 from train.planning import this_machine
 
 USAGE = """python -m launch local conf=RUN [gpus=N] [key=value ...]
@@ -27,7 +28,11 @@ example:
 def main(arguments: list[str]) -> None:
     """Prepares the folder, then becomes ``python -m train``."""
     settings = split_arguments(arguments)
-    devices = whole_number(settings, "gpus", 1) if "gpus" in settings or "resume" not in settings else None
+    nodes, devices = layout(settings, "nodes"), layout(settings, "gpus")
+    if nodes not in (None, 1):
+        raise UserError(f"nodes is {nodes}, expected 1: launch local is for this machine, launch slurm for several")
+    if "resume" not in settings:
+        devices = devices or 1
     folder, config = prepare(settings, None if devices is None else 1, devices, elsewhere=False)
     show_plan(folder.path, config, this_machine(config.trainer.devices, config.trainer.nodes))
     record(folder.path, how="local")

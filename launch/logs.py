@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.queue import slurm_state
-from launch.start import recorded, run_argument, yes
+from launch.start import recorded, run_argument
 from launch.status import standing
+from train.cli import flag, whole_number
 from train.errors import UserError
 
 USAGE = """python -m launch logs RUN [lines=N] [follow=true]
@@ -24,10 +25,8 @@ _ASK_EVERY = 3.0  # seconds
 def main(arguments: list[str]) -> None:
     """Prints them."""
     folder, settings = run_argument(arguments, "lines", "follow")
-    follow = yes(settings, "follow")
-    count = settings.get("lines", "40")
-    if not count.isdigit():
-        raise UserError(f"lines is {count!r}, expected a whole number")
+    follow = flag("follow", settings.get("follow", "false"))
+    count = whole_number("lines", settings.get("lines", "40"), least=0)
     about = recorded(folder)
     job = about.get("job")
     file = log_file(folder, job)
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> None:
         if not file.exists():
             waits = f": SLURM job {job} has not started" if job else ""
             raise UserError(f"{folder} has no output yet{waits}")
-        _show(file, int(count), (lambda: _goes_on(folder, job)) if follow else None)
+        _show(file, count, (lambda: _goes_on(folder, job)) if follow else None)
 
 
 def _goes_on(folder: Path, job: str | None) -> bool:

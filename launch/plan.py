@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.start import whole_number
+from train.cli import whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     """Prints the plan."""
     settings = split_arguments(arguments)
     gpu = gpu_named(settings.pop("gpu", "h200"))
-    given = {key: whole_number(settings, key, 1) for key in ("nodes", "gpus", "cpu_memory") if key in settings}
+    given = {key: whole_number(key, settings.pop(key)) for key in ("nodes", "gpus", "cpu_memory") if key in settings}
     config = finish(compose_run(settings))
     nodes, gpus = given.get("nodes", config.trainer.nodes), given.get("gpus", config.trainer.devices)
     gib = given.get("cpu_memory", gpus * CPU_GIB)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.plan import CPU_GIB, show_plan
-from launch.start import prepare, record, whole_number, yes
-from train.compose import split_arguments
+from launch.start import layout, prepare, record, recorded
+from train.cli import flag, whole_number
+from train.compose import read_config, split_arguments
 from train.errors import UserError
 from train.planning import GIB, Machine, gpu_named, this_machine
 
 USAGE = """python -m launch slurm conf=RUN nodes=N gpus=N [partition=P] [time=D-HH:MM:SS] [option=value ...]
-python -m launch slurm resume=<run folder> [option=value ...]
+python -m launch slurm resume=<run folder> [option=value ...]      nodes and gpus are the run's if not given
 
 Makes the run's folder with its plan and a readable job.sbatch, submits it, and says how to follow it. Before its time
 is up, and when it is preempted, the run saves a checkpoint and queues itself again; after a node failure it goes on
@@ -126,25 +127,18 @@ def _as_sbatch_reads(word: str) -> str:
 def main(arguments: list[str]) -> None:
     """Writes the script into the run's folder and submits it."""
     settings = split_arguments(arguments)
-    dry = yes(settings, "dry_run")
+    dry = flag("dry_run", settings.pop("dry_run", "false"))
     if not dry and shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine: run this on the cluster's login node, or add dry_run=true")
     if "gpus" in settings and "processes" in settings:
         raise UserError("gpus and processes are both set, expected one: processes is for clusters without GPUs")
-    nodes, tasks = whole_number(settings, "nodes", 1), 1
-    gpus = 0
-    if "processes" in settings:
-        tasks = whole_number(settings, "processes", 1)
-    elif "gpus" in settings:
-        gpus = tasks = whole_number(settings, "gpus", 1)
-    else:
-        raise UserError("gpus is not set, give gpus=<GPUs of each node>")
+    nodes, tasks, gpus = _layout(settings)
     gpu = gpu_named(settings.pop("gpu", "h200"))
     time_limit = settings.pop("time", None)
-    grace = whole_number(settings, "grace", 600)
+    grace = whole_number("grace", settings.pop("grace", "600"))
     if time_limit is not None:
         grace = min(grace, seconds_of(time_limit) // 4)
-    cpus = whole_number(settings, "cpus", 1) if "cpus" in settings else None
+    cpus = whole_number("cpus", settings.pop("cpus")) if "cpus" in settings else None
     words = {key: settings.pop(key, None) for key in
              ("partition", "account", "qos", "memory", "container", "mounts", "sbatch")}  # fmt: skip
     if words["mounts"] is not None and words["container"] is None:
@@ -157,6 +151,7 @@ def main(arguments: list[str]) -> None:
     script = path / SCRIPT
     script.write_text(job.script())
     print(f"script     {script}")
+    record(path, how="slurm", gpus=gpus)  # also of a job that is refused or submitted by hand
     if dry:
         print(f"submit it  sbatch {script}")
         return
@@ -166,6 +161,21 @@ def main(arguments: list[str]) -> None:
     print(f"follow it  python -m launch logs {folder.path} follow=true")
     print(f"           python -m launch status {folder.path}")
     print(f"stop it    python -m launch cancel {folder.path}")
+
+
+def _layout(settings: dict[str, str]) -> tuple[int, int, int]:
+    """(nodes, processes a node, GPUs a node); of a run that goes on its own where they are not given."""
+    key, nodes, tasks = "processes" if "processes" in settings else "gpus", 1, None
+    if "resume" in settings:
+        folder = Path(settings["resume"])
+        before = read_config(folder).trainer
+        nodes, tasks = before.nodes, before.devices
+        if "gpus" not in settings and recorded(folder).get("gpus") == 0:
+            key = "processes"
+    nodes, tasks = layout(settings, "nodes") or nodes, layout(settings, key) or tasks
+    if tasks is None:
+        raise UserError("gpus is not set, give gpus=<GPUs of each node>")
+    return nodes, tasks, tasks if key == "gpus" else 0
 
 
 def submit(script: Path) -> str:

@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from launch.queue import check_not_queued
+from train.cli import whole_number
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
 from train.folder import CONFIG, LAUNCH, RunFolder, held, write_config
 from train.preflight import preflight
 
+LAYOUT = {"nodes": "trainer.nodes", "gpus": "trainer.devices", "processes": "trainer.devices"}
+"""Key of these commands -> the run's key that it stands for; a plan suggests the latter."""
 
-def whole_number(settings: dict[str, str], key: str, default: int) -> int:
-    """Takes ``key`` out of the settings.
+
+def layout(settings: dict[str, str], key: str) -> int | None:
+    """Takes ``nodes``, ``gpus`` or ``processes`` out of the settings, and the run's key of the same meaning.
+
+    Returns:
+        The number; None where neither is given.
 
     Raises:
-        UserError: it is not a whole number of at least 1.
+        UserError: it is not a whole number of at least 1, or the two differ.
     """
-    word = settings.pop(key, str(default))
-    if not word.isdigit() or int(word) < 1:
-        raise UserError(f"{key} is {word!r}, expected a whole number of at least 1")
-    return int(word)
-
-
-def yes(settings: dict[str, str], key: str) -> bool:
-    """Takes ``key``, true or false, out of the settings; false where it is missing."""
-    word = settings.pop(key, "false")
-    if word not in ("true", "false"):
-        raise UserError(f"{key} is {word!r}, expected true or false")
-    return word == "true"
+    found = {name: whole_number(name, settings.pop(name)) for name in (key, LAYOUT[key]) if name in settings}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{name} is {value}" for name, value in found.items())
+        raise UserError(f"{said}, expected the same number: give {key} alone")
+    return next(iter(found.values()), None)
 
 
 def prepare(
@@ -45,10 +45,7 @@ def prepare(
         nodes, devices: the layout; None leaves what the config has.
         elsewhere: the run is for other machines.
     """
-    layout = {"trainer.nodes": nodes, "trainer.devices": devices}
-    for key, number in layout.items():
-        if key in settings:
-            raise UserError(f"{key} is set by {'nodes' if key.endswith('nodes') else 'gpus'}=, give that alone")
+    for key, number in (("trainer.nodes", nodes), ("trainer.devices", devices)):
         if number is not None:
             settings[key] = str(number)
     if "resume" in settings:

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     if saved:
         age = (time.time() - saved[-1].stat().st_mtime) / 60
         print(f"  checkpoint  {saved[-1].name}, {age:,.0f} minutes old")
-    if about.get("how") == "slurm":
+    if about.get("job"):
         print(f"  SLURM       job {about['job']}: {slurm_state(about['job']) or 'no longer known'}")
 
 

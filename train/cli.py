@@ -57,6 +57,17 @@ def whole_number(key: str, text: str, least: int = 1) -> int:
     return int(text)
 
 
+def flag(key: str, text: str) -> bool:
+    """true or false.
+
+    Raises:
+        UserError: something else.
+    """
+    if text not in ("true", "false"):
+        raise UserError(f"{key} is {text!r}, expected true or false")
+    return text == "true"
+
+
 def json_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """The file of ``--json FILE``, if it is given, and the other words.
 

@@ -81,6 +81,8 @@ def git_revision() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # installed into a folder of another checkout, such as a virtual environment in it
     commit = git("rev-parse", "HEAD")
     return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
 

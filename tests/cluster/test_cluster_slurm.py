@@ -128,7 +128,7 @@ def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, 
     wait_for_step(slurm, folder, again, 12)
     slurm.run("scancel", again)
     slurm.wait(again, "CANCELLED")
-    launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")
+    launch(slurm, "slurm", f"resume={folder}", "cpus=1")  # nodes and processes are the run's
     last = json.loads((folder / "launch.json").read_text())["job"]
     slurm.wait(last, "COMPLETED", "FAILED", seconds=300)
     assert losses(folder) == losses(undisturbed), output(folder)

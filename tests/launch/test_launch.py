@@ -1,5 +1,6 @@
 """The commands of launch on this machine; a real SLURM is in tests/cluster."""
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from launch import cancel, doctor, logs, status
 from launch.slurm import Job, main, seconds_of
 from launch.start import record, run_argument
 from train.compose import read_config
+from train.environment import git_revision
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held, set_state
 from train.run import resume
@@ -93,7 +95,8 @@ def test_containers_run_through_apptainer_or_pyxis():
         (["gpus=1", "dry_run=1"], "dry_run is '1', expected true or false"),
         (["gpus=1", "mounts=/data"], "mounts is /data, it needs container=IMAGE"),
         (["gpus=1", "time=soon"], "time is 'soon'"),
-        (["gpus=1", "trainer.devices=2"], "trainer.devices is set by gpus=, give that alone"),
+        (["gpus=1", "trainer.devices=2"], "gpus is 1 and trainer.devices is 2, expected the same number"),
+        (["nodes=1", "gpus=1", "trainer.nodes=2"], "nodes is 1 and trainer.nodes is 2, expected the same number"),
         (["gpus=1", "partitoin=x"], "partitoin is not a known key"),
         (["gpus=1", "resume=/nowhere"], "/nowhere has no config.yaml"),
     ],
@@ -112,6 +115,22 @@ def test_a_dry_run_leaves_a_folder_that_can_be_submitted(tmp_path, capsys):
     assert f"RUN={folder}\n" in text and "--gpus-per-node" not in text
     assert "#SBATCH --signal=USR1@600" in text
     assert "nodes: 2\n  devices: 2\n" in (folder / "config.yaml").read_text()
+    main([f"resume={folder}", "partition=main", "dry_run=true"])  # as the error of a refused job says
+    again = (folder / "job.sbatch").read_text()
+    for line in ("--nodes=2", "--ntasks-per-node=2", "--partition=main"):
+        assert f"#SBATCH {line}" in again
+    assert "--gpus-per-node" not in again
+    status.main([str(folder)])
+    assert "no step of 4 yet" in capsys.readouterr().out
+
+
+def test_the_keys_that_a_plan_prints_are_taken_beside_gpus(tmp_path):
+    main(["gpus=8", "trainer.devices=8", "trainer.nodes=2", "dry_run=true", *words(tmp_path, parallel__sequence=2)])
+    (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    text = (folder / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
+    main([f"resume={folder}", "dry_run=true"])
+    assert "#SBATCH --gpus-per-node=8" in (folder / "job.sbatch").read_text()
 
 
 @pytest.fixture
@@ -220,6 +239,24 @@ def test_a_job_whose_gpus_are_not_seen_is_refused(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="SLURM gave this job 1 GPUs a node, but torch sees none on"):
         resume(folder, read_config(folder))
     assert get_state(folder)[0] == "failed"
+
+
+def test_a_copy_in_another_projects_checkout_has_no_revision(tmp_path, monkeypatch):
+    """A virtual environment lies in many a repository, which does not track it."""
+    commit = git_revision()
+    assert commit is None or len(commit.removesuffix("+")) == 40
+    run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    run(["git", "init"])
+    copy = tmp_path / "environment.py"
+    copy.write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    run(["git", *identity, "commit", "--allow-empty", "-m", "theirs"])
+    monkeypatch.setattr("train.environment.__file__", str(copy))
+    assert git_revision() is None
+    run(["git", "add", "environment.py"])
+    assert len(git_revision()) == 41  # as of a checkout with changes
+    run(["git", *identity, "commit", "-m", "ours"])
+    assert len(git_revision()) == 40
 
 
 def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):

@@ -19,7 +19,20 @@ from train.flops import SampleFlops
 from train.lora import inject_lora
 from train.models import load_adapter
 from train.plan import AttentionPlan
-from train.planning import GIB, GPUS, Budget, Duration, Gpu, Machine, best, fewest, plan_table, remedies, this_machine
+from train.planning import (
+    GIB,
+    GPUS,
+    Budget,
+    Duration,
+    Gpu,
+    Machine,
+    best,
+    fewest,
+    hardware,
+    plan_table,
+    remedies,
+    this_machine,
+)
 from train.planning.duration import _between
 from train.planning.policies import chosen
 from train.preflight import check_memory
@@ -225,6 +238,25 @@ def test_this_machine():
     if not torch.cuda.is_available():
         assert machine.is_cpu
         assert machine.gpu.memory == machine.cpu_memory / 2
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_least_of_all_control_groups_counts(tmp_path, monkeypatch, version):
+    """SLURM limits a job two levels above the process, and leaves the root alone."""
+    prefix, folder, name = {1: ("4:memory:", "memory", "memory.limit_in_bytes"), 2: ("0::", "", "memory.max")}[version]
+    (tmp_path / "own").write_text(f"1:name=systemd:/\n{prefix}/slurm/job_7/step_0/task\n")
+    groups = tmp_path / "groups" / folder
+    (groups / "slurm/job_7/step_0/task").mkdir(parents=True)
+    free = {1: "9223372036854771712", 2: "max"}[version]
+    for path, limit in (("", free), ("slurm/job_7", "1000000\n"), ("slurm/job_7/step_0/task", free)):
+        (groups / path / name).write_text(limit)
+    monkeypatch.setattr(hardware, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+    assert hardware.cpu_memory() == 1e6
+    (groups / "slurm/job_7" / name).write_text(free)
+    assert hardware.cpu_memory() > 2**30
+    (groups / name).write_text("2000000")
+    assert hardware.cpu_memory() == 2e6
 
 
 def test_the_default_run_has_a_plan():

@@ -178,6 +178,30 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     assert json.loads(first.with_name(f"{names[1]}.json").read_text())["settings"]["negative"] == "a video"
 
 
+def test_a_clip_that_cannot_be_written_is_written_elsewhere(wan, tmp_path, monkeypatch):
+    """The folder goes away while it is made; the disk that is full answers alike, with an OSError."""
+    denoise = Generator.denoise
+
+    def meanwhile(self, *given):
+        out.parent.rmdir()
+        out.parent.write_text("")
+        return denoise(self, *given)
+
+    monkeypatch.setattr(Generator, "denoise", meanwhile)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    out = tmp_path / "clips" / "clip.mp4"
+    with pytest.raises(
+        UserError, match=r"clip.mp4 cannot be written \(.*\): it is in .*, move what is there to"
+    ) as error:
+        main(words(wan, out=out, steps=1))
+    (kept,) = tmp_path.glob("sample-*")
+    assert f"it is in {kept}," in str(error.value)
+    out.parent.unlink()
+    kept.rename(out.parent)
+    main(words(wan, out=out, steps=1))  # nothing is left to do: denoising would find no empty folder
+    assert len(frames_of(out)[0]) == 33
+
+
 def test_compare_measures_against_dense(wan, tmp_path, capsys):
     out = tmp_path / "clip.mp4"
     main(words(wan, out=out, compare="dense", decay=0.4, dense_layers=0, dense_steps=0))
@@ -219,6 +243,8 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"model": "mochi", "frames": 49}, "holds a WanTransformer3DModel, expected a MochiTransformer3DModel: choose"),
         ({"model.dimensions": None}, "has num_attention_heads=2, the chosen model has 40: choose the model=..."),
         ({"pattern": "dense", "compare": "dense"}, "compare=dense with pattern=dense has nothing to compare"),
+        ({"dense_steps": 2, "dense_sigma": 0.5}, "dense_steps and dense_sigma are both set, expected one"),
+        ({"out": "/dev/null/clip.mp4"}, "out /dev/null/clip.mp4 cannot be written .*: give another out"),
         ({"sequence": 2}, "sequence is 2 on 1 ranks, expected 1"),
         ({"split_guidance": "true"}, "sequence is 1 on 1 ranks, expected an even number"),
     ],
@@ -226,6 +252,13 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
 def test_mistakes(wan, changes, message):
     with pytest.raises(UserError, match=message):
         main(words(wan, **changes))
+
+
+def test_a_setting_that_would_not_count_is_refused():
+    with pytest.raises(UserError, match="model is given twice"):
+        parse_settings(["prompt=a", "model=wan_14b", "model=mochi"])
+    with pytest.raises(UserError, match="guidance is 1, which turns it off for both experts: leave guidance_2 out"):
+        parse_settings(["prompt=a", "model=wan22_t2v_a14b", "guidance=1", "guidance_2=3"])
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

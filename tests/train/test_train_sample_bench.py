@@ -33,6 +33,7 @@ def test_every_case_is_measured_beside_dense(tmp_path, capsys):
         (["frames=a"], "frames is 'a', expected a whole number"),
         (["frames=32"], "frames is 32, expected 4 x k"),
         (["dense=no"], "dense is 'no', expected true or false"),
+        (["frames=33", "clip.frames=33"], "frames and clip.frames are both set"),
         (["--json"], "--json needs a file name"),
         (["attention.patern=x"], "attention.patern is not a known key"),
     ],
@@ -40,6 +41,14 @@ def test_every_case_is_measured_beside_dense(tmp_path, capsys):
 def test_mistakes(words, message):
     with pytest.raises(UserError, match=message):
         bench.main(words)
+
+
+def test_a_runs_model_and_length_are_measured():
+    (run,) = bench.bench_runs({"conf": "hunyuan_4x"})
+    assert (run.model.family, run.clip.frames) == ("hunyuan", 509)
+    runs = bench.bench_runs({"conf": "hunyuan_4x", "frames": "33,65", "model": "wan_1.3b"})
+    assert [(run.model.family, run.clip.frames) for run in runs] == [("wan", 33), ("wan", 65)]
+    assert [(run.model.family, run.clip.frames) for run in bench.bench_runs({})] == [("wan", 161), ("wan", 321)]
 
 
 def test_no_speed_of_numbers_that_are_not_finite(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from train.cli import files_with_strengths, guarded, number
+from train.cli import files_with_strengths, flag, guarded, number
 from train.compose import split_arguments
 from train.errors import UserError
 
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{min(unknown)} is not a known key, expected one of {', '.join(_KEYS)}")
     if "run" not in settings:
         raise UserError("run is not set, give run=<run folder> such as run=runs/shapes_4x/<time>")
-    if settings.get("merge", "false") not in ("true", "false"):
-        raise UserError(f"merge is {settings['merge']!r}, expected true or false")
+    merged = flag("merge", settings.get("merge", "false"))
     from train.export.run import export_run  # takes seconds to import
 
     out, checkpoint = settings.get("out"), settings.get("checkpoint")
@@ -48,7 +47,7 @@ def main(arguments: list[str]) -> None:
         out=Path(out).expanduser() if out else None,
         checkpoint=Path(checkpoint).expanduser() if checkpoint else None,
         formats=settings["format"].split(",") if "format" in settings else None,
-        merged=settings.get("merge") == "true",
+        merged=merged,
         dtype=settings.get("dtype"),
         strength=number("strength", settings.get("strength", "1")),
         add=files_with_strengths("add", settings["add"]) if "add" in settings else (),

@@ -144,7 +144,7 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
 
 
 def _keys(given: RunConfig, config: RunConfig) -> tuple[str, ...]:
-    """The words that turn one config into the other; settings that auto ignores are left as they are."""
+    """The words that turn one config into the other."""
     words = []
     for section in ("trainer", "optim", "parallel"):
         before, after = getattr(given, section), getattr(config, section)

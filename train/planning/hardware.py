@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ GPUS = {
     "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11),
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
 }
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 BETWEEN_NODES = 5e10
 """Bytes a second, each way, that a GPU has to another node: one 400 Gb/s port a GPU, as DGX nodes have."""
 
@@ -90,13 +92,26 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
     return Machine(replace(known, name=found.name, memory=float(found.total_memory)), devices, nodes, memory)
 
 
+def _group_limits() -> Iterator[float]:
+    """Bytes that the process's control group, and each that it lies in, may use: a job's limit is in one between."""
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, name = _GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = _GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = Path(path.lstrip("/"))  # may not be there, as a container sees its own group as the root
+        for group in (own, *own.parents):
+            file = root / group / name
+            if file.is_file() and (text := file.read_text().strip()).isdigit():  # else it is "max"
+                yield float(text)
+
+
 def cpu_memory() -> float:
-    """Bytes of CPU memory that this process may use: the machine's, or its control group's where that is less."""
-    limits = [float(psutil.virtual_memory().total)]
-    group = Path("/sys/fs/cgroup")
-    for file in (group / "memory.max", group / "memory" / "memory.limit_in_bytes"):
-        if file.is_file() and file.read_text().strip().isdigit():
-            limits.append(float(file.read_text()))
+    """Bytes of CPU memory that this process may use: the machine's, or its control groups' where that is less."""
+    limits = [float(psutil.virtual_memory().total), *_group_limits()]
     if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
         limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2.0**20)
     return min(limits)

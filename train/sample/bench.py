@@ -19,7 +19,7 @@ import torch
 
 from radial import make_pattern
 from train.build import resolve_precision
-from train.cli import guarded, json_file, whole_number
+from train.cli import flag, guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
@@ -32,14 +32,14 @@ USAGE = """python -m train.sample.bench [model=wan_14b] [frames=161,321] [dense_
 
 Measures a denoising step with the pattern, for each number of dense layers, and dense, at each length.
 
-  model, frames, dense_layers   as given, comma-separated where several are measured
+  frames, dense_layers          as given, comma-separated where several are measured
   blocks                        all, or so many of them
   steps                         forward passes of each case, after one of its first blocks; the median counts
   dense                         false leaves the dense case out
+With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
 Other keys are those of a run: clip.height=480 attention.decay=0.8 trainer.compile=true trainer.precision=bf16"""
+_MODEL = {"conf": "wan_4x", "model": "wan_14b"}
 _OURS = {
-    "model": "wan_14b",
-    "frames": "161,321",
     "dense_layers": "0,2",
     "blocks": "all",
     "steps": "1",
@@ -70,33 +70,41 @@ def main(arguments: list[str]) -> None:
     out, arguments = json_file(arguments)
     settings = split_arguments(arguments)
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    lengths = [whole_number("frames", word) for word in ours["frames"].split(",")]
     layers = [whole_number("dense_layers", word, least=0) for word in ours["dense_layers"].split(",")]
     blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
     steps = whole_number("steps", ours["steps"])
-    if ours["dense"] not in ("true", "false"):
-        raise UserError(f"dense is {ours['dense']!r}, expected true or false")
-    runs = [
-        finish(compose_run({"conf": "wan_4x", **settings, "model": ours["model"], "clip.frames": str(length)}))
-        for length in lengths
-    ]
+    with_dense = flag("dense", ours["dense"])
+    runs = bench_runs(settings)
     bench = Bench(runs[0], blocks)
     results: list[Result] = []
     print(f"{bench.name}, {bench.layers} blocks, {bench.dtype}; {bench.passes} forward passes a step")
     print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
     for run in runs:
         cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in layers]
-        if ours["dense"] == "true":
+        if with_dense:
             cases.append(replace(run, attention=replace(run.attention, pattern="dense", dense_layers=0, backend=None)))
         found = [bench.measure(case, steps) for case in cases]
         for result in found:
             print(_line(result), flush=True)
-        if ours["dense"] == "true":
+        if with_dense:
             print("\n".join(_ratio(result, found[-1]) for result in found[:-1]), flush=True)
         results += found
     if out is not None:
         about = {"torch": torch.__version__, "device": bench.name, "arguments": arguments}
         out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+
+
+def bench_runs(settings: dict[str, str]) -> list[RunConfig]:
+    """The run of each length that is measured."""
+    settings = dict(settings)
+    frames = settings.pop("frames", None if "conf" in settings or "clip.frames" in settings else "161,321")
+    if frames is None:
+        return [finish(compose_run({**({} if "conf" in settings else _MODEL), **settings}))]
+    if "clip.frames" in settings:
+        raise UserError("frames and clip.frames are both set, expected one")
+    base = {**({} if "conf" in settings else _MODEL), **settings}
+    lengths = [whole_number("frames", word) for word in frames.split(",")]
+    return [finish(compose_run({**base, "clip.frames": str(length)})) for length in lengths]
 
 
 class Bench:

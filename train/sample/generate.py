@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import statistics
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 from radial import Dense, make_pattern
 from train import __version__
 from train.config import ModelConfig
+from train.errors import UserError
 from train.sample.decode import decode_frames
 from train.sample.denoise import Attention, Denoiser, noise_level
 from train.sample.loras import notes
@@ -36,7 +38,16 @@ from train.sample.pipeline import (
     transformers_of,
 )
 from train.sample.ranks import Ranks, Split
-from train.sample.records import both_file, dense_file, digests, execution, is_done, recorded, write_record
+from train.sample.records import (
+    both_file,
+    check_writable,
+    dense_file,
+    digests,
+    execution,
+    is_done,
+    recorded,
+    write_record,
+)
 from train.sample.settings import Job, Settings, jobs, slots
 from train.sample.video import Likeness, beside, video_file
 
@@ -83,6 +94,8 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
         print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
     if todo:
         ranks = Ranks.join()
+        if ranks.rank == 0:
+            check_writable(todo)
         cls = pipeline_class(folder, todo[0].image is not None)
         Generator(settings, model, folder, cls, ranks, todo).run()
     return [job.out for job in found]
@@ -162,7 +175,10 @@ class Generator:
                 if self.settings.offload == "model":
                     self._bring(None)
                     release(self.ranks.device)
-                self._write(job, clips)
+                try:
+                    self._write(job, clips)
+                except OSError as error:
+                    raise UserError(f"out {job.out} cannot be written ({error}): {self._rescue(job, clips)}") from error
 
     def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
         """The latent of a job with an attention; every rank must call it."""
@@ -211,6 +227,15 @@ class Generator:
             target = self.ranks.device if transformer is wanted else torch.device("cpu")
             if transformer.device != target:
                 transformer.to(target)
+
+    def _rescue(self, job: Job, clips: dict[str, Clip]) -> str:
+        """Writes what the disk of ``out`` does not take to the system's folder for temporary files; in words."""
+        try:
+            place = Path(tempfile.mkdtemp(prefix="sample-"))
+            self._write(replace(job, out=place / job.out.name), clips)
+        except OSError as error:
+            return f"nor elsewhere ({error}), it is lost"
+        return f"it is in {place}, move what is there to {job.out.parent}, and the same command goes on"
 
     def _write(self, job: Job, clips: dict[str, Clip]) -> None:
         settings = self.settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,31 @@ def recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]
     return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
 
 
+def check_writable(todo: Sequence[Job]) -> None:
+    """Makes the videos' folders, and an empty file in each: what took an hour to denoise has a place to go.
+
+    Raises:
+        UserError: there is none.
+    """
+    for job in todo:
+        probe = job.out.with_name(f".{job.out.stem}.tmp-{os.getpid()}.mp4")
+        try:
+            job.out.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"out {job.out} cannot be written ({error.strerror}): give another out") from error
+
+
 def write_record(job: Job, record: dict[str, Any]) -> None:
     """Writes ``clip.json``, whole or not at all."""
     file = job.out.with_suffix(".json")
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
-    temporary.rename(file)
+    try:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def dense_file(job: Job) -> Path:

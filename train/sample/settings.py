@@ -99,6 +99,8 @@ def parse_settings(words: Sequence[str]) -> tuple[Settings, ModelConfig]:
             word = f"prompts={rest.pop(0)}"
         key, _, value = word.partition("=")
         if key == "model" or key.startswith("model."):
+            if key in model:
+                raise UserError(f"{key} is given twice")
             model[key] = value
         else:
             mine.append(word)
@@ -120,6 +122,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
+    if settings.dense_steps is not None and settings.dense_sigma is not None:
+        raise UserError("dense_steps and dense_sigma are both set, expected one: each says which steps stay dense")
     if model.expert is None:
         for name in _EXPERTS:
             if getattr(settings, name) is not None:
@@ -200,6 +204,11 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}, expected a positive number")
+    if settings.guidance is not None and settings.guidance <= 1 and settings.guidance_2 not in (None, 1):
+        raise UserError(
+            f"guidance is {settings.guidance:g}, which turns it off for both experts: leave guidance_2 out, or set "
+            "guidance above 1"
+        )
     if settings.compare is not None and settings.pattern == "dense":
         raise UserError("compare=dense with pattern=dense has nothing to compare: choose another pattern, or one clip")
     if settings.backend is not None and settings.backend not in BACKENDS:

@@ -78,10 +78,10 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
 
 def _mask(arguments: argparse.Namespace) -> None:
     grid = VideoGrid(arguments.frames, 1, arguments.tokens_per_frame, arguments.text)
-    settings = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
-    pattern = make_pattern(arguments.pattern, **settings)
-    if settings and not isinstance(pattern, Released):
-        raise RadialError(f"--{next(iter(settings))} is of pattern released, {pattern.name} has none: leave it out")
+    given = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
+    pattern = make_pattern(arguments.pattern, **given)
+    if given and not isinstance(pattern, Released):
+        raise RadialError(f"--{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
     if arguments.save and arguments.save.suffix != ".npz":
         raise RadialError(f"--save is {arguments.save}, expected a file that ends in .npz")
     _check_outputs(arguments.save, arguments.plot)

@@ -152,7 +152,8 @@ def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern
     Raises:
         RadialError: an unknown name, or a value that ``released`` refuses.
     """
-    released, others = Released(decay=decay, rule=rule), {Paper.name: Paper(), Dense.name: Dense()}
+    released = Released(decay=decay, rule=rule)
+    others: dict[str, Pattern] = {Paper.name: Paper(), Dense.name: Dense()}
     if name == Released.name:
         return released
     if name not in others:

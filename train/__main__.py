@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -21,6 +20,7 @@ from train.compose import (
     run_names,
     split_arguments,
 )
+from train.config import structured
 from train.errors import UserError
 
 
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         arguments = arguments[:at] + arguments[at + 2 :]
     settings = split_arguments(arguments)
     if "resume" in settings:
-        _resume(Path(settings.pop("resume")), settings)
+        _resume(Path(settings.pop("resume")), settings, show)
         return
     composed = compose_run(settings)
     if show:
@@ -88,19 +88,20 @@ def main(arguments: list[str]) -> None:
     train(config, RunFolder.create(config))
 
 
-def _resume(folder: Path, settings: dict[str, str]) -> None:
-    from train.checkpoint import checkpoints_of
-    from train.folder import held, write_config
+def _resume(folder: Path, settings: dict[str, str], show: bool) -> None:
+    before = read_config(folder)
+    changed = change_config(before, settings)
+    if show:
+        print(OmegaConf.to_yaml(structured(changed)), end="")
+        return
+    from train.folder import going_on, held, write_config
     from train.preflight import preflight
     from train.ranks import global_rank
     from train.run import resume
 
-    before = read_config(folder)
-    changed = config = change_config(before, settings)
-    changes = differences(before, changed)
-    if config.lora is not None and checkpoints_of(folder / "checkpoints"):
-        config = replace(config, lora=replace(config.lora, init=None))  # the checkpoint goes on from there
+    config = going_on(changed, folder)
     preflight(config)
+    changes = differences(before, changed)
     if changes and global_rank() == 0:
         with held(folder):
             write_config(changed, folder)

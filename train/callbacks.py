@@ -15,6 +15,7 @@ from train.checkpoint import FolderCheckpointIO, checkpoints_of
 from train.control import ControlGroup
 from train.errors import UserError
 from train.figures import VALIDATION, Figures
+from train.throughput import Throughput
 
 BEST = "best.json"
 
@@ -30,10 +31,17 @@ class StepCheckpoints(Callback):
     """
 
     def __init__(
-        self, folder: Path, every: int, minutes: float, keep: int, control: ControlGroup, figures: Figures
+        self,
+        folder: Path,
+        every: int,
+        minutes: float,
+        keep: int,
+        control: ControlGroup,
+        figures: Figures,
+        throughput: Throughput,
     ) -> None:
         self.folder, self.every, self.minutes, self.keep = folder, every, minutes, keep
-        self.control, self.figures = control, figures
+        self.control, self.figures, self.throughput = control, figures, throughput
         self._saved = -1  # the step of the last checkpoint
         self._seen = -1
         self._tried_at = time.monotonic()
@@ -56,7 +64,9 @@ class StepCheckpoints(Callback):
             return  # in the middle of an accumulation, from where no run can go on
         self._seen = trainer.global_step
         if self._is_time() or trainer.global_step % self.every == 0:
+            start = time.perf_counter()
             problem = self._save(trainer)
+            self.throughput.busy(time.perf_counter() - start)
             if problem:
                 or_minutes = f" or {self.minutes:g} minutes" if self.minutes else ""
                 again = f"Training goes on and tries again in {self.every} steps{or_minutes}"
@@ -103,7 +113,9 @@ class StepCheckpoints(Callback):
                 trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
             else:
                 best = (newest, loss)
-        for old in checkpoints_of(self.folder)[: -self.keep]:
+        # one of a later step is what a resumed run went back from, damaged: it is none of those to keep
+        every = checkpoints_of(self.folder)
+        for old in every[: every.index(newest) + 1][: -self.keep]:
             if best is None or old != best[0]:
                 trainer.strategy.remove_checkpoint(old)
 

@@ -84,13 +84,13 @@ def line_chart(title: str, lines: Mapping[str, Points], *, log: bool = False, fa
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{caption}</figure>"
 
 
-def smoothed(points: Points, share: float = 0.1) -> list[tuple[float, float]]:
-    """The running mean, each new value with this share; values that are not finite leave it as it is."""
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """The running mean, each new value with a share of a tenth; values that are not finite leave it as it is."""
     found: list[tuple[float, float]] = []
     mean: float | None = None
     for x, y in points:
         if math.isfinite(y):
-            mean = y if mean is None else mean + share * (y - mean)
+            mean = y if mean is None else mean + 0.1 * (y - mean)
         if mean is not None:
             found.append((x, mean))
     return found

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from train.config import RunConfig
+from train.config import RunConfig, literal, structured
 from train.errors import UserError
 from train.validate import validate
 
@@ -103,7 +103,10 @@ def finish(config: DictConfig) -> RunConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is not set, give {missing[0]}=VALUE")
-    run = cast(RunConfig, OmegaConf.to_object(config))
+    try:
+        run = cast(RunConfig, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"conf/{OmegaConf.select(config, 'conf')}.yaml: {_one_line(error)}") from error
     validate(run)
     return run
 
@@ -118,17 +121,18 @@ def read_config(run: Path) -> RunConfig:
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml, expected a run folder such as runs/shapes_4x/<time>")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{file} does not fit this version: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
     assert isinstance(config, RunConfig)
     return config
 
 
 FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep",
-        "trainer.compile", "trainer.check_memory", "data.batch_size", "data.workers", "data.cache")  # fmt: skip
-"""With the sections ``parallel`` and ``log``: what may change on resume, as the steps stay the same."""
+        "trainer.compile", "trainer.check_memory", "trainer.timeout", "trainer.max_skipped", "data.batch_size",
+        "data.workers", "data.cache", "data.max_bad")  # fmt: skip
+FREE_SECTIONS = ("parallel", "log", "validation", "report")
+"""With `FREE`: what may change on resume, as the steps stay the same."""
 
 
 def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
@@ -145,7 +149,7 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
     override = settings.pop("override", "false")
     if override not in ("true", "false"):
         raise UserError(f"override is {override!r}, expected true or false")
-    typed = OmegaConf.structured(config)
+    typed = structured(config)
     for key, text in settings.items():
         _assign(typed, key, text)
     changed = finish(typed)
@@ -166,7 +170,7 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
     """Each key that differs, and how, in words."""
-    old, new = (OmegaConf.structured(config) for config in (before, after))
+    old, new = (structured(config) for config in (before, after))
     found = {}
     for key in _leaves(RunConfig):
         one, other = OmegaConf.select(old, key), OmegaConf.select(new, key)
@@ -176,7 +180,7 @@ def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
 
 
 def _free(key: str) -> bool:
-    return key in FREE or key.split(".")[0] in ("parallel", "log")
+    return key in FREE or key.split(".")[0] in FREE_SECTIONS
 
 
 def _assign(config: DictConfig, key: str, text: str) -> None:
@@ -189,7 +193,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
             raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
         if not inner:
             raise UserError(f"{key} is not a known key{_guess(key, known)}")
-    value: Any = text.replace("${", "\\${")  # taken as typed, not as a reference to another key
+    value: Any = text
     if text == "null":
         value = None
     elif open_ended or "list" in known[key] or "dict" in known[key]:
@@ -201,7 +205,7 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
     if section and OmegaConf.select(config, section) is None:
         raise UserError(f"{key} cannot be set, {section} is null in this run")
     try:
-        OmegaConf.update(config, key, value, merge=False, force_add=open_ended)
+        OmegaConf.update(config, key, literal(value), merge=False, force_add=open_ended)
     except ConfigKeyError as error:
         raise UserError(f"{key} is not a known key{_guess(key, known)}") from error
     except OmegaConfBaseException as error:

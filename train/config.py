@@ -1,15 +1,16 @@
 """The typed schema of a run: every key that a YAML file or the command line may set.
 
-`train.compose` fills it. Below train/, nothing sees OmegaConf: the run turns these dataclasses into plain arguments.
+`train.compose` fills it. Nothing else sees OmegaConf: the run turns these dataclasses into plain arguments.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from radial import VideoGrid
 from train.errors import UserError
@@ -22,7 +23,7 @@ class ModelConfig:
     """The pre-trained transformer."""
 
     family: str = MISSING  # a key of train.models.ADAPTERS
-    path: str | None = None  # diffusers folder or hub id
+    path: str | None = None  # diffusers folder, hub:<organisation>/<model>, or builtin:<a model of train/assets>
     subfolder: str | None = None  # where in it the transformer lies
     weights: str | None = None  # how to get the weights: said when path is not set
     architecture: dict[str, Any] | None = None  # random weights of this config instead of path
@@ -215,6 +216,11 @@ class RunConfig:
         """Clips in a micro-batch of all devices together."""
         return self.data.batch_size * self.trainer.nodes * self.trainer.devices / self.parallel.sequence
 
+    def latent_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the configured clip in latent cells."""
+        frames, height, width = self.model.vae
+        return (self.clip.frames - 1) // frames + 1, self.clip.height // height, self.clip.width // width
+
     def grid(self) -> VideoGrid:
         """The token grid of the configured clip."""
         vae, patch = self.model.vae, self.model.patch
@@ -245,3 +251,19 @@ class RunConfig:
         if self.model.native_frames is None:
             raise UserError("objective.shift_with_length needs model.native_frames, it is not set")
         return shift * math.sqrt(self.clip.frames / self.model.native_frames)
+
+
+def structured(config: RunConfig) -> DictConfig:
+    """The config as OmegaConf's, typed; text in it stands for itself."""
+    typed = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(asdict(config)))
+    assert isinstance(typed, DictConfig)
+    return typed
+
+
+def literal(value: Any) -> Any:
+    """The value with each ``${`` in its text escaped, which OmegaConf would take for a reference to another key."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    return [literal(inner) for inner in value] if isinstance(value, list) else value

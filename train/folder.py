@@ -1,7 +1,8 @@
 """The folder of a run: making it, holding it against a second run, and saying how the run in it stands.
 
 config.yaml     the whole config; a resume reads it
-state           first line: running, requeue, stopped, done, failed or died; then why, in words
+state           first line: starting (by a job), running, requeue, stopped, done, failed or died; then why, in words;
+                none in a new folder
 .lock           held by rank 0 while it runs: host, process and SLURM job
 """
 
@@ -15,13 +16,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from train.config import RunConfig
+from train.config import RunConfig, structured
 from train.errors import UserError
 from train.ranks import global_rank, slurm_tasks
 
@@ -91,8 +92,17 @@ def _store_of_torchrun() -> Any:
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the config of a run, whole or not at all."""
     temporary = folder / f".{CONFIG}.tmp-{os.getpid()}"
-    OmegaConf.save(OmegaConf.structured(config), temporary)
+    OmegaConf.save(structured(config), temporary)
     temporary.replace(folder / CONFIG)
+
+
+def going_on(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of a run that goes on: with checkpoints it needs ``lora.init`` no more."""
+    from train.checkpoint import checkpoints_of  # which imports torch
+
+    if config.lora is None or not checkpoints_of(folder / "checkpoints"):
+        return config
+    return replace(config, lora=replace(config.lora, init=None))
 
 
 def set_state(folder: Path, word: str, why: str = "") -> None:

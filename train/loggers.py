@@ -19,6 +19,7 @@ from train.environment import environment
 from train.folder import CONFIG, PLAN
 from train.metrics import Forgiving, MetricsCsv
 from train.planning import Budget, plan_table, store_plan, stored_plan, this_machine
+from train.stop import EXIT_CODES
 
 WANDB_ID, ENVIRONMENT, MASK = "wandb_id", "environment.json", "mask.png"
 _PATIENCE = 60  # seconds for W&B's service to answer at the start
@@ -45,6 +46,9 @@ def wandb_closed() -> Iterator[None]:
     try:
         yield
         code = 0
+    except SystemExit as stop:
+        code = 0 if stop.code in EXIT_CODES.values() else 1  # asked to stop, which is no failure
+        raise
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:

@@ -71,10 +71,16 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
     return run
 
 
+def prepare_compiler() -> None:
+    """Lets it make a graph for each kind of block, shape of clip and layout of attention."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    config.optimize_ddp = False  # it cuts graphs where buckets of gradients end, and a LoRA's are small
+
+
 def _compiled(run: _Runner) -> _Runner:
-    """A graph for each kind of block, shape of clip and layout of attention, none of them for any shape."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    return torch.compile(run, dynamic=False)
+    prepare_compiler()
+    return torch.compile(run, dynamic=False)  # no graph for any shape
 
 
 def chunk_tokens(layer: nn.Module, tokens: int) -> None:

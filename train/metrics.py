@@ -113,9 +113,7 @@ def _columns(rows: list[dict[str, Any]], known: list[str] | None = None) -> list
     found = dict.fromkeys(known or ["step"])
     for row in rows:
         found.update(dict.fromkeys(row))
-    return ["step", *sorted(key for key in found if key not in ("step", "epoch"))] + (
-        ["epoch"] if "epoch" in found else []
-    )
+    return ["step", *sorted(found.keys() - {"step"})]
 
 
 class Forgiving(Logger):

@@ -133,6 +133,7 @@ class LengthExtensionModule(L.LightningModule):
             within = expert_range(self.seed, batch.step // self.accumulate, self.schedule, self.adapter.boundary)
         draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma, within)
         sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
+        levels = sigma.tolist()  # read before it is on the device, which would have to be waited for
         sigma = sigma.to(batch.latent.device)
         noise = torch.stack(
             [noise_like(x, self.seed, batch.step, key) for x, key in zip(batch.latent, batch.keys, strict=True)]
@@ -145,16 +146,16 @@ class LengthExtensionModule(L.LightningModule):
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
         loss = flow_loss(velocity, target, plan.shard, self.adapter.patch, given)
-        self._note(batch, sigma, velocity.detach(), target, plan, given)
+        self._note(batch, levels, velocity.detach(), target, plan, given)
         return loss
 
     def _note(
-        self, batch: Batch, sigma: Tensor, velocity: Tensor, target: Tensor, plan: AttentionPlan, given: int
+        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, plan: AttentionPlan, given: int
     ) -> None:
         if self._seen_at != self._step:
             self.seen, self._seen_at = [], self._step
         frames = batch.latent.shape[2]
-        for row, (key, level) in enumerate(zip(batch.keys, sigma.tolist(), strict=True)):
+        for row, (key, level) in enumerate(zip(batch.keys, levels, strict=True)):
             part = slice(row, row + 1)
             loss = flow_loss(velocity[part], target[part], plan.shard, self.adapter.patch, given)
             self.seen.append(Seen(key, frames, level, loss))

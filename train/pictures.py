@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,26 +12,25 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from train.charts import smoothed
+from train.metrics import read_metrics
+
 _SCALE = 5  # screen pixels a latent pixel
 _MARGIN = 22  # pixels for a label above a panel
+_STRIP = 8  # frames of a film strip
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
     """The training loss of ``metrics.csv`` over optimizer steps, with its running mean; nothing for an empty log."""
-    with metrics.open(newline="") as stream:
-        rows = [(int(row["step"]) + 1, float(row["loss"])) for row in csv.DictReader(stream) if row.get("loss")]
+    rows = [(int(row["step"]) + 1, float(row["loss"])) for row in read_metrics(metrics) if row.get("loss")]
+    rows = [(step, loss) for step, loss in rows if math.isfinite(loss)]  # skipped steps have none
     if not rows:
         return
-    steps, losses = [step for step, _ in rows], [loss for _, loss in rows]
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     colour = matplotlib.colormaps["Blues"]
-    axes.plot(steps, losses, color=colour(0.45), linewidth=0.8, label="loss of the step")
-    axes.plot(steps, smooth, color=colour(0.95), linewidth=2, label="running mean")
+    axes.plot(*zip(*rows, strict=True), color=colour(0.45), linewidth=0.8, label="loss of the step")
+    axes.plot(*zip(*smoothed(rows), strict=True), color=colour(0.95), linewidth=2, label="running mean")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("flow-matching loss")
     axes.grid(alpha=0.25)
@@ -46,7 +45,7 @@ def _frames(clip: Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in pixels]
 
 
-def animate(panels: Mapping[str, Tensor], title: str, picture: Path, fps: int = 10) -> None:
+def animate(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
     """An animated GIF of clips (3, F, H, W) stacked under their labels, one row a clip."""
     clips = {label: _frames(clip) for label, clip in panels.items()}
     width, height = next(iter(clips.values()))[0].size
@@ -61,17 +60,17 @@ def animate(panels: Mapping[str, Tensor], title: str, picture: Path, fps: int = 
             draw.text((8, top + 2), label, fill="black", font=font)
             canvas.paste(frames[index], (8, top + _MARGIN))
         images.append(canvas.quantize(128))
-    images[0].save(picture, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+    images[0].save(picture, save_all=True, append_images=images[1:], duration=100, loop=0)
 
 
-def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path, count: int = 8) -> None:
-    """A PNG with ``count`` evenly spaced frames of each clip, one row a clip."""
+def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
+    """A PNG with eight evenly spaced frames of each clip, one row a clip."""
     frames = {label: _frames(clip) for label, clip in panels.items()}
     total = min(map(len, frames.values()))
-    chosen = [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    chosen = [round(i * (total - 1) / (_STRIP - 1)) for i in range(_STRIP)]
     width, height = (side * 2 // _SCALE for side in next(iter(frames.values()))[0].size)
     font = ImageFont.load_default(size=14)
-    canvas = Image.new("RGB", (8 + count * (width + 4), _MARGIN + len(frames) * (height + _MARGIN) + 8), "white")
+    canvas = Image.new("RGB", (8 + _STRIP * (width + 4), _MARGIN + len(frames) * (height + _MARGIN) + 8), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((8, 3), f"{title}   frames {', '.join(str(i + 1) for i in chosen)}", fill="black", font=font)
     for row, (label, clip) in enumerate(frames.items()):

@@ -28,7 +28,8 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         elsewhere: the run is for other machines, whose GPUs cannot be seen from here.
 
     Raises:
-        UserError: weights or shards are missing, or settings that do not fit together or this machine.
+        UserError: weights or shards are missing or do not suit the model, or settings do not fit together or this
+            machine.
     """
     family = family_of(config.model)
     temporal_rope(config.model)
@@ -59,14 +60,10 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         check_shapes(config, shards)
         if adapter is not None:
             _check_sample(adapter, shards)
+    if config.validation.every:
+        _check_validation(config, adapter)
     if config.validation.samples_every:
         _check_prompts(config, adapter)
-    low, high = sigma_range(config.model)
-    if config.validation.every and not any(low <= sigma < high for sigma in config.validation.sigmas):
-        raise UserError(
-            f"validation.sigmas {config.validation.sigmas} has no noise level of model.expert={config.model.expert}, "
-            f"{low:g} to {high:g}: give some"
-        )
     if config.report.clips and config.model.expert in ("high", "low"):
         raise UserError(f"report.clips needs both experts, model.expert is {config.model.expert}: set report.clips=0")
     if config.report.clips and config.data.shards is not None:
@@ -122,6 +119,34 @@ def _check_sample(adapter: ModelAdapter, shards: Manifest) -> None:
     adapter.check(batch.latent, Conditions.of(batch))
 
 
+def _check_validation(config: RunConfig, adapter: ModelAdapter | None) -> None:
+    """Raise a UserError unless losses on held-out clips can be measured."""
+    given = config.validation
+    low, high = sigma_range(config.model)
+    if not any(low <= sigma < high for sigma in given.sigmas):
+        raise UserError(
+            f"validation.sigmas {given.sigmas} has no noise level of model.expert={config.model.expert}, "
+            f"{low:g} to {high:g}: give some"
+        )
+    if given.shards is None:
+        if config.data.shards is None:
+            return  # new synthetic ones
+        raise UserError(
+            f"validation.every is {given.every}, but validation.shards is not set: give shards of videos that "
+            "data.shards does not have, or set validation.every=0"
+        )
+    shards = Manifest.load(given.shards)
+    check_encoder(shards, *encoder_of(config))
+    for info in shards.samples[: given.clips]:
+        if tuple(info.shape[1:]) != config.latent_size():
+            raise UserError(
+                f"validation.shards: {shards.home} has latents of (frames, height, width) {tuple(info.shape[1:])}, but "
+                f"clip is {config.latent_size()}: make them of the run's clip (shorter ones are cut from them)"
+            )
+    if adapter is not None:
+        _check_sample(adapter, shards)
+
+
 def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
     """Raise a UserError unless clips of ``validation.prompts`` can be generated."""
     given = config.validation
@@ -174,8 +199,7 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
     Raises:
         UserError: they do not, or larger ones too.
     """
-    frames = (config.clip.frames - 1) // config.model.vae[0] + 1
-    cells = (frames, config.clip.height // config.model.vae[1], config.clip.width // config.model.vae[2])
+    cells = config.latent_size()
     found = sorted({tuple(info.shape[1:]) for info in shards.samples}, key=math.prod)
     if cells not in found or math.prod(found[-1]) > math.prod(cells):
         raise UserError(

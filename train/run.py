@@ -15,60 +15,27 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
 from data.manifest import Manifest
-from data.order import BatchOrder
-from data.stream import LatentStream
-from train.build import build_module, resolve_precision, synthetic_shards, training_shards
-from train.callbacks import StepCheckpoints
+from train.assembly import assemble, held_out, loader
+from train.build import training_shards
 from train.checkpoint import FolderCheckpointIO, last_good_checkpoint, load_state, remove_leftovers
 from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
-from train.figures import Figures
 from train.folder import RunFolder, get_state, gpus_given, held, set_state
-from train.guard import BadSteps
-from train.held_out import draw_mask, write_report
-from train.loggers import loggers_of, note_once, wandb_closed
-from train.models import load_adapter, sigma_range
+from train.held_out import write_report
+from train.loggers import wandb_closed
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes, out_of_memory
-from train.ranks import global_rank, slurm_tasks
+from train.ranks import global_rank
 from train.report import write_page
-from train.samples import Samples
 from train.stop import EXIT_CODES, WORDS, StopSignals
-from train.strategy import trainer_plan
-from train.terminal import Progress, collected
-from train.throughput import Throughput
-from train.validation import Validation, lengths_of
+from train.terminal import collected
 from train.watchdog import Watchdog, patience
-
-
-def _loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> LatentStream:
-    sequence = config.parallel.sequence  # ranks that get the same samples
-    order = BatchOrder(
-        shards.shapes(),
-        seed=config.seed,
-        global_batch=int(config.clips_at_once()),
-        shuffle_window=config.data.shuffle_window,
-    )
-    return LatentStream(
-        shards,
-        order,
-        rank=trainer.global_rank // sequence,
-        world=trainer.world_size // sequence,
-        start_step=start,
-        num_steps=config.trainer.steps * config.optim.accumulate - start,
-        cache=config.data.cache,
-        max_bad=config.data.max_bad,
-        workers=config.data.workers,
-        pin_memory=torch.cuda.is_available(),
-    )
 
 
 def train(config: RunConfig, folder: RunFolder) -> None:
@@ -94,6 +61,10 @@ def train(config: RunConfig, folder: RunFolder) -> None:
                 print(f"error: rank {rank}: {error}".replace(f"rank {rank}: rank", "rank"), file=sys.stderr, flush=True)
                 raise SystemExit(2) from None
             raise
+        except Exception as error:
+            if get_state(folder.path)[0] != "died":  # the watchdog may have said why
+                set_state(folder.path, "died", f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}")
+            raise
         if rank:
             return
         if asked:
@@ -102,6 +73,9 @@ def train(config: RunConfig, folder: RunFolder) -> None:
             print(f"\nstopped, with a checkpoint; {why}")
             raise SystemExit(EXIT_CODES[asked])
         set_state(folder.path, "done")
+        with _room(folder.path):
+            write_page(folder.path)  # which shows how the run stands
+        print(f"\nEverything is in {folder.path}")
 
 
 @contextmanager
@@ -146,108 +120,17 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
             start, resumed_step = state["position"], state["global_step"]
         unfinished = resumed_step < config.trainer.steps
         watchdog = Watchdog(folder.path, patience(config), control)
-        trainer, module = _assemble(config, folder, shards, resumed_step, control, stop, watchdog)
+        trainer, module = assemble(config, folder, shards, resumed_step, control, stop, watchdog)
         if unfinished:
-            loader = _loader(config, shards, trainer, start)
+            batches = loader(config, shards, trainer, start)
             with _told(config, folder.path, watchdog, rank):
-                trainer.fit(module, loader, ckpt_path=folder.checkpoint)
+                trainer.fit(module, batches, ckpt_path=folder.checkpoint)
         else:
             assert folder.checkpoint is not None
             module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
         if not stop.agreed:
             _finish(config, folder.path, trainer, module, shards)
     return stop.agreed
-
-
-def _assemble(
-    config: RunConfig,
-    folder: RunFolder,
-    shards: Manifest,
-    resumed_step: int,
-    control: ControlGroup,
-    stop: StopSignals,
-    watchdog: Watchdog,
-) -> tuple[L.Trainer, LengthExtensionModule]:
-    precision = resolve_precision(config.trainer.precision)
-    frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    loggers = loggers_of(config, folder.path, resumed_step, global_rank())
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.nodes,
-        **trainer_plan(
-            config.parallel,
-            config.trainer.nodes * config.trainer.devices,
-            precision,
-            frozen_dtype,
-            idle=config.model.expert == "both",
-        ),
-        max_steps=config.trainer.steps,
-        accumulate_grad_batches=config.optim.accumulate,
-        gradient_clip_val=config.optim.clip,
-        logger=loggers,
-        callbacks=_callbacks(config, folder.path, control, stop, watchdog),
-        plugins=[FolderCheckpointIO(), *_environment(config)],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=folder.path,
-        use_distributed_sampler=False,
-    )
-    # stage 3 spreads the weights over the ranks straight from their files
-    spread = resumed_step < config.trainer.steps and config.parallel.strategy == "zero3"
-    adapter = load_adapter(config.model, None if spread else frozen_dtype, config.seed, trainer.strategy.root_device)
-    module = build_module(config, adapter, shards)
-    if trainer.is_global_zero:
-        draw_mask(module, shards, folder.path)
-        note_once(config, folder.path, loggers)
-        _say_hello(config, folder, module, precision)
-    return trainer, module
-
-
-def _callbacks(
-    config: RunConfig, folder: Path, control: ControlGroup, stop: StopSignals, watchdog: Watchdog
-) -> list[Callback]:
-    """In their order: what measures, what saves and what shows; the watchdog has the last word of a step."""
-    throughput = Throughput()
-    bad = BadSteps(config.trainer.max_skipped, control)
-    low, high = sigma_range(config.model)
-    validation = Validation(
-        config.validation.every,
-        _validation_shards(config),
-        config.validation.clips,
-        [sigma for sigma in config.validation.sigmas if low <= sigma < high],
-        lengths_of(config.grid().frames * config.model.patch[0]),
-        config.seed,
-        control,
-        watchdog,
-        throughput,
-    )
-
-    samples = Samples(config, folder, control, watchdog, throughput)
-
-    def more() -> dict[str, float]:
-        return {"skipped": float(bad.skipped), **validation.row}
-
-    figures = Figures(config.log.every, config.log.norms_every, throughput, control, more)
-    checkpoints = StepCheckpoints(
-        folder / "checkpoints",
-        config.trainer.checkpoint_every,
-        config.trainer.checkpoint_minutes,
-        config.trainer.keep,
-        control,
-        figures,
-    )
-    progress = Progress(figures)
-    return [throughput, validation, samples, bad, figures, progress, stop, checkpoints, watchdog]
-
-
-def _validation_shards(config: RunConfig) -> Manifest | None:
-    if not config.validation.every:
-        return None
-    if config.validation.shards is not None:
-        return Manifest.load(config.validation.shards)
-    return _held_out(config, config.validation.clips, config.clip.frames)
 
 
 @contextmanager
@@ -275,30 +158,7 @@ def _finish(
     if trainer.global_rank < config.parallel.sequence or config.parallel.strategy == "zero3":
         context = trainer.precision_plugin.forward_context
         with _report_folder(folder, trainer.global_rank) as out:
-            write_report(config, module, out, shards, functools.partial(_held_out, config), context)
-    if trainer.is_global_zero:
-        write_page(folder)
-        print(f"\nEverything is in {folder}")
-
-
-def _environment(config: RunConfig) -> list[ClusterEnvironment]:
-    """What started the processes: srun, torchrun (which Lightning sees by itself), or nobody yet."""
-    tasks, wanted = slurm_tasks(), config.trainer.nodes * config.trainer.devices
-    if tasks > 1:
-        if tasks != wanted:
-            raise UserError(
-                f"srun started {tasks} tasks, the run has trainer.nodes={config.trainer.nodes} x "
-                f"trainer.devices={config.trainer.devices}: one task a GPU is expected"
-            )
-        return [SLURMEnvironment(auto_requeue=False)]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return []
-    if config.trainer.nodes > 1:
-        raise UserError(
-            f"trainer.nodes is {config.trainer.nodes}, but nothing started processes on other nodes: "
-            "use python -m launch slurm, or torchrun"
-        )
-    return [LightningEnvironment()]  # inside an allocation too: without srun there is one process
+            write_report(config, module, out, shards, functools.partial(held_out, config), context)
 
 
 def resume(folder: Path, config: RunConfig) -> None:
@@ -326,22 +186,3 @@ def _report_folder(folder: Path, rank: int) -> Iterator[Path]:
         redirect_stderr(silence),
     ):
         yield Path(nowhere)
-
-
-def _held_out(config: RunConfig, clips: int, frames: int) -> Manifest:
-    # far from any training seed a person would choose
-    return synthetic_shards(config, clips, frames, config.seed + 1_000_003)
-
-
-def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModule, precision: str) -> None:
-    trained = sum(p.numel() for p in module.transformer.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.transformer.parameters())
-    grid = config.grid()
-    attention = config.attention
-    goes_on = f", going on from {folder.checkpoint.name}" if folder.checkpoint else ""
-    print(f"{config.conf}: {folder.path}{goes_on}")
-    print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")
-    print(f"  clip       {grid.frames} latent frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
-    print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
-    if config.lora is not None and config.lora.init is not None:
-        print(f"  LoRA       starts from {config.lora.init}")

@@ -176,7 +176,7 @@ class Samples(Callback):
 
     def _encode(self, module: LengthExtensionModule) -> list[Sample]:
         """What the model sees of each prompt, beside a latent of the clip's shape; the encoders are gone afterwards."""
-        clip, vae, given = self.config.clip, self.config.model.vae, self.config.validation
+        clip, given = self.config.clip, self.config.validation
         takes_first_frame = family_of(self.config.model).takes_first_frame
         encoder = self._load(module.device, vae_only=False)
         found = []
@@ -189,8 +189,8 @@ class Samples(Callback):
                 else:
                     still = np.broadcast_to(np.asarray(picture), (clip.frames, clip.height, clip.width, 3))
                     image = encoder.image(still)
-            cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
-            latent = torch.zeros(module.adapter.latent_channels, *cells, dtype=torch.bfloat16)
+            size = self.config.latent_size()
+            latent = torch.zeros(module.adapter.latent_channels, *size, dtype=torch.bfloat16)
             found.append(Sample(f"prompt-{number}", latent, prompt.text, prompt.pooled, image, {"caption": text}))
             self.watchdog.progress()
         del encoder

@@ -61,6 +61,11 @@ class Throughput(Callback):
     def leave_out(self, seconds: float) -> None:
         """Takes time off that went into no step, such as a validation's."""
         self._start += seconds
+        self.busy(seconds)
+
+    def busy(self, seconds: float) -> None:
+        """Takes time off the wait for data that went by since the last step's end and was none."""
+        self._idle_since += seconds
 
     def row(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
         """The figures since the last call; the device is waited for."""

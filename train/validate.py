@@ -84,7 +84,7 @@ def validate(config: RunConfig) -> None:
         if value(key) not in choices:
             raise UserError(f"{key} is {value(key)!r}, expected one of {', '.join(map(str, choices))}")
     for key, least in _AT_LEAST.items():
-        if value(key) is not None and value(key) < least:
+        if value(key) is not None and not value(key) >= least:
             raise UserError(f"{key} is {value(key)}, expected at least {least}")
     if config.seed >= 2**32:
         raise UserError(f"seed is {config.seed}, expected less than 2^32")
@@ -98,6 +98,9 @@ def validate(config: RunConfig) -> None:
     ):
         if value(key) is not None and not low <= value(key) <= high:
             raise UserError(f"{key} is {value(key)}, expected a number from {low} to {high}")
+    for sigma in config.validation.sigmas:
+        if not 0 < sigma < 1:
+            raise UserError(f"validation.sigmas has {sigma}, expected noise levels between 0 and 1")
     if 0 < config.report.clips < 32:
         raise UserError(f"report.clips is {config.report.clips}, expected 0 or at least 32 for an honest interval")
     if config.report.clips and config.report.short_frames > config.clip.frames:

@@ -50,8 +50,17 @@ def test_zero_on_one_gpu(tmp_path, strategy):
     ],
 )
 def test_offload_and_memory_policies(tmp_path, changes):
-    expected, _, _ = run(tmp_path, "plain")
-    got, _, _ = run(tmp_path, "changed", **changes)
+    clip = {"clip__frames": 32}  # what a block keeps is 2 MiB: smaller tensors are not worth moving
+    expected, _, _ = run(tmp_path, "plain", **clip)
+    got, _, _ = run(tmp_path, "changed", **clip, **changes)
+    same(got, expected, 1e-3)
+
+
+@pair
+def test_compiled_blocks_on_two_gpus(tmp_path):
+    expected, _, _ = run(tmp_path, "one", data__batch_size=4)
+    compiled = {"trainer__compile": True, "parallel__activations": "selective"}
+    got, _, _ = run(tmp_path, "two", trainer__devices=2, **compiled)
     same(got, expected, 1e-3)
 
 

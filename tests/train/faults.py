@@ -29,6 +29,7 @@ from train.control import ControlGroup
 from train.errors import UserError
 from train.folder import RunFolder
 from train.run import train
+from train.throughput import Throughput
 
 
 @contextmanager
@@ -152,8 +153,8 @@ def save_by_the_clock(folder: Path) -> tuple[list[int], str]:
     says when they start from different steps."""
     control = ControlGroup()
     now = 0.0
-    callbacks.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[assignment]
-    saves = callbacks.StepCheckpoints(folder, 6, 10.0, 2, control, SimpleNamespace(row={}))  # type: ignore[arg-type]
+    callbacks.time = SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now)  # type: ignore[assignment]
+    saves = callbacks.StepCheckpoints(folder, 6, 10.0, 2, control, SimpleNamespace(row={}), Throughput())  # type: ignore[arg-type]
     saved: list[int] = []
 
     def save(trainer: SimpleNamespace) -> None:
@@ -193,7 +194,7 @@ def at_step(monkeypatch, step, what):
             if trainer.global_step == step:
                 what()
 
-    monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
+    monkeypatch.setattr("train.assembly.Progress", lambda figures: Fault())
 
 
 def poisoned(config, tmp_path, number):

@@ -8,8 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import DataError
-from train.compose import change_config, compose_run, finish, run_names, split_arguments
+from train.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.errors import UserError
+from train.folder import write_config
 from train.models import family_of
 from train.preflight import check_heads, preflight
 
@@ -46,9 +47,15 @@ def test_the_published_recipe(name, tokens, steps):
         assert config.trainer.steps == steps
         assert config.attention.dense_sigma is not None
         assert config.clips_at_once() * config.optim.accumulate == (8 if name.startswith("wan") else 1)
-        # the first 2 of 50 sampling steps are dense, the third is not
-        second, third = family_of(config.model).noise_levels(50, config.shift())[1:3]
-        assert third < config.attention.dense_sigma <= second
+
+
+@pytest.mark.parametrize("name", [name for name in run_names() if not name.startswith("shapes")])
+def test_the_first_two_sampling_steps_are_dense_and_the_third_is_not(name):
+    """With as many steps as the model is sampled with."""
+    config = finish(compose_run({"conf": name}))
+    assert config.model.steps is not None and config.attention.dense_sigma is not None
+    second, third = family_of(config.model).noise_levels(config.model.steps, config.shift())[1:3]
+    assert third < config.attention.dense_sigma <= second
 
 
 def test_the_shift_follows_resolution_and_length():
@@ -91,6 +98,8 @@ def test_the_shift_follows_resolution_and_length():
         (["lora.targets=("], r"lora.targets is '\(', expected a regular expression"),
         (["lora.targets=x", "lora.text=true"], "lora.text is true, but lora.targets names all modules"),
         (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
+        (["optim.weight_decay=nan"], "optim.weight_decay is nan"),
+        (["validation.sigmas=[0.5, 7]"], "validation.sigmas has 7.0, expected noise levels between 0 and 1"),
         (["optim.lr=inf"], "optim.lr is inf"),
         (["seed=99999999999999999999"], "seed is 99999999999999999999"),
         (["report.clips=3"], "report.clips is 3, expected 0 or at least 32"),
@@ -117,8 +126,14 @@ def test_mistakes_name_the_key(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_values_are_taken_as_typed():
-    assert finish(compose_run({"runs": "a${b}"})).runs == "a${b}"
+def test_values_are_taken_as_typed(tmp_path):
+    references = {"runs": "a${b}", "data.shards": "pipe:cat ${DIR}/{}", "validation.prompts": "['a ${x} b', 'c\\${d}']"}
+    config = finish(compose_run(references))
+    write_config(config, tmp_path)
+    for again in (config, read_config(tmp_path), change_config(read_config(tmp_path), {"log.project": "${e}"})):
+        assert (again.runs, again.data.shards) == ("a${b}", "pipe:cat ${DIR}/{}")
+        assert again.validation.prompts == ["a ${x} b", "c\\${d}"]
+    assert again.log.project == "${e}"
     words = ["runs=a=b, {000..009}'s", "lora.targets=x,y|z", "optim.lr=5e-5", "optim.betas=[0.8, 0.95]"]
     config = finish(compose_run(split_arguments(words)))
     assert config.runs == "a=b, {000..009}'s"
@@ -185,6 +200,7 @@ def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
         change_config(config, {"optim.lr": "1"})
     assert change_config(config, {"optim.lr": "1", "override": "true"}).optim.lr == 1
     assert change_config(config, {"log.every": "5", "trainer.keep": "9"}).log.every == 5
+    assert change_config(config, {"validation.every": "5", "trainer.timeout": "900"}).trainer.timeout == 900
     with pytest.raises(UserError, match="/ parallel.sequence is 1, .* started with 2: set data"):
         change_config(config, {"trainer.devices": "1"})
 

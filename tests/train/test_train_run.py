@@ -66,6 +66,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         assert (folder / "export" / f"{name}.safetensors").is_file()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert read_config(folder).trainer.steps == 4
+    assert "<div>state<b>done</b>" in (folder / "report.html").read_text()
 
 
 def test_the_loss_curve_is_the_golden_one(finished):
@@ -94,7 +95,7 @@ def test_frozen_weights_are_bit_identical_after_training(tmp_path):
             kept.update({k: v.clone() for k, v in module.transformer.state_dict().items()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.Progress", lambda figures: Keep())
+        patch.setattr("train.assembly.Progress", lambda figures: Keep())
         run(config)
     frozen = {name.replace(".base_layer", ""): t for name, t in kept.items() if "lora_" not in name}
     assert frozen.keys() == before.keys()

@@ -4,13 +4,16 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 from faults import (
     Run,
+    at_step,
     damage,
     equal_checkpoints,
     gone,
@@ -27,9 +30,10 @@ from train.compose import compose_run, finish
 from train.control import ControlGroup
 from train.errors import UserError
 from train.folder import get_state, set_state
+from train.loggers import wandb_closed
 from train.planning import GIB, GPUS, Machine
 from train.preflight import cheapest
-from train.stop import REQUEUE, StopSignals
+from train.stop import EXIT_CODES, REQUEUE, StopSignals
 from train.watchdog import Watchdog, patience
 
 STEPS = 30
@@ -143,6 +147,27 @@ def test_a_mistake_of_one_rank_or_of_all_is_said_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_breaks_says_so_to_who_asks(tmp_path, monkeypatch):
+    def breaks():
+        raise ZeroDivisionError("a mistake of ours")
+
+    at_step(monkeypatch, 2, breaks)
+    with pytest.raises(ZeroDivisionError):
+        run(run_config(tmp_path))
+    assert get_state(only_run(tmp_path / "runs")) == ("died", "rank 0: a mistake of ours")
+
+
+@pytest.mark.parametrize(("code", "told"), [(EXIT_CODES[REQUEUE], 0), (2, 1), (None, 0)])
+def test_weights_and_biases_takes_a_requeue_for_no_failure(monkeypatch, code, told):
+    ended = []
+    wandb = SimpleNamespace(run=True, finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with suppress(SystemExit), wandb_closed():
+        if code is not None:
+            raise SystemExit(code)
+    assert ended == [told]
+
+
 def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
     pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"

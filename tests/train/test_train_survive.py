@@ -36,6 +36,7 @@ from tiny import run_config, words
 
 from data.errors import DataError
 from data.manifest import Manifest
+from train.__main__ import main
 from train.build import training_shards
 from train.callbacks import StepCheckpoints, best_checkpoint
 from train.checkpoint import checkpoints_of, load_state, load_weights
@@ -45,6 +46,7 @@ from train.errors import UserError
 from train.folder import get_state, held
 from train.metrics import read_metrics
 from train.run import resume
+from train.throughput import Throughput
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(tmp_path, monkeypatch, capsy
                 if module.position == 9:
                     (tmp_path / "disk" / "filler").unlink()
 
-        monkeypatch.setattr("train.run.Progress", lambda figures: Fault())
+        monkeypatch.setattr("train.assembly.Progress", lambda figures: Fault())
         folder = run(config)
         said = capsys.readouterr().out
         assert said.count("metrics.csv does not take the figures") == 1
@@ -145,7 +147,7 @@ def test_ranks_save_by_the_clock_of_the_first_and_from_one_step(tmp_path):
 
 def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
     figures = SimpleNamespace(row={})
-    saves = StepCheckpoints(tmp_path, 1, 0, 1, ControlGroup(), figures)
+    saves = StepCheckpoints(tmp_path, 1, 0, 1, ControlGroup(), figures, Throughput())
     trainer = SimpleNamespace(print=print, strategy=SimpleNamespace(remove_checkpoint=shutil.rmtree))
     found = []
     for step, loss in enumerate((math.nan, 2.0, 1.0, 3.0)):
@@ -162,6 +164,17 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
 
 
 # ---- numbers that are not finite
+
+
+def test_what_is_kept_is_never_only_damaged(tmp_path):
+    """A run that went back to step 200, past a damaged checkpoint of step 300, keeps its newest one."""
+    for step in (200, 250, 300):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    removed = []
+    trainer = SimpleNamespace(strategy=SimpleNamespace(remove_checkpoint=lambda path: removed.append(path.name)))
+    checkpoints = StepCheckpoints(tmp_path, 50, 0, 1, ControlGroup(), SimpleNamespace(row={}), Throughput())
+    checkpoints._tidy(trainer, tmp_path / "step-000250")
+    assert removed == ["step-000200"]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(tmp_path, capsys):
@@ -324,8 +337,12 @@ def test_a_tar_that_points_outside_of_its_folder_writes_nothing(tmp_path):
     assert set((tmp_path / "shards").iterdir()) | set(tmp_path.iterdir()) == outside
 
 
-def test_a_changed_setting_is_shown_and_wants_a_word(finished):
+def test_a_changed_setting_is_shown_and_wants_a_word(finished, capsys):
     config, folder = finished
+    before = (folder / "config.yaml").read_text()
+    main([f"resume={folder}", "--cfg", "job", "trainer.steps=9", "override=true"])
+    assert "\n  steps: 9\n" in capsys.readouterr().out
+    assert (folder / "config.yaml").read_text() == before
     done = subprocess.run(
         [sys.executable, "-m", "train", f"resume={folder}", "optim.lr=1e-5", "trainer.keep=5"],
         capture_output=True, text=True,

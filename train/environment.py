@@ -20,6 +20,7 @@ from radial import Released, VideoGrid, build_layout
 from radial.backends import BACKENDS, AttentionCall
 
 PACKAGES = ("torch", "lightning", "diffusers", "peft", "deepspeed", "transformers", "wandb", "flash-attn-4")
+_READ_SECONDS = 3.0
 
 
 def environment() -> dict[str, Any]:
@@ -95,8 +96,8 @@ def backends(head_dim: int) -> dict[str, str | None]:
     return {name: backend.why_not(call) for name, backend in BACKENDS.items()}
 
 
-def read_speed(source: str, seconds: float = 3.0) -> tuple[float, float]:
-    """Reads samples of the shards for about so long: bytes a second, and bytes of a sample.
+def read_speed(source: str) -> tuple[float, float]:
+    """Reads samples of the shards for three seconds: bytes a second, and bytes of a sample.
 
     What the system has in its cache counts as read: of shards that were just written the figure is too good.
 
@@ -110,9 +111,9 @@ def read_speed(source: str, seconds: float = 3.0) -> tuple[float, float]:
             for place in range(len(shard.samples)):
                 total += len(reader.fetch(number, place))
                 count += 1
-                if time.perf_counter() - start > seconds:
+                if time.perf_counter() - start > _READ_SECONDS:
                     break
             reader.release(number)
-            if time.perf_counter() - start > seconds:
+            if time.perf_counter() - start > _READ_SECONDS:
                 break
     return total / (time.perf_counter() - start), total / count

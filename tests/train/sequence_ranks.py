@@ -19,7 +19,7 @@ from train.errors import UserError
 from train.evaluate import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora import inject_lora
-from train.models.base import Conditions
+from train.models.conditions import Conditions
 from train.models.wan import WanAdapter
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies, check_agreement

@@ -15,7 +15,7 @@ from train.config import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
 from train.memory import block_runner
-from train.models.base import Conditions
+from train.models.conditions import Conditions
 from train.offload import Offload, Stored
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies

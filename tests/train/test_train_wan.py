@@ -13,7 +13,7 @@ from radial import Dense, Paper, Released
 from train.errors import UserError
 from train.flow import noised
 from train.lora import inject_lora, lora_parameters
-from train.models.base import Conditions
+from train.models.conditions import Conditions
 from train.models.wan import WanAdapter, WanSelfAttention
 from train.plan import AttentionPlan
 

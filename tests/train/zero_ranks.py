@@ -15,7 +15,7 @@ from data.sample import TextTokens
 from train.checkpoint import FolderCheckpointIO, load_state, load_weights
 from train.flow import noised
 from train.lora import load_parameters, lora_parameters
-from train.models.base import Conditions
+from train.models.conditions import Conditions
 from train.plan import AttentionPlan
 from train.sequence import flow_loss
 from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, whole_parameter, zero_config

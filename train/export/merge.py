@@ -23,10 +23,10 @@ from tqdm import tqdm
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.reading import Lora
+from train.models.weights import DTYPES
 
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 5 * 10**9
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def merge(
@@ -119,7 +119,7 @@ def _sources(folder: Path) -> dict[str, _Source]:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
                     part = tensors.get_slice(name)
-                    found[name] = _Source(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    found[name] = _Source(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{file} is not readable ({error}): download the model again") from error
     return found

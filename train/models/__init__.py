@@ -16,7 +16,8 @@ from huggingface_hub import snapshot_download
 
 from train.config import ModelConfig
 from train.errors import UserError
-from train.models.base import ADAPTERS, Conditions, ModelAdapter
+from train.models.base import ADAPTERS, ModelAdapter
+from train.models.conditions import Conditions
 from train.models.experts import TwoExperts
 from train.models.rope import TemporalRope
 from train.models.weights import settle, stored_dtype

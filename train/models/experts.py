@@ -13,7 +13,8 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
 from radial import VideoGrid
-from train.models.base import Conditions, ModelAdapter
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
 from train.plan import AttentionPlan
 
 

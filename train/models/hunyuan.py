@@ -19,7 +19,8 @@ from data.sample import TextTokens
 from radial import VideoGrid
 from train.errors import UserError
 from train.flow import shifted
-from train.models.base import Conditions, ModelAdapter
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
 from train.models.joint import JointAttention
 from train.models.rope import geometric
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from data.sample import TextTokens
 from radial import VideoGrid
 from train.flow import shifted
-from train.models.base import Conditions, ModelAdapter
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
 from train.models.joint import JointAttention
 
 

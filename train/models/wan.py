@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from data.sample import TextTokens
 from radial import VideoGrid
 from train.errors import UserError
-from train.models.base import Conditions, ModelAdapter, PlannedAttention
+from train.models.base import ModelAdapter, PlannedAttention
+from train.models.conditions import Conditions
 from train.models.rope import geometric
 
 _IMAGE_TEXT_TOKENS = 512  # WanAttnProcessor counts on it

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.models.base import Conditions
+from train.models.conditions import Conditions
 from train.models.wan import WanAdapter
 
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from train.errors import UserError
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Those of weights, by their names in safetensors files."""
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -27,7 +28,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
-                found = _DTYPES.get(tensors.get_slice(name).get_dtype())
+                found = DTYPES.get(tensors.get_slice(name).get_dtype())
                 if found is not None:
                     return found
     return torch.float32

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from data.sample import TextTokens
 from radial import VideoGrid
-from train.models.base import Conditions, ModelAdapter, PlannedAttention
+from train.models.base import ModelAdapter, PlannedAttention
+from train.models.conditions import Conditions
 
 
 class MadeUpSelfAttention(PlannedAttention):

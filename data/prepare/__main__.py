@@ -34,7 +34,7 @@ class Arguments:
     clips: int | None = setting("most clips from one video; null: all that fit, end to end", None)
     where: str | None = setting("conditions on columns, or on frames, seconds, fps, width, height, aspect", None)
     sort: str | None = setting("best first by this column, or by the sum of several joined by +", None)
-    top: int | None = setting("keep that many videos; null: all", 2000)
+    top: int | None = setting("keep that many videos; null: all", None)
     videos: Path | None = setting("folder that the table's paths are relative to; null: the table's own", None)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
@@ -55,7 +55,7 @@ USAGE = cli.usage(
     "Bad files are listed in rejected.jsonl. Values are taken as typed; null unsets.",
     [
         "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
-        "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
+        "    where='seconds>=20.1, height>=720' top=2000 out=shards/openvid_4x weights=weights/wan_14b",
         "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
         "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
     ],

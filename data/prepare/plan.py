@@ -160,7 +160,7 @@ def make_plan(
                 if len(rows) == wanted:
                     break
                 if isinstance(info, str) or video.caption is None:
-                    reason = info if isinstance(info, str) else "no caption"
+                    reason = info if isinstance(info, str) else video.uncaptioned
                     rejected.append(Rejected(video.path, reason))
                     continue
                 count = _clips_in(info, fps, frames, clips)

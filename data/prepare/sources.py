@@ -8,7 +8,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,15 @@ _CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|!=|==|>|<|=)\s*(.+?)\s*")
 
 @dataclass(frozen=True)
 class Video:
-    """A line of the list: the path as listed, the caption (None where there is no text), and the other columns."""
+    """A line of the list: the path as listed, the caption (None where there is no text), and the other columns.
+
+    `uncaptioned` says why there is no caption.
+    """
 
     path: str
     caption: str | None
     columns: Mapping[str, Any]
+    uncaptioned: str = "no caption"
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def read_source(
         path_column, caption_column: of a table; None takes the first of `PATH_COLUMNS` and `CAPTION_COLUMNS` there.
 
     Raises:
-        DataError: no such source, not a table, a column that is not there, or nothing in it.
+        DataError: no such source, not a table, a line that is none of the table, a column that is not there, or nothing
+            in it.
     """
     if source.is_dir():
         videos = [_captioned(path, source) for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES]
@@ -154,34 +159,68 @@ def read_source(
 def _captioned(path: Path, root: Path) -> Video:
     listed = str(path.relative_to(root))
     try:
-        return Video(listed, path.with_suffix(".txt").read_text().strip() or None, {})
-    except (OSError, UnicodeDecodeError):
+        # Windows' editors put a mark in front.
+        return Video(listed, path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() or None, {})
+    except FileNotFoundError:
         return Video(listed, None, {})
+    except UnicodeDecodeError:
+        return Video(listed, None, {}, "caption is not UTF-8")
+    except OSError as error:
+        return Video(listed, None, {}, f"caption cannot be read ({error.strerror})")
 
 
 def _table(source: Path) -> list[dict[str, Any]]:
     suffix = source.suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            csv.field_size_limit(1 << 24)
-            with source.open(newline="", encoding="utf-8-sig") as file:
-                return list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+            return list(_csv_rows(source, "\t" if suffix == ".tsv" else ","))
         if suffix in (".jsonl", ".ndjson"):
-            rows = [json.loads(line) for line in source.read_text().splitlines() if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise DataError(f"{source}: a line is not an object, expected {{...}} on each line")
-            return rows
+            return list(_json_rows(source))
         if suffix == ".parquet":
             from pyarrow import parquet
 
             return parquet.read_table(source).to_pylist()
     except FileNotFoundError as error:
         raise DataError(f"{source}: no such folder or table; correct source=") from error
+    except DataError:
+        raise
     except (ValueError, csv.Error, OSError) as error:
         raise DataError(f"{source}: cannot be read as {suffix[1:]} ({error})") from error
     if not source.exists():
         raise DataError(f"{source}: no such folder or table; correct source=")
     raise DataError(f"{source}: unknown kind of list, expected a folder, .csv, .tsv, .jsonl or .parquet")
+
+
+def _csv_rows(source: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(1 << 24)
+    with source.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, delimiter=delimiter)
+        for row in rows:
+            given = [value for value in row.values() if value is not None]
+            if None in row or len(given) < len(row):
+                columns = len(rows.fieldnames or ())
+                found = columns + len(row[None]) if None in row else len(given)  # type: ignore[call-overload]
+                name = "a tab" if delimiter == "\t" else "a comma"
+                raise DataError(
+                    f"{source}: line {rows.line_num} has {found} field{'s' * (found != 1)}, the first line names "
+                    f"{columns} columns; put what holds {name}, a quote or a line break between double quotes, and "
+                    "double the quotes in it"
+                )
+            yield row
+
+
+def _json_rows(source: Path) -> Iterator[dict[str, Any]]:
+    with source.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{source}: line {number} is not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{source}: line {number} is not an object, expected {{...}} on each line")
+            yield row
 
 
 def _column(source: Path, key: str, asked: str | None, usual: Sequence[str], columns: Sequence[str]) -> str:

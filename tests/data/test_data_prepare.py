@@ -65,14 +65,14 @@ def test_bad_files_are_listed_and_fail_the_run_above_their_share(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(videos)
+    (videos / "uncaptioned.txt").write_bytes("caf\u00e9".encode("latin-1"))
     out = tmp_path / "out"
     assert main([f"source={videos}", f"out={out}", *FAST]) == 1
     assert "40.0% of the files are bad, more than bad_share=0.05; see rejected.jsonl" in capsys.readouterr().err
     rejected = {line["path"]: line for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
     assert set(rejected) == {"empty.mp4", "sound.mp4", "uncaptioned.mp4", "v6.mp4"}
-    assert (
-        rejected["sound.mp4"]["reason"] == "no video stream" and rejected["uncaptioned.mp4"]["reason"] == "no caption"
-    )
+    reasons = [rejected[name]["reason"] for name in ("sound.mp4", "uncaptioned.mp4")]
+    assert reasons == ["no video stream", "caption is not UTF-8"]
     kept = rejected["v6.mp4"]["kept"]
     assert 1 <= kept <= 4
     check_complete(out, {**LENGTHS, "v6.mp4": kept})
@@ -149,7 +149,7 @@ def test_wan_end_to_end(tmp_path: Path) -> None:
 def test_help_and_mistakes_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(main, "data.prepare", USAGE, ["--help"])
     shown = capsys.readouterr().out
-    assert "source " in shown and "torchrun" in shown and "(2000)" in shown
+    assert "source " in shown and "torchrun" in shown
     with pytest.raises(SystemExit) as caught:
         cli.run(main, "data.prepare", USAGE, ["sorce=x"])
     assert caught.value.code == 2

@@ -48,6 +48,19 @@ def test_every_kind_of_table_gives_the_same_list(tmp_path: Path, kind: str) -> N
     assert [number(video.columns["aesthetic score"]) for video in videos] == [5.5, 4.5, None, 6.0]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig"])
+def test_lines_end_where_the_format_says(tmp_path: Path, coding: str) -> None:
+    """Not at the other characters that Unicode calls line ends; and a byte order mark is no part of the first line."""
+    text = "one\u2028two\u0085three"
+    (tmp_path / "list.jsonl").write_text(
+        f'{{"path": "a", "caption": "{text}"}}\r\n\n{{"path": "b", "caption": "x"}}', encoding=coding
+    )
+    (tmp_path / "list.csv").write_text(f"path,caption\r\na,{text}\r\nb,x\r\n", encoding=coding)
+    for kind in ("jsonl", "csv"):
+        videos, columns = read_source(tmp_path / f"list.{kind}")
+        assert columns == ["path", "caption"] and [(v.path, v.caption) for v in videos] == [("a", text), ("b", "x")]
+
+
 def test_columns_by_name(tmp_path: Path) -> None:
     path = write_table(tmp_path, "csv")
     videos, _ = read_source(path, "camera", "video")
@@ -62,9 +75,13 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "b.txt").write_text(" caption of b\n")
     (tmp_path / "a.txt").write_text(" \n")
+    for name, coding in (("d", "utf-8-sig"), ("e", "latin-1")):
+        (tmp_path / f"{name}.mp4").touch()
+        (tmp_path / f"{name}.txt").write_text("caf\u00e9", encoding=coding)
     videos, columns = read_source(tmp_path)
+    assert [v.uncaptioned for v in videos if v.caption is None] == ["no caption", "caption is not UTF-8", "no caption"]
     assert columns == [] and [(v.path, v.caption) for v in videos] == [
-        ("a.webm", None), ("b.mp4", "caption of b"), ("sub/c.MKV", None),
+        ("a.webm", None), ("b.mp4", "caption of b"), ("d.mp4", "caf\u00e9"), ("e.mp4", None), ("sub/c.MKV", None),
     ]  # fmt: skip
 
 
@@ -103,7 +120,11 @@ def test_unusable_sources(tmp_path: Path) -> None:
     (tmp_path / "list.xlsx").touch()
     (tmp_path / "empty.csv").write_text("path,caption\n")
     (tmp_path / "other.csv").write_text("id,caption\n1,x\n")
-    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "bad.jsonl").write_text('{"path": "a"}\n{\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "more.csv").write_text('path,caption,score\na,"two\nlines",1\n\nb,one, two, three,2\n')
+    (tmp_path / "fewer.tsv").write_text("path\tcaption\na.mp4 a caption\n")
+    (tmp_path / "latin.csv").write_bytes("path,caption\na,caf\u00e9\n".encode("latin-1"))
     (tmp_path / "bad.parquet").write_text("x")
     (tmp_path / "folder").mkdir()
     for name, message in [
@@ -112,7 +133,14 @@ def test_unusable_sources(tmp_path: Path) -> None:
         ("list.xlsx", "unknown kind of list"),
         ("empty.csv", "the table is empty"),
         ("other.csv", "no column named path or video .* found id, caption; give path_column=NAME"),
-        ("bad.jsonl", "cannot be read as jsonl"),
+        ("bad.jsonl", "bad.jsonl: line 2 is not JSON"),
+        ("list.jsonl", "list.jsonl: line 1 is not an object"),
+        (
+            "more.csv",
+            r"more.csv: line 5 has 5 fields, the first line names 3 columns; put .* a comma",
+        ),
+        ("fewer.tsv", "fewer.tsv: line 2 has 1 field, the first line names 2 columns; put what holds a tab"),
+        ("latin.csv", "cannot be read as csv .*utf-8"),
         ("bad.parquet", "cannot be read as parquet"),
         ("folder", "no videos in this folder"),
     ]:
@@ -123,6 +151,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
 def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
     given = parse(Arguments, ["source=a=b.csv", "out=o", "where=score>4.5, x='y'", "top=null", "--image-to-video"])
     assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
+    assert parse(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
     assert given.image_to_video and given.frames == "4x" and given.weights is None
     mistakes = [
         (["out=o"], "source is not set, give source=VALUE; folder of videos"),

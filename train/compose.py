@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from train.cli import flag
 from train.config import RunConfig, literal, structured
 from train.errors import UserError
 from train.validate import validate
@@ -146,15 +147,13 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
             takes another number of samples at once, for which there is no place in the data to go on from.
     """
     settings = dict(settings)
-    override = settings.pop("override", "false")
-    if override not in ("true", "false"):
-        raise UserError(f"override is {override!r}, expected true or false")
+    override = flag("override", settings.pop("override", "false"))
     typed = structured(config)
     for key, text in settings.items():
         _assign(typed, key, text)
     changed = finish(typed)
     matter = [line for key, line in differences(config, changed).items() if not _free(key)]
-    if matter and override == "false":
+    if matter and not override:
         raise UserError(
             f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
             "or start a new run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import statistics
 import tempfile
@@ -22,10 +21,10 @@ from radial import Dense, make_pattern
 from train import __version__
 from train.config import ModelConfig
 from train.errors import UserError
+from train.sample.compare import write_both
 from train.sample.decode import decode_frames
 from train.sample.denoise import Attention, Denoiser, noise_level
 from train.sample.loras import notes
-from train.sample.lpips import lpips
 from train.sample.pipeline import (
     encode_prompts,
     first_frame,
@@ -38,18 +37,9 @@ from train.sample.pipeline import (
     transformers_of,
 )
 from train.sample.ranks import Ranks, Split
-from train.sample.records import (
-    both_file,
-    check_writable,
-    dense_file,
-    digests,
-    execution,
-    is_done,
-    recorded,
-    write_record,
-)
+from train.sample.records import check_writable, digests, execution, is_done, recorded, write_record
 from train.sample.settings import Job, Settings, jobs, slots
-from train.sample.video import Likeness, beside, video_file
+from train.sample.video import video_file
 
 
 @dataclass
@@ -273,42 +263,12 @@ class Generator:
         assert self.settings.tiled is not None
         return decode_frames(self.pipeline.vae, clip.latent, tiled=self.settings.tiled)
 
-    def _compare(self, job: Job, frames: list[np.ndarray], clip: Clip, dense: Clip) -> dict[str, Any]:
-        """Writes this clip, the dense one, and both side by side; prints the row of a table."""
-        fps = self.settings.fps or 0.0
-        alike, at = Likeness(), 0
-        one = np.concatenate(frames)
-        others = []
-        with (
-            video_file(job.out, fps) as video,
-            video_file(dense_file(job), fps) as other,
-            video_file(both_file(job), fps) as both,
-        ):
-            for part in self._decode(dense, "dense"):
-                mine = one[at : at + len(part)]
-                at += len(part)
-                alike.add(mine, part)
-                video.add(mine)
-                other.add(part)
-                both.add(beside([mine, part]))
-                others.append(part)
-        distance, why = lpips(one, np.concatenate(others))
-        fast, slow = clip.steady(), dense.steady()
-        about = {
-            "dense": dense.measured(),
-            "speed_up": slow / fast,  # without what the first steps build and compile
-            "psnr": alike.psnr if math.isfinite(alike.psnr) else None,
-            "ssim": alike.ssim,
-            "lpips": distance,
-        }
-        shown = f"{distance:.3f}" if distance is not None else f"not measured ({why})"
-        self._say(
-            f"{'':>10} {'seconds':>9} {'speed-up':>9} {'PSNR':>7} {'SSIM':>7}  LPIPS\n"
-            f"{'dense':>10} {slow:>9.1f}\n"
-            f"{self.attention.pattern.name:>10} {fast:>9.1f} {slow / fast:>8.2f}x {alike.psnr:>7.2f} "
-            f"{alike.ssim:>7.3f}  {shown}"
-        )
-        return about
+    def _compare(self, job: Job, frames: Sequence[np.ndarray], clip: Clip, dense: Clip) -> dict[str, Any]:
+        """Writes both clips, and prints how they compare; for the JSON."""
+        alike = write_both(job, self.settings.fps or 0.0, frames, self._decode(dense, "dense"))
+        fast, slow = clip.steady(), dense.steady()  # without what the first steps build and compile
+        self._say(alike.table(self.attention.pattern.name, fast, slow))
+        return {"dense": dense.measured(), "speed_up": slow / fast, **alike.measured()}
 
     def _say(self, line: str) -> None:
         if self.ranks.rank == 0:

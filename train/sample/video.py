@@ -1,19 +1,15 @@
-"""Writing videos, and measuring how far apart two are."""
+"""Writing videos."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 class VideoWriter:
@@ -56,45 +52,3 @@ def video_file(path: Path, fps: float) -> Iterator[VideoWriter]:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@dataclass
-class Likeness:
-    """How alike two clips are, frame by frame.
-
-    PSNR (dB) is of the mean squared error over the whole clip, pixels from 0 to 1; SSIM (Wang et al. 2004, 11 x 11
-    Gaussian window) is the frames' mean.
-    """
-
-    squared: float = 0.0
-    similar: float = 0.0
-    frames: int = 0
-
-    def add(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Takes frames of both, (n, H, W, 3) uint8."""
-        a, b = _pixels(one), _pixels(other)
-        for x, y in zip(a.split(1), b.split(1), strict=True):
-            self.squared += (x - y).square().mean().item()
-            self.similar += structural_similarity_index_measure(x, y, data_range=1.0).item()  # type: ignore[union-attr]
-            self.frames += 1
-
-    @property
-    def psnr(self) -> float:
-        """Infinite for equal clips."""
-        mean = self.squared / self.frames
-        return float("inf") if mean == 0 else -10 * float(np.log10(mean))
-
-    @property
-    def ssim(self) -> float:
-        return self.similar / self.frames
-
-
-def _pixels(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
-
-
-def beside(clips: Iterable[np.ndarray]) -> np.ndarray:
-    """Frames of several clips, (n, H, W, 3), side by side with a white line between."""
-    first, *rest = clips
-    line = np.full((*first.shape[:2], 4, 3), 255, np.uint8)
-    return np.concatenate([first, *(part for clip in rest for part in (line, clip))], axis=2)

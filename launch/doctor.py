@@ -17,7 +17,7 @@ from train.compose import compose_run, finish, read_config, split_arguments
 from train.config import RunConfig
 from train.environment import backends, driver, environment, gpus, nccl, read_speed
 from train.errors import UserError
-from train.folder import gpus_given
+from train.folder import going_on, gpus_given
 from train.preflight import preflight
 
 USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     quick, run = flag("quick", settings.pop("quick", "false")), settings.pop("run", None)
     config = None
     if run is not None:
-        config = read_config(Path(run))
+        config = going_on(read_config(Path(run)), Path(run))
     elif settings:
         config = finish(compose_run(settings))
     if run is not None and settings:

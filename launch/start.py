@@ -12,7 +12,7 @@ from train.cli import whole_number
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, LAUNCH, RunFolder, held, write_config
+from train.folder import CONFIG, LAUNCH, RunFolder, going_on, held, write_config
 from train.preflight import preflight
 
 LAYOUT = {"nodes": "trainer.nodes", "gpus": "trainer.devices", "processes": "trainer.devices"}
@@ -52,7 +52,7 @@ def prepare(
         folder = Path(settings.pop("resume"))
         check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
-        preflight(config, elsewhere=elsewhere)
+        preflight(going_on(config, folder), elsewhere=elsewhere)
         with held(folder):  # not under a run that reads it
             write_config(config, folder)
         return RunFolder(folder), config

@@ -8,9 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import DataError
+from launch import doctor
 from train.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.errors import UserError
-from train.folder import write_config
+from train.folder import going_on, write_config
 from train.models import family_of
 from train.preflight import check_heads, preflight
 
@@ -176,6 +177,16 @@ def test_values_are_taken_as_typed(tmp_path):
 def test_a_run_that_cannot_work_stops_before_anything_else(settings, message):
     with pytest.raises((UserError, DataError), match=message):
         preflight(finish(compose_run(settings)))
+
+
+def test_a_run_with_checkpoints_needs_what_its_lora_started_from_no_more(tmp_path):
+    config = finish(compose_run({"lora.init": "gone.safetensors"}))
+    with pytest.raises(UserError, match=r"gone.safetensors is missing|gone.safetensors"):
+        preflight(going_on(config, tmp_path))
+    (tmp_path / "checkpoints" / "step-000005").mkdir(parents=True)
+    write_config(config, tmp_path)
+    findings = list(doctor.needs(going_on(config, tmp_path), quick=True))
+    assert [finding.verdict for finding in findings] == ["ok"], findings
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ZeRO runs here")

@@ -325,6 +325,15 @@ def test_shards_of_another_size_are_refused(finished):
     wrong = replace(config, data=replace(config.data, shards=str(shards)), clip=replace(config.clip, frames=16))
     with pytest.raises(UserError, match=r"has latents of .*\(8, 32, 64\), but clip is \(16, 32, 64\)"):
         run(wrong)
+    # held-out clips too, before anything is loaded
+    synthetic = replace(config, clip=replace(config.clip, frames=16))
+    for changed, held_out, message in (
+        (synthetic, str(shards), r"validation.shards: .* has latents of .*\(8, 32, 64\), but clip is \(16, 32, 64\)"),
+        (config, str(shards.parent / "nowhere"), "nowhere"),
+        (replace(config, data=replace(config.data, shards=str(shards))), None, "validation.shards is not set: give"),
+    ):
+        with pytest.raises((UserError, DataError), match=message):
+            preflight(replace(changed, validation=replace(config.validation, every=2, shards=held_out)))
 
 
 def test_shards_of_another_encoder_are_refused(finished, tmp_path):

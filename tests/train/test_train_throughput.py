@@ -15,6 +15,7 @@ from train.folder import RunFolder
 from train.models.wan import WanAdapter
 from train.plan import AttentionPlan
 from train.run import train
+from train.throughput import Throughput
 
 
 def test_linear_flops_are_those_that_torch_counts():
@@ -55,6 +56,17 @@ def test_the_most_exact_name_counts():
     assert peak_rate("NVIDIA H100 PCIe") == PEAK_RATES["H100 PCIe"] < peak_rate("NVIDIA H100 80GB HBM3")
     assert peak_rate("NVIDIA GeForce RTX 5090") == PEAK_RATES["RTX 5090"]
     assert peak_rate("cpu") is None
+
+
+def test_what_ends_a_step_is_no_wait_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("train.throughput.time.perf_counter", lambda: now[0])
+    throughput = Throughput()
+    now[0] = 10.0  # of which a validation took 4 s, and a checkpoint 5
+    throughput.leave_out(4.0)
+    throughput.busy(5.0)
+    throughput.on_train_batch_start(None, None, None, 1)
+    assert throughput._waited == 1.0
 
 
 @pytest.mark.slow

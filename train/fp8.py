@@ -78,14 +78,9 @@ def use_fp8(blocks: Sequence[nn.Module]) -> int:
         blocks: after the LoRA's injection, their weights on the device where they stay.
 
     Raises:
-        UserError: a GPU without float8 arithmetic.
+        UserError: a device, or a torch, without such products.
     """
-    device = next(blocks[0].parameters()).device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(
-            f"trainer.fp8 is true, but {torch.cuda.get_device_name(device)} has no float8 arithmetic, expected compute "
-            "capability 8.9 (Ada, Hopper) or later"
-        )
+    _check_device(next(blocks[0].parameters()).device)
     exchanged = 0
     for parent in [module for block in blocks for module in block.modules()]:
         for name, child in list(parent.named_children()):
@@ -93,6 +88,19 @@ def use_fp8(blocks: Sequence[nn.Module]) -> int:
                 setattr(parent, name, Fp8Linear(child))
                 exchanged += 1
     return exchanged
+
+
+def _check_device(device: torch.device) -> None:
+    square = torch.ones(_STEP, _STEP, device=device)
+    rounded, scale = to_fp8(square)
+    try:
+        _multiply(square, rounded.view(torch.uint8), scale.t().contiguous(), None)
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise UserError(
+            f"trainer.fp8 is true, but torch {torch.__version__} has no float8 products with a scale for each row on "
+            f"{name} ({str(error).splitlines()[0]}): expected compute capability 8.9 (Ada, Hopper) or later"
+        ) from error
 
 
 def _fits(layer: nn.Linear) -> bool:

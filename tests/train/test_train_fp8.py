@@ -79,3 +79,12 @@ def test_a_model_trains_its_lora_over_rounded_weights():
 def test_where_weights_cannot_be_rounded_the_config_is_refused(words):
     with pytest.raises(UserError, match="trainer.fp8 is true with"):
         finish(compose_run({"conf": "wan_4x", "trainer.fp8": "true", **words}))
+
+
+def test_a_device_without_float8_is_named(monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError("only per-tensor scaling here\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuses)
+    with pytest.raises(UserError, match=r"no float8 products .* on the CPU \(only per-tensor scaling here\)"):
+        use_fp8(tiny_adapter().blocks())

@@ -22,6 +22,7 @@ from data import cli
 from data.cli import setting
 from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.pixels import LATENTS
 from data.errors import DataError
 from data.manifest import REJECTED, Manifest, ShardInfo, locate
 from data.order import BatchOrder
@@ -56,6 +57,8 @@ USAGE = cli.usage(
 class Findings:
     """What a folder holds and what is wrong with it."""
 
+    whole: list[int] = field(default_factory=list)
+    """The numbers of the samples that are what the manifest lists."""
     shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     seconds: float = 0.0
     bytes: int = 0
@@ -75,17 +78,22 @@ def check(manifest: Manifest, progress: bool = False) -> Findings:
     except DataError as error:
         findings.problems.append(str(error))
     total = sum(shard.bytes for shard in manifest.shards)
+    first = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
         for url, shard in zip(manifest.urls, manifest.shards, strict=True):
             try:
-                _check_shard(url, shard, manifest.fps, findings, bar.update)
+                _check_shard(url, shard, first, manifest.fps, findings, bar.update)
             except DataError as error:
                 findings.problems.append(str(error))
+            first += len(shard.samples)
     return findings
 
 
-def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, advance: Callable[[int], object]) -> None:
-    """One pass over a shard: everything enters the hash, samples are decoded on the way."""
+def _check_shard(
+    url: str, shard: ShardInfo, first: int, fps: float, findings: Findings, advance: Callable[[int], object]
+) -> None:
+    """One pass over a shard, whose samples are numbered from `first` on: everything enters the hash, samples are
+    decoded on the way."""
     digest, position = hashlib.sha256(), 0
     file = open_shard(url, shard.sha256, None)
 
@@ -99,7 +107,7 @@ def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, adv
         return content
 
     try:
-        for info in shard.samples:
+        for number, info in enumerate(shard.samples, first):
             if info.offset != position:
                 findings.problems.append(f"{url}: sample {info.key} is listed at byte {info.offset}, not {position}")
                 return
@@ -108,6 +116,7 @@ def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, adv
             except DataError as error:
                 findings.problems.append(f"{url}: {error}")
                 continue
+            findings.whole.append(number)
             findings.shapes[info.shape] += 1
             frames = sample.meta.get("frames")  # what others put there may be anything
             findings.seconds += (frames if type(frames) is int and frames > 0 else info.shape[1]) / fps
@@ -123,14 +132,16 @@ def _check_shard(url: str, shard: ShardInfo, fps: float, findings: Findings, adv
         findings.problems.append(f"{url}: SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
 
 
-def contact_sheet(manifest: Manifest, encoder: Encoder, clips: int, pictures: int) -> Image.Image:
-    """Clips spread evenly over the folder, one a row, with frames spread evenly over each, and captions."""
-    count = len(manifest.samples)
+def contact_sheet(
+    manifest: Manifest, encoder: Encoder, numbers: Sequence[int], clips: int, pictures: int
+) -> Image.Image:
+    """Clips spread evenly over the samples of these numbers, one a row, frames spread evenly over each, captions."""
+    count = len(numbers)
     order = BatchOrder(manifest.shapes(), seed=0, global_batch=1, shuffle_window=1)
     rows: list[Image.Image] = []
     with SampleReader(manifest) as reader:
-        for number in sorted({round(i * (count - 1) / max(1, clips - 1)) for i in range(clips)}):
-            sample = reader.read(*order.shard_of(number))
+        for place in sorted({round(i * (count - 1) / max(1, clips - 1)) for i in range(clips)}):
+            sample = reader.read(*order.shard_of(numbers[place]))
             frames = encoder.decode(sample.latent)
             chosen = sorted({round(i * (len(frames) - 1) / max(1, pictures - 1)) for i in range(pictures)})
             rows.append(
@@ -161,7 +172,8 @@ def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> 
     Raises:
         DataError: no family is known for them, weights are missing, or the weights are not those that made them.
     """
-    family = "pixels" if manifest.encoder.startswith("pixels-") else manifest.encoder.partition(":")[0]
+    pixels = manifest.encoder.partition("+")[0] == LATENTS
+    family = "pixels" if pixels else manifest.encoder.partition(":")[0]
     if family not in FAMILIES:
         raise DataError(f"{manifest.home}: was made with {manifest.encoder}, which nothing here decodes")
     check_encoder(manifest, family, weights)
@@ -182,22 +194,24 @@ def main(words: list[str]) -> int:
     print(table(manifest, found))
     for problem in found.problems:
         print(f"damaged: {problem}")
-    if encoder is not None and not found.problems:
-        contact_sheet(manifest, encoder, given.clips, given.pictures).save(given.png)
-        print(f"{given.png}: contact sheet")
+    if encoder is not None and found.whole:
+        contact_sheet(manifest, encoder, found.whole, given.clips, given.pictures).save(given.png)
+        print(f"{given.png}: contact sheet{' of what is whole' if found.problems else ''}")
+    elif encoder is not None:
+        print(f"{given.png}: not drawn, no sample is whole")
     return 1 if found.problems else 0
 
 
 def table(manifest: Manifest, found: Findings) -> str:
     """What a folder holds, in lines."""
-    whole = sum(found.shapes.values())
+    whole = f"{len(found.whole)} of {len(manifest.samples)} whole"
     lines = [
         f"{manifest.home}",
         f"  encoder    {manifest.encoder}",
         f"  latents    {manifest.latent}",
         f"  text       {manifest.text}",
         f"  shards     {len(manifest.shards)}, {found.bytes / 1e9:.3f} GB",
-        f"  samples    {whole} of {len(manifest.samples)} whole, {found.seconds / 3600:.3f} h at {manifest.fps:g} fps",
+        f"  samples    {whole}, {found.seconds / 3600:.3f} h at {manifest.fps:g} fps",
         f"  rejects    {_rejects(manifest)}",
         f"  {'shape (C, F, H, W)':<24}{'samples':>9}",
     ]

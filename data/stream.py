@@ -39,7 +39,7 @@ class LatentStream(Iterable[Batch]):
     The batches do not depend on the number of workers, and those of all ranks together do not depend on the number of
     ranks: rank r gets samples r, r + world, … of each global batch.
 
-    A damaged sample is skipped, named in the log and counted; the next sample of its shape stands in for it, the same
+    A damaged sample is skipped and named in the log, once; the next sample of its shape stands in for it, the same
     on every rank that reads it, so that batches stay full and no rank waits for another.
 
     Args:
@@ -95,12 +95,6 @@ class LatentStream(Iterable[Batch]):
         self._bad: set[int] = set()
         self._lock = threading.Lock()  # of what the workers share: `_bad` and `order`
 
-    @property
-    def bad_samples(self) -> list[str]:
-        """The keys of the damaged samples that were met so far, by any worker of this rank."""
-        with self._lock:
-            return [self.manifest.samples[number].key for number in sorted(self._bad)]
-
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
             yield from self._batches(0, 1)
@@ -152,9 +146,14 @@ class LatentStream(Iterable[Batch]):
                         log.warning("%s; skipped", error)
                     count = len(self._bad)
                 number = self.order.next_alike(number)
-                if count > self.max_bad or number == wanted:
-                    limit = f"{count} damaged samples, at most {self.max_bad} are skipped"
-                    raise DataError(f"{error} ({limit}; python -m data.check lists them all)") from error
+                why = None
+                if count > self.max_bad:
+                    skipped = "1 is" if self.max_bad == 1 else f"{self.max_bad} are"
+                    why = f"{count} damaged sample{'s' * (count != 1)}, at most {skipped} skipped"
+                elif number == wanted:
+                    why = f"every sample of shape {list(self.manifest.samples[number].shape)} is damaged"
+                if why is not None:
+                    raise DataError(f"{error} ({why}; python -m data.check lists them all)") from error
 
 
 class _Worker:

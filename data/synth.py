@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data import cli
 from data.cli import setting
+from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
 from data.manifest import FILE, Manifest
 from data.sample import Sample
@@ -30,7 +31,6 @@ from data.text import TinyTextEncoder
 from data.writer import ShardWriter
 
 FPS = 16.0
-LATENTS = "pixels-v1"
 SCENES = "synth-v2"
 
 
@@ -57,11 +57,6 @@ USAGE = cli.usage(
 )
 
 
-def fingerprint() -> str:
-    """What made latents and text of synthetic clips: the manifest's `encoder`."""
-    return f"{LATENTS}+{TinyTextEncoder().fingerprint}"
-
-
 def synthesize(
     out: str | Path,
     clips: int,
@@ -85,7 +80,8 @@ def synthesize(
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: when `out` is finished with other arguments, or an argument is out of range.
+        DataError: when `out` is finished with other arguments, is a file or holds other files, or an argument is out of
+            range; before the clips are rendered.
     """
     arguments = {
         "made_by": f"data.synth {SCENES}",
@@ -105,6 +101,10 @@ def synthesize(
     render(0)  # An impossible size is told before the folder is made.
     if Path(out).is_file():
         raise DataError(f"{out}: is a file, expected a folder; choose another place")
+    # A manifest may have come meanwhile, with the folder of a run that makes the same.
+    if Path(out).is_dir() and any(Path(out).iterdir()) and not (Path(out) / FILE).exists():
+        hint = "choose another place or empty it"
+        raise DataError(f"{out}: holds files, but no {FILE}, expected a new folder or an empty one; {hint}")
     # A folder of its own until it is whole, since runs that start together may want the same clips.
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix=f".{Path(out).name}.", dir=Path(out).parent))
@@ -113,7 +113,7 @@ def synthesize(
         writer = ShardWriter(
             own,
             fps=FPS,
-            encoder=fingerprint(),
+            encoder=PixelEncoder.fingerprint(None),
             latent="RGB pixels in [-1, 1], bfloat16",
             text="text: TinyTextEncoder, float32",
             arguments=arguments,
@@ -151,7 +151,8 @@ def _render(seed: int, frames: int, height: int, width: int, index: int) -> dict
 
 def _kept(manifest: Manifest, arguments: dict[str, Any]) -> Manifest:
     """The finished folder, or a DataError that says in which arguments it differs from what was asked."""
-    there, asked = {"encoder": manifest.encoder, **manifest.arguments}, {"encoder": fingerprint(), **arguments}
+    there = {"encoder": manifest.encoder, **manifest.arguments}
+    asked = {"encoder": PixelEncoder.fingerprint(None), **arguments}
     other = [f"{name}={there.get(name)} (asked: {asked.get(name)})" for name in asked if there.get(name) != asked[name]]
     if other:
         hint = "choose another folder or delete this one"
@@ -159,16 +160,23 @@ def _kept(manifest: Manifest, arguments: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def check_preview(path: Path) -> None:
+    """Raise a DataError unless the path ends in .gif and its folder is there."""
+    if path.suffix.lower() != ".gif":
+        raise DataError(f"{path}: the preview is an animated GIF, expected a name that ends in .gif")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent} for the preview; make it first")
+
+
 def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4, scale: int = 4) -> None:
     """An animated GIF of the clips in a grid, `scale` times enlarged, looping, at the clips' pace.
 
     Raises:
-        DataError: when the path does not end in .gif.
+        DataError: as `check_preview`.
     """
     from PIL import Image
 
-    if Path(path).suffix.lower() != ".gif":
-        raise DataError(f"{path}: the preview is an animated GIF, expected a name that ends in .gif")
+    check_preview(Path(path))
     clips = [((sample.latent.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for sample in samples]
     gap = torch.nn.ConstantPad2d((1, 1, 1, 1), 255)
     clips = [gap(clip.repeat_interleave(scale, 2).repeat_interleave(scale, 3)) for clip in clips]
@@ -182,6 +190,8 @@ def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4,
 def main(words: list[str]) -> int:
     """Make the clips, show them; returns 0."""
     given = cli.parse(Arguments, words)
+    if given.preview is not None:
+        check_preview(given.preview)
     there = (given.out / FILE).exists()
     chosen = {name: value for name, value in vars(given).items() if name != "preview"}
     manifest = synthesize(**chosen, progress=True)

@@ -13,6 +13,9 @@ from data.errors import DataError
 from data.sample import Prompt
 from data.text import TinyTextEncoder
 
+LATENTS = "pixels-v1"
+"""How the latents came about: what their fingerprint begins with."""
+
 
 class PixelEncoder(Encoder):
     """Latents are the pixels themselves, (3, F, H, W) in [-1, 1]."""
@@ -33,7 +36,7 @@ class PixelEncoder(Encoder):
     def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:
         if folder is not None:
             raise DataError(f"weights is {folder}, but model=pixels has none; leave it out")
-        return f"pixels-v1+{TinyTextEncoder().fingerprint}"
+        return f"{LATENTS}+{TinyTextEncoder().fingerprint}"
 
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(to_video(frames, torch.device("cpu"), torch.float32)[0])

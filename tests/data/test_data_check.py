@@ -78,7 +78,16 @@ def lengthen(path: Path, shards: Manifest) -> str:
     return "bytes, the manifest says"
 
 
-@pytest.mark.parametrize("spoil", [damage_payload, damage_header, damage_prompt, cut, lengthen])
+def move(path: Path, shards: Manifest) -> str:
+    """The manifest says another place, the shard is whole."""
+    raw = json.loads((shards.folder / FILE).read_text())
+    raw["shards"][1]["samples"][1]["offset"] += 512
+    (shards.folder / FILE).write_text(json.dumps(raw))
+    place = shards.shards[1].samples[1].offset
+    return f"sample v0000001-0001 is listed at byte {place + 512}, not {place}"
+
+
+@pytest.mark.parametrize("spoil", [damage_payload, damage_header, damage_prompt, cut, lengthen, move])
 def test_damage_is_found(shards: Manifest, spoil: Any, capsys: pytest.CaptureFixture[str]) -> None:
     message = spoil(shards.folder / shards.shards[1].file, shards)
     assert main([shards.home]) == 1
@@ -121,6 +130,25 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> 
             centre = sheet[row * rows + rows // 2 + 8, column * columns + columns // 2]
             assert np.abs(centre - colour).max() < 25, (row, column, centre)
     assert (sheet[:14, :200] < 100).any(), "the label is written"
+
+
+def test_the_contact_sheet_of_a_damaged_folder_shows_what_is_whole(
+    tmp_path: Path, shards: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png, second = tmp_path / "sheet.png", shards.folder / shards.shards[1].file
+    words = [shards.home, "--contact-sheet", f"png={png}", "pictures=1"]
+    damage_header(second, shards)
+    assert main(words) == 1
+    assert "sheet.png: contact sheet of what is whole" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(png)).astype(int)
+    assert sheet.shape[0] == 3 * 136
+    centres = [sheet[row * 136 + 76, 121].tolist() for row in range(3)]
+    assert [centre.index(max(centre)) for centre in centres] == [1, 1, 0], "two green ones and a red one"
+    png.unlink()
+    for shard in shards.shards:
+        (shards.folder / shard.file).write_bytes(bytes(shard.bytes))
+    assert main(words) == 1
+    assert "sheet.png: not drawn, no sample is whole" in capsys.readouterr().out and not png.exists()
 
 
 def test_latents_are_decoded_by_the_vae_that_made_them(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from data import synth
 from data.errors import DataError
 from data.manifest import Manifest
 from data.outlines import signed_distance
@@ -126,7 +127,9 @@ def test_folders_do_not_depend_on_number_or_processes(tmp_path: Path) -> None:
     assert one.encoder == "pixels-v1+tiny-text-v1-32x64"
 
 
-def test_a_finished_folder_is_kept_and_another_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_folder_is_kept_and_another_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [f"out={tmp_path / 'out'}", "clips=3", "frames=4"]
     assert main([*arguments, f"preview={tmp_path / 'p.gif'}"]) == 0
     assert "3 clips in 1 shards, made" in capsys.readouterr().out
@@ -136,6 +139,10 @@ def test_a_finished_folder_is_kept_and_another_refused(tmp_path: Path, capsys: p
     assert "already there" in capsys.readouterr().out
     assert (tmp_path / "out" / "shard-00000.tar").stat().st_mtime_ns == before
     (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    rendered: list[int] = []
+    monkeypatch.setattr(synth, "make_clip", lambda seed, i, *size: rendered.append(i) or make_clip(seed, i, *size))
     mistakes: list[tuple[list[str], str]] = [
         ([*arguments[:2], "frames=5"], "made with frames=4 (asked: 5)"),
         ([f"out={tmp_path / 'new'}", "clips=0"], "clips is 0, expected at least 1"),
@@ -143,14 +150,16 @@ def test_a_finished_folder_is_kept_and_another_refused(tmp_path: Path, capsys: p
         ([f"out={tmp_path / 'new'}", "clips=many"], "clips is 'many', expected a whole number"),
         ([f"out={tmp_path / 'new'}", "fames=3"], "fames is not a known key; did you mean frames?"),
         ([f"out={tmp_path / 'file'}", "clips=1"], "is a file, expected a folder"),
-        ([*arguments, f"preview={tmp_path / 'p.png'}"], "expected a name that ends in .gif"),
+        ([f"out={tmp_path / 'full'}", "clips=2"], "full: holds files, but no manifest.json"),
+        ([f"out={tmp_path / 'new'}", f"preview={tmp_path / 'p.png'}"], "expected a name that ends in .gif"),
+        ([f"out={tmp_path / 'new'}", f"preview={tmp_path / 'no' / 'p.gif'}"], "no folder"),
         ([], "out is not set, give out=VALUE; folder for the shards"),
     ]
     for words, message in mistakes:
         with pytest.raises(DataError) as caught:
             main(words)
         assert message in str(caught.value)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and set(rendered) == {0}, "told before the clips are rendered"
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:

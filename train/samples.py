@@ -21,6 +21,7 @@ from data.encoders import load_encoder
 from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.sample import Sample
+from train.build import resolve_precision
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
@@ -154,7 +155,7 @@ class Samples(Callback):
                     video.add(encoder.decode(latent.float().cpu()))
                     return
                 vae = encoder.vae.to(latent.device)
-                for frames in decode_frames(vae, latent[None], tiled=self.config.model.family == "hunyuan"):
+                for frames in decode_frames(vae, latent[None], tiled=family_of(self.config.model).decodes_tiled):
                     video.add(frames)
                     self.watchdog.progress()
                 vae.to("cpu")
@@ -168,7 +169,8 @@ class Samples(Callback):
 
     def _load(self, device: torch.device, vae_only: bool) -> Encoder:
         family, folder = encoder_of(self.config)
-        vae_dtype = torch.bfloat16 if family in ("hunyuan", "mochi") else torch.float32
+        precision = torch.bfloat16 if resolve_precision(self.config.trainer.precision) == "bf16" else torch.float32
+        vae_dtype = family_of(self.config.model).vae_dtype(precision)
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         images = bool(self.config.validation.images) and not family_of(self.config.model).takes_first_frame
         settings = EncoderSettings(folder, device, vae_dtype, text_dtype, images and not vae_only, vae_only)

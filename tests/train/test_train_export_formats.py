@@ -14,8 +14,9 @@ from train.export.base import stand_in
 from train.export.formats import FORMATS, Adapter, formats_of
 from train.export.reading import read_header, read_lora
 from train.export.run import _fold
-from train.export.verify import PIPELINES, empty_pipeline, verify
+from train.export.verify import empty_pipeline, verify
 from train.lora import inject_lora, load_parameters, lora_parameters
+from train.models import adapter_of
 
 RANK, ALPHA = 3, 5
 FAMILIES = list(TARGETS)
@@ -42,7 +43,7 @@ def case(request, tmp_path_factory):
 
 def by_pipeline(folder, path):
     model = load_transformer(folder / "base")
-    pipeline = empty_pipeline(PIPELINES[type(model).__name__], model)
+    pipeline = empty_pipeline(adapter_of(type(model).__name__).pipeline_class, model)
     pipeline.load_lora_weights(path)
     return model
 
@@ -207,7 +208,7 @@ def test_diffusers_splits_the_fused_layers_of_a_hunyuan_of_the_real_width(tmp_pa
     FORMATS["comfyui"](adapter, tmp_path / "comfyui")
     said = verify("comfyui", adapter, tmp_path / "base", tmp_path / "comfyui")
     assert said[1].startswith("HunyuanVideoPipeline.load_lora_weights: 16 tensors")
-    pipeline = empty_pipeline(PIPELINES["HunyuanVideoTransformer3DModel"], model)
+    pipeline = empty_pipeline(adapter_of("HunyuanVideoTransformer3DModel").pipeline_class, model)
     pipeline.load_lora_weights(tmp_path / "comfyui" / "clip_4x.safetensors")
     got = output(model, "hunyuan")
     model.unload_lora()

@@ -11,7 +11,8 @@ from stock_models import load_transformer, save_transformer
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.reading import read_lora
-from train.export.verify import PIPELINES, empty_pipeline
+from train.export.verify import empty_pipeline
+from train.models import adapter_of
 from train.sample.pipeline import load_loras
 
 LAYERS = ["blocks.0.attn1.to_q", "blocks.1.ffn.net.0.proj", "blocks.2.attn2.to_out.0"]
@@ -68,7 +69,7 @@ def test_what_peft_saves(base, model, tmp_path, settings):
 def test_what_diffusers_saves_with_its_metadata(base, model, tmp_path):
     """As its training scripts do: the scale is in the header alone."""
     peft_model = trained(base, r=4, lora_alpha=9)
-    pipeline = empty_pipeline(PIPELINES["WanTransformer3DModel"], peft_model.base_model.model)
+    pipeline = empty_pipeline(adapter_of("WanTransformer3DModel").pipeline_class, peft_model.base_model.model)
     pipeline.save_lora_weights(
         tmp_path,
         transformer_lora_layers=get_peft_model_state_dict(peft_model.base_model.model, adapter_name="default"),

@@ -11,6 +11,7 @@ from test_train_sample import close, latent
 from tiny_pipelines import save_lora, save_pipeline, words
 
 from train.errors import UserError
+from train.models import family_of
 from train.sample.__main__ import main
 from train.sample.generate import Generator
 from train.sample.pipeline import load_pipeline, pipeline_class
@@ -124,8 +125,9 @@ def test_two_processes_make_the_clip_of_one(folders, family):
 def test_an_offloaded_image_encoder_is_not_on_the_device(folders, offload, device):
     """The meta device stands in for a GPU."""
     folder, changes = settings(folders, "wan_i2v", image=True)
-    given, _ = parse_settings(words(folder, **changes, offload=offload))
-    loaded = load_pipeline(pipeline_class(str(folder), True), str(folder), given, torch.device("meta"), torch.float32)
+    given, model = parse_settings(words(folder, **changes, offload=offload))
+    cls = pipeline_class(str(folder), True)
+    loaded = load_pipeline(cls, family_of(model), str(folder), given, torch.device("meta"), torch.float32)
     assert loaded.vae.device.type == "meta"
     assert loaded.image_encoder.device.type == device
 

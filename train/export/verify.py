@@ -25,12 +25,8 @@ from train.export.base import stand_in
 from train.export.formats import WEIGHTS, Adapter
 from train.export.names import comfyui_names
 from train.export.reading import Pairs, read_lora, trim, weighted_layers
+from train.models import adapter_of
 
-PIPELINES = {
-    "WanTransformer3DModel": diffusers.WanPipeline,
-    "HunyuanVideoTransformer3DModel": diffusers.HunyuanVideoPipeline,
-    "MochiTransformer3DModel": diffusers.MochiPipeline,
-}
 _HUNYUAN_WIDTH = 3072  # diffusers splits HunyuanVideo's fused layers at this very width
 
 
@@ -68,8 +64,9 @@ def _tried(load: Callable[[Adapter, Path, Path], str], adapter: Adapter, base: P
 def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
     model: Any = stand_in(base)
     with _quiet():
-        if adapter.model_class in PIPELINES:
-            pipeline = empty_pipeline(PIPELINES[adapter.model_class], model)
+        family = adapter_of(adapter.model_class)
+        if family is not None and family.pipeline_class is not None:
+            pipeline = empty_pipeline(family.pipeline_class, model)
             name = f"{type(pipeline).__name__}.load_lora_weights"
             pipeline.load_lora_weights(file.parent if file.name == WEIGHTS else file)
         else:  # a family whose pipeline is not known here: what all pipelines call

@@ -26,6 +26,7 @@ __all__ = [
     "ADAPTERS",
     "Conditions",
     "ModelAdapter",
+    "adapter_of",
     "architecture_of",
     "check_pipeline",
     "describe_model",
@@ -274,3 +275,8 @@ def family_of(config: ModelConfig) -> type[ModelAdapter]:
     if config.family not in ADAPTERS:
         raise UserError(f"model.family is {config.family!r}, expected one of {', '.join(ADAPTERS)}")
     return ADAPTERS[config.family]
+
+
+def adapter_of(model_class: str) -> type[ModelAdapter] | None:
+    """The adapter class of the first family whose diffusers class has this name; None where there is none."""
+    return next((found for found in ADAPTERS.values() if found.model_class.__name__ == model_class), None)

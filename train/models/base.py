@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from radial import BlockLayout, VideoGrid
 from train.errors import UserError
 from train.models.conditions import Conditions
+from train.models.pipelines import PipelineTraits
 from train.models.rope import TemporalRope
 from train.models.weights import check_weights
 from train.plan import AttentionPlan
@@ -39,7 +40,7 @@ class PlannedAttention:
         return sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
 
 
-class ModelAdapter(ABC):
+class ModelAdapter(PipelineTraits, ABC):
     """A frozen diffusers transformer with our attention on each self-attention (or joint attention).
 
     A new family is one file in this folder with a subclass, and a YAML in conf/model. Whatever a family's own

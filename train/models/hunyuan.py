@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from data.sample import TextTokens
@@ -51,6 +51,10 @@ class HunyuanAdapter(ModelAdapter):
     """Adapter of HunyuanVideo text-to-video; shards hold ``text.text`` (LLaMA) and ``pooled.clip``."""
 
     family = "hunyuan"
+    pipeline_class = HunyuanVideoPipeline
+    vae_in_bf16 = True
+    decodes_tiled = True
+    guided_by_prompt = False
     model_class = HunyuanVideoTransformer3DModel
     processor_class = HunyuanAttention
     lora_targets = (
@@ -83,6 +87,13 @@ class HunyuanAdapter(ModelAdapter):
         transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
         for block in transformer.single_transformer_blocks:
             block.register_forward_hook(_apart)
+
+    @classmethod
+    def encode_prompt(
+        cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
+    ) -> dict[str, Tensor | None]:
+        names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+        return dict(zip(names, pipeline.encode_prompt(prompt, **settings), strict=True))
 
     def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length as `rope` says."""

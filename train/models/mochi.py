@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import MochiTransformer3DModel
+from diffusers import MochiPipeline, MochiTransformer3DModel
 from torch import Tensor, nn
 
 from data.sample import TextTokens
@@ -37,6 +37,9 @@ class MochiAdapter(ModelAdapter):
     """Adapter of Mochi-1; shards hold ``text.text`` (T5)."""
 
     family = "mochi"
+    pipeline_class = MochiPipeline
+    vae_in_bf16 = True
+    fewest_steps = 2  # its noise levels have a linear and a quadratic half
     model_class = MochiTransformer3DModel
     processor_class = MochiJointAttention
     lora_targets = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
@@ -55,6 +58,18 @@ class MochiAdapter(ModelAdapter):
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         super().__init__(transformer, text_tokens)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs, tables))
+
+    @classmethod
+    def noise_level(cls, timestep: Tensor) -> float:
+        return 1 - super().noise_level(timestep)  # its time runs from noise to data
+
+    @classmethod
+    def encode_prompt(
+        cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
+    ) -> dict[str, Tensor | None]:
+        names = [f"{kind}{name}" for kind in ("", "negative_") for name in ("prompt_embeds", "prompt_attention_mask")]
+        found = pipeline.encode_prompt(prompt, negative, do_classifier_free_guidance=guided, **settings)
+        return dict(zip(names, found, strict=True))
 
     def _extended(self, inputs: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's cosines and sines with the frames at other positions: (tokens, heads, pairs) each.

@@ -22,8 +22,6 @@ from train.models import ModelAdapter
 from train.plan import AttentionPlan
 from train.sample.ranks import Split
 
-_TRAIN_STEPS = 1000  # of every family's timesteps
-
 
 @dataclass
 class Attention:
@@ -56,7 +54,6 @@ class Denoiser:
 
     Attributes:
         adapters: our attention on each of the pipeline's transformers.
-        level: the noise level of a timestep.
         attention: of the clip.
         split: of the ranks.
         negative: the inputs that the negative prompt has instead of the prompt's, where the pipeline asks for both one
@@ -65,7 +62,6 @@ class Denoiser:
     """
 
     adapters: list[ModelAdapter]
-    level: Callable[[Tensor], float]
     attention: Attention
     split: Split = field(default_factory=Split)
     negative: Mapping[str, Tensor] = field(default_factory=dict)
@@ -104,7 +100,7 @@ class Denoiser:
         assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
         if self._new_step:
             self._new_step, self._ahead = False, None
-            self._set_plan(self.level(kwargs["timestep"]), kwargs["hidden_states"])
+            self._set_plan(adapter.noise_level(kwargs["timestep"]), kwargs["hidden_states"])
         elif self._ahead is not None:
             return (self._ahead,)  # the negative prompt's, which the other branch has computed
         self.bring(adapter.transformer)
@@ -141,10 +137,3 @@ class Denoiser:
             return torch.cat(both)
         self._ahead = both[1]
         return both[0]
-
-
-def noise_level(transformer: Any) -> Callable[[Tensor], float]:
-    """From a family's timestep, (batch,) or a time for each token, to the noise level in (0, 1]."""
-    if type(transformer).__name__ == "MochiTransformer3DModel":  # its time runs from noise to data
-        return lambda timestep: 1 - timestep.max().item() / _TRAIN_STEPS
-    return lambda timestep: timestep.max().item() / _TRAIN_STEPS

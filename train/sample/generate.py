@@ -21,9 +21,10 @@ from radial import Dense, make_pattern
 from train import __version__
 from train.config import ModelConfig
 from train.errors import UserError
+from train.models import family_of
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
-from train.sample.denoise import Attention, Denoiser, noise_level
+from train.sample.denoise import Attention, Denoiser
 from train.sample.loras import notes
 from train.sample.pipeline import (
     encode_prompts,
@@ -109,16 +110,17 @@ class Generator:
         self.settings, self.model, self.ranks, self.todo = settings, model, ranks, todo
         device, dtype = ranks.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
         guidance = settings.guidance or 1.0
-        guided = guidance > 1 and not issubclass(cls, diffusers.HunyuanVideoPipeline)  # it is told the weight instead
+        family = family_of(model)
+        guided = guidance > 1 and family.guided_by_prompt
         heads = json.loads((Path(folder) / "transformer" / "config.json").read_text())["num_attention_heads"]
         split = Split.of(ranks.world, ranks.rank, settings.sequence, settings.split_guidance, guided, heads)
         encoded = None
         if ranks.rank == 0:
             self._say(f"encoding {len(todo)} prompts")
-            encoded = encode_prompts(cls, folder, todo, model.text_tokens, guided, device, dtype)
+            encoded = encode_prompts(cls, family, folder, todo, model.text_tokens, guided, device, dtype)
         self.prompts: list[dict[str, Tensor]] = ranks.share(encoded)
         self._say("loading the transformer")
-        self.pipeline = load_pipeline(cls, folder, settings, device, dtype)
+        self.pipeline = load_pipeline(cls, family, folder, settings, device, dtype)
         self.transformers = transformers_of(self.pipeline)
         self.loaded = self._load_loras()
         placed = replace(model, rope=str(settings.rope))
@@ -138,7 +140,7 @@ class Generator:
             settings.dense_sigma,
             settings.backend,
         )
-        self.denoiser = Denoiser(adapters, noise_level(self.transformers[0]), self.attention, split, bring=self._bring)
+        self.denoiser = Denoiser(adapters, self.attention, split, bring=self._bring)
         # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
         # forward that they found once the first pass has told them the order of the blocks
         for transformer in self.transformers if settings.offload == "block" else ():
@@ -174,10 +176,9 @@ class Generator:
         """The latent of a job with an attention; every rank must call it."""
         settings, device = self.settings, self.ranks.device
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in prompt.items()}
-        if "negative_prompt_embeds" in given and not isinstance(self.pipeline, diffusers.MochiPipeline):
-            negative = {"encoder_hidden_states": given["negative_prompt_embeds"]}
-        else:
-            negative = {}
+        negative = {}
+        if "negative_prompt_embeds" in given:
+            negative["encoder_hidden_states"] = given["negative_prompt_embeds"]
         if job.image is not None:
             given["image"] = first_frame(job.image)
         if settings.guidance_2 is not None:

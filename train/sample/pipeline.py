@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
@@ -21,13 +20,12 @@ from train.config import ModelConfig
 from train.errors import UserError
 from train.export.formats import named_tensors
 from train.export.reading import Lora, read_lora
-from train.export.verify import PIPELINES, compare_pairs, lora_layers
-from train.models import ModelAdapter, check_pipeline, family_of, fetched, temporal_rope
+from train.export.verify import compare_pairs, lora_layers
+from train.models import ADAPTERS, ModelAdapter, adapter_of, check_pipeline, family_of, fetched, temporal_rope
 from train.sample.settings import Job, Settings
 
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _OTHER_PARTS = ("transformer", "transformer_2", "vae", "image_encoder", "image_processor")
-_VAE_DTYPE = {"HunyuanVideoPipeline": torch.bfloat16, "MochiPipeline": torch.bfloat16}  # Wan's is fp32
 
 
 def pipeline_folder(model: ModelConfig) -> str:
@@ -60,8 +58,10 @@ def pipeline_class(folder: str, image: bool) -> Any:
     index = json.loads((Path(folder) / "model_index.json").read_text())
     name = str(index.get("_class_name"))
     transformer = (index.get("transformer") or [None, None])[1]
-    if transformer not in PIPELINES:
-        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of {', '.join(PIPELINES)}")
+    family = adapter_of(str(transformer))
+    if family is None or family.pipeline_class is None:
+        known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_class is not None)
+        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {known}")
     config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
     needs_image = config["in_channels"] != (config.get("out_channels") or config["in_channels"])
     takes_image = needs_image or bool(index.get("expand_timesteps"))
@@ -69,7 +69,7 @@ def pipeline_class(folder: str, image: bool) -> Any:
         raise UserError(f"image is set, but {folder} is text-to-video")
     if needs_image and not image:
         raise UserError(f"{folder} is image-to-video, give image=FILE")
-    return diffusers.WanImageToVideoPipeline if image else PIPELINES[transformer]
+    return family.image_pipeline_class if image else family.pipeline_class
 
 
 def _load(cls: Any, folder: str, **settings: Any) -> Any:
@@ -82,6 +82,7 @@ def _load(cls: Any, folder: str, **settings: Any) -> Any:
 @torch.no_grad()
 def encode_prompts(
     cls: Any,
+    family: type[ModelAdapter],
     folder: str,
     jobs: Sequence[Job],
     tokens: int,
@@ -100,23 +101,12 @@ def encode_prompts(
     pipeline.to(device)
     found = []
     for job in jobs:
-        given = _encode(pipeline, job, guided, {"max_sequence_length": tokens, "device": device})
+        settings = {"max_sequence_length": tokens, "device": device}
+        given = family.encode_prompt(pipeline, job.prompt, job.negative, guided, **settings)
         found.append({name: tensor.cpu() for name, tensor in given.items() if tensor is not None})
     del pipeline
     release(device)
     return found
-
-
-def _encode(pipeline: Any, job: Job, guided: bool, settings: dict[str, Any]) -> dict[str, Tensor]:
-    kind = type(pipeline).__name__
-    if kind == "HunyuanVideoPipeline":
-        names = ["prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"]
-        return dict(zip(names, pipeline.encode_prompt(job.prompt, **settings), strict=True))
-    given = pipeline.encode_prompt(job.prompt, job.negative, do_classifier_free_guidance=guided, **settings)
-    names = ["prompt_embeds", "negative_prompt_embeds"]
-    if kind == "MochiPipeline":
-        names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
-    return dict(zip(names, given, strict=True))
 
 
 def first_frame(file: Path) -> Image.Image:
@@ -131,11 +121,13 @@ def first_frame(file: Path) -> Image.Image:
         raise UserError(f"image {file} is not readable: {error}") from error
 
 
-def load_pipeline(cls: Any, folder: str, settings: Settings, device: torch.device, dtype: torch.dtype) -> Any:
+def load_pipeline(
+    cls: Any, family: type[ModelAdapter], folder: str, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> Any:
     """The pipeline without its text encoders, its scheduler shifted, its transformers on the CPU."""
     nothing = dict.fromkeys(name for name in _TEXT_PARTS if name in inspect.signature(cls.__init__).parameters)
-    vae = _VAE_DTYPE.get(cls.__name__, torch.float32) if dtype == torch.bfloat16 else torch.float32
-    pipeline = _load(cls, folder, **nothing, torch_dtype={"default": dtype, "vae": vae, "image_encoder": torch.float32})
+    dtypes = {"default": dtype, "vae": family.vae_dtype(dtype), "image_encoder": torch.float32}
+    pipeline = _load(cls, folder, **nothing, torch_dtype=dtypes)
     pipeline.vae.to(device)
     # else it looks at its one picture on the CPU, where it is for the rest of the clip
     if getattr(pipeline, "image_encoder", None) is not None and settings.offload == "none":

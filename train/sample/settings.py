@@ -21,12 +21,6 @@ from train.errors import UserError
 from train.sample import loras
 
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
-# Wan's own negative prompt, in its authors' words
-_WAN_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
-    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001
-    "杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         told.pop("dense_sigma", None)
     from train.models import family_of  # takes seconds to import
 
-    native = encoder_class(family_of(model).encoder)
+    family = family_of(model)
+    native = encoder_class(family.encoder)
     size = model.native_size or native.size
     guidance = (model.guidance or []) if settings.guidance is None else []  # what is given is for both experts
     fallback: dict[str, Any] = {
@@ -158,8 +153,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "block": 128,
         "dense_layers": 2,
         "rope": model.rope,
-        "negative": _WAN_NEGATIVE if model.family.startswith("wan") else "",
-        "tiled": model.family == "hunyuan",
+        "negative": family.negative_prompt,
+        "tiled": family.decodes_tiled,
     }
     filled = {
         f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
@@ -185,7 +180,7 @@ def slots(settings: Settings, model: ModelConfig) -> list[loras.Slot]:
 
 def _check(settings: Settings, model: ModelConfig) -> None:
     grid(settings, model)
-    from train.models import temporal_rope  # takes seconds to import
+    from train.models import family_of, temporal_rope  # takes seconds to import
 
     temporal_rope(replace(model, rope=str(settings.rope)))
     try:
@@ -195,8 +190,13 @@ def _check(settings: Settings, model: ModelConfig) -> None:
     block = settings.block or 0
     if block < 16 or block & (block - 1):
         raise UserError(f"block is {settings.block}, expected a power of two such as 64 or 128")
-    fewest = 2 if model.family == "mochi" else 1  # its noise levels have a linear and a quadratic half
-    for name, least in (("steps", fewest), ("dense_layers", 0), ("dense_steps", 0), ("seed", 0), ("sequence", 1)):
+    for name, least in (
+        ("steps", family_of(model).fewest_steps),
+        ("dense_layers", 0),
+        ("dense_steps", 0),
+        ("seed", 0),
+        ("sequence", 1),
+    ):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}, expected at least {least}")

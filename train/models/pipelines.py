@@ -1,0 +1,54 @@
+"""What generating takes of a family's pipeline in diffusers, beside the transformer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+TRAIN_STEPS = 1000
+"""Of every family's timesteps."""
+
+
+class PipelineTraits:
+    """What `train.models.base.ModelAdapter` says of the pipeline; a family without one trains, and cannot generate."""
+
+    pipeline_class: ClassVar[Any] = None
+    """The diffusers pipeline from text; None: `train.sample` does not know one."""
+    image_pipeline_class: ClassVar[Any] = None
+    """The one from a first frame, where there is one."""
+    vae_in_bf16: ClassVar[bool] = False
+    """Whether its authors run the VAE in bf16 beside a bf16 transformer; else it is fp32."""
+    decodes_tiled: ClassVar[bool] = False
+    """Whether its VAE decodes frames in squares, as whole ones take more memory than a GPU has."""
+    negative_prompt: ClassVar[str] = ""
+    """Its authors' own, where they give none."""
+    fewest_steps: ClassVar[int] = 1
+    """Denoising steps that its scheduler needs."""
+    guided_by_prompt: ClassVar[bool] = True
+    """Whether guidance takes a pass with the negative prompt; else the model is told the weight."""
+
+    @classmethod
+    def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """Of the VAE, beside a transformer of ``dtype``."""
+        return torch.bfloat16 if cls.vae_in_bf16 and dtype == torch.bfloat16 else torch.float32
+
+    @classmethod
+    def noise_level(cls, timestep: Tensor) -> float:
+        """The noise level in (0, 1] of a timestep as the pipeline gives it, (batch,) or a time for each token."""
+        return timestep.max().item() / TRAIN_STEPS
+
+    @classmethod
+    def encode_prompt(
+        cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
+    ) -> dict[str, Tensor | None]:
+        """What a call of the pipeline takes instead of a prompt.
+
+        Args:
+            pipeline: with text encoders.
+            negative: is encoded too where the clip is ``guided``.
+            settings: ``max_sequence_length`` and ``device``.
+        """
+        found = pipeline.encode_prompt(prompt, negative, do_classifier_free_guidance=guided, **settings)
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found, strict=True))

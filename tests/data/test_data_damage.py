@@ -83,7 +83,7 @@ def test_too_many_damaged_samples_stop_the_run(manifest: Manifest, caplog: pytes
         list(batches)
     assert "\n" not in str(caught.value)
     for most, message in (
-        (0, r"1 damaged sample, at most 0 are skipped"),
+        (0, "1 damaged sample, at most 0 are skipped"),
         (1, "2 damaged samples, at most 1 is skipped"),
     ):
         with pytest.raises(DataError, match=message):

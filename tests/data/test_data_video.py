@@ -123,20 +123,30 @@ def test_wide_pixels_are_made_square(tmp_path: Path) -> None:
     def anamorphic(stream: Any) -> None:
         stream.codec_context.sample_aspect_ratio = 2
 
-    path = write_video(tmp_path / "v.mp4", 8, before=anamorphic)
+    narrow = np.zeros((64, 96, 3), np.uint8)
+    y, x = np.mgrid[:64, :96]
+    narrow[(y - 31.5) ** 2 + (2 * (x - 47.5)) ** 2 < 24**2] = 255
+    path = write_video(tmp_path / "v.mp4", 8, before=anamorphic, picture=lambda i: narrow)
     assert (probe(path).height, probe(path).width) == (64, 192)
+    (clip,) = clips_of(path, 8, size=(64, 64))
+    white = clip.frames[4].mean(axis=2) > 127
+    assert abs(white.any(axis=1).sum() - 48) <= 2 and abs(white.any(axis=0).sum() - 48) <= 3, "a disc is round"
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("matrix", [1, 5])
-def test_colours_survive_range_and_matrix(tmp_path: Path, full: bool, matrix: int) -> None:
+@pytest.mark.parametrize(("height", "matrix", "tagged", "full"), [
+    (64, 1, True, False), (64, 1, True, True), (64, 5, True, False), (64, 5, True, True),
+    (720, 1, False, False), (718, 5, False, False),
+])  # fmt: skip
+def test_colours_survive_range_and_matrix(tmp_path: Path, height: int, matrix: int, tagged: bool, full: bool) -> None:
+    """Where a stream does not say, HD is taken as BT.709 and what is smaller as BT.601, as players do."""
     colour = np.array([200, 30, 90])
     path = tmp_path / "v.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("libx264", rate=16)
-        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 64, "yuv444p", {"crf": "1"}
-        stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, matrix
-        image = np.broadcast_to(colour.astype(np.uint8), (64, 64, 3)).copy()
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, height, "yuv444p", {"crf": "1"}
+        if tagged:
+            stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, matrix
+        image = np.broadcast_to(colour.astype(np.uint8), (height, 64, 3)).copy()
         frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(
             format="yuv444p", dst_colorspace=matrix, src_color_range=2, dst_color_range=1 + full
         )
@@ -144,6 +154,8 @@ def test_colours_survive_range_and_matrix(tmp_path: Path, full: bool, matrix: in
             frame.pts = i
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].codec_context.colorspace == (matrix if tagged else 2)
     (clip,) = clips_of(path, 8, size=(32, 32))
     # The wrong matrix or range is 9 or more off.
     assert np.abs(clip.frames[4, 16, 16].astype(int) - colour).max() <= 4
@@ -162,13 +174,14 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     headless.write_bytes(headless.read_bytes()[: headless.read_bytes().index(b"moov")])
     short = write_video(tmp_path / "short.mp4")
     short.write_bytes(short.read_bytes()[:-600])
-    hdr = write_video(tmp_path / "hdr.mp4", 4, before=lambda s: setattr(s.codec_context, "color_trc", 16))
+    for curve, name in ((16, "PQ"), (18, "HLG")):
+        hdr = write_video(tmp_path / "hdr.mp4", 4, before=lambda s, c=curve: setattr(s.codec_context, "color_trc", c))
+        assert f"HDR video ({name}), expected standard range" in refused(hdr)
     assert refused(write_sound(tmp_path / "sound.mp4")) == "no video stream"
     for name in ("empty.mp4", "headless.mp4"):
         assert refused(tmp_path / name) == "Invalid data found when processing input"
     assert refused(tmp_path / "text.mp4")
     assert refused(short).startswith("its header is damaged")
-    assert "HDR video (PQ)" in refused(hdr)
     assert "No such file" in refused(tmp_path / "gone.mp4")
 
 

@@ -31,7 +31,7 @@ from train.flops import SampleFlops, peak_rate
 from train.flow import noised
 from train.fp8 import use_fp8
 from train.lora import inject_lora
-from train.models import family_of
+from train.models import benchmark_adapter
 from train.models.weights import settle
 from train.plan import AttentionPlan
 from train.planning import cpu_memory
@@ -152,13 +152,8 @@ def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None,
 
 def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
     dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
-    shape: dict[str, Any] = dict(config.model.architecture or config.model.dimensions or {})
-    shape = family_of(config.model).cut(shape, blocks) if blocks else shape
     torch.manual_seed(config.seed)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        adapter = family_of(config.model).from_config(shape, text_tokens=config.model.text_tokens)
-    torch.set_default_dtype(torch.float32)
+    adapter = benchmark_adapter(config.model, blocks, dtype, device)
     layers, heads, _ = adapter.attention_shape
     check_heads(sp, heads)
     assert config.lora is not None

@@ -28,6 +28,7 @@ __all__ = [
     "ModelAdapter",
     "adapter_of",
     "architecture_of",
+    "benchmark_adapter",
     "check_pipeline",
     "describe_model",
     "family_of",
@@ -183,6 +184,26 @@ def random_adapter(config: ModelConfig, architecture: Mapping[str, Any]) -> Mode
     count = 2 if config.expert == "both" else 1
     parts = [family_of(config).from_config(architecture, text_tokens=config.text_tokens) for _ in range(count)]
     return _configured(parts, config)
+
+
+def benchmark_adapter(
+    config: ModelConfig, blocks: int | None, dtype: torch.dtype, device: torch.device | str
+) -> ModelAdapter:
+    """A model of the run's dimensions, of so many ``blocks`` or all, with random weights drawn on the device itself.
+
+    Raises:
+        UserError: the dimensions are not known.
+    """
+    shape = config.architecture or config.dimensions
+    if not shape:
+        raise UserError("the model has no dimensions in its file, which a benchmark needs")
+    shape = shape if blocks is None else family_of(config).cut(shape, blocks)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return family_of(config).from_config(shape, text_tokens=config.text_tokens)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def load_adapter(

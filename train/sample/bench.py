@@ -23,7 +23,7 @@ from train.cli import flag, guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
-from train.models import family_of
+from train.models import benchmark_adapter
 from train.models.weights import settle
 from train.plan import AttentionPlan
 
@@ -121,19 +121,8 @@ class Bench:
         self.name = torch.cuda.get_device_name() if cuda else "cpu"
         precision = resolve_precision(config.trainer.precision)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        shape: dict[str, Any] = dict(config.model.architecture or config.model.dimensions or {})
-        if not shape:
-            raise UserError("the model has no dimensions in its file, which a benchmark needs")
-        family, tokens = family_of(config.model), config.model.text_tokens
-        if blocks is not None:
-            shape = family.cut(shape, blocks)
         torch.manual_seed(config.seed)
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.device):
-                self.adapter = family.from_config(shape, text_tokens=tokens)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        self.adapter = benchmark_adapter(config.model, blocks, self.dtype, self.device)
         settle(self.adapter.transformer, self.dtype, self.device)
         self.adapter.transformer.requires_grad_(False).eval()
         self.layers = self.adapter.attention_shape[0]

@@ -172,9 +172,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         torch.nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
-    vae, clip = config.model.vae, config.clip
-    cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
-    latent, noise = (torch.randn(1, adapter.latent_channels, *cells, device=device) for _ in range(2))
+    latent, noise = (torch.randn(1, adapter.latent_channels, *config.latent_size(), device=device) for _ in range(2))
     conditions = adapter.random_conditions(latent)
     sigma = torch.tensor([0.6], device=device)
     x, target = noised(latent, noise, sigma)

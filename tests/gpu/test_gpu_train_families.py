@@ -17,9 +17,7 @@ def test_a_step_of_two_blocks_at_the_real_shapes(run):
     family = family_of(config.model)
     with torch.device("meta"):
         adapter = family.from_config(family.cut(config.model.dimensions, 2), text_tokens=config.model.text_tokens)
-        vae = config.model.vae
-        cells = ((config.clip.frames - 1) // vae[0] + 1, config.clip.height // vae[1], config.clip.width // vae[2])
-        grid = adapter.grid(torch.empty(1, adapter.latent_channels, *cells))
+        grid = adapter.grid(torch.empty(1, adapter.latent_channels, *config.latent_size()))
     layout = build_layout(make_pattern("released"), grid)
     head_dim = adapter.attention_shape[2]
     call = AttentionCall(torch.device("cuda"), torch.bfloat16, head_dim, True, grid.text_tokens > 0, layout)

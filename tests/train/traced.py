@@ -61,16 +61,14 @@ def step_memory(config: RunConfig, layers: int) -> float:
     settle(adapter.transformer, torch.bfloat16, "meta")
     set_memory_policy(adapter, config.parallel, compiled=False)
     adapter.transformer.train()
-    vae, clip = config.model.vae, config.clip
-    cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
     pattern = make_pattern(config.attention.pattern)
-    adapter.set_plan(AttentionPlan.of(pattern, adapter.grid(torch.empty(1, 16, *cells, device="meta"))))
+    adapter.set_plan(AttentionPlan.of(pattern, adapter.grid(torch.empty(1, 16, *config.latent_size(), device="meta"))))
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     fake(adapter.transformer, mode)
     for parameter in adapter.transformer.parameters():
         live.add(parameter)
     with mode, live:
-        x0, noise = (torch.randn(1, adapter.latent_channels, *cells) for _ in range(2))
+        x0, noise = (torch.randn(1, adapter.latent_channels, *config.latent_size()) for _ in range(2))
         conditions = adapter.random_conditions(x0)
         sigma = torch.tensor([0.6])
         x, target = noised(x0, noise, sigma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,9 +76,7 @@ class Sizes:
         lora = config.lora is not None
         frozen = torch.bfloat16 if precision == "bf16" and lora else torch.float32
         adapter = _skeleton(config.model.family, config.model.text_tokens, json.dumps(architecture), frozen)
-        vae, clip = config.model.vae, config.clip
-        cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
-        grid = adapter.grid(torch.empty(1, 1, *cells, device="meta"))
+        grid = adapter.grid(torch.empty(1, 1, *config.latent_size(), device="meta"))
         layers, heads, head_dim = adapter.attention_shape
         weights = sum(_bytes(p) for p in adapter.transformer.parameters())
         trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
@@ -93,7 +92,7 @@ class Sizes:
             wide=max(max(m.in_features, m.out_features) for m in middle[0].modules() if isinstance(m, nn.Linear)),
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,
-            cells=adapter.latent_channels * cells[0] * cells[1] * cells[2],
+            cells=adapter.latent_channels * math.prod(config.latent_size()),
             weights=experts * weights if lora else 0,
             block_weights=_largest_block(adapter.transformer),
             trained=experts * trained,

@@ -138,9 +138,8 @@ class Bench:
         Raises:
             UserError: what comes out is not finite: no speed is told then.
         """
-        vae, clip, attention = config.model.vae, config.clip, config.attention
-        cells = ((clip.frames - 1) // vae[0] + 1, clip.height // vae[1], clip.width // vae[2])
-        latent = torch.randn(1, self.adapter.latent_channels, *cells, device=self.device)
+        attention = config.attention
+        latent = torch.randn(1, self.adapter.latent_channels, *config.latent_size(), device=self.device)
         conditions = self.adapter.random_conditions(latent)
         sigma = torch.tensor([0.6], device=self.device)
         plan = AttentionPlan.of(
@@ -163,7 +162,7 @@ class Bench:
         seconds = statistics.median(_timed(forward) for _ in range(steps))
         grid = plan.pattern_layout.grid
         return Result(
-            frames=clip.frames,
+            frames=config.clip.frames,
             tokens=grid.tokens,
             pattern=attention.pattern,
             dense_layers=attention.dense_layers,

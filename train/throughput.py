@@ -35,6 +35,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._reset(0)
+        self._compiled_before = 0.0
 
     def _reset(self, step: int) -> None:
         self._first_step = step
@@ -43,6 +44,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._reset(trainer.global_step)
+        self._compiled_before = compile_seconds()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, index: int) -> None:
         self._waited += time.perf_counter() - self._idle_since
@@ -84,7 +86,7 @@ class Throughput(Callback):
             "step_seconds": seconds / steps,
             "hours_left": (trainer.max_steps - trainer.global_step) * seconds / steps / 3600,
         }
-        compiling = compile_seconds()
+        compiling = compile_seconds() - self._compiled_before
         if compiling:
             values["compile_seconds"] = compiling
         peak = peak_rate(name)

@@ -43,7 +43,7 @@ def case(request, tmp_path_factory):
 
 def by_pipeline(folder, path):
     model = load_transformer(folder / "base")
-    pipeline = empty_pipeline(adapter_of(type(model).__name__).pipeline_class, model)
+    pipeline = empty_pipeline(adapter_of(type(model).__name__).pipeline_class(), model)
     pipeline.load_lora_weights(path)
     return model
 
@@ -208,7 +208,7 @@ def test_diffusers_splits_the_fused_layers_of_a_hunyuan_of_the_real_width(tmp_pa
     FORMATS["comfyui"](adapter, tmp_path / "comfyui")
     said = verify("comfyui", adapter, tmp_path / "base", tmp_path / "comfyui")
     assert said[1].startswith("HunyuanVideoPipeline.load_lora_weights: 16 tensors")
-    pipeline = empty_pipeline(adapter_of("HunyuanVideoTransformer3DModel").pipeline_class, model)
+    pipeline = empty_pipeline(adapter_of("HunyuanVideoTransformer3DModel").pipeline_class(), model)
     pipeline.load_lora_weights(tmp_path / "comfyui" / "clip_4x.safetensors")
     got = output(model, "hunyuan")
     model.unload_lora()

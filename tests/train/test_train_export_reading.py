@@ -69,7 +69,7 @@ def test_what_peft_saves(base, model, tmp_path, settings):
 def test_what_diffusers_saves_with_its_metadata(base, model, tmp_path):
     """As its training scripts do: the scale is in the header alone."""
     peft_model = trained(base, r=4, lora_alpha=9)
-    pipeline = empty_pipeline(adapter_of("WanTransformer3DModel").pipeline_class, peft_model.base_model.model)
+    pipeline = empty_pipeline(adapter_of("WanTransformer3DModel").pipeline_class(), peft_model.base_model.model)
     pipeline.save_lora_weights(
         tmp_path,
         transformer_lora_layers=get_peft_model_state_dict(peft_model.base_model.model, adapter_name="default"),

@@ -65,8 +65,8 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
     model: Any = stand_in(base)
     with _quiet():
         family = adapter_of(adapter.model_class)
-        if family is not None and family.pipeline_class is not None:
-            pipeline = empty_pipeline(family.pipeline_class, model)
+        if family is not None and family.pipeline_name is not None:
+            pipeline = empty_pipeline(family.pipeline_class(), model)
             name = f"{type(pipeline).__name__}.load_lora_weights"
             pipeline.load_lora_weights(file.parent if file.name == WEIGHTS else file)
         else:  # a family whose pipeline is not known here: what all pipelines call

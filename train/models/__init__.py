@@ -60,7 +60,7 @@ def model_folder(config: ModelConfig) -> tuple[str, str | None]:
         return model_folder(dataclasses.replace(config, expert="high"))
     how = f"; get the weights with: {config.weights}" if config.weights else ""
     if config.path is None:
-        raise UserError(f"model.path is not set, expected a diffusers folder or a hub id{how}")
+        raise UserError(f"model.path is not set, expected a diffusers folder or hub:<organisation>/<model>{how}")
     named = f"{config.subfolder}_2" if config.expert == "low" else config.subfolder
     if config.path.startswith(_HUB):
         return config.path.removeprefix(_HUB), named

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from data.sample import TextTokens
@@ -51,7 +51,7 @@ class HunyuanAdapter(ModelAdapter):
     """Adapter of HunyuanVideo text-to-video; shards hold ``text.text`` (LLaMA) and ``pooled.clip``."""
 
     family = "hunyuan"
-    pipeline_class = HunyuanVideoPipeline
+    pipeline_name = "HunyuanVideoPipeline"
     vae_in_bf16 = True
     decodes_tiled = True
     guided_by_prompt = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import MochiPipeline, MochiTransformer3DModel
+from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
 
 from data.sample import TextTokens
@@ -37,7 +37,7 @@ class MochiAdapter(ModelAdapter):
     """Adapter of Mochi-1; shards hold ``text.text`` (T5)."""
 
     family = "mochi"
-    pipeline_class = MochiPipeline
+    pipeline_name = "MochiPipeline"
     vae_in_bf16 = True
     fewest_steps = 2  # its noise levels have a linear and a quadratic half
     model_class = MochiTransformer3DModel

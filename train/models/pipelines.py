@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -14,9 +15,9 @@ TRAIN_STEPS = 1000
 class PipelineTraits:
     """What `train.models.base.ModelAdapter` says of the pipeline; a family without one trains, and cannot generate."""
 
-    pipeline_class: ClassVar[Any] = None
+    pipeline_name: ClassVar[str | None] = None
     """The diffusers pipeline from text; None: `train.sample` does not know one."""
-    image_pipeline_class: ClassVar[Any] = None
+    image_pipeline_name: ClassVar[str | None] = None
     """The one from a first frame, where there is one."""
     vae_in_bf16: ClassVar[bool] = False
     """Whether its authors run the VAE in bf16 beside a bf16 transformer; else it is fp32."""
@@ -28,6 +29,13 @@ class PipelineTraits:
     """Denoising steps that its scheduler needs."""
     guided_by_prompt: ClassVar[bool] = True
     """Whether guidance takes a pass with the negative prompt; else the model is told the weight."""
+
+    @classmethod
+    def pipeline_class(cls, *, image: bool = False) -> Any:
+        """The class, imported only here: pipelines bring the encoders' libraries, which training does without."""
+        name = cls.image_pipeline_name if image else cls.pipeline_name
+        assert name is not None, f"{cls.__name__} names no pipeline"
+        return getattr(diffusers, name)
 
     @classmethod
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:

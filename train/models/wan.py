@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,8 +68,8 @@ class WanAdapter(ModelAdapter):
     """Adapter of Wan2.1 (1.3B, 14B, image-to-video), of one expert of Wan2.2, and any small model of the class."""
 
     family = "wan"
-    pipeline_class = WanPipeline
-    image_pipeline_class = WanImageToVideoPipeline
+    pipeline_name = "WanPipeline"
+    image_pipeline_name = "WanImageToVideoPipeline"
     negative_prompt = (
         "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001

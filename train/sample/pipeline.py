@@ -59,8 +59,8 @@ def pipeline_class(folder: str, image: bool) -> Any:
     name = str(index.get("_class_name"))
     transformer = (index.get("transformer") or [None, None])[1]
     family = adapter_of(str(transformer))
-    if family is None or family.pipeline_class is None:
-        known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_class is not None)
+    if family is None or family.pipeline_name is None:
+        known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
         raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {known}")
     config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
     needs_image = config["in_channels"] != (config.get("out_channels") or config["in_channels"])
@@ -69,7 +69,7 @@ def pipeline_class(folder: str, image: bool) -> Any:
         raise UserError(f"image is set, but {folder} is text-to-video")
     if needs_image and not image:
         raise UserError(f"{folder} is image-to-video, give image=FILE")
-    return family.image_pipeline_class if image else family.pipeline_class
+    return family.pipeline_class(image=image)
 
 
 def _load(cls: Any, folder: str, **settings: Any) -> Any:

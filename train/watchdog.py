@@ -121,8 +121,9 @@ class Watchdog(Callback):
         self._done.set()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, (*MISTAKES, torch.OutOfMemoryError)):
-            self._done.set()  # the reason is told elsewhere, and that may take a while
+        # the reason is told elsewhere, and that may take a while; one process alone waits for no other
+        if self.control.world == 1 or isinstance(exception, (*MISTAKES, torch.OutOfMemoryError)):
+            self._done.set()
 
     def progress(self) -> None:
         """What takes long beside the steps, such as a validation, is not standing still."""
@@ -224,7 +225,12 @@ class Watchdog(Callback):
 
     def _kill_parent(self) -> None:
         """A frozen rank 0 that started this rank would stay for ever."""
-        if "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
+        if (
+            self.control.rank
+            and "LOCAL_RANK" in os.environ
+            and "TORCHELASTIC_RUN_ID" not in os.environ
+            and slurm_tasks() == 1
+        ):
             os.kill(self._parent, signal.SIGKILL)
 
     def _end(self, why: str, speak: bool) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from types import SimpleNamespace
@@ -146,7 +147,6 @@ def test_a_mistake_of_one_rank_or_of_all_is_said_once(tmp_path):
         assert word == "failed" and reason in why
 
 
-@pytest.mark.slow
 def test_a_run_that_breaks_says_so_to_who_asks(tmp_path, monkeypatch):
     def breaks():
         raise ZeroDivisionError("a mistake of ours")
@@ -155,6 +155,10 @@ def test_a_run_that_breaks_says_so_to_who_asks(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(run_config(tmp_path))
     assert get_state(only_run(tmp_path / "runs")) == ("died", "rank 0: a mistake of ours")
+    watchdogs = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    for thread in watchdogs:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in watchdogs)  # else it would end this process in a while
 
 
 @pytest.mark.parametrize(("code", "told"), [(EXIT_CODES[REQUEUE], 0), (2, 1), (None, 0)])
@@ -168,6 +172,7 @@ def test_weights_and_biases_takes_a_requeue_for_no_failure(monkeypatch, code, to
     assert ended == [told]
 
 
+@pytest.mark.slow
 def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
     pipe = f"pipe:case {{}} in *.tar) sleep 1000;; *) cat {shards}/{{}};; esac"

@@ -62,7 +62,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
                 raise SystemExit(2) from None
             raise
         except Exception as error:
-            if get_state(folder.path)[0] != "died":  # the watchdog may have said why
+            if get_state(folder.path)[0] not in ("died", "failed"):  # the watchdog or another rank has said why
                 set_state(folder.path, "died", f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}")
             raise
         if rank:

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from train.compiler import compile_call
 from train.errors import UserError
 from train.offload import Offload, Stored
 
 _Runner = Callable[..., Tensor]
-_GRAPHS = 128  # of a process: kinds of block x shapes of clips x layouts, dense and sparse
 
 
 def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
@@ -47,13 +47,13 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
             reach from outside, so that checkpointing a compiled block would compute attention again.
     """
     if policy == "none":
-        return _compiled(_call) if compiled else _call
+        return compile_call(_call) if compiled else _call
     settings: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         settings["context_fn"] = _compiled_contexts if compiled else functools.partial(_contexts, offload)
     inner: _Runner = functools.partial(checkpoint, **settings)
     if compiled:
-        inner = _compiled(inner)
+        inner = compile_call(inner)
     if offload is None:
         return inner
 
@@ -69,18 +69,6 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
             return inner(block, hidden, *rest)
 
     return run
-
-
-def prepare_compiler() -> None:
-    """Lets it make a graph for each kind of block, shape of clip and layout of attention."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
-    config.optimize_ddp = False  # it cuts graphs where buckets of gradients end, and a LoRA's are small
-
-
-def _compiled(run: _Runner) -> _Runner:
-    prepare_compiler()
-    return torch.compile(run, dynamic=False)  # no graph for any shape
 
 
 def chunk_tokens(layer: nn.Module, tokens: int) -> None:

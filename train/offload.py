@@ -43,7 +43,9 @@ class Offload:
 
     def __init__(self, least: int = 2**20, limit: float = math.inf) -> None:
         self.least, self.limit = least, limit
-        self._taken = 0
+        self._locked = 0  # bytes of all buffers
+        self._used = 0  # of those that hold a tensor
+        self._most = 0  # that were ever in use at once
         self._stored: dict[Stored, None] = {}  # in the order of `put`
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, Any] = {}
@@ -84,6 +86,7 @@ class Offload:
             current.wait_event(stored.done)
             x.record_stream(current)
         stored.returned = None
+        self._used -= stored.buffer.numel()
         self._free[stored.buffer.numel()].append(stored.buffer)
         return x
 
@@ -105,12 +108,31 @@ class Offload:
         return self._streams[device]
 
     def _buffer(self, size: int, device: torch.device) -> Tensor | None:
-        if self._free[size]:
-            return self._free[size].pop()
-        if self._taken + size > self.limit:
-            return None
-        self._taken += size
-        buffer = torch.empty(size, dtype=torch.uint8)
-        if device.type == "cuda":
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
-        return buffer
+        if not self._free[size]:
+            # steps of other clips have left buffers of other sizes: no more is locked than one step has needed
+            self._release(self._locked + size - min(self.limit, max(self._most, self._used + size)), device)
+            if self._locked + size > self.limit:
+                return None
+            self._locked += size
+            self._free[size].append(_page_locked(size, device))
+        self._used += size
+        self._most = max(self._most, self._used)
+        return self._free[size].pop()
+
+    def _release(self, excess: float, device: torch.device) -> None:
+        """Gives back unused buffers of ``excess`` bytes together, as far as there are any."""
+        for size, buffers in self._free.items():
+            while excess > 0 and buffers:
+                buffer = buffers.pop()
+                if device.type == "cuda":
+                    self._stream(device).synchronize()  # its last copy may still be on the way
+                    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
+                self._locked -= size
+                excess -= size
+
+
+def _page_locked(size: int, device: torch.device) -> Tensor:
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda":
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
+    return buffer

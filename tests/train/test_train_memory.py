@@ -194,6 +194,20 @@ def test_what_exceeds_the_limit_stays():
         assert [len(offload.get(x)) for x in (third, second, first)] == [2, 4, 8]
 
 
+@pytest.mark.parametrize("limit", [math.inf, 4 * 8 * 800])
+def test_buffers_of_other_clips_make_room(limit):
+    """Clips of several shapes take turns: each goes out as a whole, in no more memory than the largest needs."""
+    offload = Offload(least=0, limit=limit)
+    for size in (300, 800, 500, 800, 700, 300, 600):
+        tensors = [torch.full((size,), float(i), dtype=torch.float64) for i in range(4)]
+        stored = [offload.put(x) for x in tensors]
+        assert not any(isinstance(x, torch.Tensor) for x in stored)
+        for handle, x in zip(reversed(stored), reversed(tensors), strict=True):
+            assert torch.equal(offload.get(handle), x)
+        locked = sum(buffer.numel() for buffers in offload._free.values() for buffer in buffers)
+        assert locked == offload._locked <= 4 * 8 * 800
+
+
 def test_tensors_come_back_as_they_were_in_any_order():
     offload = Offload(least=0)
     tensors = [torch.randn(5, 7).t(), torch.randn(3, dtype=torch.bfloat16), torch.arange(6), torch.randn(2, 3, 4)]

@@ -50,9 +50,6 @@ def main(arguments: list[str]) -> None:
     budget = Budget.of(config, machine)
     if budget is None:
         raise UserError(f"the dimensions of {config.model.path} are not known: give model.path=<local folder>")
-    if gpus % budget.sequence:
-        sizes = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
-        raise UserError(f"parallel.sequence is {budget.sequence}, expected a divisor of a node's {gpus} GPUs: {sizes}")
     if any(key in settings for key in _BATCH_KEYS):
         recipe = Duration(budget).clips_a_step
     print("\n".join(plan_lines(budget, recipe)))
@@ -75,9 +72,10 @@ def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:
     Args:
         clips_a_step: the global batch that suggested settings keep.
     """
-    lines = [plan_table(budget), ""]
+    shared = budget.machine.gpus % budget.sequence == 0  # otherwise there is nothing to tabulate
+    lines = [plan_table(budget), ""] if shared else []
     lines.append("fits as it is" if budget.misfit is None else f"does not fit as it is: {budget.misfit}")
-    if (planned := Duration(budget).clips_a_step) != clips_a_step:
+    if shared and (planned := Duration(budget).clips_a_step) != clips_a_step:
         lines.append(f"{planned:g} clips a step on these GPUs; the settings below keep the run file's {clips_a_step:g}")
     here = best(budget, clips_a_step)
     if here is None:

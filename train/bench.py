@@ -35,6 +35,7 @@ from train.models import benchmark_adapter
 from train.models.weights import settle
 from train.plan import AttentionPlan
 from train.planning import cpu_memory
+from train.planning.sizes import Sizes
 from train.preflight import check_heads
 from train.sequence import SequenceGroup, flow_loss
 from train.throughput import compile_seconds
@@ -46,9 +47,14 @@ USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pa
 Measures a LoRA step of each pattern on each number of GPUs that share the clip (sp), on random weights.
 With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
 Other keys are those of a run: parallel.activations=selective trainer.compile=true lora.rank=64 clip.height=480
+
+Every block runs its case's pattern. pattern=dense is the baseline: its blocks keep their input alone
+(parallel.activations=full), and at most 4 are measured. Speed-ups are those of a block; that of the whole model with
+the run's dense layers is worked out from them.
 """
 _MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
 _OURS = {"blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
+_MOST_DENSE = 4  # blocks of a dense case: 40 of Wan-14B at 4x take ten minutes a step
 # in the names of kernels on a GPU, and of operators on a CPU
 _KINDS = {
     "copies": ("memcpy",),
@@ -82,11 +88,13 @@ def main(arguments: list[str]) -> None:
     """Runs the cases and prints a line for each."""
     out, arguments = json_file(arguments)
     config, ours = bench_config(arguments)
+    if config.lora is None:
+        raise UserError(f"conf={config.conf} trains all weights (lora=null), a benchmark measures a LoRA step")
     if config.model.dimensions is None and config.model.architecture is None:
         raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
     blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
     cases = [
-        (replace(config, attention=replace(config.attention, pattern=name)), whole_number("sp", word))
+        (case_of(config, name), whole_number("sp", word))
         for word in ours["sp"].split(",")
         for name in ours["pattern"].split(",")
     ]
@@ -97,14 +105,12 @@ def main(arguments: list[str]) -> None:
     for case, sp in cases:
         results.append(run_case(case, sp, blocks, steps))
         print(_line(results[-1]), flush=True)
-    for sp in sorted({result.sp for result in results}):
-        taken = {result.pattern: result.step for result in results if result.sp == sp}
-        if "dense" in taken and len(taken) > 1:
-            ratios = ", ".join(f"{name} {taken['dense'] / s:.2f}x" for name, s in taken.items() if name != "dense")
-            print(f"faster than dense with sp={sp}: {ratios}")
-    if out is not None:
-        about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
-        out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+        if out is not None:  # after each case: a later one may exceed a limit of memory or time
+            about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
+            out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+    for dense in (result for result in results if result.pattern == "dense"):
+        for other in (result for result in results if result.pattern != "dense" and result.sp == dense.sp):
+            print(_speed_up(dense, other, config.attention.dense_layers, _layers(config)))
 
 
 def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
@@ -114,9 +120,31 @@ def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
     if frames is not None:
         settings["clip.frames"] = frames
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    base = {"attention.dense_layers": "0", "parallel.activations": "full", **model}
-    config = finish(compose_run({**base, **settings}))
+    config = finish(compose_run({"parallel.activations": "full", **model, **settings}))
     return config, {**ours, "model": settings.get("model", config.conf)}
+
+
+def case_of(config: RunConfig, pattern: str) -> RunConfig:
+    """The run with a pattern in every block; those with dense attention keep their input alone."""
+    case = replace(config, attention=replace(config.attention, pattern=pattern, dense_layers=0))
+    if pattern != "dense":
+        return case
+    return replace(case, parallel=replace(case.parallel, activations="full", offload_activations=False))
+
+
+def _layers(config: RunConfig) -> int:
+    sizes = Sizes.of(config, "bf16")
+    assert sizes is not None  # its dimensions are known
+    return sizes.layers
+
+
+def _speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:
+    mixed = dense_layers * dense.block + (layers - dense_layers) * other.block
+    recipe = f", with {dense_layers} of {layers} dense {layers * dense.block / mixed:.2f}x" if dense_layers else ""
+    return (
+        f"faster than dense with sp={dense.sp} ({dense.blocks} dense blocks measured): "
+        f"{other.pattern} {dense.block / other.block:.2f}x in every block{recipe}"
+    )
 
 
 def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
@@ -125,6 +153,8 @@ def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Resu
     Raises:
         UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
     """
+    if config.attention.pattern == "dense":
+        blocks = min(_layers(config) if blocks is None else blocks, _MOST_DENSE)
     if torch.cuda.is_available() and sp > torch.cuda.device_count():
         raise UserError(f"sp is {sp}, but there are {torch.cuda.device_count()} GPUs")
     context = multiprocessing.get_context("spawn")  # libraries start CUDA when they are imported
@@ -174,6 +204,9 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
 
     latent, noise = (torch.randn(1, adapter.latent_channels, *config.latent_size(), device=device) for _ in range(2))
     conditions = adapter.random_conditions(latent)
+    if config.objective.first_frame > 0:  # the heavier of the two kinds of steps: each token has its own timestep
+        conditions = replace(conditions, image={**conditions.image, "first_frame": latent[:, :, :1]})
+    given = adapter.given_frames(conditions)
     sigma = torch.tensor([0.6], device=device)
     x, target = noised(latent, noise, sigma)
     attention = config.attention
@@ -189,7 +222,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, plan.shard, adapter.patch)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, plan.shard, adapter.patch, given)
         loss.backward()
         for parameter in trained if sp > 1 else ():
             dist.all_reduce(parameter.grad)

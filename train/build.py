@@ -9,13 +9,13 @@ import torch
 from data.manifest import Manifest
 from data.synth import synthesize
 from radial import make_pattern
+from train.compiler import compile_blocks
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
 from train.export.reading import Lora, read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.lora import inject_lora, start_from
-from train.compiler import compile_blocks
 from train.memory import block_runner, chunk_tokens, mixed_runner
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule

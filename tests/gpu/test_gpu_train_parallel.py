@@ -47,6 +47,7 @@ def test_zero_on_one_gpu(tmp_path, strategy):
         {"parallel__activations": "full", "parallel__offload_activations": True, "parallel__ffn_chunk": 100},
         {"parallel__activations": "selective", "parallel__offload_activations": True, "trainer__compile": True},
         {"parallel__activations": "selective", "trainer__compile": True},
+        {"parallel__strategy": "zero3", "parallel__activations": "selective", "trainer__compile": True},
     ],
 )
 def test_offload_and_memory_policies(tmp_path, changes):

@@ -46,8 +46,16 @@ def test_the_plan_of_the_largest_run(capsys):
 def test_clips_are_shared_within_a_node_as_train_has_it(capsys):
     text = "\n".join(lines(capsys, "conf=wan_4x", "nodes=5", "gpus=8"))
     assert {int(size) for size in re.findall(r"parallel.sequence=(\d+)", text)} <= {1, 2, 4, 8}
-    with pytest.raises(UserError, match="parallel.sequence is 5, expected a divisor of a node's 8 GPUs: 1, 2, 4, 8"):
-        main(["conf=wan_4x", "nodes=5", "gpus=8", "parallel.sequence=5"])
+
+
+def test_groups_that_do_not_divide_a_node_are_told_with_those_that_do(capsys):
+    output = lines(capsys, "conf=hunyuan_2x", "gpus=4")  # the run file says 8
+    assert output[0] == (
+        "does not fit as it is: parallel.sequence is 8, expected a divisor of a node's 4 GPUs: 1, 2, 4"
+    )
+    best = next(n for n, line in enumerate(output) if line.startswith("fastest here (4 GPUs)"))
+    assert "parallel.sequence=4" in output[best + 1]
+    assert not any(line.startswith("memory of a GPU") for line in output)
 
 
 def test_where_nothing_fits(capsys):
@@ -63,10 +71,6 @@ def test_where_nothing_fits(capsys):
     [
         (["gpu=h300"], "gpu is 'h300', expected one of h200, h100, a100, rtx5090"),
         (["gpus=none"], "gpus is 'none', expected a whole number"),
-        (
-            ["conf=wan_4x", "parallel.sequence=3", "gpus=8"],
-            "parallel.sequence is 3, expected a divisor of a node's",
-        ),
         (["conf=wan_4x", "stpes=3"], "stpes is not a known key"),
         (["model.path=hub:a/b"], "the dimensions of hub:a/b are not known"),
     ],

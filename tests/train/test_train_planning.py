@@ -94,6 +94,28 @@ def test_memory_is_that_of_a_traced_step(policy, chunk, layers, frames):
     assert budget.gpu_memory - moments == pytest.approx(step_memory(config, layers), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("run", "policy", "chunk"),
+    [
+        ("mochi_2x", "full", None),
+        ("mochi_2x", "none", None),
+        pytest.param("mochi_2x", "selective", 8192, marks=pytest.mark.slow),
+        pytest.param("hunyuan_2x", "full", 8192, marks=pytest.mark.slow),
+        ("hunyuan_2x", "none", 8192),
+        ("wan_i2v_2x", "selective", None),
+        ("wan22_5b_4x", "full", None),
+        ("wan22_5b_4x", "none", None),
+    ],
+)
+def test_memory_of_other_families_is_that_of_a_traced_step(run, policy, chunk):
+    """As above; TI2V-5B with a first frame, where each token has its own timestep."""
+    budget = planned(conf=run, parallel__sequence=1, layers=3)
+    config = with_parallel(budget.config, activations=policy, ffn_chunk=chunk)
+    budget = replace(budget, config=config)
+    moments = 12 * budget.sizes.trained
+    assert budget.gpu_memory - moments == pytest.approx(step_memory(config, 3), rel=0.15)
+
+
 def test_ranks_share_what_they_share():
     whole, shared = planned(), planned(gpus=4, parallel__sequence=4)
     assert shared.tokens == 291_600 // 4

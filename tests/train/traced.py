@@ -62,7 +62,8 @@ def step_memory(config: RunConfig, layers: int) -> float:
     set_memory_policy(adapter, config.parallel, compiled=False)
     adapter.transformer.train()
     pattern = make_pattern(config.attention.pattern)
-    adapter.set_plan(AttentionPlan.of(pattern, adapter.grid(torch.empty(1, 16, *config.latent_size(), device="meta"))))
+    latent = torch.empty(1, adapter.latent_channels, *config.latent_size(), device="meta")
+    adapter.set_plan(AttentionPlan.of(pattern, adapter.grid(latent)))
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     fake(adapter.transformer, mode)
     for parameter in adapter.transformer.parameters():
@@ -70,10 +71,13 @@ def step_memory(config: RunConfig, layers: int) -> float:
     with mode, live:
         x0, noise = (torch.randn(1, adapter.latent_channels, *config.latent_size()) for _ in range(2))
         conditions = adapter.random_conditions(x0)
+        if config.objective.first_frame > 0:
+            conditions = replace(conditions, image={**conditions.image, "first_frame": x0[:, :, :1]})
         sigma = torch.tensor([0.6])
         x, target = noised(x0, noise, sigma)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, None, adapter.patch)
+            given = adapter.given_frames(conditions)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, None, adapter.patch, given)
         loss.backward()
     return float(live.peak)
 

@@ -27,6 +27,11 @@ class Setting:
     budget: Budget
 
     @property
+    def words(self) -> str:
+        """The keys as they are typed."""
+        return " ".join(self.keys) or "as it is"
+
+    @property
     def duration(self) -> Duration:
         """Of that budget."""
         return Duration(self.budget)
@@ -82,12 +87,12 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
     if more is not None:
         where = more.budget.machine
         nodes = f" on {where.nodes} nodes" if where.nodes > 1 else ""
-        said.append(f"{where.world} GPUs of this kind{nodes}: {' '.join(more.keys)}")
+        said.append(f"{where.world} GPUs of this kind{nodes}: {more.words}")
     for name, gpu in sorted(GPUS.items(), key=lambda item: item[1].memory):
         if gpu.memory > 1.1 * machine.gpu.memory and not machine.is_cpu:
             other = best(replace(budget, machine=replace(machine, gpu=gpu)), clips_a_step)
             if other is not None:
-                said.append(f"a larger GPU, gpu={name}: {' '.join(other.keys)}")
+                said.append(f"a larger GPU, gpu={name}: {other.words}")
                 break
     frames = _longest(budget, clips_a_step)
     if frames is not None:
@@ -96,7 +101,7 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
         wider = replace(budget, machine=replace(machine, cpu_memory=8 * machine.cpu_memory))
         other = best(wider, clips_a_step)
         if other is not None:
-            said.append(f"more CPU memory: {other.budget.cpu_memory / GIB:.0f} GiB a node, with {' '.join(other.keys)}")
+            said.append(f"more CPU memory, {other.budget.cpu_memory / GIB:.0f} GiB a node: {other.words}")
     return said
 
 

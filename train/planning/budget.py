@@ -82,7 +82,19 @@ class Budget:
     @property
     def costs(self) -> BlockCosts:
         """Of the blocks, eager or compiled."""
-        return calibration.COMPILED if self.config.trainer.compile else calibration.EAGER
+        if self.config.trainer.compile:
+            return calibration.COMPILED
+        return calibration.EAGER_OF.get(self.config.model.family, calibration.EAGER)
+
+    @property
+    def modulated(self) -> bool:
+        """Whether there are steps in which each token has its own timestep."""
+        return self.sizes.takes_first_frame and self.config.objective.first_frame > 0
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens that every feed-forward layer takes at a time; None where some take all."""
+        return self.config.parallel.ffn_chunk if self.sizes.all_chunked else None
 
     @cached_property
     def weights(self) -> float:
@@ -106,16 +118,18 @@ class Budget:
 
     def kept_by(self, policy: str) -> float:
         """What one block keeps for its backward."""
-        middle = self.sizes.wide / self.sizes.width if self.config.parallel.ffn_chunk is None else 1.0
+        middle = self.sizes.wide / self.sizes.width if self.chunk is None else 1.0
         if policy == "none":
-            return (self.costs.saved + middle) * self.hidden
+            return (self.costs.saved + self.modulated * self.costs.saved_modulated + middle) * self.hidden
         sums = 4.0 * self.clips * self.sizes.tokens * self.sizes.heads / self.sequence  # log-sum-exp
         return self.hidden if policy == "full" else 2 * self.hidden + sums
 
     def running(self, policy: str) -> float:
         """The working set of the backward of a block with that policy."""
-        sizes, chunk = self.sizes, self.config.parallel.ffn_chunk
+        sizes, chunk = self.sizes, self.chunk
         costs = self.costs.running_saved if policy == "none" else self.costs.running - (policy == "selective")
+        if self.modulated:
+            costs += calibration.MODULATION + self.costs.running_modulated
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
@@ -227,6 +241,10 @@ class Budget:
     @property
     def misfit(self) -> str | None:
         """Why the run cannot work there, in words; None if it can."""
+        if self.machine.gpus % self.sequence:
+            gpus = self.machine.gpus
+            sizes = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+            return f"parallel.sequence is {self.sequence}, expected a divisor of a node's {gpus} GPUs: {sizes}"
         if self.gpu_memory > self.usable + 1:  # a byte, for rounding
             where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
             return f"a step needs {self.gpu_memory / GIB:.1f} GiB a rank, {where} {self.usable / GIB:.1f} GiB for it"

@@ -46,18 +46,31 @@ class BlockCosts:
         saved: hidden states that autograd saves in a forward without a policy, beside the feed-forward's middle.
         running: hidden states at the peak of a backward that runs the block again, its input not counted.
         running_saved: the same where nothing runs again.
+        saved_modulated, running_modulated: more of both where each token has its own timestep, and so its own scales,
+            shifts and gates.
     """
 
     passes: float
     saved: float
     running: float
     running_saved: float
+    saved_modulated: float = 0.0
+    running_modulated: float = 0.0
 
 
 # eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/test_train_planning.py
-EAGER = BlockCosts(passes=280, saved=19.2, running=29.2, running_saved=7.0)
+EAGER = BlockCosts(
+    passes=280, saved=19.2, running=29.2, running_saved=7.0, saved_modulated=12.0, running_modulated=17.0
+)
+EAGER_OF = {
+    "hunyuan": BlockCosts(passes=280, saved=15.0, running=29.2, running_saved=7.0),
+    "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_saved=4.7),  # modulates and rotates in float32
+}
+"""Families whose blocks differ much from Wan's, by the same trace."""
 # compiled: 2 blocks at 75,600 and 291,600 tokens, on one and two GPUs (tests/train/measured); saved as counted on a CPU
 COMPILED = BlockCosts(passes=55, saved=13.1, running=14.4, running_saved=7.0)
+MODULATION = 6
+"""Hidden states that scales, shifts and gates of each token take, which all blocks share."""
 FP8_PASSES = 24
 """More passes of that kind with ``trainer.fp8``, which rounds activations and gradients."""
 

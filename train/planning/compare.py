@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.bench import bench_config
+from train.bench import bench_config, case_of
 from train.cli import guarded
 from train.errors import UserError
 from train.planning.budget import GIB, Budget
@@ -79,9 +79,10 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
     if gpu is None:
         return None
     ranks = result["sp"]
+    config = case_of(config, result["pattern"])
     config = replace(
         config,
-        attention=replace(config.attention, pattern=result["pattern"], dense_sigma=None),
+        attention=replace(config.attention, dense_sigma=None),
         parallel=replace(config.parallel, sequence=ranks),
         optim=replace(config.optim, accumulate=1),
     )

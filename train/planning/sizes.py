@@ -31,6 +31,8 @@ class Sizes:
         linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
         density: share of token pairs that a layer with the pattern computes.
         element: bytes of an activation's element.
+        all_chunked: whether ``parallel.ffn_chunk`` reaches the feed-forward layer of every block.
+        takes_first_frame: see `ModelAdapter.takes_first_frame`.
     """
 
     layers: int
@@ -47,6 +49,8 @@ class Sizes:
     lora: float
     density: float
     element: int
+    all_chunked: bool
+    takes_first_frame: bool
 
     @property
     def width(self) -> int:
@@ -100,6 +104,8 @@ class Sizes:
             lora=2.0 * trained * grid.tokens if lora else 0.0,
             density=_density(config, grid),
             element=2 if precision == "bf16" else 4,
+            all_chunked=len(middle) == len(adapter.blocks()),
+            takes_first_frame=adapter.takes_first_frame,
         )
 
 

@@ -76,7 +76,7 @@ def setting_lines(title: str, setting: Setting) -> list[str]:
         figures += f", {figure(duration.step)} s a step, {figure(duration.hours)} h"
         figures += f", {figure(setting.gpu_hours)} GPU-hours"
     gpus = f"{machine.world} GPU{'s' if machine.world > 1 else ''}"
-    return [f"{title} ({gpus}): {figures}; blocks keep {budget.policies}", f"  {' '.join(setting.keys) or 'as it is'}"]
+    return [f"{title} ({gpus}): {figures}; blocks keep {budget.policies}", f"  {setting.words}"]
 
 
 def figure(number: float) -> str:

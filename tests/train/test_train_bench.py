@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from train.bench import Result, _speed_up, bench_config, case_of, main
 from train.errors import UserError
 

@@ -3,7 +3,6 @@
 A checkpointed block runs again in its backward, as one graph with it, and the compiler keeps what both use. By default
 that takes some hidden states more than it needs: it keeps float32 results of norms instead of the 16-bit tensors from
 which a few operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
-Of two Wan blocks' step, counted in a step on a CPU, both together are 4 of 19 hidden states.
 """
 
 from __future__ import annotations

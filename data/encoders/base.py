@@ -92,9 +92,17 @@ class Encoder(ABC):
         """Image conditions of the first of frames (F, H, W, 3) uint8 by name, bfloat16, CPU.
 
         Raises:
-            DataError: the family has no image-to-video model here.
+            DataError: as `check_image_to_video`, or the encoder was loaded without `image_to_video`.
         """
-        raise DataError("image_to_video is true, but this model has no image-to-video encoder; leave it out")
+        self.check_image_to_video()
+        raise NotImplementedError
+
+    @classmethod
+    def check_image_to_video(cls) -> None:
+        """Raise a DataError where the family has no image-to-video model here, or needs no conditions for it."""
+        raise DataError(
+            f"image_to_video is true, but model={cls.family} has no image-to-video encoder here; leave it out"
+        )
 
     @classmethod
     def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:

@@ -38,7 +38,12 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     Raises:
         DataError: arguments that do not fit the weights or the folder, or an unusable source.
     """
-    encoder_class(recipe.family).check(recipe.frames, recipe.sizes)
+    family = encoder_class(recipe.family)
+    family.check(recipe.frames, recipe.sizes)
+    if recipe.image_to_video:
+        family.check_image_to_video()
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
     try:
         journal.check_open(recipe.out)
@@ -86,8 +91,6 @@ def _load(recipe: Recipe, rank: Rank) -> Encoder:
 
 
 def _select(recipe: Recipe) -> Candidates:
-    if recipe.out.exists() and not recipe.out.is_dir():
-        raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
     return select(**{name: value for name, value in recipe.selection.items() if name != "top"})
 
 

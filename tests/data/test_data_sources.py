@@ -153,6 +153,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
     assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
     assert parse(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
     assert given.image_to_video and given.frames == "4x" and given.weights is None
+    (tmp_path / "file").touch()
     mistakes = [
         (["out=o"], "source is not set, give source=VALUE; folder of videos"),
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
@@ -174,6 +175,15 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
             ["source=s", "out=o", "model=hunyuan", "weights=w", "frames=10"],
             "frames is 10, expected 1 + a multiple of 4",
         ),
+        *[
+            (
+                ["source=s", "out=o", f"model={model}", "weights=w", "--image-to-video"],
+                f"image_to_video is true, but model={model} has no image-to-video encoder here; leave it out",
+            )
+            for model in ("pixels", "hunyuan", "mochi")
+        ],
+        (["source=s", "out=o", "model=wan22_5b", "--image-to-video"], "model=wan22_5b takes the first frame from"),
+        (["source=s", f"out={tmp_path / 'file'}", "model=pixels"], "file: is a file, expected a folder for shards"),
         (["source=s", "out=o", "model=wan"], "weights is not set, model=wan needs its diffusers folder"),
         (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),
         (["source=s", f"out={tmp_path / 'o'}", "model=pixels"], "s: no such folder or table"),

@@ -174,6 +174,8 @@ class Manifest:
             DataError: no manifest, not a manifest, wrong version, a bad field, or a shard missing.
         """
         home = str(source)
+        if not home:
+            raise DataError("the path of the shards is empty, expected a folder or URL; is a variable not set?")
         if scheme_of(home) == "pipe" and "{}" not in home:
             raise DataError(f"{home}: names no file, expected {{}} in the command where a file's name goes")
         local = scheme_of(home) == "file"

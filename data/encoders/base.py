@@ -125,6 +125,27 @@ class Encoder(ABC):
             raise DataError(f"{folder}: a cell of its latents is {there} pixels, model={cls.family} has {here}; {hint}")
 
 
+def find_device(asked: str | None, local: int = 0) -> torch.device:
+    """Where to encode: `asked`, or a GPU where there is one; GPU number `local`, round and round, unless it says which.
+
+    Raises:
+        DataError: it is no device, or this machine has no such GPU.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(asked or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DataError(f"device is {asked!r}, expected cpu, cuda or one GPU such as cuda:0")
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= gpus:
+        found = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "no GPU"
+        raise DataError(f"device is {asked}, but torch {torch.__version__} finds {found} here; choose another or cpu")
+    return torch.device("cuda", local % gpus) if device.index is None else device
+
+
 def load_text(loader: Any, settings: EncoderSettings, part: str) -> Any:
     """A text encoder of the class `loader`, or None for `vae_only`.
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.encoders import encoder_class, fingerprint, load_encoder
-from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError
 from data.files import write_bytes
 from data.manifest import FILE, REJECTED, Manifest
@@ -82,9 +82,7 @@ def _already_there(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> int
 def _load(recipe: Recipe, rank: Rank) -> Encoder:
     if recipe.weights is not None and not recipe.weights.is_dir():
         raise DataError(f"weights is {recipe.weights}, expected a diffusers folder; download it first")
-    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", rank.local % torch.cuda.device_count())
+    device = find_device(recipe.device, rank.local)
     _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     return load_encoder(recipe.family, settings)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tiny_models import save_wan
 from videos import write_video
 
-from data.check import check, main
+from data.check import _row, check, main
 from data.encoders import check_encoder, fingerprint
 from data.errors import DataError
 from data.manifest import EMPTY_PROMPT, FILE, Manifest
@@ -117,6 +117,22 @@ def test_a_missing_shard_and_mistakes(shards: Manifest) -> None:
         main([])
     with pytest.raises(DataError, match="clips is 0, expected at least 1"):
         main([shards.home, "clips=0"])
+    with pytest.raises(DataError, match="the path of the shards is empty"):
+        main(["shards="])
+
+
+def test_where_a_contact_sheet_cannot_be_made_is_told_before_the_check(
+    tmp_path: Path, shards: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.check.check", None)
+    for word, message in [
+        (f"png={tmp_path / 'sheet.foo'}", "sheet.foo, expected a name that ends in .png"),
+        (f"png={tmp_path / 'nodir' / 'sheet.png'}", "sheet.png, but there is no folder .*nodir; make it first"),
+        ("device=foo", "device is 'foo', expected cpu, cuda or one GPU"),
+        ("device=cuda:99", "device is cuda:99, but torch .* finds"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            main([shards.home, "--contact-sheet", word])
 
 
 def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> None:
@@ -130,6 +146,8 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> 
             centre = sheet[row * rows + rows // 2 + 8, column * columns + columns // 2]
             assert np.abs(centre - colour).max() < 25, (row, column, centre)
     assert (sheet[:14, :200] < 100).any(), "the label is written"
+    frame = np.zeros((32, 64, 3), np.uint8)
+    assert _row([frame], "one\ntwo") == _row([frame], "one two"), "a label is one line"
 
 
 def test_the_contact_sheet_of_a_damaged_folder_shows_what_is_whole(

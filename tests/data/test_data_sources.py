@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 
 from data.cli import parse
@@ -154,6 +155,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
     assert parse(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
     assert given.image_to_video and given.frames == "4x" and given.weights is None
     (tmp_path / "file").touch()
+    (tmp_path / "v.mp4").touch()
     mistakes = [
         (["out=o"], "source is not set, give source=VALUE; folder of videos"),
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
@@ -186,6 +188,16 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", f"out={tmp_path / 'file'}", "model=pixels"], "file: is a file, expected a folder for shards"),
         (["source=s", "out=o", "model=wan"], "weights is not set, model=wan needs its diffusers folder"),
         (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),
+        (["source=", "out=o"], "source is empty, expected a path"),
+        (["source=s", "out="], "out is empty, expected a path"),
+        *[
+            ([f"source={tmp_path}", "out=o", "model=pixels", f"device={device}"], f"device is {found}")
+            for device, found in (
+                ("foo", "'foo', expected cpu, cuda or one GPU such as cuda:0"),
+                ("meta", "'meta', expected cpu, cuda"),
+                ("cuda:99", f"cuda:99, but torch {torch.__version__} finds"),
+            )
+        ],
         (["source=s", f"out={tmp_path / 'o'}", "model=pixels"], "s: no such folder or table"),
     ]
     for words, message in mistakes:

@@ -230,7 +230,12 @@ def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_
     files = len(planned.rows) + len(planned.rejected)
     if not shards:
         journal.remove(recipe.out)
-        print(f"{recipe.out}: no clip came out, all {files} files are bad; see {REJECTED}", file=sys.stderr)
+        first, passed = rejected[0], f"; {planned.passed} more did not qualify" if planned.passed else ""
+        print(
+            f"{recipe.out}: no clip came out, all {files} files are bad, such as {first.path}: {first.reason}{passed}; "
+            f"see {REJECTED}",
+            file=sys.stderr,
+        )
         return 1
     manifest = Manifest(
         shards=tuple(shards),

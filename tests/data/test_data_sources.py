@@ -15,6 +15,7 @@ from pyarrow import parquet
 from data.cli import parse
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
+from data.prepare.plan import select
 from data.prepare.sources import Video, number, parse_conditions, ranked, read_source, split_conditions
 
 ROWS: list[dict[str, Any]] = [
@@ -71,7 +72,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf"):
+    for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf", "._b.mp4", "sub/.hidden.mp4", ".Trash/d.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b.txt").write_text(" caption of b\n")
@@ -84,6 +85,40 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
     assert columns == [] and [(v.path, v.caption) for v in videos] == [
         ("a.webm", None), ("b.mp4", "caption of b"), ("d.mp4", "caf\u00e9"), ("e.mp4", None), ("sub/c.MKV", None),
     ]  # fmt: skip
+
+
+def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
+    captions = [["x", "y"], float("nan"), None, 0, "a \ud83d", "\u20ac"]
+    rows = [json.dumps({"path": f"{i}.mp4", "caption": caption}) for i, caption in enumerate(captions)]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    videos, _ = read_source(tmp_path / "list.jsonl")
+    assert [video.caption for video in videos] == [None] * 5 + ["\u20ac"]
+    assert [video.uncaptioned for video in videos[:5]] == [
+        "caption is of type list, expected text", "no caption", "no caption", "caption is of type int, expected text",
+        "caption has half a character (a lone surrogate)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_conditions_on_every_column_of_a_table(tmp_path: Path, kind: str) -> None:
+    """The path's and the caption's too; true and false as each format has them."""
+    rows = [{"path": f"{name}.mp4", "caption": name, "ok": ok} for name, ok in (("a", True), ("b", False), ("c", None))]
+    source = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    elif kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        source.write_text("path,caption,ok\na.mp4,a,True\nb.mp4,b,False\nc.mp4,c,\n")
+
+    def left(where: str) -> str:
+        found = select(source=source, videos=None, path_column=None, caption_column=None, where=where, sort=None)
+        return "".join(video.path[0] for video in found.matching)
+
+    assert left("path=b.mp4") == "b" and left("path!=b.mp4") == "ac"
+    assert left("caption=a") == "a" and left("caption!=a, caption!=c") == "b"
+    assert left("ok=true") == left("ok=True") == left("ok==TRUE") == "a"
+    assert left("ok!=false") == "ac" and left("ok=False") == "b"
 
 
 def chosen(where: str) -> list[str]:
@@ -102,6 +137,9 @@ def test_conditions() -> None:
     for where, message in [
         ("score", "'score' is not a condition"),
         ("motion>high", "compares with 'high', expected a number"),
+        ("motion => 1", "'motion => 1' is not a condition"),
+        ("motion=<1", "'motion=<1' is not a condition"),
+        ("camera === pan", "'camera === pan' is not a condition"),
         ("motoin>1", "no column 'motoin', .*did you mean motion"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -77,7 +77,7 @@ def probe(path: str | Path) -> VideoInfo:
                 raise DataError("no frame can be decoded")
             height, width = _shown_size(first, stream)
             rate = stream.average_rate
-            return VideoInfo(height, width, float(rate) if rate else None, _seconds(stream))
+            return VideoInfo(height, width, float(rate) if rate else None, _length(container, stream))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(_reason(error)) from error
 
@@ -103,7 +103,7 @@ def read_clips(
         frames: length of a clip; what is left at the end of the video is dropped.
         sizes: buckets; the one of the nearest aspect ratio is covered and cropped in its centre.
         most: at most this many clips.
-        skip: numbers of clips that are passed over undecoded as far as possible.
+        skip: numbers of clips that are passed over: decoded, as what follows needs it, but not scaled.
 
     Raises:
         DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, its clock
@@ -170,7 +170,8 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                 failure, end = failure or _jump(last, held), last + step
             if shown is not None:
                 yield shown, max(0, math.floor((end + _TICK) * fps) - done), stream
-            expected = _seconds(stream)
+            # A file's length may be that of its sound.
+            expected = _length(container, stream) if len(container.streams) == 1 else _seconds(stream)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(_reason(error)) from error
     if failure is None and shown is None:
@@ -276,9 +277,25 @@ def _seconds(stream: Any) -> float | None:
         return None
     try:
         hours, minutes, seconds = stamp.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return None
+    # FFmpeg writes when the stream ends; mkvmerge, which names its tags, how long it is.
+    return end if "_STATISTICS_TAGS" in stream.metadata else end - _start(stream)
+
+
+def _length(container: Any, stream: Any) -> float | None:
+    """The length of the video stream, or of the file where it has none of its own, as in FLV."""
+    seconds = _seconds(stream)
+    if seconds is not None or container.duration is None:
+        return seconds
+    # Matroska counts from zero, also where no stream starts there.
+    return container.duration / av.time_base - (_start(stream) if "matroska" in container.format.name else 0.0)
+
+
+def _start(stream: Any) -> float:
+    """The time of the stream's first frame in seconds."""
+    return float((stream.start_time or 0) * stream.time_base)
 
 
 def _reason(error: Exception) -> str:

@@ -106,13 +106,18 @@ def _check_shard(
         advance(len(content))
         return content
 
+    problem = None
     try:
         for number, info in enumerate(shard.samples, first):
             if info.offset != position:
-                findings.problems.append(f"{url}: sample {info.key} is listed at byte {info.offset}, not {position}")
-                return
+                problem = f"sample {info.key} is listed at byte {info.offset}, not {position}"
+                break
+            content = take(info.bytes)
+            if len(content) < info.bytes:
+                problem = f"ends before its sample {info.key} does; make the folder anew"
+                break
             try:
-                sample = decode(take(info.bytes), info)
+                sample = decode(content, info)
             except DataError as error:
                 findings.problems.append(f"{url}: {error}")
                 continue
@@ -126,10 +131,12 @@ def _check_shard(
     finally:
         file.close()
     findings.bytes += position
-    if position != shard.bytes:
-        findings.problems.append(f"{url}: is {position} bytes, the manifest says {shard.bytes}; copy it again")
-    elif digest.hexdigest() != shard.sha256:
-        findings.problems.append(f"{url}: SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
+    if position != shard.bytes:  # which explains whatever stands elsewhere
+        problem = f"is {position} bytes, the manifest says {shard.bytes}; copy it again"
+    elif problem is None and digest.hexdigest() != shard.sha256:
+        problem = f"SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}"
+    if problem is not None:
+        findings.problems.append(f"{url}: {problem}")
 
 
 def contact_sheet(
@@ -191,7 +198,7 @@ def main(words: list[str]) -> int:
             raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
     if given.contact_sheet:
         _check_png(given.png)
-    manifest = Manifest.load(given.shards)
+    manifest = Manifest.load(given.shards, missing=True)
     encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
     found = check(manifest, progress=True)
     print(table(manifest, found))

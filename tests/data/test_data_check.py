@@ -109,10 +109,35 @@ def test_the_hours_of_strangers_samples(make_folder: Any, make_sample: Any, tmp_
     assert not found.problems and found.seconds == (10 if frames == 10 else 3) / 16
 
 
-def test_a_missing_shard_and_mistakes(shards: Manifest) -> None:
+def test_a_missing_shard_is_one_problem(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     (shards.folder / shards.shards[0].file).unlink()
     with pytest.raises(DataError, match=r"shard-000-00000.tar: missing"):
-        main([shards.home])
+        Manifest.load(shards.home)
+    capsys.readouterr()
+    assert main([shards.home]) == 1
+    shown = capsys.readouterr().out
+    assert "samples    2 of 4 whole" in shown
+    assert shown.count("damaged: ") == 1 and "shard-000-00000.tar: cannot be read (No such file" in shown
+
+
+def test_a_tar_that_ends_early_is_one_problem(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the first of its samples; what is there of it counts."""
+    first = shards.shards[0]
+    (shards.folder / first.file).write_bytes((shards.folder / first.file).read_bytes()[:600])
+    found = check(shards)
+    assert found.problems == [f"{shards.urls[0]}: is 600 bytes, the manifest says {first.bytes}; copy it again"]
+    assert found.bytes == 600 + shards.shards[1].bytes and found.whole == [2, 3]
+
+
+def test_a_manifest_that_lists_more_than_the_shard_has(shards: Manifest) -> None:
+    first = shards.shards[0]
+    long = dataclasses.replace(first.samples[-1], bytes=first.bytes)
+    other = dataclasses.replace(first, samples=(*first.samples[:-1], long))
+    found = check(dataclasses.replace(shards, shards=(other, *shards.shards[1:])))
+    assert found.problems == [f"{shards.urls[0]}: ends before its sample {long.key} does; make the folder anew"]
+
+
+def test_mistakes(shards: Manifest) -> None:
     with pytest.raises(DataError, match="shards is not set, give it; folder or URL"):
         main([])
     with pytest.raises(DataError, match="clips is 0, expected at least 1"):

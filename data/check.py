@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import cli
 from data.cli import setting
 from data.encoders import FAMILIES, check_encoder, load_encoder
-from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
 from data.errors import DataError
 from data.manifest import REJECTED, Manifest, ShardInfo, locate
@@ -106,13 +106,18 @@ def _check_shard(
         advance(len(content))
         return content
 
+    problem = None
     try:
         for number, info in enumerate(shard.samples, first):
             if info.offset != position:
-                findings.problems.append(f"{url}: sample {info.key} is listed at byte {info.offset}, not {position}")
-                return
+                problem = f"sample {info.key} is listed at byte {info.offset}, not {position}"
+                break
+            content = take(info.bytes)
+            if len(content) < info.bytes:
+                problem = f"ends before its sample {info.key} does; make the folder anew"
+                break
             try:
-                sample = decode(take(info.bytes), info)
+                sample = decode(content, info)
             except DataError as error:
                 findings.problems.append(f"{url}: {error}")
                 continue
@@ -126,10 +131,12 @@ def _check_shard(
     finally:
         file.close()
     findings.bytes += position
-    if position != shard.bytes:
-        findings.problems.append(f"{url}: is {position} bytes, the manifest says {shard.bytes}; copy it again")
-    elif digest.hexdigest() != shard.sha256:
-        findings.problems.append(f"{url}: SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
+    if position != shard.bytes:  # which explains whatever stands elsewhere
+        problem = f"is {position} bytes, the manifest says {shard.bytes}; copy it again"
+    elif problem is None and digest.hexdigest() != shard.sha256:
+        problem = f"SHA-256 is {digest.hexdigest()}, the manifest says {shard.sha256}"
+    if problem is not None:
+        findings.problems.append(f"{url}: {problem}")
 
 
 def contact_sheet(
@@ -162,7 +169,8 @@ def _row(frames: Sequence[np.ndarray], label: str) -> Image.Image:
     row = Image.new("RGB", (len(frames) * (PICTURE + 2), size[1] + LABEL), "white")
     for i, frame in enumerate(frames):
         row.paste(Image.fromarray(frame).resize(size), (i * (PICTURE + 2), LABEL))
-    ImageDraw.Draw(row).text((2, 2), label[: row.width // 7], fill="black")
+    line = " ".join(label.splitlines())
+    ImageDraw.Draw(row).text((2, 2), line[: row.width // 7], fill="black")
     return row
 
 
@@ -170,15 +178,15 @@ def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> 
     """What decodes a folder's latents.
 
     Raises:
-        DataError: no family is known for them, weights are missing, or the weights are not those that made them.
+        DataError: no family is known for them, weights are missing, the weights are not those that made them, or there
+            is no such device.
     """
     pixels = manifest.encoder.partition("+")[0] == LATENTS
     family = "pixels" if pixels else manifest.encoder.partition(":")[0]
     if family not in FAMILIES:
         raise DataError(f"{manifest.home}: was made with {manifest.encoder}, which nothing here decodes")
     check_encoder(manifest, family, weights)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = EncoderSettings(weights, where, torch.float32, torch.float32, vae_only=True)
+    settings = EncoderSettings(weights, find_device(device), torch.float32, torch.float32, vae_only=True)
     return load_encoder(family, settings)
 
 
@@ -188,7 +196,9 @@ def main(words: list[str]) -> int:
     for name in ("clips", "pictures"):
         if getattr(given, name) < 1:
             raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
-    manifest = Manifest.load(given.shards)
+    if given.contact_sheet:
+        _check_png(given.png)
+    manifest = Manifest.load(given.shards, missing=True)
     encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
     found = check(manifest, progress=True)
     print(table(manifest, found))
@@ -200,6 +210,14 @@ def main(words: list[str]) -> int:
     elif encoder is not None:
         print(f"{given.png}: not drawn, no sample is whole")
     return 1 if found.problems else 0
+
+
+def _check_png(path: Path) -> None:
+    """Raise a DataError unless the path ends in .png and its folder is there."""
+    if path.suffix.lower() != ".png":
+        raise DataError(f"png is {path}, expected a name that ends in .png")
+    if not path.parent.is_dir():
+        raise DataError(f"png is {path}, but there is no folder {path.parent}; make it first")
 
 
 def table(manifest: Manifest, found: Findings) -> str:

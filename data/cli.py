@@ -36,7 +36,8 @@ def parse(schema: type[T], words: Sequence[str], positional: str | None = None) 
         positional: the field that a bare word sets.
 
     Raises:
-        DataError: an unknown key, a key given twice, a wrong type, a value that is no choice, a missing key.
+        DataError: an unknown key, a key given twice, a wrong type, an empty path, a value that is no
+            choice, a missing key.
     """
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     hints = get_type_hints(schema)
@@ -74,6 +75,8 @@ def _value(name: str, text: str, hint: Any, choices: Sequence[str]) -> Any:
             raise DataError(f"{name} is {text!r}, expected true or false")
         return text.lower() in _TRUE
     if kind is Path:
+        if not text:  # which Path takes for the current folder
+            raise DataError(f"{name} is empty, expected a path; is a variable of the shell not set?")
         return Path(text).expanduser()
     try:
         value = kind(text)

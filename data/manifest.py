@@ -160,13 +160,14 @@ class Manifest:
         write_bytes(folder / FILE, text.encode())
 
     @classmethod
-    def load(cls, source: str | Path) -> Manifest:
+    def load(cls, source: str | Path, *, missing: bool = False) -> Manifest:
         """Read a manifest, and check that local shards are there.
 
         Args:
             source: the folder or the JSON file itself; or the folder's URL, which may be http(s)://, anything that
                 fsspec opens, or `pipe:` with a command that has {} for a file's name, such as
                 `pipe:aws s3 cp s3://bucket/shards/{} -`.
+            missing: local shards may be missing.
 
         A local shard of another size than it should have is told in the log, and read as far as it goes.
 
@@ -174,6 +175,8 @@ class Manifest:
             DataError: no manifest, not a manifest, wrong version, a bad field, or a shard missing.
         """
         home = str(source)
+        if not home:
+            raise DataError("the path of the shards is empty, expected a folder or URL; is a variable not set?")
         if scheme_of(home) == "pipe" and "{}" not in home:
             raise DataError(f"{home}: names no file, expected {{}} in the command where a file's name goes")
         local = scheme_of(home) == "file"
@@ -195,6 +198,8 @@ class Manifest:
         manifest = cls._parse(raw, home, path)
         for shard in manifest.shards if local else ():
             file = Path(home) / shard.file
+            if missing and not file.exists():
+                continue
             if not file.is_file():
                 raise DataError(f"{file}: missing, {path} lists it; copy it here or make the folder anew")
             if file.stat().st_size != shard.bytes:

@@ -149,11 +149,14 @@ def _open_local(path: Path) -> ShardFile:
 def _fetched(url: str, sha256: str, why: str) -> ShardFile:
     """A shard that can only be read through, in a temporary file of this reader."""
     log.warning("%s: is read through for each reader (%s); a cache folder reads it once", url, why)
-    file = tempfile.TemporaryFile(prefix="shard-")  # noqa: SIM115  without a name: a kill leaves nothing behind
+    folder = Path(tempfile.gettempdir())
+    with _written_to(folder):
+        file = tempfile.TemporaryFile(prefix="shard-")  # noqa: SIM115  without a name: a kill leaves nothing behind
     try:
-        _download_surely(url, sha256, file)
+        _download_surely(url, sha256, file, folder)
     except BaseException:
-        file.close()
+        with contextlib.suppress(OSError):  # it writes what is left, which fails on a full disk as it failed before
+            file.close()
         raise
     return _File(url, file)
 
@@ -166,17 +169,21 @@ def _cached(url: str, sha256: str, cache: Path) -> ShardFile:
     path = cache / f"{sha256}.tar"
     if path.exists():
         return _open_local(path)
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{sha256}.lock").open("w") as lock:
+    with _written_to(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / f".{sha256}.lock").open("w")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return _open_local(path)
         partial = temporary(path)
-        file = partial.open("w+b")
+        with _written_to(cache):
+            file = partial.open("w+b")
         try:
-            if not _download_surely(url, sha256, file):
+            if not _download_surely(url, sha256, file, cache):
                 return _File(url, file)  # the open file keeps the bytes
-            commit(file, path)
+            with _written_to(cache):
+                commit(file, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 file.close()
@@ -186,15 +193,28 @@ def _cached(url: str, sha256: str, cache: Path) -> ShardFile:
     return _open_local(path)
 
 
-def _download_surely(url: str, sha256: str, file: BinaryIO) -> bool:
-    """Fetch a whole shard into an empty file; returns whether it is what its manifest says.
+@contextlib.contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """What fails in here is this folder's fault, a full disk for example, and no failure of the way."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room there, or choose another with data.cache="
+        raise DataError(
+            f"{folder}: a shard cannot be kept in this folder ({error.strerror or error}); {hint}"
+        ) from error
+
+
+def _download_surely(url: str, sha256: str, file: BinaryIO, folder: Path) -> bool:
+    """Fetch a whole shard into an empty file in `folder`; returns whether it is what its manifest says.
 
     Raises:
-        DataError: it cannot be reached, or is not what its manifest says and never arrives the same twice in a row.
+        DataError: it cannot be reached, or is not what its manifest says and never arrives the same twice in a row; or
+            the folder cannot hold it.
     """
     before = None
     for _ in range(ATTEMPTS):
-        found = persistently(url, lambda: _download(url, file))
+        found = persistently(url, lambda: _download(url, file, folder))
         if found == sha256:
             return True
         log.warning("%s: is not what its manifest says (SHA-256 %s, not %s)", url, found, sha256)
@@ -204,16 +224,19 @@ def _download_surely(url: str, sha256: str, file: BinaryIO) -> bool:
     raise DataError(f"{url}: arrived {ATTEMPTS} times and was another each time; check the way to it")
 
 
-def _download(url: str, file: BinaryIO) -> str:
-    """Fetch a whole file in place of what `file` holds; returns its SHA-256."""
+def _download(url: str, file: BinaryIO, folder: Path) -> str:
+    """Fetch a whole file in place of what `file`, which lies in `folder`, holds; returns its SHA-256."""
     digest = hashlib.sha256()
-    file.seek(0)
-    file.truncate()
+    with _written_to(folder):
+        file.seek(0)
+        file.truncate()
     for chunk in _stream(url):
         check_wanted(url)
         digest.update(chunk)
-        file.write(chunk)
-    file.flush()
+        with _written_to(folder):
+            file.write(chunk)
+    with _written_to(folder):
+        file.flush()
     return digest.hexdigest()
 
 

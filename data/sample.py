@@ -154,12 +154,12 @@ class Sample:
         tensors = {"latent": self.latent, **Prompt(self.text, self.pooled).tensors()}
         tensors.update({f"image.{name}": tensor for name, tensor in self.image.items()})
         try:
-            meta = json.dumps(self.meta, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            meta = json.dumps(self.meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:  # half a character (a lone surrogate) among them
             raise DataError(f"sample {self.key}: meta is not JSON ({error}); keep to strings and numbers") from error
         # Two names for one storage, such as a caption's tokens under two encoders, are refused by safetensors.
         packed = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        return {"__key__": self.key, "safetensors": safetensors.torch.save(packed), "json": meta.encode()}
+        return {"__key__": self.key, "safetensors": safetensors.torch.save(packed), "json": meta}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> Sample:

@@ -92,9 +92,17 @@ class Encoder(ABC):
         """Image conditions of the first of frames (F, H, W, 3) uint8 by name, bfloat16, CPU.
 
         Raises:
-            DataError: the family has no image-to-video model here.
+            DataError: as `check_image_to_video`, or the encoder was loaded without `image_to_video`.
         """
-        raise DataError("image_to_video is true, but this model has no image-to-video encoder; leave it out")
+        self.check_image_to_video()
+        raise NotImplementedError
+
+    @classmethod
+    def check_image_to_video(cls) -> None:
+        """Raise a DataError where the family has no image-to-video model here, or needs no conditions for it."""
+        raise DataError(
+            f"image_to_video is true, but model={cls.family} has no image-to-video encoder here; leave it out"
+        )
 
     @classmethod
     def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
@@ -115,6 +123,27 @@ class Encoder(ABC):
         if found != cls.strides:
             there, here = (f"{time}x{space}x{space}" for time, space in (found, cls.strides))
             raise DataError(f"{folder}: a cell of its latents is {there} pixels, model={cls.family} has {here}; {hint}")
+
+
+def find_device(asked: str | None, local: int = 0) -> torch.device:
+    """Where to encode: `asked`, or a GPU where there is one; GPU number `local`, round and round, unless it says which.
+
+    Raises:
+        DataError: it is no device, or this machine has no such GPU.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(asked or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DataError(f"device is {asked!r}, expected cpu, cuda or one GPU such as cuda:0")
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= gpus:
+        found = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "no GPU"
+        raise DataError(f"device is {asked}, but torch {torch.__version__} finds {found} here; choose another or cpu")
+    return torch.device("cuda", local % gpus) if device.index is None else device
 
 
 def load_text(loader: Any, settings: EncoderSettings, part: str) -> Any:

@@ -1,7 +1,7 @@
 """HunyuanVideo: AutoencoderKLHunyuanVideo, LLaMA and CLIP, through diffusers' own pipeline.
 
 The VAE has no cache to carry, so clips are encoded in tiles of 256 x 256 pixels and 17 frames that overlap by a quarter
-and are blended. `tests/data/test_data_encoders.py` holds a floor for how far that is from the whole.
+and are blended. `tests/data/test_data_encoders.py` holds the floor for how far that is from the whole: a PSNR of 25 dB.
 """
 
 from __future__ import annotations

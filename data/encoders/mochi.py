@@ -1,8 +1,8 @@
 """Mochi-1: AutoencoderKLMochi and T5, through diffusers' own pipeline.
 
-The encoder attends over all frames of a place, so a clip cannot be cut in time; it is encoded in tiles of 256 x 256
-pixels that overlap by a quarter and are blended. `tests/data/test_data_encoders.py` holds a floor for how far that is
-from the whole.
+The encoder attends over all frames of a place, so a clip cannot be cut in time; it is encoded in square tiles that
+overlap by a quarter and are blended: of 256 pixels, and smaller ones for long clips (`tile_of`), 224 at 667 frames.
+`tests/data/test_data_encoders.py` holds the floor for how far that is from the whole: a PSNR of 35 dB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,26 @@ from transformers import T5EncoderModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
 from data.encoders.weights import load_part
+from data.errors import DataError
 from data.sample import Prompt, TextTokens
+
+# diffusers cuts a layer's input of more numbers than this in time. That is exact in layers of stride 1; in those of
+# stride 2 the frames behind a cut may be shifted by one.
+UNCUT = 1 << 30
+CHANNELS = 128  # of the largest input of a layer with a stride in time, which has half the tile's height and width
+
+
+def tile_of(frames: int) -> int:
+    """Side in pixels of the largest tile, of at most 256, in which no layer with a stride in time is cut.
+
+    Raises:
+        DataError: there is none of 128 pixels or more.
+    """
+    for side in range(256, 127, -32):
+        if CHANNELS * (frames + 1) * (side // 2) ** 2 <= UNCUT:  # one frame is padded in front
+            return side
+    most = UNCUT // (CHANNELS * (128 // 2) ** 2) - 1
+    raise DataError(f"frames is {frames}, but model=mochi encodes at most {most} in one clip; choose fewer")
 
 
 class MochiEncoder(Encoder):
@@ -48,8 +67,16 @@ class MochiEncoder(Encoder):
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", False),
         )
 
+    @classmethod
+    def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
+        super().check(frames, sizes)
+        tile_of(frames)
+
     def encode(self, frames: np.ndarray) -> Tensor:
         mean, std = self._statistics()
+        side = tile_of(len(frames))
+        self.vae.tile_sample_min_height = self.vae.tile_sample_min_width = side
+        self.vae.tile_sample_stride_height = self.vae.tile_sample_stride_width = side * 3 // 4
         with torch.no_grad():
             latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()
         return stored(((latent - mean) / std)[0])

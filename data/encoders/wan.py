@@ -56,6 +56,7 @@ class WanEncoder(Encoder):
         self.pipeline: Any = WanPipeline(tokenizer, text_encoder, self.vae, scheduler=None, transformer=None)
         self.images: Any = None
         if settings.image_to_video:
+            self.check_image_to_video()
             image_encoder, processor = None, None
             if (folder / "image_encoder").is_dir():
                 dtype = settings.text_dtype
@@ -64,6 +65,10 @@ class WanEncoder(Encoder):
             self.images = WanImageToVideoPipeline(
                 tokenizer, text_encoder, self.vae, None, processor, image_encoder, transformer=None
             )
+
+    @classmethod
+    def check_image_to_video(cls) -> None:
+        """Wan2.1 and Wan2.2-A14B have such models."""
 
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
@@ -85,9 +90,10 @@ class WanEncoder(Encoder):
     def image(self, frames: np.ndarray) -> dict[str, Tensor]:
         if self.images is None:
             raise DataError("image conditions are asked for, but the encoder was loaded without image_to_video=true")
-        video = to_video(frames[:1], self.device, self.vae.dtype)
-        grey = video.new_zeros(1, 3, len(frames) - 1, *video.shape[3:])
-        conditions = {"condition": stored(self._latent(torch.cat([video, grey], dim=2)))}
+        first = to_video(frames[:1], self.device, self.vae.dtype)
+        video = first.new_zeros(1, 3, len(frames), *first.shape[3:])  # grey
+        video[:, :, :1] = first
+        conditions = {"condition": stored(self._latent(video))}
         if self.images.image_encoder is not None:
             from PIL import Image
 
@@ -121,10 +127,9 @@ class Wan5BEncoder(WanEncoder):
     size = (704, 1280)
     strides = (4, 16)
 
-    def __init__(self, settings: EncoderSettings) -> None:
-        if settings.image_to_video:
-            raise DataError(
-                f"image_to_video is true, but model={self.family} takes the first frame from the clip's own latent: "
-                "leave it out, its shards serve image-to-video as they are"
-            )
-        super().__init__(settings)
+    @classmethod
+    def check_image_to_video(cls) -> None:
+        raise DataError(
+            f"image_to_video is true, but model={cls.family} takes the first frame from the clip's own latent: "
+            "leave it out, its shards serve image-to-video as they are"
+        )

@@ -133,7 +133,8 @@ def make_plan(
 ) -> Plan:
     """Choose the first `top` candidates that hold a clip and meet the conditions on their headers.
 
-    Headers are read from the best video down, and only until `top` are found.
+    Headers are read from the best video down, and only until `top` are found. Where bad files are all there is, the
+    plan has no rows.
 
     Args:
         arguments: kept in the plan.
@@ -143,7 +144,7 @@ def make_plan(
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no video is left.
+        DataError: no video is left, and none is bad.
     """
     matching, probed, root = candidates.matching, candidates.probed, Path(candidates.root)
     rows: list[Row] = []
@@ -169,17 +170,20 @@ def make_plan(
                     continue
                 rows.append(Row(video.path, video.caption, count))
                 bar.update()
-    if not rows:
-        hint = f"{len(rejected)} are bad ({rejected[0].path}: {rejected[0].reason})" if rejected else "none is bad"
+    if not rows and not rejected:
         raise DataError(
             f"{candidates.about}: no video of {frames} frames at {fps:g} fps is left of {candidates.listed}: {passed} "
-            f"are too short or do not meet the conditions, {hint}"
+            "are too short or do not meet the conditions, none is bad"
         )
     return Plan(arguments, str(root), rows, rejected, passed)
 
 
 def _probed(root: Path, video: Video) -> VideoInfo | str:
-    """The video's header, or why it has none."""
+    """The video's header, or why it has none that can be used."""
+    try:
+        video.path.encode()  # it becomes part of the shards
+    except UnicodeEncodeError:
+        return "file name is not UTF-8; rename it"
     try:
         return probe(root / video.path)
     except DataError as error:

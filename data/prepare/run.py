@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.encoders import encoder_class, fingerprint, load_encoder
-from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError
 from data.files import write_bytes
 from data.manifest import FILE, REJECTED, Manifest
@@ -38,7 +38,12 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     Raises:
         DataError: arguments that do not fit the weights or the folder, or an unusable source.
     """
-    encoder_class(recipe.family).check(recipe.frames, recipe.sizes)
+    family = encoder_class(recipe.family)
+    family.check(recipe.frames, recipe.sizes)
+    if recipe.image_to_video:
+        family.check_image_to_video()
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
     try:
         journal.check_open(recipe.out)
@@ -77,17 +82,13 @@ def _already_there(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> int
 def _load(recipe: Recipe, rank: Rank) -> Encoder:
     if recipe.weights is not None and not recipe.weights.is_dir():
         raise DataError(f"weights is {recipe.weights}, expected a diffusers folder; download it first")
-    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", rank.local % torch.cuda.device_count())
+    device = find_device(recipe.device, rank.local)
     _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     return load_encoder(recipe.family, settings)
 
 
 def _select(recipe: Recipe) -> Candidates:
-    if recipe.out.exists() and not recipe.out.is_dir():
-        raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
     return select(**{name: value for name, value in recipe.selection.items() if name != "top"})
 
 
@@ -229,7 +230,12 @@ def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_
     files = len(planned.rows) + len(planned.rejected)
     if not shards:
         journal.remove(recipe.out)
-        print(f"{recipe.out}: no clip came out, all {files} files are bad; see {REJECTED}", file=sys.stderr)
+        first, passed = rejected[0], f"; {planned.passed} more did not qualify" if planned.passed else ""
+        print(
+            f"{recipe.out}: no clip came out, all {files} files are bad, such as {first.path}: {first.reason}{passed}; "
+            f"see {REJECTED}",
+            file=sys.stderr,
+        )
         return 1
     manifest = Manifest(
         shards=tuple(shards),

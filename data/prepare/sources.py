@@ -35,7 +35,7 @@ _CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|!=|==|>|<|=)\s*(.+?)\s*")
 
 @dataclass(frozen=True)
 class Video:
-    """A line of the list: the path as listed, the caption (None where there is no text), and the other columns.
+    """A line of the list: the path as listed, the caption (None where there is no text), and all columns.
 
     `uncaptioned` says why there is no caption.
     """
@@ -55,13 +55,19 @@ class Condition:
     value: str
 
     def holds(self, columns: Mapping[str, Any]) -> bool:
-        """Whether it holds for these columns; a value that is missing or no number holds for nothing but `!=`."""
+        """Whether it holds for these columns; a value that is missing or no number holds for nothing but `!=`.
+
+        true and false are the same in capitals, as tables write them in many ways.
+        """
         compare, found = _OPERATORS[self.symbol], columns.get(self.column)
         wanted = number(self.value)
         if wanted is not None:
             actual = number(found)
             return self.symbol == "!=" if actual is None else compare(actual, wanted)
-        return compare("" if found is None else str(found), self.value)
+        text, value = "" if found is None else str(found), self.value
+        if value.lower() in ("true", "false"):
+            text, value = text.lower(), value.lower()
+        return compare(text, value)
 
 
 def number(value: Any) -> float | None:
@@ -82,7 +88,7 @@ def parse_conditions(text: str) -> list[Condition]:
     conditions = []
     for part in re.split(r",|\s+and\s+", text):
         match = _CONDITION.fullmatch(part)
-        if match is None:
+        if match is None or match[3][0] in "<>=!":  # `=>` is no operator
             raise DataError(f"where: {part.strip()!r} is not a condition, expected such as score>4.5 or camera=static")
         condition = Condition(*match.groups())
         if condition.symbol in (">=", "<=", ">", "<") and number(condition.value) is None:
@@ -129,8 +135,8 @@ def read_source(
     """The list of videos and the names of its columns.
 
     Args:
-        source: a folder, searched with all folders in it for videos with a .txt file of the same name beside them; or a
-            .csv, .tsv, .jsonl or .parquet table.
+        source: a folder, searched with all folders in it for videos with a .txt file of the same name beside them, but
+            for hidden ones; or a .csv, .tsv, .jsonl or .parquet table.
         path_column, caption_column: of a table; None takes the first of `PATH_COLUMNS` and `CAPTION_COLUMNS` there.
 
     Raises:
@@ -138,7 +144,10 @@ def read_source(
             in it.
     """
     if source.is_dir():
-        videos = [_captioned(path, source) for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        # macOS puts a ._NAME of its own beside files on disks that are not its own.
+        shown = [path for path in paths if not any(part[0] == "." for part in path.relative_to(source).parts)]
+        videos = [_captioned(path, source) for path in shown]
         if not videos:
             raise DataError(f"{source}: no videos in this folder, expected files that end in {', '.join(SUFFIXES)}")
         return videos, []
@@ -148,19 +157,27 @@ def read_source(
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path_name = _column(source, "path_column", path_column, PATH_COLUMNS, columns)
     caption_name = _column(source, "caption_column", caption_column, CAPTION_COLUMNS, columns)
-    videos = []
-    for row in rows:
-        caption = row.get(caption_name)
-        kept = {name: value for name, value in row.items() if name not in (path_name, caption_name)}
-        videos.append(Video(str(row.get(path_name) or ""), str(caption or "").strip() or None, kept))
-    return videos, columns
+    return [_video(str(row.get(path_name) or ""), row.get(caption_name), row) for row in rows], columns
+
+
+def _video(path: str, caption: Any, columns: Mapping[str, Any]) -> Video:
+    """A line of the list; a caption that cannot be stored as text is none."""
+    if caption is None or caption != caption:  # NaN is how some tables write that nothing is there
+        return Video(path, None, columns)
+    if not isinstance(caption, str):
+        return Video(path, None, columns, f"caption is of type {type(caption).__name__}, expected text")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return Video(path, None, columns, "caption has half a character (a lone surrogate)")
+    return Video(path, caption.strip() or None, columns)
 
 
 def _captioned(path: Path, root: Path) -> Video:
     listed = str(path.relative_to(root))
     try:
         # Windows' editors put a mark in front.
-        return Video(listed, path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() or None, {})
+        return _video(listed, path.with_suffix(".txt").read_text(encoding="utf-8-sig"), {})
     except FileNotFoundError:
         return Video(listed, None, {})
     except UnicodeDecodeError:

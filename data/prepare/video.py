@@ -9,6 +9,7 @@ shows k / fps seconds after the first frame. Nothing here needs torch, so that d
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def probe(path: str | Path) -> VideoInfo:
                 raise DataError("no frame can be decoded")
             height, width = _shown_size(first, stream)
             rate = stream.average_rate
-            return VideoInfo(height, width, float(rate) if rate else None, _seconds(stream))
+            return VideoInfo(height, width, float(rate) if rate else None, _seconds(stream, container))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(_reason(error)) from error
 
@@ -103,7 +104,7 @@ def read_clips(
         frames: length of a clip; what is left at the end of the video is dropped.
         sizes: buckets; the one of the nearest aspect ratio is covered and cropped in its centre.
         most: at most this many clips.
-        skip: numbers of clips that are passed over undecoded as far as possible.
+        skip: numbers of clips that are passed over: decoded, as what follows needs it, but not scaled.
 
     Raises:
         DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, its clock
@@ -170,7 +171,8 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                 failure, end = failure or _jump(last, held), last + step
             if shown is not None:
                 yield shown, max(0, math.floor((end + _TICK) * fps) - done), stream
-            expected = _seconds(stream)
+            # A file's length may be that of its sound.
+            expected = _seconds(stream, container if len(container.streams) == 1 else None)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(_reason(error)) from error
     if failure is None and shown is None:
@@ -267,18 +269,20 @@ def _stream(container: Any) -> Any:
     return stream
 
 
-def _seconds(stream: Any) -> float | None:
-    """The length of the video stream itself: sound may go on for longer."""
+def _seconds(stream: Any, container: Any = None) -> float | None:
+    """The length of the video stream itself; where it has none of its own, as in FLV, that of `container`, if given."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    stamp = stream.metadata.get("DURATION")  # Matroska and WebM: 00:00:05.040000000
-    if stamp is None:
+    start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+    with contextlib.suppress(KeyError, ValueError):
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")  # Matroska and WebM: 00:00:05.040000000
+        end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        # FFmpeg writes when the stream ends; mkvmerge, which names its tags, how long it is.
+        return end if "_STATISTICS_TAGS" in stream.metadata else end - start
+    if container is None or container.duration is None:
         return None
-    try:
-        hours, minutes, seconds = stamp.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return None
+    # Matroska counts from zero, also where no stream starts there.
+    return container.duration / av.time_base - (start if "matroska" in container.format.name else 0.0)
 
 
 def _reason(error: Exception) -> str:

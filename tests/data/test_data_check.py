@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tiny_models import save_wan
 from videos import write_video
 
-from data.check import check, main
+from data.check import _row, check, main
 from data.encoders import check_encoder, fingerprint
 from data.errors import DataError
 from data.manifest import EMPTY_PROMPT, FILE, Manifest
@@ -109,14 +109,55 @@ def test_the_hours_of_strangers_samples(make_folder: Any, make_sample: Any, tmp_
     assert not found.problems and found.seconds == (10 if frames == 10 else 3) / 16
 
 
-def test_a_missing_shard_and_mistakes(shards: Manifest) -> None:
+def test_a_missing_shard_is_one_problem(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     (shards.folder / shards.shards[0].file).unlink()
     with pytest.raises(DataError, match=r"shard-000-00000.tar: missing"):
-        main([shards.home])
+        Manifest.load(shards.home)
+    capsys.readouterr()
+    assert main([shards.home]) == 1
+    shown = capsys.readouterr().out
+    assert "samples    2 of 4 whole" in shown
+    assert shown.count("damaged: ") == 1 and "shard-000-00000.tar: cannot be read (No such file" in shown
+
+
+def test_a_tar_that_ends_early_is_one_problem(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the first of its samples; what is there of it counts."""
+    first = shards.shards[0]
+    (shards.folder / first.file).write_bytes((shards.folder / first.file).read_bytes()[:600])
+    found = check(shards)
+    assert found.problems == [f"{shards.urls[0]}: is 600 bytes, the manifest says {first.bytes}; copy it again"]
+    assert found.bytes == 600 + shards.shards[1].bytes and found.whole == [2, 3]
+
+
+def test_a_manifest_that_lists_more_than_the_shard_has(shards: Manifest) -> None:
+    first = shards.shards[0]
+    long = dataclasses.replace(first.samples[-1], bytes=first.bytes)
+    other = dataclasses.replace(first, samples=(*first.samples[:-1], long))
+    found = check(dataclasses.replace(shards, shards=(other, *shards.shards[1:])))
+    assert found.problems == [f"{shards.urls[0]}: ends before its sample {long.key} does; make the folder anew"]
+
+
+def test_mistakes(shards: Manifest) -> None:
     with pytest.raises(DataError, match="shards is not set, give it; folder or URL"):
         main([])
     with pytest.raises(DataError, match="clips is 0, expected at least 1"):
         main([shards.home, "clips=0"])
+    with pytest.raises(DataError, match="the path of the shards is empty"):
+        main(["shards="])
+
+
+def test_where_a_contact_sheet_cannot_be_made_is_told_before_the_check(
+    tmp_path: Path, shards: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.check.check", None)
+    for word, message in [
+        (f"png={tmp_path / 'sheet.foo'}", "sheet.foo, expected a name that ends in .png"),
+        (f"png={tmp_path / 'nodir' / 'sheet.png'}", "sheet.png, but there is no folder .*nodir; make it first"),
+        ("device=foo", "device is 'foo', expected cpu, cuda or one GPU"),
+        ("device=cuda:99", "device is cuda:99, but torch .* finds"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            main([shards.home, "--contact-sheet", word])
 
 
 def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> None:
@@ -130,6 +171,8 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> 
             centre = sheet[row * rows + rows // 2 + 8, column * columns + columns // 2]
             assert np.abs(centre - colour).max() < 25, (row, column, centre)
     assert (sheet[:14, :200] < 100).any(), "the label is written"
+    frame = np.zeros((32, 64, 3), np.uint8)
+    assert _row([frame], "one\ntwo") == _row([frame], "one two"), "a label is one line"
 
 
 def test_the_contact_sheet_of_a_damaged_folder_shows_what_is_whole(

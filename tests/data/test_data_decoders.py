@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from videos import number_of
 
 from data.prepare import decoders
 from data.prepare.decoders import Decoders, End, Task, prefetch
@@ -44,6 +46,32 @@ def test_a_decoder_that_dies_takes_one_video_with_it(videos: Path, monkeypatch: 
         running.close()
     ends = {event.row: event.reason for event in events if isinstance(event, End)}
     assert ends == {0: None, 1: "the decoder died (SIGKILL)", 2: None, 3: None}
+
+
+@pytest.mark.usefixtures("forked")
+def test_half_a_clip_is_none(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a decoder that dies while it sends one that is larger than a pipe; the next video's clips arrive whole."""
+    send = decoders._send
+
+    def half(connection: Any, frames: np.ndarray) -> None:
+        if number_of(frames[0]) == 40 + 10:
+            os.write(connection.fileno(), frames.data.cast("B")[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        send(connection, frames)
+
+    monkeypatch.setattr(decoders, "_send", half)
+    tasks = [Task(i, videos / f"v{i}.mp4", ()) for i in range(3)]
+    running = Decoders(tasks, 1, fps=16, frames=10, sizes=[(128, 192)], most=None)
+    try:
+        events = list(running)
+    finally:
+        running.close()
+    ends = [event for event in events if isinstance(event, End)]
+    assert ends == [End(0, 1, None), End(1, 1, "the decoder died (SIGKILL)"), End(2, 3, None)]
+    clips = [event for event in events if not isinstance(event, End)]
+    assert [row for row, _ in clips] == [0, 1, 2, 2, 2]
+    for row, clip in clips:
+        assert [number_of(frame) for frame in clip.frames] == [40 * row + 10 * clip.index + k for k in range(10)]
 
 
 def _patched(decode: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, WanImageToVideoPipeline
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, WanImageToVideoPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
 from torch.nn import functional as F
 
-from data.encoders import fingerprint, load_encoder
+from data.encoders import fingerprint, load_encoder, mochi
 from data.encoders.base import Encoder, EncoderSettings, to_frames, to_video
+from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
 from data.sample import Sample
 
@@ -161,7 +164,7 @@ def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
     assert found["clip"].shape == (17, 32)
     with pytest.raises(DataError, match="loaded without image_to_video"):
         load("wan", tmp_path).image(frames)
-    with pytest.raises(DataError, match="no image-to-video encoder"):
+    with pytest.raises(DataError, match="model=pixels has no image-to-video encoder"):
         load("pixels", None).image(frames)  # type: ignore[arg-type]
 
 
@@ -178,6 +181,51 @@ def test_mochi_empty_prompt(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert load("mochi", folders["mochi"]).prompt("").text["text"].mask.tolist() == [True]
     zeroed = load("mochi", save_mochi(tmp_path, force_zeros=True)).prompt("").text["text"]
     assert zeroed.mask.tolist() == [False] and not zeroed.tokens.any()
+
+
+def test_mochi_tiles_are_so_small_that_no_layer_with_a_stride_in_time_is_cut(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With diffusers' threshold lowered to that of a tiny clip: cut and whole layers give one latent."""
+    encoder: Any = load("mochi", folders["mochi"])
+    clip, cut = moving(13, 32, 160), []
+    monkeypatch.setattr(mochi, "CHANNELS", 32)
+    monkeypatch.setattr(mochi, "UNCUT", 32 * 14 * 64 * 64)
+    whole, limit = encoder.encode(clip), 32 * 14 * 16 * 64  # the clip is a quarter as high as its tiles
+
+    def as_diffusers(self: Any, video: torch.Tensor) -> torch.Tensor:
+        """`CogVideoXSafeConv3d.forward` with the threshold lowered."""
+        if video.numel() <= limit:
+            return torch.nn.Conv3d.forward(self, video)
+        cut.append(self.stride)
+        parts, kernel = list(video.chunk(int(video.numel() / limit) + 1, dim=2)), self.kernel_size[0]
+        if kernel > 1:
+            parts = parts[:1] + [torch.cat((a[:, :, 1 - kernel :], b), dim=2) for a, b in itertools.pairwise(parts)]
+        return torch.cat([torch.nn.Conv3d.forward(self, part) for part in parts], dim=2)
+
+    monkeypatch.setattr(CogVideoXSafeConv3d, "forward", as_diffusers)
+    found = encoder.encode(clip)
+    assert cut and all(stride[0] == 1 for stride in cut)
+    torch.testing.assert_close(found.float(), whole.float(), atol=1e-2, rtol=2**-7)
+    encoder.vae.use_tiling = False
+    encoder.encode(clip)
+    assert (2, 2, 2) in cut, "a larger tile is cut"
+
+
+def test_mochi_tiles_follow_from_the_clip_s_length() -> None:
+    assert [mochi.tile_of(frames) for frames in (163, 331, 667, 2047)] == [256, 256, 224, 128]
+    with torch.device("meta"):
+        vae = AutoencoderKLMochi()  # the released one's layout
+    frames, side, found = 667, 224, []
+    for block in vae.encoder.down_blocks:
+        layer = block.conv_in.conv
+        if layer.stride[0] > 1:
+            found.append(layer.in_channels * (frames + layer.kernel_size[0] - 1) * side**2)
+        frames, side = (frames - 1) // layer.stride[0] + 1, side // layer.stride[1]
+    assert max(found) == mochi.CHANNELS * 668 * 112 * 112 <= mochi.UNCUT
+    MochiEncoder.check(2047, [(480, 848)])
+    with pytest.raises(DataError, match="frames is 2053, but model=mochi encodes at most 2047 in one clip"):
+        MochiEncoder.check(2053, [(480, 848)])
 
 
 @pytest.mark.slow

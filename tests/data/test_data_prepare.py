@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,40 @@ def test_only_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "no clip came out, all 1 files are bad" in capsys.readouterr().err
     with pytest.raises(DataError, match="no manifest"):
         Manifest.load(tmp_path / "out")
+
+
+def test_only_files_that_are_bad_before_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "v" / f"{name}.mp4").parent.mkdir(exist_ok=True)
+        (tmp_path / "v" / f"{name}.mp4").touch()
+    write_video(tmp_path / "v" / "c.mp4", 5, caption="too short")
+    out = tmp_path / "out"
+    assert main([f"source={tmp_path / 'v'}", f"out={out}", *FAST]) == 1
+    why = "Invalid data found when processing input"
+    told = f"no clip came out, all 2 files are bad, such as a.mp4: {why}; 1 more did not qualify; see rejected.jsonl"
+    assert told in capsys.readouterr().err
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(entry["path"], entry["reason"]) for entry in rejected] == [("a.mp4", why), ("b.mp4", why)]
+    assert [path.name for path in out.iterdir()] == ["rejected.jsonl"]
+
+
+def test_names_and_captions_that_are_no_text_are_bad_files(tmp_path: Path, videos: Path) -> None:
+    """A name of another coding than UTF-8, and half a character: neither can be stored in a shard."""
+    shutil.copy(videos / "v0.mp4", os.fsencode(videos) + b"/caf\xe9.mp4")
+    Path(os.fsdecode(os.fsencode(videos) + b"/caf\xe9.txt")).write_text("a caption")
+    assert main([f"source={videos}", f"out={tmp_path / 'named'}", *FAST, "bad_share=1"]) == 0
+    check_complete(tmp_path / "named")
+    table = tmp_path / "list.jsonl"
+    captions = ["half a \ud83d", *(f"clip of video {i}" for i in range(1, 6))]
+    table.write_text("\n".join(json.dumps({"path": f"v{i}.mp4", "caption": c}) for i, c in enumerate(captions)))
+    words = [f"source={table}", f"videos={videos}", f"out={tmp_path / 'half'}", *FAST, "bad_share=1"]
+    assert main(words) == 0
+    check_complete(tmp_path / "half", {name: count for name, count in LENGTHS.items() if name != "v0.mp4"})
+    found = [json.loads((tmp_path / name / "rejected.jsonl").read_text()) for name in ("named", "half")]
+    assert [(entry["path"], entry["reason"]) for entry in found] == [
+        ("caf\udce9.mp4", "file name is not UTF-8; rename it"),
+        ("v0.mp4", "caption has half a character (a lone surrogate)"),
+    ]
 
 
 def test_a_caption_is_embedded_once_a_video(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

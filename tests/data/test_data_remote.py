@@ -7,6 +7,9 @@ import functools
 import hashlib
 import http.server
 import re
+import resource
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -284,6 +287,28 @@ def test_a_whole_shard_is_taken_as_wrong_only_where_it_arrives_so_twice(
     assert {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.glob("*.tar")} == dict(
         zip(kept, kept, strict=True)
     )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_full_disk_is_not_the_network_s_fault(
+    tmp_path: Path, manifest: Manifest, waits: list[float], monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Told at once, with the folder that has no room: the cache, or that of temporary files."""
+    far = Manifest.load(f"pipe:cat {manifest.folder}/{{}}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full, cache = (tmp_path / "cache", tmp_path / "cache") if cached else (tmp_path, None)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(
+            DataError, match=rf"^{full}: a shard cannot be kept in this folder \(File too large\); make"
+        ):
+            batches_of(far, cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not waits and not list(tmp_path.glob("cache/*.tar"))
 
 
 def test_errors_of_a_file_system_s_own_are_tried_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"meta": {}}, "s000: meta.caption is None, expected a string"),
     ({"meta": {"caption": "", "x": object()}}, "s000: meta is not JSON"),
     ({"meta": {"caption": "", "x": float("nan")}}, "s000: meta is not JSON"),
+    ({"meta": {"caption": "half a \ud83d"}}, "s000: meta is not JSON .*surrogates not allowed"),
+    ({"meta": {"caption": "", "source": "caf\udce9.mp4"}}, "s000: meta is not JSON .*surrogates not allowed"),
 ]
 
 

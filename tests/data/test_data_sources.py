@@ -9,11 +9,13 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 
 from data.cli import parse
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
+from data.prepare.plan import select
 from data.prepare.sources import Video, number, parse_conditions, ranked, read_source, split_conditions
 
 ROWS: list[dict[str, Any]] = [
@@ -70,7 +72,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf"):
+    for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf", "._b.mp4", "sub/.hidden.mp4", ".Trash/d.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b.txt").write_text(" caption of b\n")
@@ -83,6 +85,40 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
     assert columns == [] and [(v.path, v.caption) for v in videos] == [
         ("a.webm", None), ("b.mp4", "caption of b"), ("d.mp4", "caf\u00e9"), ("e.mp4", None), ("sub/c.MKV", None),
     ]  # fmt: skip
+
+
+def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
+    captions = [["x", "y"], float("nan"), None, 0, "a \ud83d", "\u20ac"]
+    rows = [json.dumps({"path": f"{i}.mp4", "caption": caption}) for i, caption in enumerate(captions)]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    videos, _ = read_source(tmp_path / "list.jsonl")
+    assert [video.caption for video in videos] == [None] * 5 + ["\u20ac"]
+    assert [video.uncaptioned for video in videos[:5]] == [
+        "caption is of type list, expected text", "no caption", "no caption", "caption is of type int, expected text",
+        "caption has half a character (a lone surrogate)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_conditions_on_every_column_of_a_table(tmp_path: Path, kind: str) -> None:
+    """The path's and the caption's too; true and false as each format has them."""
+    rows = [{"path": f"{name}.mp4", "caption": name, "ok": ok} for name, ok in (("a", True), ("b", False), ("c", None))]
+    source = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    elif kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        source.write_text("path,caption,ok\na.mp4,a,True\nb.mp4,b,False\nc.mp4,c,\n")
+
+    def left(where: str) -> str:
+        found = select(source=source, videos=None, path_column=None, caption_column=None, where=where, sort=None)
+        return "".join(video.path[0] for video in found.matching)
+
+    assert left("path=b.mp4") == "b" and left("path!=b.mp4") == "ac"
+    assert left("caption=a") == "a" and left("caption!=a, caption!=c") == "b"
+    assert left("ok=true") == left("ok=True") == left("ok==TRUE") == "a"
+    assert left("ok!=false") == "ac" and left("ok=False") == "b"
 
 
 def chosen(where: str) -> list[str]:
@@ -101,6 +137,9 @@ def test_conditions() -> None:
     for where, message in [
         ("score", "'score' is not a condition"),
         ("motion>high", "compares with 'high', expected a number"),
+        ("motion => 1", "'motion => 1' is not a condition"),
+        ("motion=<1", "'motion=<1' is not a condition"),
+        ("camera === pan", "'camera === pan' is not a condition"),
         ("motoin>1", "no column 'motoin', .*did you mean motion"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -153,6 +192,8 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
     assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
     assert parse(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
     assert given.image_to_video and given.frames == "4x" and given.weights is None
+    (tmp_path / "file").touch()
+    (tmp_path / "v.mp4").touch()
     mistakes = [
         (["out=o"], "source is not set, give source=VALUE; folder of videos"),
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
@@ -174,8 +215,27 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
             ["source=s", "out=o", "model=hunyuan", "weights=w", "frames=10"],
             "frames is 10, expected 1 + a multiple of 4",
         ),
+        *[
+            (
+                ["source=s", "out=o", f"model={model}", "weights=w", "--image-to-video"],
+                f"image_to_video is true, but model={model} has no image-to-video encoder here; leave it out",
+            )
+            for model in ("pixels", "hunyuan", "mochi")
+        ],
+        (["source=s", "out=o", "model=wan22_5b", "--image-to-video"], "model=wan22_5b takes the first frame from"),
+        (["source=s", f"out={tmp_path / 'file'}", "model=pixels"], "file: is a file, expected a folder for shards"),
         (["source=s", "out=o", "model=wan"], "weights is not set, model=wan needs its diffusers folder"),
         (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),
+        (["source=", "out=o"], "source is empty, expected a path"),
+        (["source=s", "out="], "out is empty, expected a path"),
+        *[
+            ([f"source={tmp_path}", "out=o", "model=pixels", f"device={device}"], f"device is {found}")
+            for device, found in (
+                ("foo", "'foo', expected cpu, cuda or one GPU such as cuda:0"),
+                ("meta", "'meta', expected cpu, cuda"),
+                ("cuda:99", f"cuda:99, but torch {torch.__version__} finds"),
+            )
+        ],
         (["source=s", f"out={tmp_path / 'o'}", "model=pixels"], "s: no such folder or table"),
     ]
     for words, message in mistakes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -202,6 +204,36 @@ def test_a_truncated_file_keeps_the_clips_before_its_end(tmp_path: Path, name: s
             clips.append(clip)
     assert 2 <= len(clips) <= 5
     assert [n for clip in clips for n in numbers(clip)] == list(range(10 * len(clips)))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts", "v.flv"])
+def test_a_video_that_starts_late_is_as_long_as_its_pictures(tmp_path: Path, name: str) -> None:
+    path = write_video(tmp_path / name, 40, times=[2 + i / 16 for i in range(40)])
+    assert probe(path).frames_at(16) == 40
+    assert [n for clip in clips_of(path) for n in numbers(clip)] == list(range(40))
+
+
+@pytest.mark.parametrize(("tags", "seconds"), [({}, 3.0), ({"_STATISTICS_TAGS": "BPS DURATION"}, 5.0)])
+def test_a_tag_of_matroska_is_the_end_or_the_length(tags: dict[str, str], seconds: float) -> None:
+    """FFmpeg's and mkvmerge's."""
+    metadata = {"DURATION": "00:00:05.000000000", **tags}
+    stream = SimpleNamespace(duration=None, start_time=2000, time_base=Fraction(1, 1000), metadata=metadata)
+    assert video._seconds(stream) == seconds
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_an_flv_has_its_file_s_length(tmp_path: Path, sound: bool) -> None:
+    """By which it is planned; with sound, which may be longer, its end says nothing of a cut."""
+    path = write_video(tmp_path / "v.flv", 80, picture=noisy, options={"g": "10"}, sound=sound)
+    assert probe(path).frames_at(16) == 80 and len(clips_of(path)) == 8
+    with av.open(str(path)) as file:
+        cut = [packet.pos for packet in file.demux(video=0)][35]
+    path.write_bytes(path.read_bytes()[:cut])
+    if sound:
+        assert len(clips_of(path)) == 3
+    else:
+        with pytest.raises(DataError, match=r"truncated: ends after 2.19 s, its header says 5.00 s"):
+            clips_of(path)
 
 
 def check_jump(path: Path, reason: str, good: int) -> None:

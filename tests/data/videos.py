@@ -42,6 +42,7 @@ def write_video(
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
     caption: str | None = None,
+    sound: bool = False,
     before: Callable[[Any], None] = lambda stream: None,
 ) -> Path:
     """Write a video; by default frame i is `numbered(i)`.
@@ -51,6 +52,7 @@ def write_video(
         options: of the codec.
         container: options of the container.
         caption: written beside it as .txt; None writes none.
+        sound: with a stream of sound, a moment's silence.
         before: is given the stream before the first frame is encoded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,7 @@ def write_video(
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         before(stream)
+        silence = _silence(file) if sound else []
         for i in range(frames):
             image = numbered(i, height, width) if picture is None else picture(i)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -70,6 +73,7 @@ def write_video(
                 frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+        file.mux(silence)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption)
     return path
@@ -78,12 +82,16 @@ def write_video(
 def write_sound(path: Path) -> Path:
     """A file with sound and no video."""
     with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.rate = 44100
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+        file.mux(_silence(file))
     return path
+
+
+def _silence(file: Any) -> list[Any]:
+    """The packets of a new stream of a moment's silence."""
+    stream: Any = file.add_stream("aac", rate=44100)
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    frame.rate = 44100
+    return [*stream.encode(frame), *stream.encode()]
 
 
 def turn_clockwise(path: Path, quarters: int) -> None:

@@ -15,7 +15,7 @@ from train.export.reading import Lora, read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.lora import inject_lora, start_from
-from train.memory import block_runner, chunk_tokens, mixed_runner, prepare_compiler
+from train.memory import block_runner, chunk_tokens, compile_blocks, mixed_runner
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule
 from train.offload import Offload
@@ -88,9 +88,7 @@ def set_memory_policy(
         for transformer in adapter.transformers:
             transformer.enable_gradient_checkpointing(mixed_runner(whole))
     elif compiled:
-        prepare_compiler()
-        for block in blocks:
-            block.compile(dynamic=False)
+        compile_blocks(blocks)
 
 
 def _start(init: str, adapter: ModelAdapter) -> Lora:

@@ -71,7 +71,14 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
     return run
 
 
-def prepare_compiler() -> None:
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles blocks that keep all for the backward, or have none: a graph for each kind, shape and layout."""
+    _prepare_compiler()
+    for block in blocks:
+        block.compile(dynamic=False)  # no graph for any shape
+
+
+def _prepare_compiler() -> None:
     """Lets it make a graph for each kind of block, shape of clip and layout of attention."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
@@ -79,7 +86,7 @@ def prepare_compiler() -> None:
 
 
 def _compiled(run: _Runner) -> _Runner:
-    prepare_compiler()
+    _prepare_compiler()
     return torch.compile(run, dynamic=False)  # no graph for any shape
 
 

@@ -21,6 +21,7 @@ from radial import Dense, make_pattern
 from train import __version__
 from train.config import ModelConfig
 from train.errors import UserError
+from train.memory import compile_blocks
 from train.models import family_of
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
@@ -129,8 +130,8 @@ class Generator:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "none":
                 adapter.transformer.to(device)
-            for block in adapter.blocks() if settings.compile else ():
-                block.compile()
+            if settings.compile:
+                compile_blocks(adapter.blocks())
         assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
         self.attention = Attention(
             make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule)),

@@ -160,11 +160,11 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     made = []
     write = Generator._write
 
-    def interrupted(self, job, clips):
+    def interrupted(self, job, known, clips):
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(job.out.name)
-        write(self, job, clips)
+        write(self, job, known, clips)
 
     monkeypatch.setattr(Generator, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):

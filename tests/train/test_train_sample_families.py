@@ -104,7 +104,9 @@ def test_the_joint_families_compare_compile_offload_and_take_styles(
     expected = latent(folder, **changes).latent
     made = []
     write = Generator._write
-    monkeypatch.setattr(Generator, "_write", lambda self, job, clips: made.append(clips) or write(self, job, clips))
+    monkeypatch.setattr(
+        Generator, "_write", lambda self, job, known, clips: made.append(clips) or write(self, job, known, clips)
+    )
     out = tmp_path / "clip.mp4"
     main(words(folder, **changes, out=out, compare="dense", offload=offload, compile=str(compiles).lower()))
     assert compiled == (2 * [{"dynamic": False}] if compiles else [])

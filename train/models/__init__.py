@@ -144,7 +144,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not JSON ({error}): download it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{file} is a {type(found).__name__}, expected a JSON object: download it again")

@@ -41,7 +41,7 @@ from train.sample.pipeline import (
     transformers_of,
 )
 from train.sample.ranks import Ranks, Split
-from train.sample.records import check_writable, execution, is_done, record_of
+from train.sample.records import check_writable, execution, identity, is_done, record_of
 from train.sample.settings import Job, Settings, jobs, size_of, slots
 from train.sample.video import video_file
 
@@ -174,6 +174,7 @@ class Generator:
                 self._say(f"video {number} of {len(self.todo)}: {job.out.name}")
             if self.ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            known = identity(job, self.settings, self.model)  # now: files may be gone when the clip is there
             clips = {self.attention.pattern.name: self.denoise(job, prompt, self.attention)}
             if self.settings.compare is not None:
                 dense = replace(self.attention, pattern=Dense(), backend=None)
@@ -183,9 +184,10 @@ class Generator:
                     self._bring(None)
                     release(self.ranks.device)
                 try:
-                    self._write(job, clips)
+                    self._write(job, known, clips)
                 except OSError as error:
-                    raise UserError(f"out {job.out} cannot be written ({error}): {self._rescue(job, clips)}") from error
+                    place = self._rescue(job, known, clips)
+                    raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error
 
     def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
         """The latent of a job with an attention; every rank must call it."""
@@ -234,20 +236,20 @@ class Generator:
             if transformer.device != target:
                 transformer.to(target)
 
-    def _rescue(self, job: Job, clips: dict[str, Clip]) -> str:
+    def _rescue(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> str:
         """Writes what the disk of ``out`` does not take to the system's folder for temporary files; in words."""
         try:
             place = Path(tempfile.mkdtemp(prefix="sample-"))
-            self._write(replace(job, out=place / job.out.name), clips)
+            self._write(replace(job, out=place / job.out.name), known, clips)
         except OSError as error:
             return f"nor elsewhere ({error}), it is lost"
         return f"it is in {place}, move what is there to {job.out.parent}, and the same command goes on"
 
-    def _write(self, job: Job, clips: dict[str, Clip]) -> None:
+    def _write(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> None:
         settings = self.settings
         assert settings.fps is not None and settings.tiled is not None
         (name, clip), *others = clips.items()
-        with record_of(job, settings, self.model) as record:
+        with record_of(job, known) as record:
             frames = self._decode(clip, name)
             if others:
                 about = self._compare(job, list(frames), clip, others[0][1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -63,9 +63,13 @@ def check_writable(todo: Sequence[Job]) -> None:
 
 
 @contextmanager
-def record_of(job: Job, settings: Settings, model: ModelConfig) -> Iterator[dict[str, Any]]:
-    """What ``clip.json`` will hold, to be added to while the videos are written; it is written after them, whole."""
-    record, file, mark = identity(job, settings, model), _record_file(job), _mark(job)
+def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What ``clip.json`` will hold, to be added to while the videos are written; it is written after them, whole.
+
+    Args:
+        known: the job's `identity`, from before it was made.
+    """
+    record, file, mark = dict(known), _record_file(job), _mark(job)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)

@@ -243,7 +243,7 @@ def test_a_full_disk_is_told_and_the_export_before_is_kept(trained, tmp_path, mo
 
     monkeypatch.setitem(FORMATS, "comfyui", full)
     with pytest.raises(UserError, match=r"the export to .*out failed \(.*space.*\): make room, or give another out"):
-        export_run(run, out=tmp_path / "out", formats=["comfyui"])
+        main([f"run={run}", f"out={tmp_path / 'out'}", "format=comfyui"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "peft").is_dir()
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from train import __version__
@@ -71,8 +70,8 @@ def export_run(
         add_2: those of the expert for low noise levels.
 
     Raises:
-        UserError: no run, no checkpoint, settings or weights that do not fit the run or its base model, or no room;
-            nothing is written then.
+        UserError: no run, no checkpoint, settings or weights that do not fit the run or its base model.
+        OSError, SafetensorError: the disk does not take it. What was there before is kept, whatever is raised.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -120,7 +119,7 @@ def _replaced(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``out``, or of the folder that this links to, when all is in it.
 
     Raises:
-        UserError: ``out`` is no folder for an export, or the disk does not take it.
+        UserError: ``out`` holds other files.
     """
     place = out.resolve()
     temporary = place.with_name(f".{place.name or 'export'}.tmp-{os.getpid()}")
@@ -136,8 +135,6 @@ def _replaced(out: Path) -> Iterator[Path]:
         if place.exists():
             shutil.rmtree(place)
         temporary.rename(place)
-    except (OSError, SafetensorError) as error:  # safetensors says with the second that the disk is full
-        raise UserError(f"the export to {out} failed ({error}): make room, or give another out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -86,10 +86,12 @@ def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
     """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
 
     Raises:
-        UserError: a strength that is no number.
+        UserError: a strength that is no number, or no file's name.
     """
     found = []
     for word in text.split(","):
+        if not word:
+            raise UserError(f"{key} is {text!r}, expected FILE or FILE:STRENGTH, with a comma between two")
         path, colon, strength = word.rpartition(":")
         if not colon or Path(word).expanduser().exists():
             path, strength = word, "1"

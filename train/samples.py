@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
-from PIL import ImageOps
 from torch import Tensor
 
 from data.batch import collate
@@ -185,7 +184,7 @@ class Samples(Callback):
         for number, text in enumerate(given.prompts):
             prompt, image = encoder.prompt(text), {}
             if given.images:
-                picture = ImageOps.fit(first_frame(Path(given.images[number])), (clip.width, clip.height))
+                picture = first_frame(Path(given.images[number]), clip.width, clip.height)
                 if takes_first_frame:
                     image = {"first_frame": encoder.encode(np.asarray(picture)[None])}
                 else:

@@ -166,7 +166,7 @@ def test_both_loras_load_into_the_pipeline_and_the_merged_one_is_the_same(finish
     assert (adapted - high_only).abs().max() > 1e-4
     torch.testing.assert_close(latent(pipeline(folder / "out" / "merged")), adapted, rtol=0, atol=1e-4)
     assert (folder / "out" / "merged" / "model_index.json").is_file()
-    style = next((folder / "out" / "high_noise" / "peft").glob("*.safetensors"))
+    style = next((folder / "out" / "low_noise" / "peft").glob("*.safetensors"))
     export_run(folder, out=folder / "styled", formats=["peft"], merged=True, add_2=[(style, 0.5)])
     for name, changes in (("transformer", False), ("transformer_2", True)):
         before, after = (
@@ -176,6 +176,8 @@ def test_both_loras_load_into_the_pipeline_and_the_merged_one_is_the_same(finish
         tensors = load_file(style)
         a, b = (tensors[f"base_model.model.blocks.0.attn1.to_q.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(after - before, 0.5 * changes * b @ a, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="its expert for low noise levels; add is the high one's"):
+        export_run(folder, out=folder / "swapped", formats=["peft"], merged=True, add=[(style, 0.5)])
 
 
 def test_a_run_starts_from_the_loras_of_both(finished, tmp_path):

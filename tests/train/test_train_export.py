@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import run_config
 
@@ -21,6 +21,7 @@ from train import __version__
 from train.checkpoint import last_checkpoint, load_weights
 from train.errors import UserError
 from train.export.__main__ import main
+from train.export.formats import FORMATS
 from train.export.run import export_run
 from train.folder import RunFolder
 from train.lora import inject_lora, load_parameters, lora_parameters
@@ -158,6 +159,10 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
         (["run={run}", "out={out}", "format=diffusers,onnx"], "format is 'onnx', expected some of diffusers,comfyui"),
         (["run={run}", "out={out}", "format=released"], "format released is not there for a WanTransformer3DModel"),
         (["run={run}", "out={out}", "merge=true", "add=/nowhere.safetensors"], "/nowhere.safetensors is missing"),
+        (["run={run}", "merge=true", "add=a.safetensors,"], "add is 'a.safetensors,', expected FILE or FILE:STRENGTH"),
+        (["run={run}", "merge=true", "add="], "add is '', expected FILE or FILE:STRENGTH"),
+        (["run={run}", "out=/dev/null/x"], "the export to /dev/null/x failed ("),
+        (["run={run}", "out=/proc/x"], "the export to /proc/x failed ("),
     ],
 )
 def test_command_mistakes(trained, tmp_path, words, message):
@@ -179,6 +184,10 @@ def test_loading_nothing_is_an_error(trained, tmp_path):
         ({}, "no LoRA tensor"),
         (foreign, "no linear layer of the base model"),
         ({f"blocks.0.attn1.to_q.{down}": torch.ones(4, 64)}, r"lacks .*lora_B.weight"),
+        (
+            {f"blocks.0.attn1.to_q.{part}": torch.full((4, 64), torch.nan) for part in (down, up)},
+            "the checkpoint's blocks.0.attn1.to_q is not finite: export an earlier one with checkpoint=",
+        ),
     ):
         checkpoint = tmp_path / "step-000001"
         checkpoint.mkdir(exist_ok=True)
@@ -189,6 +198,64 @@ def test_loading_nothing_is_an_error(trained, tmp_path):
             export_run(run, out=tmp_path / "out", checkpoint=checkpoint)
         assert not (tmp_path / "out").exists()
     assert not [p for p in tmp_path.iterdir() if ".tmp" in p.name]
+
+
+def test_what_is_merged_too_is_of_the_runs_family(trained, tmp_path):
+    _, run = trained
+    tensors = load_file(run / "export" / "diffusers" / "pytorch_lora_weights.safetensors")
+    for header, message in (
+        ({"radial.family": "hunyuan"}, "of the family hunyuan; the model is of wan"),
+        ({"radial.expert": "low"}, "its expert for low noise levels; the model has one transformer"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors", header)
+        with pytest.raises(UserError, match=message):
+            main([f"run={run}", f"out={tmp_path / 'out'}", "merge=true", f"add={tmp_path / 'other.safetensors'}"])
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_all_weights_has_no_formats(trained, tmp_path, monkeypatch):
+    config, run = trained
+    monkeypatch.setattr("train.export.run.read_config", lambda run: replace(config, lora=None))
+    for given, name in (({"formats": ["peft"]}, "format"), ({"merged": True, "strength": 0.5}, "merge")):
+        with pytest.raises(UserError, match=f"{name} is for a LoRA, the run trained all weights: leave it out"):
+            export_run(run, out=tmp_path / "out", **given)
+
+
+def test_a_link_to_a_folder_stays_one(trained, tmp_path):
+    _, run = trained
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        (line,) = export_run(run, out=tmp_path / "out", formats=["peft", "peft"])
+        assert line.startswith(f"{tmp_path}/out/peft  PeftModel")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == [".export", "peft"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_a_full_disk_is_told_and_the_export_before_is_kept(trained, tmp_path, monkeypatch, error):
+    _, run = trained
+    export_run(run, out=tmp_path / "out", formats=["peft"])
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setitem(FORMATS, "comfyui", full)
+    with pytest.raises(UserError, match=r"the export to .*out failed \(.*space.*\): make room, or give another out"):
+        main([f"run={run}", f"out={tmp_path / 'out'}", "format=comfyui"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "peft").is_dir()
+
+
+def test_a_damaged_config_of_the_base_model_is_told(trained, tmp_path, monkeypatch):
+    config, run = trained
+    shutil.copytree(config.model.path, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"_class_name"')
+    damaged = replace(config, model=replace(config.model, path=str(tmp_path / "base")))
+    monkeypatch.setattr("train.export.run.read_config", lambda run: damaged)
+    with pytest.raises(UserError, match=r"base/config.json is not JSON \(.*\): download it again"):
+        export_run(run, out=tmp_path / "out")
 
 
 def test_a_folder_with_other_files_is_not_replaced(trained, tmp_path):

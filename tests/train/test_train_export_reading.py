@@ -196,7 +196,30 @@ Q = "diffusion_model.blocks.0.self_attn.q"
                 for name in (Q, "transformer.blocks.0.attn1.to_q")
                 for part, tensor in (("lora_A", A), ("lora_B", B))
             },
-            "is there twice",
+            "layer blocks.0.attn1.to_q is there twice, under two names",
+        ),
+        (
+            {f"{name}.{part}.weight": A.clone() for name in (Q, Q[16:]) for part in ("lora_A", "lora_B")},
+            "down of layer blocks.0.self_attn.q is there twice, once as",
+        ),
+        ({f"{Q}.{part}.weight": A.clone() for part in ("lora_A", "lora_down")}, "self_attn.q is there twice"),
+        ({f"{Q}.lora_A.{name}.weight": A.clone() for name in ("one", "two")}, "self_attn.q is there twice"),
+        (
+            {f"{name}.diff": torch.ones(32, 32) for name in (Q, "blocks.0.attn1.to_q")},
+            "the change of blocks.0.attn1.to_q.weight is there twice, under two names",
+        ),
+        ({f"{Q}.diff_b": torch.tensor(1.0)}, r"bias of blocks.0.self_attn.q changes by a \(\) tensor, the model has"),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.alpha": torch.ones(2)},
+            "alpha of layer blocks.0.self_attn.q has 2 values, expected one",
+        ),
+        (
+            {f"{Q}.lora_A.weight": A[:0], f"{Q}.lora_B.weight": B[:, :0]},
+            r"has factors \(32, 0\) and \(0, 32\), expected",
+        ),
+        (
+            {f"{Q}.lora_A.weight": torch.tensor(1.0), f"{Q}.lora_B.weight": B},
+            r"has factors \(32, 4\) and \(\), expected",
         ),
     ],
 )
@@ -205,6 +228,32 @@ def test_nothing_is_passed_over(model, tmp_path, tensors, message):
     save_file(tensors, file)
     with pytest.raises(UserError, match=message):
         read_lora(file, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("adapter_model", {"lora_alpha": "x"}, "adapter_config.json: lora_alpha is 'x', expected a positive number"),
+        ("adapter_model", {"alpha_pattern": {"q": None}}, "adapter_config.json: alpha_pattern: q is None, expected a"),
+        (
+            "pytorch_lora_weights",
+            {"lora_params": {"lora_alpha": 4}},
+            "lora_config.json: lora_params: lora_rank is None",
+        ),
+        ("pytorch_lora_weights", {"lora_params": None}, "lora_config.json: lora_params: lora_rank is None"),
+        (
+            "pytorch_lora_weights",
+            {"lora_params": {"lora_rank": 0, "lora_alpha": 4}},
+            "lora_rank is 0, expected a positive number",
+        ),
+    ],
+)
+def test_a_config_beside_the_file_is_checked(model, tmp_path, name, config, message):
+    save_file({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, tmp_path / f"{name}.safetensors")
+    beside = {"adapter_model": "adapter_config.json", "pytorch_lora_weights": "lora_config.json"}[name]
+    (tmp_path / beside).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        read_lora(tmp_path, model)
 
 
 def test_files_that_are_none(model, tmp_path):

@@ -1,6 +1,8 @@
 """Generating: held to the stock pipelines, step by step and layer by layer; the command and its files."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from oracles import masked_softmax
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import CLIP, TOKENS, save_pipeline, words
 
+from data.errors import DataError
 from radial import Released, VideoGrid, build_layout
 from train.errors import UserError
 from train.models.wan import WanSelfAttention
@@ -156,11 +160,11 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     made = []
     write = Generator._write
 
-    def interrupted(self, job, clips):
+    def interrupted(self, job, known, clips):
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(job.out.name)
-        write(self, job, clips)
+        write(self, job, known, clips)
 
     monkeypatch.setattr(Generator, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -176,6 +180,80 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     assert np.array_equal(clips[0], clips[2])
     assert not np.array_equal(clips[0], clips[1])
     assert json.loads(first.with_name(f"{names[1]}.json").read_text())["settings"]["negative"] == "a video"
+
+
+@pytest.mark.parametrize("compare", [None, "dense"])
+def test_a_batch_goes_on_that_was_killed_before_a_record(wan, tmp_path, monkeypatch, compare):
+    """As by SIGKILL: what would clean up does not run."""
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1, compare=compare, decay=0.4)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.sample.generate.execution", kill)
+        with pytest.raises(Killed):
+            main(arguments)
+    files = {"clip.mp4", ".clip.json"} | ({"clip_dense.mp4", "clip_both.mp4"} if compare else set())
+    assert {path.name for path in tmp_path.iterdir()} == files
+    with pytest.raises(UserError, match="clip.mp4 is there, and no video of these settings: give another out"):
+        main([*arguments, "shift=4"])
+    main(arguments)
+    assert {path.name for path in tmp_path.iterdir()} == files - {".clip.json"} | {"clip.json"}
+    stamp = (tmp_path / "clip.mp4").stat().st_mtime_ns
+    main(arguments)
+    assert (tmp_path / "clip.mp4").stat().st_mtime_ns == stamp
+    (tmp_path / "clip.json").unlink()
+    with pytest.raises(UserError, match="clip.mp4 is there, and no video of these settings: give another out"):
+        main(arguments)
+
+
+def test_files_of_prompts(tmp_path):
+    def prompts(data, **changes):
+        (tmp_path / "prompts.txt").write_bytes(data)
+        given = {"prompt": None, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "clips_2.1", **changes}
+        return jobs(parse_settings(words(tmp_path, **given))[0])
+
+    (job,) = prompts("\ufeffa café\n".encode())
+    assert (job.prompt, job.out.relative_to(tmp_path).as_posix()) == ("a café", "clips_2.1/0001-a-café.mp4")
+    with pytest.raises(UserError, match="prompts.txt is not in UTF-8 .*: save it as such"):
+        prompts("a café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="clips.mp4, expected a folder for the videos of many prompts"):
+        prompts(b"a", out="clips.mp4")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_pipeline_that_lacks_a_tensor_is_told(wan, tmp_path, part):
+    """The libraries would put in random numbers, or fail with a tensor that has none."""
+    shutil.copytree(wan, tmp_path / "wan")
+    (file,) = (tmp_path / "wan" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(name for name, tensor in tensors.items() if tensor.ndim > 1 and "shared" not in name)[-1]
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+    message = rf"wan/{part}: .*{re.escape(name)}.*download the folder again"
+    with pytest.raises((UserError, DataError), match=message):
+        main(words(tmp_path / "wan", out=tmp_path / "clip.mp4", steps=1))
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_index_of_a_pipeline_is_told(wan, tmp_path, text):
+    shutil.copytree(wan, tmp_path / "wan")
+    (tmp_path / "wan" / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model_index.json is (not JSON|a list, expected).*: download it again"):
+        main(words(tmp_path / "wan", out=tmp_path / "clip.mp4"))
+
+
+def test_one_of_several_processes_speaks(wan, tmp_path, capsys, monkeypatch):
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1)
+    main(arguments)
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    main(arguments)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_clip_that_cannot_be_written_is_written_elsewhere(wan, tmp_path, monkeypatch):
@@ -247,6 +325,11 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"out": "/dev/null/clip.mp4"}, "out /dev/null/clip.mp4 cannot be written .*: give another out"),
         ({"sequence": 2}, "sequence is 2 on 1 ranks, expected 1"),
         ({"split_guidance": "true"}, "sequence is 1 on 1 ranks, expected an even number"),
+        ({"out": "clip.json"}, "out is clip.json, expected a video's name that ends in .mp4"),
+        ({"out": "clip.webm"}, "out is clip.webm, expected a video's name that ends in .mp4"),
+        ({"out": "."}, "out is ., expected a video's name that ends in .mp4"),
+        ({"seed": 2**70}, f"seed is {2**70}, expected less than 2 to the 64th"),
+        ({"guidance": 1}, "negative is set, but guidance 1 is off: there is no pass with a negative prompt, leave it"),
     ],
 )
 def test_mistakes(wan, changes, message):

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from train.errors import UserError
 from train.sample import bench
@@ -25,6 +27,53 @@ def test_every_case_is_measured_beside_dense(tmp_path, capsys):
     assert "33 released, 2 dense layers: " in printed
     bound = results[2]["flops"] / results[0]["flops"]
     assert f"(bound by operations {bound:.2f}x)" in printed
+
+
+JOINT = [
+    "conf=hunyuan_4x", "blocks=4", "clip.height=64", "clip.width=96", "attention.block=16", "trainer.precision=fp32",
+    "model.dimensions={num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, num_single_layers: 4, "
+    "text_embed_dim: 32, pooled_projection_dim: 16, rope_axes_dim: [4,6,6]}",
+]  # fmt: skip
+
+
+def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
+    """Of a model with two kinds of blocks; torch.compile without its code generation, which takes minutes."""
+    torch._dynamo.reset()
+
+    def compile_block(block, **settings):
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    graphs, timed = [], bench._timed
+
+    def counted(forward):
+        before = counters["stats"]["unique_graphs"]
+        seconds = timed(forward)
+        graphs.append((before, counters["stats"]["unique_graphs"]))
+        return seconds
+
+    counters.clear()
+    monkeypatch.setattr(bench, "_timed", counted)
+    bench.main([*JOINT, "trainer.compile=true", "frames=33", "dense_layers=1", "dense=false"])
+    ((before, after),) = graphs
+    assert before == after >= 3  # a dense block, a sparse one, and one of the joint stream at least
+
+
+def test_what_is_measured_is_kept_when_a_later_case_fails(tmp_path, monkeypatch, capsys):
+    """As where a job reaches its time limit."""
+    measure = bench.Bench.measure
+
+    def once(self, config, steps):
+        if config.attention.pattern == "dense":
+            raise KeyboardInterrupt
+        return measure(self, config, steps)
+
+    monkeypatch.setattr(bench.Bench, "measure", once)
+    file = tmp_path / "bench.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*TINY, "dense_layers=1", "--json", str(file)])
+    assert [result["pattern"] for result in json.loads(file.read_text())["results"]] == ["released"]
+    assert "released" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

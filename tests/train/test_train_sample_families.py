@@ -1,11 +1,13 @@
 """Every family that generates: with dense attention its clips are the stock pipeline's; with the released mask not."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
 import sample_ranks
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from ranks import run_ranks
 from test_train_sample import close, latent
 from tiny_pipelines import save_lora, save_pipeline, words
@@ -85,8 +87,8 @@ def test_the_joint_families_compare_compile_offload_and_take_styles(
     """By the command, compared with dense; torch.compile without its code generation, which takes minutes."""
     compiled = []
 
-    def compile_block(block):
-        compiled.append(block)
+    def compile_block(block, **settings):
+        compiled.append(settings)
         block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
@@ -95,13 +97,19 @@ def test_the_joint_families_compare_compile_offload_and_take_styles(
     changes |= {"steps": 2 if family == "mochi" else 1, "decay": 0.4, "dense_layers": 1, "dense_steps": 0}
     plain = latent(folder, **changes).latent
     changes["add"] = f"{style}:0.5"
+    if family == "hunyuan":
+        with pytest.raises(UserError, match="negative is set, but the model is told the guidance: there is no pass"):
+            main(words(folder, **changes, out=tmp_path / "clip.mp4"))
+        changes["negative"] = None
     expected = latent(folder, **changes).latent
     made = []
     write = Generator._write
-    monkeypatch.setattr(Generator, "_write", lambda self, job, clips: made.append(clips) or write(self, job, clips))
+    monkeypatch.setattr(
+        Generator, "_write", lambda self, job, known, clips: made.append(clips) or write(self, job, known, clips)
+    )
     out = tmp_path / "clip.mp4"
     main(words(folder, **changes, out=out, compare="dense", offload=offload, compile=str(compiles).lower()))
-    assert len(compiled) == (2 if compiles else 0)
+    assert compiled == (2 * [{"dynamic": False}] if compiles else [])
     close(made[0]["released"].latent, expected)
     for other in (plain, made[0]["dense"].latent):
         assert (other - expected).abs().max() > 1e-3
@@ -130,6 +138,37 @@ def test_an_offloaded_image_encoder_is_not_on_the_device(folders, offload, devic
     loaded = load_pipeline(cls, family_of(model), str(folder), given, torch.device("meta"), torch.float32)
     assert loaded.vae.device.type == "meta"
     assert loaded.image_encoder.device.type == device
+
+
+def test_a_picture_is_upright_and_cut_to_the_clip(folders, tmp_path):
+    """Turned by its camera's note, and its sides cut off: the clip of a picture that has neither."""
+    folder, changes = settings(folders, "wan_i2v", image=True)
+    changes |= {"steps": 1, "pattern": "dense"}
+    expected = latent(folder, **changes).latent
+    wide = np.pad(PICTURE, ((0, 0), (9, 9), (0, 0)))
+    turned = Image.fromarray(np.rot90(wide))  # to the left; the note says: turn to the right
+    note = turned.getexif()
+    note[ExifTags.Base.Orientation] = 6
+    turned.save(tmp_path / "turned.png", exif=note)
+    close(latent(folder, **{**changes, "image": tmp_path / "turned.png"}).latent, expected)
+
+
+def test_pictures_are_opened_first_and_another_one_is_noticed(folders, tmp_path, monkeypatch):
+    folder, changes = settings(folders, "wan_i2v", image=True)
+    image = tmp_path / "first.png"
+    Image.fromarray(PICTURE).save(image)
+    arguments = words(folder, **{**changes, "image": image, "steps": 1}, out=tmp_path / "clip.mp4")
+    main(arguments)
+    Image.fromarray(PICTURE[::-1]).save(image)
+    with pytest.raises(UserError, match="clip.mp4 is there, of other settings .another picture.: give another out"):
+        main(arguments)
+    (tmp_path / "no.png").write_text("no picture")
+    lines = [{"prompt": "a", "image": str(image)}, {"prompt": "b", "image": str(tmp_path / "no.png")}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr("train.sample.generate.Generator", None)
+    with pytest.raises(UserError, match="no.png is not readable"):
+        given = {**changes, "image": None, "prompt": None, "prompts": tmp_path / "prompts.jsonl"}
+        main(words(folder, **given, out=tmp_path / "clips"))
 
 
 def test_images_and_models_that_do_not_fit(folders):

@@ -1,6 +1,7 @@
 """LoRAs in generation: what their headers set and where they fit; their values in one transformer and in two."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tiny_pipelines import HEADER, save_lora, save_pipeline, words
 
 from train.errors import UserError
 from train.export.base import stand_in
+from train.export.merge import merge
+from train.export.reading import Lora
 from train.export.run import _fold
 from train.sample.__main__ import main
 from train.sample.settings import parse_settings
@@ -39,6 +42,35 @@ def test_a_loras_header_sets_everything_up(wan, tmp_path):
     assert parse_settings(words(wan, lora=sigma))[0].dense_sigma == 0.9
     assert parse_settings(words(wan, lora=sigma))[0].dense_steps is None
     assert parse_settings(words(wan, lora=sigma, dense_steps=1))[0].dense_sigma is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("frames", "abc", "a whole number"),
+        ("decay", "nan", "a number"),
+        ("rope", "foo", "one of default, riflex, interpolate"),
+    ],
+)
+def test_a_damaged_header_is_told(wan, tmp_path, key, value, expected):
+    file = save_lora(wan, tmp_path / "mine.safetensors", header={**HEADER, f"radial.{key}": value})
+    message = f"mine.safetensors: its header's radial.{key} is '{value}', expected {expected}: give {key}=... yourself"
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_settings(words(wan, lora=file, **{key: None}))
+    given = {"frames": 33, "decay": 0.5, "rope": "default"}[key]
+    assert getattr(parse_settings(words(wan, lora=file, **{key: given}))[0], key) == given
+
+
+def test_a_merged_models_header_sets_everything_up(wan, tmp_path):
+    pairs = _fold(random_lora(stand_in(wan / "transformer"), TARGETS["wan"], seed=1), 3)
+    merge(wan / "transformer", tmp_path / "merged", [(Lora(pairs), 1.0)], None, header=HEADER)
+    unset = dict.fromkeys(("frames", "height", "width", "block"))
+    settings, _ = parse_settings(words(tmp_path / "merged", **unset))
+    assert (settings.frames, settings.height, settings.width, settings.block) == (33, 32, 48, 16)
+    assert (settings.decay, settings.dense_layers) == (0.4, 1)
+    assert parse_settings(words(tmp_path / "merged", decay=0.9))[0].decay == 0.9
+    styled = save_lora(wan, tmp_path / "mine.safetensors", header={**HEADER, "radial.decay": "0.7"})
+    assert parse_settings(words(tmp_path / "merged", lora=styled))[0].decay == 0.7
 
 
 def test_loras_are_added_with_their_strengths(wan, tmp_path):

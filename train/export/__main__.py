@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from train.cli import files_with_strengths, flag, guarded, number
 from train.compose import split_arguments
 from train.errors import UserError
@@ -41,18 +43,22 @@ def main(arguments: list[str]) -> None:
     merged = flag("merge", settings.get("merge", "false"))
     from train.export.run import export_run  # takes seconds to import
 
-    out, checkpoint = settings.get("out"), settings.get("checkpoint")
-    lines = export_run(
-        Path(settings["run"]).expanduser(),
-        out=Path(out).expanduser() if out else None,
-        checkpoint=Path(checkpoint).expanduser() if checkpoint else None,
-        formats=settings["format"].split(",") if "format" in settings else None,
-        merged=merged,
-        dtype=settings.get("dtype"),
-        strength=number("strength", settings.get("strength", "1")),
-        add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
-        add_2=files_with_strengths("add_2", settings["add_2"]) if "add_2" in settings else (),
-    )
+    run, checkpoint = Path(settings["run"]).expanduser(), settings.get("checkpoint")
+    out = Path(settings["out"]).expanduser() if settings.get("out") else run / "export"
+    try:
+        lines = export_run(
+            run,
+            out=out,
+            checkpoint=Path(checkpoint).expanduser() if checkpoint else None,
+            formats=settings["format"].split(",") if "format" in settings else None,
+            merged=merged,
+            dtype=settings.get("dtype"),
+            strength=number("strength", settings.get("strength", "1")),
+            add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
+            add_2=files_with_strengths("add_2", settings["add_2"]) if "add_2" in settings else (),
+        )
+    except (OSError, SafetensorError) as error:  # safetensors says with the second that the disk is full
+        raise UserError(f"the export to {out} failed ({error}): make room, or give another out") from error
     print("\n".join(lines))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 
 from train.config import ModelConfig
 from train.errors import UserError
-from train.models import fetched, model_folder
+from train.models import fetched, model_folder, read_json
 
 
 def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
@@ -41,10 +39,9 @@ def stand_in(folder: Path) -> nn.Module:
     """The model of a diffusers folder, each of its weights a single zero that is seen in the full shape.
 
     Raises:
-        UserError: the config names a class that diffusers does not have.
+        UserError: the config is not JSON, or names a class that diffusers does not have.
     """
-    about: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    name = about.get("_class_name")
+    name = read_json(folder / "config.json").get("_class_name")
     model_class = getattr(diffusers, str(name), None)
     if model_class is None:
         raise UserError(f"{folder}/config.json names the class {name}, which this version of diffusers does not have")

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ def merge(
     loras: Sequence[tuple[Lora, float]],
     dtype: torch.dtype | None,
     *,
+    header: Mapping[str, str] = MappingProxyType({}),
     shard_bytes: int = _SHARD_BYTES,
 ) -> str:
     """Writes a diffusers folder: the transformer, or the whole pipeline where the base model lies in one.
@@ -47,6 +49,7 @@ def merge(
         out: a new folder, or that of the pipeline's other transformer.
         loras: with their strengths; they add up.
         dtype: of the weights; layers that diffusers keeps in fp32 stay as they are. None: as the base model has them.
+        header: goes into every file's metadata: how the LoRA was trained.
         shard_bytes: the most that a file holds.
 
     Returns:
@@ -80,7 +83,7 @@ def merge(
             for name in names:
                 tensors[name] = _merged(name, sources[name], changes.get(name, []), targets[name])
                 bar.update(tensors[name].nbytes)
-            save_file(tensors, folder / f"{_STEM}{place}.safetensors", {"format": "pt"})
+            save_file(tensors, folder / f"{_STEM}{place}.safetensors", {"format": "pt", **header})
             index |= dict.fromkeys(names, f"{_STEM}{place}.safetensors")
     if len(shards) > 1:
         about = {"metadata": {"total_size": total}, "weight_map": index}

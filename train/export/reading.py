@@ -8,6 +8,7 @@ that fits no layer of the model is an error, because a LoRA that is only half lo
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,13 +133,22 @@ class _Scaling:
     @classmethod
     def of(cls, header: Mapping[str, str], config: dict[str, Any], file: Path) -> _Scaling:
         """From diffusers' header, PEFT's adapter_config.json or the released HunyuanVideo script's lora_config.json."""
+        where = str(file.parent / _CONFIGS.get(file.name, ""))
         if "lora_params" in config:
+            for key in ("lora_rank", "lora_alpha"):
+                _check_number(config["lora_params"], key, f"{where}: lora_params")
             return cls(config)
         if "lora_adapter_metadata" in header:
-            told = _json(header["lora_adapter_metadata"], f"{file}: lora_adapter_metadata")
+            where = f"{file}: lora_adapter_metadata"
+            told = _json(header["lora_adapter_metadata"], where)
             config = {key.removeprefix("transformer."): value for key, value in told.items()}
         if config.get("use_dora"):
             raise UserError(f"{file} is a DoRA, expected a LoRA")
+        if "lora_alpha" in config:
+            _check_number(config, "lora_alpha", where)
+        patterns = config.get("alpha_pattern") or {}
+        for key in patterns:
+            _check_number(patterns, key, f"{where}: alpha_pattern")
         return cls(config)
 
     def of_layer(self, layer: str, rank: int) -> float:
@@ -151,6 +161,15 @@ class _Scaling:
         patterns = config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
         return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _check_number(found: Any, key: str, where: str) -> None:
+    """Raise a UserError unless ``key`` is a positive number."""
+    value = found.get(key) if isinstance(found, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(
+            f"{where}: {key} is {value!r}, expected a positive number: get it again from where the LoRA is from"
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +200,7 @@ def _assemble(
     for target, found in _group(tensors, model, file):
         scale = 1.0
         if "down" in found and "up" in found:
-            rank = len(found["down"])
+            rank = _rank(target, found, file)
             scale = found["alpha"].item() / rank if "alpha" in found else scaling.of_layer(target.name, rank)
             down, up = found["down"].float(), found["up"].float() * scale
             if isinstance(target.modules[0], _CONVOLUTIONS):
@@ -196,8 +215,10 @@ def _assemble(
         if "up_bias" in found:
             found["bias"] = found["up_bias"] * scale
         for kind, parameter in (("diff", target.parameter), ("bias", "bias")):
-            if kind in found:
-                lora.differences.update(_whole(target, parameter, found[kind].float(), file))
+            for name, change in _whole(target, parameter, found[kind].float(), file) if kind in found else ():
+                if name in lora.differences:
+                    raise UserError(f"{file}: the change of {name} is there twice, under two names")
+                lora.differences[name] = change
     if not lora.pairs and not lora.differences:
         raise UserError(f"{file} holds no LoRA tensor")
     return lora
@@ -219,8 +240,26 @@ def _group(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> Itera
             raise UserError(
                 f"{file}: tensor {key} fits no layer of {type(model).__name__}, expected a LoRA for this very model"
             )
-        found.setdefault(target.name, (target, {}))[1][kinds[0]] = tensor
+        of_layer = found.setdefault(target.name, (target, {}))[1]
+        if kinds[0] in of_layer:
+            raise UserError(
+                f"{file}: {kinds[0]} of layer {target.name} is there twice, once as {key}: expected one LoRA"
+            )
+        of_layer[kinds[0]] = tensor
     return found.values()
+
+
+def _rank(target: _Target, found: Mapping[str, Tensor], file: Path) -> int:
+    """Of a layer's pair, whose tensors have the dimensions that are needed to tell."""
+    down, up = found["down"], found["up"]
+    if min(down.ndim, up.ndim) < 2 or not len(down):
+        raise UserError(
+            f"{file}: layer {target.name} has factors {tuple(up.shape)} and {tuple(down.shape)}, expected (rows, rank) "
+            "and (rank, columns): is the file damaged?"
+        )
+    if "alpha" in found and found["alpha"].numel() != 1:
+        raise UserError(f"{file}: alpha of layer {target.name} has {found['alpha'].numel()} values, expected one")
+    return len(down)
 
 
 def _targets(model: nn.Module) -> dict[str, _Target]:
@@ -256,7 +295,7 @@ def _pairs(target: _Target, down: Tensor, up: Tensor, file: Path) -> Iterator[tu
 def _whole(target: _Target, parameter: str, change: Tensor, file: Path) -> Iterator[tuple[str, Tensor]]:
     """Each part's change of a whole parameter."""
     own: list[Tensor | None] = [getattr(module, parameter, None) for module in target.modules]
-    fits = all(tensor is not None and tensor.shape[1:] == change.shape[1:] for tensor in own)
+    fits = change.ndim > 0 and all(tensor is not None and tensor.shape[1:] == change.shape[1:] for tensor in own)
     if not fits or sum(len(tensor) for tensor in own if tensor is not None) != len(change):
         shapes = ", ".join("none" if tensor is None else str(tuple(tensor.shape)) for tensor in own)
         raise UserError(

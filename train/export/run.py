@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from train.export.merge import merge
 from train.export.reading import Lora, Pairs, read_lora
 from train.export.verify import verify
 from train.models import load_adapter
+from train.sample.loras import check_file
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,7 +70,8 @@ def export_run(
         add_2: those of the expert for low noise levels.
 
     Raises:
-        UserError: no run, no checkpoint, or weights that do not fit the base model; nothing is written then.
+        UserError: no run, no checkpoint, settings or weights that do not fit the run or its base model.
+        OSError, SafetensorError: the disk does not take it. What was there before is kept, whatever is raised.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -78,18 +81,17 @@ def export_run(
     config = read_config(run)
     if add_2 and config.model.expert != "both":
         raise UserError("add_2 is for the second of two experts, the run trained one transformer: use add")
+    if config.lora is None and (formats is not None or merged):
+        name = "merge" if merged else "format"
+        raise UserError(f"{name} is for a LoRA, the run trained all weights: leave it out")
+    first = "high" if config.model.expert == "both" else config.model.expert
+    for key, files, expert in (("add", add, first), ("add_2", add_2, "low")):
+        for file, _ in files:
+            check_file(file, config.model, key, expert)
     checkpoint = checkpoint or last_checkpoint(run)
     out = out or run / "export"
     weights = load_weights(checkpoint)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out {out} is a file, expected a folder")
-    if out.exists() and any(out.iterdir()) and not (out / ".export").exists():
-        raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        (temporary / ".export").touch()
+    with _replaced(out) as temporary:
         if config.lora is None:
             said = _save_model(config, weights, DTYPES[dtype or "fp32"], temporary / "model")
         else:
@@ -108,13 +110,33 @@ def export_run(
                     loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in others)]
                     whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
                     place = temporary / ("" if whole else kind) / "merged"
-                    said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None))
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                    said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None, header=header))
     return [f"{out}/{line}" for line in said]
+
+
+@contextmanager
+def _replaced(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``out``, or of the folder that this links to, when all is in it.
+
+    Raises:
+        UserError: ``out`` holds other files.
+    """
+    place = out.resolve()
+    temporary = place.with_name(f".{place.name or 'export'}.tmp-{os.getpid()}")
+    try:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"out {out} is a file, expected a folder")
+        if place.exists() and any(place.iterdir()) and not (place / ".export").exists():
+            raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / ".export").touch()
+        yield temporary
+        if place.exists():
+            shutil.rmtree(place)
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str, RunConfig, dict[str, Tensor]]]:
@@ -138,6 +160,8 @@ def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:
             if f"{name}.lora_{part}.weight" not in weights:
                 raise UserError(f"the checkpoint lacks {name}.lora_{part}.weight, its other half is there")
         down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"the checkpoint's {name} is not finite: export an earlier one with checkpoint=<step-*>")
         pairs[name] = (down, up * (alpha / len(down)))
     return pairs
 
@@ -154,7 +178,7 @@ def _save_adapters(
 ) -> list[str]:
     model = stand_in(base)
     _check_fit(pairs, model)
-    chosen = list(formats_of(type(model).__name__) if formats is None else formats)
+    chosen = list(dict.fromkeys(formats_of(type(model).__name__) if formats is None else formats))
     check_formats(chosen, type(model).__name__)
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
     adapter = Adapter(pairs, model, header, public_name(config.model), file)

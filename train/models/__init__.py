@@ -36,6 +36,7 @@ __all__ = [
     "load_adapter",
     "model_folder",
     "random_adapter",
+    "read_json",
     "sigma_range",
     "temporal_rope",
 ]
@@ -83,7 +84,7 @@ def _check_boundary(config: ModelConfig, path: Path) -> None:
     index = path / "model_index.json"
     if config.expert is None or not index.is_file():
         return
-    found = json.loads(index.read_text()).get("boundary_ratio")
+    found = read_json(index).get("boundary_ratio")
     if found is not None and found != config.boundary:
         raise UserError(
             f"model.boundary is {config.boundary}, {index} says {found}: choose the model=... that fits the weights"
@@ -119,10 +120,7 @@ def architecture_of(config: ModelConfig) -> dict[str, Any] | None:
 def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
     """What a transformer's config.json says to its class; it has to be the chosen model's."""
     model_class = family_of(config).model_class
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): download it again") from error
+    found = read_json(file)
     if found.get("_class_name") != model_class.__name__:
         raise UserError(
             f"model.path {config.path} holds a {found.get('_class_name')}, expected a {model_class.__name__}: "
@@ -136,6 +134,21 @@ def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
             )
     known = inspect.signature(model_class.__init__).parameters
     return {name: value for name, value in found.items() if name in known}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is a {type(found).__name__}, expected a JSON object: download it again")
+    return found
 
 
 def fetched(config: ModelConfig, patterns: list[str] | None = None) -> Path:
@@ -165,7 +178,7 @@ def check_pipeline(config: ModelConfig, folder: Path) -> None:
         raise UserError(f"model.path {folder} has no transformer/config.json, is the download complete?")
     _read_architecture(config, file)
     _check_boundary(config, folder)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     experts = 1 if (index.get("transformer_2") or [None, None])[1] is None else 2
     if experts != (1 if config.expert is None else 2):
         raise UserError(

@@ -38,6 +38,11 @@ class PipelineTraits:
         return getattr(diffusers, name)
 
     @classmethod
+    def takes_negative(cls, guidance: float) -> bool:
+        """Whether a clip of that guidance takes a negative prompt."""
+        return guidance > 1 and cls.guided_by_prompt
+
+    @classmethod
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:
         """Of the VAE, beside a transformer of ``dtype``."""
         return torch.bfloat16 if cls.vae_in_bf16 and dtype == torch.bfloat16 else torch.float32

@@ -6,6 +6,7 @@ import sys
 
 from data.cli import usage
 from train.cli import guarded
+from train.ranks import global_rank
 from train.sample.settings import Settings, parse_settings
 
 
@@ -34,8 +35,9 @@ def main(arguments: list[str]) -> None:
     settings, model = parse_settings(arguments)
     from train.sample.generate import generate  # takes seconds to import
 
-    for path in generate(settings, model):
-        print(path)
+    paths = generate(settings, model)
+    if global_rank() == 0:
+        print("\n".join(map(str, paths)))
 
 
 if __name__ == "__main__":

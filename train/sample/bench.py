@@ -11,15 +11,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
+from torch import nn
 
 from radial import make_pattern
 from train.build import resolve_precision
 from train.cli import flag, guarded, json_file, whole_number
+from train.compiler import compile_blocks
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
 from train.errors import UserError
@@ -34,7 +35,7 @@ Measures a denoising step with the pattern, for each number of dense layers, and
 
   frames, dense_layers          as given, comma-separated where several are measured
   blocks                        all, or so many of them
-  steps                         forward passes of each case, after one of its first blocks; the median counts
+  steps                         forward passes of each case, after one of some blocks of each kind; the median counts
   dense                         false leaves the dense case out
 With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
 Other keys are those of a run: clip.height=480 attention.decay=0.8 trainer.compile=true trainer.precision=bf16"""
@@ -61,10 +62,6 @@ class Result:
     memory: float  # GiB, peak of the GPU
 
 
-class _Enough(Exception):
-    """Ends a forward pass after the blocks that a warm-up needs."""
-
-
 def main(arguments: list[str]) -> None:
     """Runs the cases and prints a line for each."""
     out, arguments = json_file(arguments)
@@ -79,19 +76,19 @@ def main(arguments: list[str]) -> None:
     results: list[Result] = []
     print(f"{bench.name}, {bench.layers} blocks, {bench.dtype}; {bench.passes} forward passes a step")
     print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
+    about = {"torch": torch.__version__, "device": bench.name, "arguments": arguments}
     for run in runs:
         cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in layers]
         if with_dense:
             cases.append(replace(run, attention=replace(run.attention, pattern="dense", dense_layers=0, backend=None)))
-        found = [bench.measure(case, steps) for case in cases]
-        for result in found:
-            print(_line(result), flush=True)
+        for case in cases:
+            results.append(bench.measure(case, steps))
+            print(_line(results[-1]), flush=True)
+            if out is not None:  # after each, since a job may reach its time limit
+                out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
         if with_dense:
-            print("\n".join(_ratio(result, found[-1]) for result in found[:-1]), flush=True)
-        results += found
-    if out is not None:
-        about = {"torch": torch.__version__, "device": bench.name, "arguments": arguments}
-        out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+            *others, dense = results[-len(cases) :]
+            print("\n".join(_ratio(result, dense) for result in others), flush=True)
 
 
 def bench_runs(settings: dict[str, str]) -> list[RunConfig]:
@@ -128,8 +125,7 @@ class Bench:
         self.layers = self.adapter.attention_shape[0]
         self.passes = 1 if getattr(self.adapter.transformer.config, "guidance_embeds", False) else 2
         if config.trainer.compile:
-            for block in self.adapter.blocks():
-                block.compile()
+            compile_blocks(self.adapter.blocks())
 
     @torch.no_grad()
     def measure(self, config: RunConfig, steps: int) -> Result:
@@ -158,7 +154,7 @@ class Bench:
             if not out.isfinite().all():  # also waits for the device
                 raise UserError(f"pattern {attention.pattern} gives numbers that are not finite: no speed to tell")
 
-        self._warm_up(forward, attention.dense_layers)
+        self._warm_up(forward, plan)
         seconds = statistics.median(_timed(forward) for _ in range(steps))
         grid = plan.pattern_layout.grid
         return Result(
@@ -172,21 +168,26 @@ class Bench:
             memory=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
         )
 
-    def _warm_up(self, forward: Callable[[], None], dense_layers: int) -> None:
-        """The first blocks of each kind, which build layouts and kernels; a whole dense pass takes minutes."""
-        blocks = self.adapter.blocks()
-
-        def stop(*_: Any) -> None:
-            raise _Enough
-
-        handles = [block.register_forward_pre_hook(stop) for block in blocks[dense_layers + 1 : dense_layers + 2]]
+    def _warm_up(self, forward: Callable[[], None], plan: AttentionPlan) -> None:
+        """Some blocks of each kind, which build layouts, kernels and graphs; a whole dense pass takes minutes."""
+        transformer = self.adapter.transformer
+        layers = {block: layer for layer, block in enumerate(self.adapter.blocks())}
+        lists = {
+            n: c for n, c in transformer.named_children() if isinstance(c, nn.ModuleList) and layers.keys() >= {*c}
+        }
         try:
+            for name, blocks in lists.items():
+                kinds = [(type(block), plan.layout(layers[block]) is plan.dense_layout) for block in blocks]
+                setattr(transformer, name, nn.ModuleList(blocks[i] for i in _of_each_kind(kinds)))
             forward()
-        except _Enough:
-            pass
         finally:
-            for handle in handles:
-                handle.remove()
+            for name, blocks in lists.items():
+                setattr(transformer, name, blocks)
+
+
+def _of_each_kind(kinds: Sequence[Hashable]) -> list[int]:
+    """Places of the first two of each kind, since strides of what a list begins with differ, and of the last."""
+    return [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2 or i == len(kinds) - 1]
 
 
 def _timed(forward: Callable[[], None]) -> float:

@@ -1,4 +1,4 @@
-"""Latents to frames, a few at a time: memory does not grow with the clip's length.
+"""Latents to frames, a few at a time: the device's memory does not grow with the clip's length.
 
     Wan        one latent frame after the other; the causal convolutions' caches are carried along, so that the frames
                are those of a whole decode
@@ -6,7 +6,8 @@
     Hunyuan    its decoder attends over time, so that diffusers decodes it in stretches of 16 frames that overlap by 4
                and are blended; the same here, of which only two are ever held
 
-With tiles, each also decodes a frame in overlapping squares, which are blended.
+With tiles, each also decodes a frame in overlapping squares, which are blended; Wan and Mochi decode a square over the
+whole time, so that the clip is gathered in CPU memory first.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def _hunyuan(vae: Any, z: Tensor, tiled: bool) -> Iterator[Tensor]:
         before = video
         yield video[:, :, : min(keep, left)]
         left -= min(keep, left, video.shape[2])
+        if left == 0:  # the stretch that starts at the last latent frame has only what the one before has shown
+            return
 
 
 def _tiles(stream: Callable[[Tensor], Iterator[Tensor]], z: Tensor) -> Iterator[Tensor]:

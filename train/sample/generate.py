@@ -19,14 +19,17 @@ from torch import Tensor
 
 from radial import Dense, make_pattern
 from train import __version__
+from train.compiler import compile_blocks
 from train.config import ModelConfig
 from train.errors import UserError
 from train.models import family_of
+from train.ranks import global_rank
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
 from train.sample.denoise import Attention, Denoiser
 from train.sample.loras import notes
 from train.sample.pipeline import (
+    check_transformers,
     encode_prompts,
     first_frame,
     load_loras,
@@ -38,8 +41,8 @@ from train.sample.pipeline import (
     transformers_of,
 )
 from train.sample.ranks import Ranks, Split
-from train.sample.records import check_writable, digests, execution, is_done, recorded, write_record
-from train.sample.settings import Job, Settings, jobs, slots
+from train.sample.records import check_writable, execution, identity, is_done, record_of
+from train.sample.settings import Job, Settings, jobs, size_of, slots
 from train.sample.video import video_file
 
 
@@ -80,16 +83,29 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
         warnings.filterwarnings("ignore", message=text)
     folder = pipeline_folder(model)
     found = jobs(settings)
+    _check_negatives(found, settings, model)
     todo = [job for job in found if not is_done(job, settings, model)]
-    if len(todo) < len(found):
+    if len(todo) < len(found) and global_rank() == 0:
         print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
     if todo:
         ranks = Ranks.join()
         if ranks.rank == 0:
             check_writable(todo)
+            check_transformers(folder)
+            for job in todo:
+                if job.image is not None:
+                    first_frame(job.image, *size_of(settings))
         cls = pipeline_class(folder, todo[0].image is not None)
         Generator(settings, model, folder, cls, ranks, todo).run()
     return [job.out for job in found]
+
+
+def _check_negatives(found: Sequence[Job], settings: Settings, model: ModelConfig) -> None:
+    """Raise a UserError for a negative prompt that nothing would look at."""
+    family = family_of(model)
+    if any(job.negative for job in found) and not family.takes_negative(settings.guidance or 1.0):
+        why = f"guidance {settings.guidance:g} is off" if family.guided_by_prompt else "the model is told the guidance"
+        raise UserError(f"negative is set, but {why}: there is no pass with a negative prompt, leave it out")
 
 
 class Generator:
@@ -109,9 +125,8 @@ class Generator:
     ) -> None:
         self.settings, self.model, self.ranks, self.todo = settings, model, ranks, todo
         device, dtype = ranks.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
-        guidance = settings.guidance or 1.0
         family = family_of(model)
-        guided = guidance > 1 and family.guided_by_prompt
+        guided = family.takes_negative(settings.guidance or 1.0)
         heads = json.loads((Path(folder) / "transformer" / "config.json").read_text())["num_attention_heads"]
         split = Split.of(ranks.world, ranks.rank, settings.sequence, settings.split_guidance, guided, heads)
         encoded = None
@@ -129,8 +144,8 @@ class Generator:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "none":
                 adapter.transformer.to(device)
-            for block in adapter.blocks() if settings.compile else ():
-                block.compile()
+            if settings.compile:
+                compile_blocks(adapter.blocks())
         assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
         self.attention = Attention(
             make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule)),
@@ -159,6 +174,7 @@ class Generator:
                 self._say(f"video {number} of {len(self.todo)}: {job.out.name}")
             if self.ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            known = identity(job, self.settings, self.model)  # now: files may be gone when the clip is there
             clips = {self.attention.pattern.name: self.denoise(job, prompt, self.attention)}
             if self.settings.compare is not None:
                 dense = replace(self.attention, pattern=Dense(), backend=None)
@@ -168,9 +184,10 @@ class Generator:
                     self._bring(None)
                     release(self.ranks.device)
                 try:
-                    self._write(job, clips)
+                    self._write(job, known, clips)
                 except OSError as error:
-                    raise UserError(f"out {job.out} cannot be written ({error}): {self._rescue(job, clips)}") from error
+                    place = self._rescue(job, known, clips)
+                    raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error
 
     def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
         """The latent of a job with an attention; every rank must call it."""
@@ -180,7 +197,7 @@ class Generator:
         if "negative_prompt_embeds" in given:
             negative["encoder_hidden_states"] = given["negative_prompt_embeds"]
         if job.image is not None:
-            given["image"] = first_frame(job.image)
+            given["image"] = first_frame(job.image, *size_of(settings))
         if settings.guidance_2 is not None:
             given["guidance_scale_2"] = settings.guidance_2
         self.denoiser.restart(attention, negative)
@@ -219,39 +236,41 @@ class Generator:
             if transformer.device != target:
                 transformer.to(target)
 
-    def _rescue(self, job: Job, clips: dict[str, Clip]) -> str:
+    def _rescue(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> str:
         """Writes what the disk of ``out`` does not take to the system's folder for temporary files; in words."""
         try:
             place = Path(tempfile.mkdtemp(prefix="sample-"))
-            self._write(replace(job, out=place / job.out.name), clips)
+            self._write(replace(job, out=place / job.out.name), known, clips)
         except OSError as error:
             return f"nor elsewhere ({error}), it is lost"
         return f"it is in {place}, move what is there to {job.out.parent}, and the same command goes on"
 
-    def _write(self, job: Job, clips: dict[str, Clip]) -> None:
+    def _write(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> None:
         settings = self.settings
         assert settings.fps is not None and settings.tiled is not None
         (name, clip), *others = clips.items()
-        frames = self._decode(clip, name)
-        if others:
-            about = self._compare(job, list(frames), clip, others[0][1])
-        else:
-            about = {}
-            with video_file(job.out, settings.fps) as video:
-                for part in frames:
-                    video.add(part)
-        measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
-        record = {
-            "settings": recorded(settings, self.model, job),
-            "execution": execution(settings),
-            "lora_files": digests(settings, self.model),
-            "loras": self.loaded,
-            "measured": measured,
-            "gpus": self.ranks.world,
-            "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "cpu",
-            "versions": {"radial-lora": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-        }
-        write_record(job, record)
+        with record_of(job, known) as record:
+            frames = self._decode(clip, name)
+            if others:
+                about = self._compare(job, list(frames), clip, others[0][1])
+            else:
+                about = {}
+                with video_file(job.out, settings.fps) as video:
+                    for part in frames:
+                        video.add(part)
+            measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
+            record |= {
+                "execution": execution(settings),
+                "loras": self.loaded,
+                "measured": measured,
+                "gpus": self.ranks.world,
+                "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "cpu",
+                "versions": {
+                    "radial-lora": __version__,
+                    "torch": torch.__version__,
+                    "diffusers": diffusers.__version__,
+                },
+            }
         steps = ", ".join(
             f"{measured[key]:.2f} s a {kind} step"
             for kind in ("dense", "sparse")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.cli import files_with_strengths
-from train.config import ModelConfig
+from train.config import ROPE_KINDS, ModelConfig
 from train.errors import UserError
 
 HEADER = "radial."
@@ -68,16 +69,25 @@ def check(slots: Sequence[Slot], model: ModelConfig) -> None:
     """
     for slot in slots:
         for path, _ in slot.files():
-            header = _read(path)
-            family, expert = header.get("family", model.family), header.get("expert", "None")
-            trained = f"{path} was trained on {header.get('base_model', 'another model')}"
-            if family != model.family:
-                raise UserError(
-                    f"{trained}, of the family {family}; the model is of {model.family}: choose the model=... that fits"
-                )
-            if expert not in ("None", str(slot.expert)):
-                place = f"{slot.key} is the {slot.expert} one's" if slot.expert else "the model has one transformer"
-                raise UserError(f"{trained}, its expert for {expert} noise levels; {place}: give it where it belongs")
+            check_file(path, model, slot.key, slot.expert)
+
+
+def check_file(path: Path, model: ModelConfig, key: str, expert: str | None) -> None:
+    """Holds the header of a file that is given by ``key`` against a model, or against its ``expert``.
+
+    Raises:
+        UserError: it is of another family or expert, or not there.
+    """
+    header = _read(path)
+    family, of = header.get("family", model.family), header.get("expert", "None")
+    trained = f"{path} was trained on {header.get('base_model', 'another model')}"
+    if family != model.family:
+        raise UserError(
+            f"{trained}, of the family {family}; the model is of {model.family}: choose the model=... that fits"
+        )
+    if of not in ("None", str(expert)):
+        place = f"{key} is the {expert} one's" if expert else "the model has one transformer"
+        raise UserError(f"{trained}, its expert for {of} noise levels; {place}: give it where it belongs")
 
 
 def notes(slots: Sequence[Slot], model: ModelConfig) -> list[str]:
@@ -93,13 +103,22 @@ def notes(slots: Sequence[Slot], model: ModelConfig) -> list[str]:
     return said
 
 
-def told(slots: Sequence[Slot], names: Sequence[str]) -> dict[str, Any]:
-    """Settings by the header of the first LoRA: those of ``names`` that it has."""
-    first = next((slot for slot in slots if slot.lora), None)
-    if first is None:
+def told(slots: Sequence[Slot], names: Sequence[str], model: ModelConfig) -> dict[str, Any]:
+    """Settings by the header of the first LoRA, or of a merged model's weights: those of ``names`` that it has.
+
+    Raises:
+        UserError: a value in it is of another kind.
+    """
+    files = [slot.files()[0][0] for slot in slots if slot.lora] or _weights(model)
+    if not files:
         return {}
-    header = _read(first.files()[0][0])
-    return {name: _typed(header[name], name) for name in names if name in header}
+    header = _read(files[0])
+    return {name: _typed(header[name], name, files[0]) for name in names if name in header}
+
+
+def _weights(model: ModelConfig) -> list[Path]:
+    """The transformer's files, where the model is a local folder."""
+    return sorted(Path(model.path or "").expanduser().glob("transformer/*.safetensors")) if model.path else []
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -108,8 +127,17 @@ def _read(path: Path) -> dict[str, str]:
     return {key.removeprefix(HEADER): value for key, value in read_header(path).items() if key.startswith(HEADER)}
 
 
-def _typed(text: str, name: str) -> Any:
+def _typed(text: str, name: str, file: Path) -> Any:
     if text == "None":
         return None
     kind = str if name in _WORDS else float if name in _NUMBERS else int
-    return kind(text)
+    try:
+        value = kind(text)
+        if (name == "rope" and text not in ROPE_KINDS) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError
+    except ValueError as error:
+        wanted = f"one of {', '.join(ROPE_KINDS)}" if name == "rope" else f"a {'whole ' * (kind is int)}number"
+        raise UserError(
+            f"{file}: its header's {HEADER}{name} is {text!r}, expected {wanted}: give {name}=... yourself"
+        ) from error
+    return value

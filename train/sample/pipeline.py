@@ -7,25 +7,41 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from PIL import Image, UnidentifiedImageError
+import transformers
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from data.encoders.weights import load_part
 from train.config import ModelConfig
 from train.errors import UserError
+from train.export.base import stand_in
 from train.export.formats import named_tensors
 from train.export.reading import Lora, read_lora
 from train.export.verify import compare_pairs, lora_layers
-from train.models import ADAPTERS, ModelAdapter, adapter_of, check_pipeline, family_of, fetched, temporal_rope
+from train.models import (
+    ADAPTERS,
+    ModelAdapter,
+    adapter_of,
+    check_pipeline,
+    family_of,
+    fetched,
+    read_json,
+    temporal_rope,
+)
+from train.models.weights import check_weights
 from train.sample.settings import Job, Settings
 
-_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-_OTHER_PARTS = ("transformer", "transformer_2", "vae", "image_encoder", "image_processor")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_TEXT_PARTS = (*_TEXT_ENCODERS, "tokenizer", "tokenizer_2")
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_TRANSFORMERS = ("transformer", "transformer_2")
+_OTHER_PARTS = (*_TRANSFORMERS, "vae", "image_encoder", "image_processor")
 
 
 def pipeline_folder(model: ModelConfig) -> str:
@@ -55,14 +71,14 @@ def pipeline_class(folder: str, image: bool) -> Any:
     Raises:
         UserError: an image for a model that takes none, or none for one that needs it.
     """
-    index = json.loads((Path(folder) / "model_index.json").read_text())
+    index = read_json(Path(folder) / "model_index.json")
     name = str(index.get("_class_name"))
     transformer = (index.get("transformer") or [None, None])[1]
     family = adapter_of(str(transformer))
     if family is None or family.pipeline_name is None:
         known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
         raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {known}")
-    config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
+    config = read_json(Path(folder) / "transformer" / "config.json")
     needs_image = config["in_channels"] != (config.get("out_channels") or config["in_channels"])
     takes_image = needs_image or bool(index.get("expand_timesteps"))
     if image and not takes_image:
@@ -72,11 +88,34 @@ def pipeline_class(folder: str, image: bool) -> Any:
     return family.pipeline_class(image=image)
 
 
+def check_transformers(folder: str) -> None:
+    """Holds the files of a pipeline's transformers against their config.json; nothing is loaded.
+
+    Raises:
+        UserError: a file or a tensor is missing, or of another shape.
+    """
+    for place in (Path(folder) / name for name in _TRANSFORMERS):
+        if place.is_dir():
+            check_weights(place, stand_in(place))
+
+
 def _load(cls: Any, folder: str, **settings: Any) -> Any:
     try:
         return cls.from_pretrained(folder, **settings)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _load_part(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A text encoder, image encoder or VAE, whole: pipelines go on with random numbers for what its file lacks."""
+    index = Path(folder) / "model_index.json"
+    library, kind = read_json(index).get(name) or ("", None)
+    if kind is None:
+        return None
+    loader = getattr(_LIBRARIES.get(library), kind, None)
+    if loader is None:
+        raise UserError(f"{index}: {name} is {library}'s {kind}, expected a class of diffusers or transformers")
+    return load_part(loader, Path(folder) / name, device, dtype)
 
 
 @torch.no_grad()
@@ -96,47 +135,54 @@ def encode_prompts(
         tokens: that a prompt is padded to.
         guided: encode the negative prompts too.
     """
-    nothing = dict.fromkeys(name for name in _OTHER_PARTS if name in inspect.signature(cls.__init__).parameters)
-    pipeline = _load(cls, folder, **nothing, torch_dtype=dtype)
-    pipeline.to(device)
+    parts: dict[str, Any] = dict.fromkeys(_taken(cls, _OTHER_PARTS))
+    parts |= {name: _load_part(folder, name, device, dtype) for name in _taken(cls, _TEXT_ENCODERS)}
+    pipeline = _load(cls, folder, **parts, torch_dtype=dtype)
     found = []
     for job in jobs:
         settings = {"max_sequence_length": tokens, "device": device}
         given = family.encode_prompt(pipeline, job.prompt, job.negative, guided, **settings)
         found.append({name: tensor.cpu() for name, tensor in given.items() if tensor is not None})
-    del pipeline
+    del pipeline, parts
     release(device)
     return found
 
 
-def first_frame(file: Path) -> Image.Image:
-    """The picture of a file.
+def first_frame(file: Path, width: int, height: int) -> Image.Image:
+    """The picture of a file, upright, its middle cut out and scaled to a clip's size.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return Image.open(file).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"image {file} is not readable: {error}") from error
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)  # what diffusers scales by
 
 
 def load_pipeline(
     cls: Any, family: type[ModelAdapter], folder: str, settings: Settings, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """The pipeline without its text encoders, its scheduler shifted, its transformers on the CPU."""
-    nothing = dict.fromkeys(name for name in _TEXT_PARTS if name in inspect.signature(cls.__init__).parameters)
-    dtypes = {"default": dtype, "vae": family.vae_dtype(dtype), "image_encoder": torch.float32}
-    pipeline = _load(cls, folder, **nothing, torch_dtype=dtypes)
-    pipeline.vae.to(device)
-    # else it looks at its one picture on the CPU, where it is for the rest of the clip
-    if getattr(pipeline, "image_encoder", None) is not None and settings.offload == "none":
-        pipeline.image_encoder.to(device)
+    parts: dict[str, Any] = dict.fromkeys(_taken(cls, _TEXT_PARTS))
+    parts["vae"] = _load_part(folder, "vae", device, family.vae_dtype(dtype))
+    for name in _taken(cls, ("image_encoder",)):
+        # with offloading it looks at its one picture on the CPU, where it is for the rest of the clip
+        place = device if settings.offload == "none" else torch.device("cpu")
+        parts[name] = _load_part(folder, name, place, torch.float32)
+    pipeline = _load(cls, folder, **parts, torch_dtype=dtype)
     if settings.shift is not None:
         config = pipeline.scheduler.config
         key = "flow_shift" if "flow_shift" in config else "shift"
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, **{key: settings.shift})
     return pipeline
+
+
+def _taken(cls: Any, names: Sequence[str]) -> list[str]:
+    """Those of the parts that a pipeline's class takes."""
+    known = inspect.signature(cls.__init__).parameters
+    return [name for name in names if name in known]
 
 
 def transformers_of(pipeline: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """The processes that torchrun started, and how they share a clip.
 
-W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt;
+W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt, or the
+                                    other way round where the pipeline has both in one batch (Mochi), in that order;
                                     the S ranks of a branch share the tokens (`train.sequence`)
 """
 

@@ -1,7 +1,8 @@
 """What is written beside a video, and whether a video is there already.
 
 ``clip.json`` is written after ``clip.mp4``: where both are, and it holds the settings that are asked for, nothing
-is left to do.
+is left to do. While they are written, ``.clip.json`` says of which settings: a video without its record is made again
+where that was the same one, and otherwise is not ours to replace.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _HOW = (
     "offload",
     "compile",
 )  # not what it is
+_FILES = {"lora_files": "LoRA", "image_file": "picture"}
 
 
 def execution(settings: Settings) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def execution(settings: Settings) -> dict[str, Any]:
     return {key: getattr(settings, key) for key in _HOW}
 
 
-def recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]:
+def _recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any]:
     """What makes a video what it is, as JSON: two videos of the same record are the same."""
     own = asdict(settings)
     for key in ("prompts", "out", *_HOW):
@@ -59,15 +62,51 @@ def check_writable(todo: Sequence[Job]) -> None:
             raise UserError(f"out {job.out} cannot be written ({error.strerror}): give another out") from error
 
 
-def write_record(job: Job, record: dict[str, Any]) -> None:
-    """Writes ``clip.json``, whole or not at all."""
-    file = job.out.with_suffix(".json")
+@contextmanager
+def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What ``clip.json`` will hold, to be added to while the videos are written; it is written after them, whole.
+
+    Args:
+        known: the job's `identity`, from before it was made.
+    """
+    record, file, mark = dict(known), _record_file(job), _mark(job)
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(record))
+        yield record
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
         temporary.rename(file)
+        mark.unlink()
+    except BaseException:
+        if not job.out.exists():
+            mark.unlink(missing_ok=True)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def identity(job: Job, settings: Settings, model: ModelConfig) -> dict[str, Any]:
+    """The parts of a record that make a video what it is, its files by their SHA-256."""
+    picture = None if job.image is None else _digest(job.image)
+    return {"settings": _recorded(settings, model, job), "lora_files": _loras(settings, model), "image_file": picture}
+
+
+def _record_file(job: Job) -> Path:
+    return job.out.with_suffix(".json")
+
+
+def _mark(job: Job) -> Path:
+    return job.out.with_name(f".{job.out.stem}.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A record; empty where there is none."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        return record if isinstance(record["settings"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def dense_file(job: Job) -> Path:
@@ -86,32 +125,37 @@ def is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
     Raises:
         UserError: another one is.
     """
-    about = job.out.with_suffix(".json")
-    if not job.out.exists() and not about.exists():
+    if not job.out.exists() and not _record_file(job).exists():
         return False
-    try:
-        record = json.loads(about.read_text())
-        old, files = record["settings"], record["lora_files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        if job.out.exists():
-            raise UserError(f"out {job.out} is there, and no video of these settings: give another out") from None
+    old, new = _read(_record_file(job)), identity(job, settings, model)
+    if not old:
+        if job.out.exists() and _read(_mark(job)) != new:
+            raise UserError(f"out {job.out} is there, and no video of these settings: give another out")
         return False
-    new = recorded(settings, model, job)
-    different = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
-    if different or files != digests(settings, model):
-        what = ", ".join(f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in different[:3]) or "another LoRA"
-        raise UserError(f"out {job.out} is there, of other settings ({what}): give another out")
+    was, now = old["settings"], new["settings"]
+    different = [
+        f"{key} {was.get(key)!r}, not {now.get(key)!r}"
+        for key in sorted(now.keys() | was.keys())
+        if now.get(key) != was.get(key)
+    ]
+    different += [f"another {what}" for key, what in _FILES.items() if old.get(key) != new[key]]
+    if different:
+        raise UserError(f"out {job.out} is there, of other settings ({', '.join(different[:3])}): give another out")
     wanted = [job.out] + ([dense_file(job), both_file(job)] if settings.compare else [])
     return all(file.exists() for file in wanted)
 
 
-def digests(settings: Settings, model: ModelConfig) -> dict[str, str]:
+def _loras(settings: Settings, model: ModelConfig) -> dict[str, str]:
     """SHA-256 of each LoRA file."""
     from train.export.reading import find_file  # takes seconds to import
 
     found = {}
     for path, _ in (given for slot in slots(settings, model) for given in slot.files()):
         file, _ = find_file(path)
-        with file.open("rb") as stream:
-            found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[str(file)] = _digest(file)
     return found
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -30,7 +30,7 @@ class Settings:
     prompt: str | None = setting("what to show", None)
     prompts: Path | None = setting("many: a file with a prompt a line, or .jsonl with prompt, negative, image", None)
     negative: str | None = setting("what not to show, with guidance above 1 (Wan: its authors' words)", None)
-    image: Path | None = setting("first frame, for image-to-video models", None)
+    image: Path | None = setting("first frame, for image-to-video models; cut to the clip's shape", None)
     out: Path | None = setting("the video; with prompts a folder (clip.mp4, clips)", None)
     frames: int | None = setting("length (the LoRA's, else the model's)", None)
     height: int | None = setting("pixels (the LoRA's, else the model's)", None)
@@ -127,7 +127,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         settings = replace(settings, lora=lora, lora_2=lora_2)
     found = slots(settings, model)
     loras.check(found, model)
-    told = loras.told(found, [f.name for f in fields(Settings)])
+    told = loras.told(found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model)
     if settings.dense_steps is None and settings.dense_sigma is None and told.get("dense_sigma") is None:
         told["dense_steps"] = 2
     if settings.dense_steps is not None:
@@ -153,7 +153,6 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "block": 128,
         "dense_layers": 2,
         "rope": model.rope,
-        "negative": family.negative_prompt,
         "tiled": family.decodes_tiled,
     }
     filled = {
@@ -163,6 +162,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     for name in ("steps", "guidance"):
         if getattr(settings, name) is None:
             raise UserError(f"{name} is not set, and the model has none of its own (model.{name}): set it")
+    if settings.negative is None:
+        guided = family.takes_negative(settings.guidance or 1.0)
+        settings = replace(settings, negative=family.negative_prompt if guided else "")
     if settings.shift is None:
         assert settings.height and settings.width
         settings = replace(settings, shift=model.shift_at(settings.height, settings.width))
@@ -200,6 +202,8 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}, expected at least {least}")
+    if settings.seed >= 2**64:
+        raise UserError(f"seed is {settings.seed}, expected less than 2 to the 64th")
     for name in ("guidance", "guidance_2", "shift", "fps"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
@@ -215,6 +219,12 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         raise UserError(f"backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
     if settings.image is not None and not settings.image.is_file():
         raise UserError(f"image {settings.image} is missing")
+
+
+def size_of(settings: Settings) -> tuple[int, int]:
+    """Width and height of the clip."""
+    assert settings.width and settings.height
+    return settings.width, settings.height
 
 
 def grid(settings: Settings, model: ModelConfig) -> VideoGrid:
@@ -241,19 +251,24 @@ def jobs(settings: Settings) -> list[Job]:
     """The videos to make.
 
     Raises:
-        UserError: a file of prompts that is missing, empty or not readable.
+        UserError: a file of prompts that is missing, empty or not readable; or an ``out`` that is no place for videos.
     """
     assert settings.negative is not None and settings.out is not None
     if settings.prompts is None:
         assert settings.prompt is not None
+        if settings.out.suffix.lower() != ".mp4":
+            raise UserError(f"out is {settings.out}, expected a video's name that ends in .mp4")
         return [Job(settings.prompt, settings.negative, settings.image, settings.out)]
     try:
-        lines = [line.strip() for line in settings.prompts.read_text().splitlines() if line.strip()]
+        text = settings.prompts.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"prompts {settings.prompts} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts {settings.prompts} is not in UTF-8 ({error}): save it as such") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"prompts {settings.prompts} is empty, expected a prompt a line")
-    if settings.out.suffix:
+    if settings.out.suffix.lower() == ".mp4":
         raise UserError(f"out is {settings.out}, expected a folder for the videos of many prompts")
     found = []
     for number, line in enumerate(lines, 1):

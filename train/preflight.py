@@ -20,6 +20,8 @@ from train.export.reading import read_header
 from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
 
+_FULL = "out of memory"
+
 
 def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
     """Stops a run that cannot work.
@@ -214,9 +216,17 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
             )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full: for a tensor, or for what CUDA and NCCL take by themselves, which is no error of its own
+    kind."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _FULL in str(error))
+
+
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
     """What to say when memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
-    asked = str(error).split(". GPU")[0].rstrip(".")
+    text = str(error)
+    line = next((line for line in text.splitlines() if _FULL in line), text)
+    asked = line.split(". GPU")[0].rstrip(".")
     return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
 
 

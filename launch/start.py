@@ -12,8 +12,8 @@ from train.cli import whole_number
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, LAUNCH, RunFolder, going_on, held, write_config
-from train.preflight import preflight
+from train.folder import CONFIG, LAUNCH, RunFolder, held, write_config
+from train.preflight import preflight, preflight_resume
 
 LAYOUT = {"nodes": "trainer.nodes", "gpus": "trainer.devices", "processes": "trainer.devices"}
 """Key of these commands -> the run's key that it stands for; a plan suggests the latter."""
@@ -52,7 +52,7 @@ def prepare(
         folder = Path(settings.pop("resume"))
         check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
-        preflight(going_on(config, folder), elsewhere=elsewhere)
+        preflight_resume(config, folder, elsewhere=elsewhere)
         with held(folder):  # not under a run that reads it
             write_config(config, folder)
         return RunFolder(folder), config

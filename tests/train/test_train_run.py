@@ -20,6 +20,8 @@ from tiny import run_config, words
 from data.errors import DataError
 from data.order import BatchOrder
 from data.stream import LatentStream
+from launch import local
+from train.__main__ import main
 from train.build import build_module, training_shards
 from train.checkpoint import (
     FolderCheckpointIO,
@@ -310,6 +312,19 @@ def test_a_checkpoint_of_another_rank_is_refused(finished, tmp_path):
     shutil.copytree(folder, copy)
     with pytest.raises(UserError, match=r"has shape .* expected .*: check lora.rank"):
         resume(copy, other)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [("lora.rank=8", "check lora.rank"), ("lora.targets=.*to_q", "8 unknown tensors")]
+)
+def test_a_refused_setting_of_a_resume_changes_nothing(finished, tmp_path, setting, said):
+    _, folder = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = (copy / "config.yaml").read_text()
+    for command in (main, local.main):
+        with pytest.raises(UserError, match=said):
+            command([f"resume={copy}", setting, "trainer.keep=7", "override=true"])
+        assert (copy / "config.yaml").read_text() == before
 
 
 def test_resume_of_no_run_is_one_line():

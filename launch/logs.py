@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.queue import slurm_state
-from launch.start import recorded, run_argument
+from launch.start import job_of, run_argument
 from launch.status import standing
 from train.cli import flag, whole_number
 from train.errors import UserError
@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> None:
     folder, settings = run_argument(arguments, "lines", "follow")
     follow = flag("follow", settings.get("follow", "false"))
     count = whole_number("lines", settings.get("lines", "40"), least=0)
-    about = recorded(folder)
-    job = about.get("job")
+    job = job_of(folder)
     file = log_file(folder, job)
     with contextlib.suppress(KeyboardInterrupt):
         if follow and not file.exists():

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -87,6 +88,11 @@ def _store_of_torchrun() -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"radial-{start}", dist.TCPStore(address, port, is_master=False))
+
+
+def command(words: str, folder: Path) -> str:
+    """A command about a run as a shell takes it, such as ``python -m train resume=<folder>`` of ``train resume=``."""
+    return f"python -m {words}{shlex.quote(str(folder))}"
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -185,7 +191,7 @@ def held(folder: Path) -> Iterator[None]:
             job = f", SLURM job {other['job']}" if other["job"] else ""
             raise UserError(
                 f"{folder} is in use by process {other['pid']} on {other['host']}{job} since {other['since']}: "
-                f"wait for it, or end it with python -m launch cancel {folder}"
+                f"wait for it, or end it with {command('launch cancel ', folder)}"
             ) from None
         except OSError as error:
             print(f"warning: {folder} has no file locks ({error.strerror}): a second run in it would go unnoticed")

@@ -26,7 +26,7 @@ from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
-from train.folder import RunFolder, get_state, gpus_given, held, set_state
+from train.folder import RunFolder, command, get_state, gpus_given, held, set_state
 from train.held_out import write_report
 from train.loggers import wandb_closed
 from train.module import LengthExtensionModule
@@ -68,7 +68,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         if rank:
             return
         if asked:
-            why = f"python -m train resume={folder.path} goes on"
+            why = f"{command('train resume=', folder.path)} goes on"
             set_state(folder.path, WORDS[asked], why)
             print(f"\nstopped, with a checkpoint; {why}")
             raise SystemExit(EXIT_CODES[asked])
@@ -90,7 +90,7 @@ def _room(folder: Path) -> Iterator[None]:
         if not full:
             raise
         raise UserError(
-            f"the disk is full ({error}): make room, then python -m train resume={folder} goes on"
+            f"the disk is full ({error}): make room, then {command('train resume=', folder)} goes on"
         ) from error
 
 

@@ -31,7 +31,7 @@ from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.family import end_now
-from train.folder import get_state, set_state
+from train.folder import command, get_state, set_state
 from train.planning import Budget, Duration, this_machine
 from train.preflight import is_out_of_memory
 from train.ranks import global_rank, slurm_tasks
@@ -254,8 +254,8 @@ class Watchdog(Callback):
         told = get_state(self.folder)[0] in _TOLD
         if speak and not told:
             set_state(self.folder, "died", why)
-            print(f"\nerror: {why}\nthe run goes on from its last checkpoint: python -m train resume={self.folder}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            again = f"the run goes on from its last checkpoint: {command('train resume=', self.folder)}"
+            print(f"\nerror: {why}\n{again}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the one that speaks comes first
         end_now(2 if told else EXIT_CODE)

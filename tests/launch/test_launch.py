@@ -16,8 +16,9 @@ from tiny import run_config, words
 from launch import cancel, doctor, local, logs, status
 from launch.slurm import Job, main, seconds_of
 from launch.start import record, run_argument
+from train.build import training_shards
 from train.compose import read_config
-from train.environment import git_revision
+from train.environment import git_revision, read_speed
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held, set_state
 from train.run import resume
@@ -362,6 +363,14 @@ def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
     )
     doctor.main(words(tmp_path))
     assert "ok       run          weights, shards and settings fit together" in capsys.readouterr().out
+
+
+def test_shards_without_a_sample_have_no_speed(tmp_path):
+    shards = training_shards(run_config(tmp_path)).folder
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    with pytest.raises(UserError, match="has no samples, expected shards that python -m data.prepare has made"):
+        read_speed(str(shards))
 
 
 @pytest.mark.slow

@@ -31,13 +31,16 @@ from tiny import run_config, words
 
 from train.build import training_shards
 from train.checkpoint import checkpoints_of, load_state, load_weights
+from train.cli import guarded
 from train.compose import compose_run, finish
 from train.control import ControlGroup
 from train.errors import UserError
+from train.flow import noise_like
 from train.folder import get_state, set_state
 from train.loggers import wandb_closed
 from train.planning import GIB, GPUS, Machine
 from train.preflight import cheapest, is_out_of_memory, out_of_memory
+from train.run import resume
 from train.stop import EXIT_CODES, REQUEUE, StopSignals
 from train.watchdog import Watchdog, _relieve_observer, patience
 
@@ -64,7 +67,9 @@ def test_a_full_gpu_before_and_after_training_is_told_too(tmp_path, monkeypatch,
     monkeypatch.setattr(where, full)
     with pytest.raises(UserError, match=r"^rank 0: out of memory: CUDA error: out of memory. Cheapest first: "):
         run(run_config(tmp_path, trainer__steps=1))
-    assert get_state(only_run(tmp_path / "runs"))[0] == "failed"
+    folder = only_run(tmp_path / "runs")
+    assert get_state(folder)[0] == "failed"
+    assert "train.folder: the run is failed: rank 0: out of memory: CUDA" in (folder / "log.txt").read_text()
 
 
 def test_what_nccl_says_of_a_full_memory_and_of_a_lost_rank_is_told_apart(tmp_path, monkeypatch):
@@ -144,6 +149,46 @@ def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
         trainer.global_step = 2
         stop.on_train_batch_end(trainer, None)
     assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
+
+
+@pytest.mark.parametrize("where", ["samples", "validation"])
+def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path, monkeypatch, where):
+    given = {
+        "samples": {"samples_every": 2, "samples_steps": 3, "prompts": "[a, b, c]"},
+        "validation": {"every": 2, "clips": 3},
+    }
+    config = run_config(tmp_path, **{f"validation__{key}": value for key, value in given[where].items()})
+    plain = run(run_config(tmp_path, runs=tmp_path / "plain"))
+    asked = []
+
+    def ask(*words):
+        (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+        asked.append(checkpoints_of(folder / "checkpoints"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return noise_like(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"train.{where}.noise_like", ask)
+        with pytest.raises(SystemExit) as end:
+            run(config)
+    folder = only_run(tmp_path / "runs")
+    assert end.value.code == 75 and get_state(folder)[0] == "requeue"
+    (saved,) = asked
+    assert len(saved) == (where == "samples")  # a checkpoint waits for its validation, and not for clips
+    assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
+    assert not list(folder.rglob("*.mp4")) and not (folder / "checkpoints" / "best.json").exists()
+    resume(folder, config)
+    assert losses(folder) == losses(plain)
+
+
+def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
+    def command(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        guarded(command, [], "")
+    assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.slow
@@ -286,7 +331,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path,
     end = time.monotonic() + 20
     while process.ranks()[1:] and time.monotonic() < end:
         time.sleep(0.2)
-    assert "Traceback" not in text, text
+    assert "Traceback" not in text and "TCPStore" not in text, text
     assert ("error: rank 0 was killed" if rank == 0 else "error: rank 1 (process ") in text, text
     assert f"the run goes on from its last checkpoint: python -m train resume={folder}" in text
     same_as(folder, two_ranks)

@@ -1,4 +1,4 @@
-"""``python -m launch logs``: what a run has printed."""
+"""``python -m launch logs``: what a job has printed, or the log of a run on this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from train.errors import UserError
 
 USAGE = """python -m launch logs RUN [lines=N] [follow=true]
 
-The last N lines (40 by default) of what a run printed: of its SLURM job's output, or of log.txt in its folder, which
-has every rank's warnings. With follow=true what comes is printed until the run ends or Ctrl-C.
+The last N lines (40 by default) of what a SLURM job printed; of a run on this machine, those of log.txt in its folder:
+every rank's warnings, and how it ended. Its figures are in metrics.csv. With follow=true what comes is printed until
+the run ends or Ctrl-C.
 """
 _ASK_EVERY = 3.0  # seconds
 

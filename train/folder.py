@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shlex
 import socket
@@ -29,6 +30,7 @@ from train.ranks import global_rank, slurm_tasks
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def going_on(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def set_state(folder: Path, word: str, why: str = "") -> None:
-    """Says how the run stands; a full or read-only disk is not this function's business."""
+    """Says how the run stands, in its log too; a full or read-only disk is not this function's business."""
+    log.info("the run is %s%s", word, f": {' '.join(why.split())}" if why else "")
     temporary = folder / f".{STATE}.tmp-{os.getpid()}"
     try:
         temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n")

@@ -89,6 +89,8 @@ class Watchdog(Callback):
     def over(self, trainer: L.Trainer) -> Iterator[None]:
         """Watches meanwhile: the processes that ``trainer`` starts all the time, the steps while there are some."""
         self._launcher = trainer.strategy.launcher
+        # of the ranks that are about to be started: what torch says of a lost connection are stacks of its own
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield

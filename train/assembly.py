@@ -116,8 +116,8 @@ def assemble(
 def _callbacks(
     config: RunConfig, folder: Path, control: ControlGroup, stop: StopSignals, watchdog: Watchdog
 ) -> list[Callback]:
-    """In their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog has the last word
-    of a step."""
+    """In their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog has the last
+    word of a step."""
     throughput = Throughput()
     bad = BadSteps(config.trainer.max_skipped, control)
     low, high = sigma_range(config.model)

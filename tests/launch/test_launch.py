@@ -368,7 +368,7 @@ def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
 def test_shards_without_a_sample_have_no_speed(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
     manifest = json.loads((shards / "manifest.json").read_text())
-    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "samples": 0}))
     with pytest.raises(UserError, match="has no samples, expected shards that python -m data.prepare has made"):
         read_speed(str(shards))
 

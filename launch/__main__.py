@@ -13,7 +13,7 @@ COMMANDS = {
     "local": "a run on this machine",
     "slurm": "a run on a SLURM cluster",
     "status": "how runs stand",
-    "logs": "what a run has printed",
+    "logs": "what a job has printed, or the log of a run on this machine",
     "cancel": "ends a run in order",
     "doctor": "what this machine has, and what a run needs",
 }

@@ -153,7 +153,11 @@ def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
         yield Finding("missing", "W&B", "not logged in", "run wandb login, or set log.wandb=offline")
     if quick or config.data.shards is None:
         return
-    speed, size = read_speed(config.data.shards)
+    try:
+        speed, size = read_speed(config.data.shards)
+    except MISTAKES as error:
+        yield Finding("missing", "data", str(error))
+        return
     per_step = size * config.data.batch_size * config.optim.accumulate
     yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
 

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"nodes is {nodes}, expected 1: launch local is for this machine, launch slurm for several")
     if "resume" not in settings:
         devices = devices or 1
-    folder, config = prepare(settings, None if devices is None else 1, devices, elsewhere=False)
+    folder, config = prepare(settings, 1 if devices else nodes, devices, elsewhere=False)
     show_plan(folder.path, config, this_machine(config.trainer.devices, config.trainer.nodes))
     record(folder.path, how="local")
     sys.stdout.flush()

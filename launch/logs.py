@@ -1,4 +1,4 @@
-"""``python -m launch logs``: what a run has printed."""
+"""``python -m launch logs``: what a job has printed, or the log of a run on this machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.queue import slurm_state
-from launch.start import recorded, run_argument
+from launch.start import job_of, run_argument
 from launch.status import standing
 from train.cli import flag, whole_number
 from train.errors import UserError
 
 USAGE = """python -m launch logs RUN [lines=N] [follow=true]
 
-The last N lines (40 by default) of what a run printed: of its SLURM job's output, or of log.txt in its folder, which
-has every rank's warnings. With follow=true what comes is printed until the run ends or Ctrl-C.
+The last N lines (40 by default) of what a SLURM job printed; of a run on this machine, those of log.txt in its folder:
+every rank's warnings, and how it ended. Its figures are in metrics.csv. With follow=true what comes is printed until
+the run ends or Ctrl-C.
 """
 _ASK_EVERY = 3.0  # seconds
 
@@ -27,8 +28,7 @@ def main(arguments: list[str]) -> None:
     folder, settings = run_argument(arguments, "lines", "follow")
     follow = flag("follow", settings.get("follow", "false"))
     count = whole_number("lines", settings.get("lines", "40"), least=0)
-    about = recorded(folder)
-    job = about.get("job")
+    job = job_of(folder)
     file = log_file(folder, job)
     with contextlib.suppress(KeyboardInterrupt):
         if follow and not file.exists():

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from train.errors import UserError
+from train.folder import command
 
 UNKNOWN = "UNKNOWN"
 """First word of `slurm_state` while SLURM does not answer."""
@@ -37,5 +38,5 @@ def check_not_queued(folder: Path, job: str | None) -> None:
     if state and not state.startswith(("COMPLETING", UNKNOWN)):
         raise UserError(
             f"job {job} of {folder} is still in the queue ({state}): wait for it, or end it first with "
-            f"python -m launch cancel {folder}"
+            f"{command('launch cancel ', folder)}"
         )

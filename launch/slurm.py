@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Job:
     memory: str | None = None
     container: str | None = None
     mounts: str | None = None
-    sbatch: str | None = None
+    sbatch: Sequence[str] = ()
 
     def script(self) -> str:
         """The whole sbatch file."""
@@ -90,12 +91,14 @@ class Job:
             "requeue": "a node that dies, or a preemption, puts the job back into the queue",
             "open-mode": "and its output goes on in the same file",
         }
-        head = ["#!/bin/bash", f"# Written by: python -m launch slurm {shlex.join(sys.argv[2:])}"]
+        words = " ".join(shlex.join(sys.argv[2:]).splitlines())  # a line of its own would be run, and end the options
+        head = ["#!/bin/bash", f"# Written by: python -m launch slurm {words}"]
         for key, value in options.items():
             if value is not None:
-                line = f"#SBATCH --{key}={value}" if value != "" else f"#SBATCH --{key}"
+                word = f"--{key}={value}" if value != "" else f"--{key}"
+                line = f"#SBATCH {_as_sbatch_reads(word)}"
                 head.append(f"{line:<40}  # {why[key]}" if key in why else line)
-        head += [f"#SBATCH {_as_sbatch_reads(word)}" for word in shlex.split(self.sbatch or "")]
+        head += [f"#SBATCH {_as_sbatch_reads(word)}" for word in self.sbatch]
         prefix, srun = self._container()
         head += [
             f"RUN={shlex.quote(str(self.folder))}",
@@ -119,9 +122,24 @@ class Job:
 
 
 def _as_sbatch_reads(word: str) -> str:
-    """An option with what is between its quotes: ``--comment=a b`` as ``--comment="a b"``."""
+    """An option with its value in quotes where it needs them: ``--comment=a b`` as ``--comment="a b"``."""
     name, equals, value = word.partition("=")
-    return f'{name}{equals}"{value}"' if re.search(r"\s", value) else word
+    if not re.search(r"""[\s#"'\\]""", value):
+        return word
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'{name}{equals}"{escaped}"'
+
+
+def _sbatch_words(text: str) -> list[str]:
+    """The options in ``sbatch=``.
+
+    Raises:
+        UserError: a quote that is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"sbatch is {text!r}, expected options as a shell takes them: {error}") from error
 
 
 def main(arguments: list[str]) -> None:
@@ -140,27 +158,43 @@ def main(arguments: list[str]) -> None:
         grace = min(grace, seconds_of(time_limit) // 4)
     cpus = whole_number("cpus", settings.pop("cpus")) if "cpus" in settings else None
     words = {key: settings.pop(key, None) for key in
-             ("partition", "account", "qos", "memory", "container", "mounts", "sbatch")}  # fmt: skip
+             ("partition", "account", "qos", "memory", "container", "mounts")}  # fmt: skip
+    more = _sbatch_words(settings.pop("sbatch", ""))
+    for key, word in [*words.items(), *(("sbatch", word) for word in more)]:
+        if word is not None and "\n" in word:
+            raise UserError(f"{key} is {word!r}, expected no line break: a job's script cannot have one there")
     if words["mounts"] is not None and words["container"] is None:
         raise UserError(f"mounts is {words['mounts']}, it needs container=IMAGE")
     folder, config = prepare(settings, nodes, tasks, elsewhere=True)
     machine = Machine(gpu, gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
     show_plan(folder.path, config, machine)
     path = folder.path.resolve()
-    job = Job(config.conf, path, nodes, tasks, gpus, cpus or config.data.workers + 2, grace, time=time_limit, **words)
+    job = Job(
+        config.conf,
+        path,
+        nodes,
+        tasks,
+        gpus,
+        cpus or config.data.workers + 2,
+        grace,
+        time=time_limit,
+        sbatch=more,
+        **words,
+    )
     script = path / SCRIPT
     script.write_text(job.script())
     print(f"script     {script}")
     record(path, how="slurm", gpus=gpus)  # also of a job that is refused or submitted by hand
     if dry:
-        print(f"submit it  sbatch {script}")
+        print(f"submit it  sbatch {shlex.quote(str(script))}")
         return
     number = submit(script)
     record(path, how="slurm", job=number, gpus=gpus)
     print(f"job        {number}")
-    print(f"follow it  python -m launch logs {folder.path} follow=true")
-    print(f"           python -m launch status {folder.path}")
-    print(f"stop it    python -m launch cancel {folder.path}")
+    run = shlex.quote(str(folder.path))
+    print(f"follow it  python -m launch logs {run} follow=true")
+    print(f"           python -m launch status {run}")
+    print(f"stop it    python -m launch cancel {run}")
 
 
 def _layout(settings: dict[str, str]) -> tuple[int, int, int]:
@@ -200,7 +234,7 @@ def submit(script: Path) -> str:
 
 
 def _again(script: Path) -> str:
-    return f"python -m launch slurm resume={script.parent} submits it with other options"
+    return f"python -m launch slurm resume={shlex.quote(str(script.parent))} submits it with other options"
 
 
 def _pending_reason(number: str) -> str:

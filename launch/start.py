@@ -12,8 +12,8 @@ from train.cli import whole_number
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
-from train.folder import CONFIG, LAUNCH, RunFolder, going_on, held, write_config
-from train.preflight import preflight
+from train.folder import CONFIG, LAUNCH, RunFolder, held, holder, write_config
+from train.preflight import preflight, preflight_resume
 
 LAYOUT = {"nodes": "trainer.nodes", "gpus": "trainer.devices", "processes": "trainer.devices"}
 """Key of these commands -> the run's key that it stands for; a plan suggests the latter."""
@@ -52,7 +52,7 @@ def prepare(
         folder = Path(settings.pop("resume"))
         check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
-        preflight(going_on(config, folder), elsewhere=elsewhere)
+        preflight_resume(config, folder, elsewhere=elsewhere)
         with held(folder):  # not under a run that reads it
             write_config(config, folder)
         return RunFolder(folder), config
@@ -78,13 +78,27 @@ def recorded(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
+def job_of(folder: Path) -> str | None:
+    """The SLURM job of a run: that of who runs in the folder, which may have been submitted by hand, or the recorded.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    job: str | None = recorded(folder).get("job")
+    return (holder(folder) or {}).get("job") or job
+
+
 def run_argument(arguments: list[str], *options: str) -> tuple[Path, dict[str, str]]:
-    """``RUN [key=value ...]`` of status, logs and cancel."""
-    words = [word for word in arguments if "=" not in word]
-    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
-    unknown = [key for key in settings if key not in (*options, "run")]
-    if unknown:
-        raise UserError(f"{unknown[0]} is not a setting of this command, expected {', '.join(options) or 'none'}")
+    """``RUN [key=value ...]`` of status, logs and cancel; the path of RUN may hold ``=``."""
+    words, settings = [], {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and key in (*options, "run"):
+            settings[key] = value
+        elif equals and not Path(word).exists():
+            raise UserError(f"{key} is not a setting of this command, expected {', '.join(options) or 'none'}")
+        else:
+            words.append(word)
     runs = [*words, *([settings.pop("run")] if "run" in settings else [])]
     if len(runs) != 1:
         raise UserError(f"expected one run folder, found {len(runs)}: {' '.join(runs)}")

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from launch.queue import slurm_state
-from launch.start import recorded, run_argument
+from launch.start import job_of, run_argument
 from train.checkpoint import checkpoints_of
 from train.compose import read_config
 from train.errors import UserError
-from train.folder import CONFIG, get_state, holder
+from train.folder import CONFIG, command, get_state, holder
 from train.metrics import METRICS, read_metrics
 
 USAGE = """python -m launch status [RUN]
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
             print(f"{folder!s:<48} {line}")
         return
     folder, _ = run_argument(arguments)
-    about = recorded(folder)
+    job = job_of(folder)
     word, why = standing(folder)
     print(f"{folder}: {word}{': ' + why if why else ''}")
     print(f"  progress    {_progress(folder)}")
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> None:
     if saved:
         age = (time.time() - saved[-1].stat().st_mtime) / 60
         print(f"  checkpoint  {saved[-1].name}, {age:,.0f} minutes old")
-    if about.get("job"):
-        print(f"  SLURM       job {about['job']}: {slurm_state(about['job']) or 'no longer known'}")
+    if job:
+        print(f"  SLURM       job {job}: {slurm_state(job) or 'no longer known'}")
 
 
 def standing(folder: Path) -> tuple[str, str]:
@@ -54,7 +54,7 @@ def standing(folder: Path) -> tuple[str, str]:
         job = f", SLURM job {who['job']}" if who["job"] else ""
         return "running", f"process {who['pid']} on {who['host']}{job} since {who['since']}"
     if word == "running":
-        return "killed", f"python -m train resume={folder} goes on from the last checkpoint"
+        return "killed", f"{command('train resume=', folder)} goes on from the last checkpoint"
     return word, why
 
 

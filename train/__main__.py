@@ -94,13 +94,12 @@ def _resume(folder: Path, settings: dict[str, str], show: bool) -> None:
     if show:
         print(OmegaConf.to_yaml(structured(changed)), end="")
         return
-    from train.folder import going_on, held, write_config
-    from train.preflight import preflight
+    from train.folder import held, write_config
+    from train.preflight import preflight_resume
     from train.ranks import global_rank
     from train.run import resume
 
-    config = going_on(changed, folder)
-    preflight(config)
+    config = preflight_resume(changed, folder)
     changes = differences(before, changed)
     if changes and global_rank() == 0:
         with held(folder):

@@ -116,7 +116,8 @@ def assemble(
 def _callbacks(
     config: RunConfig, folder: Path, control: ControlGroup, stop: StopSignals, watchdog: Watchdog
 ) -> list[Callback]:
-    """In their order: what measures, what saves and what shows; the watchdog has the last word of a step."""
+    """In their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog has the last
+    word of a step."""
     throughput = Throughput()
     bad = BadSteps(config.trainer.max_skipped, control)
     low, high = sigma_range(config.model)
@@ -130,9 +131,9 @@ def _callbacks(
         control,
         watchdog,
         throughput,
+        stop,
     )
-
-    samples = Samples(config, folder, control, watchdog, throughput)
+    samples = Samples(config, folder, control, watchdog, throughput, stop)
 
     def more() -> dict[str, float]:
         return {"skipped": float(bad.skipped), **validation.row}
@@ -148,7 +149,7 @@ def _callbacks(
         throughput,
     )
     progress = Progress(figures)
-    return [throughput, validation, samples, bad, figures, progress, stop, checkpoints, watchdog]
+    return [throughput, validation, bad, figures, progress, stop, checkpoints, samples, watchdog]
 
 
 def _validation_shards(config: RunConfig) -> Manifest | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,6 +108,20 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing or damaged.
     """
     return _load_tensors(Path(path) / WEIGHTS)
+
+
+def weight_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the trained weights of a checkpoint folder, without reading them.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = Path(path) / WEIGHTS
+    try:
+        with safe_open(file, "pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no readable part of a checkpoint ({error})") from error
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

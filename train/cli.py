@@ -18,7 +18,8 @@ MISTAKES = (UserError, DataError, RadialError)
 
 
 def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
-    """Runs ``command``; prints ``usage`` for --help; turns mistakes into one line on stderr and exit code 2."""
+    """Runs ``command``; prints ``usage`` for --help; turns mistakes into one line on stderr and exit code 2,
+    Ctrl-C into one and exit code 130."""
     if any(word in ("-h", "--help") for word in arguments):
         print(usage)
         return
@@ -29,6 +30,9 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
             time.sleep(5)  # where the first fails alike, it says so, and srun or torchrun ends this process
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before a run listens for it, or of a command that has nothing to save
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def number(key: str, text: str) -> float:

@@ -18,6 +18,7 @@ from data.manifest import Manifest
 from data.reader import SampleReader
 from radial import Released, VideoGrid, build_layout
 from radial.backends import BACKENDS, AttentionCall
+from train.errors import UserError
 
 PACKAGES = ("torch", "lightning", "diffusers", "peft", "deepspeed", "transformers", "wandb", "flash-attn-4")
 _READ_SECONDS = 3.0
@@ -103,6 +104,7 @@ def read_speed(source: str) -> tuple[float, float]:
 
     Raises:
         DataError: a shard cannot be reached.
+        UserError: there are no samples.
     """
     shards = Manifest.load(source)
     total, count, start = 0, 0, time.perf_counter()
@@ -116,4 +118,6 @@ def read_speed(source: str) -> tuple[float, float]:
             reader.release(number)
             if time.perf_counter() - start > _READ_SECONDS:
                 break
+    if not count:
+        raise UserError(f"{source} has no samples, expected shards that python -m data.prepare has made")
     return total / (time.perf_counter() - start), total / count

@@ -36,7 +36,7 @@ class Figures(Callback):
     """Collects and logs them. It stands before the checkpoints, so that no saved step lacks its row.
 
     Args:
-        every: optimizer steps between rows.
+        every: optimizer steps between rows; a step with a validation or with norms has one too.
         norms_every: optimizer steps between LoRA norms; 0: none.
         more: gives further figures of the step, by name: what other callbacks have counted.
 
@@ -53,6 +53,7 @@ class Figures(Callback):
         self.row: dict[str, float] = {}
         self._lengths: list[int] = []
         self._sums = torch.zeros(0, 2, dtype=torch.float64)
+        self._saved: Tensor | None = None
         self._step = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -62,6 +63,15 @@ class Figures(Callback):
         assert isinstance(stream, LatentStream)
         self._lengths = sorted({info.shape[1] for info in stream.manifest.samples})
         self._sums = torch.zeros(BUCKETS + len(self._lengths), 2, dtype=torch.float64)
+        if self._saved is not None and self._saved.shape[1:] == self._sums.shape:
+            # a rank its own; with fewer ranks those of the others are spread over them
+            self._sums += self._saved[self.control.rank :: self.control.world].sum(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": torch.stack(self.control.gather(self._sums))}  # (rank, bucket, loss and count)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["sums"]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         assert isinstance(module, LengthExtensionModule)
@@ -69,13 +79,15 @@ class Figures(Callback):
             return
         self._step = trainer.global_step
         row = self._step_row(module)
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+        if due:
             row |= self._bucket_row() | self.throughput.row(trainer, module)
         if self.norms_every and trainer.global_step % self.norms_every == 0:
             row |= lora_norms(module)
+            due = True
         row |= self.more()
         self.row = row
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        if due or VALIDATION in row:  # what was measured is never thrown away
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=trainer.global_step - 1)
 

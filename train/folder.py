@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from train.ranks import global_rank, slurm_tasks
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ def _store_of_torchrun() -> Any:
     return dist.PrefixStore(f"radial-{start}", dist.TCPStore(address, port, is_master=False))
 
 
+def command(words: str, folder: Path) -> str:
+    """A command about a run as a shell takes it, such as ``python -m train resume=<folder>`` of ``train resume=``."""
+    return f"python -m {words}{shlex.quote(str(folder))}"
+
+
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the config of a run, whole or not at all."""
     temporary = folder / f".{CONFIG}.tmp-{os.getpid()}"
@@ -106,7 +114,8 @@ def going_on(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def set_state(folder: Path, word: str, why: str = "") -> None:
-    """Says how the run stands; a full or read-only disk is not this function's business."""
+    """Says how the run stands, in its log too; a full or read-only disk is not this function's business."""
+    log.info("the run is %s%s", word, f": {' '.join(why.split())}" if why else "")
     temporary = folder / f".{STATE}.tmp-{os.getpid()}"
     try:
         temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n")
@@ -185,7 +194,7 @@ def held(folder: Path) -> Iterator[None]:
             job = f", SLURM job {other['job']}" if other["job"] else ""
             raise UserError(
                 f"{folder} is in use by process {other['pid']} on {other['host']}{job} since {other['since']}: "
-                f"wait for it, or end it with python -m launch cancel {folder}"
+                f"wait for it, or end it with {command('launch cancel ', folder)}"
             ) from None
         except OSError as error:
             print(f"warning: {folder} has no file locks ({error.strerror}): a second run in it would go unnoticed")

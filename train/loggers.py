@@ -32,7 +32,7 @@ def loggers_of(config: RunConfig, folder: Path, resumed_step: int, rank: int) ->
     later = "training goes on, and the rows are kept until there is room"
     loggers: list[Logger] = [Forgiving(MetricsCsv(folder, resumed_step), "metrics.csv", later)]
     if config.log.tensorboard:
-        inner = TensorBoardLogger(folder, name="", version="tensorboard")
+        inner = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=resumed_step)
         loggers.append(Forgiving(inner, "TensorBoard", "training goes on, metrics.csv has them"))
     if config.log.wandb != "disabled":
         loggers += _wandb(config, folder)

@@ -108,24 +108,33 @@ def start_from(transformer: Any, lora: Lora, scale: float) -> None:
             parameters[f"{name}.lora_B.weight"][:, : len(down)] = up / scale
 
 
-def load_parameters(expected: dict[str, Parameter], state: dict[str, Tensor]) -> None:
-    """Loads saved tensors into parameters, whole or spread over ranks by ZeRO; every rank must call it.
+def check_saved(expected: dict[str, Parameter], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Holds the shapes of saved tensors against the parameters that they are for.
 
     Raises:
-        UserError: the tensors do not fit the parameters; nothing is loaded then.
+        UserError: they do not fit.
     """
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing or unknown:
         name = (missing or unknown)[0]
         raise UserError(
             f"the checkpoint has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
             "it was made for another model or other lora.targets"
         )
-    for name, tensor in state.items():
-        if tensor.shape != whole_shape(expected[name]):
+    for name, shape in shapes.items():
+        if shape != whole_shape(expected[name]):
             raise UserError(
-                f"LoRA tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(whole_shape(expected[name]))}: "
+                f"LoRA tensor {name} has shape {shape}, expected {tuple(whole_shape(expected[name]))}: "
                 "check lora.rank and the model"
             )
+
+
+def load_parameters(expected: dict[str, Parameter], state: dict[str, Tensor]) -> None:
+    """Loads saved tensors into parameters, whole or spread over ranks by ZeRO; every rank must call it.
+
+    Raises:
+        UserError: the tensors do not fit the parameters; nothing is loaded then.
+    """
+    check_saved(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
     for name, parameter in expected.items():
         set_whole_parameter(parameter, state[name])

@@ -14,11 +14,16 @@ from data.errors import DataError
 from data.manifest import Manifest
 from data.remote import scheme_of
 from data.stream import read_samples
+from train.checkpoint import checkpoints_of, weight_shapes
 from train.config import RunConfig
 from train.errors import UserError
 from train.export.reading import read_header
+from train.folder import going_on
+from train.lora import check_saved, inject_lora, lora_parameters
 from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
+
+_FULL = "out of memory"
 
 
 def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
@@ -72,6 +77,32 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
     if not elsewhere:
         check_memory(config)
+
+
+def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False) -> RunConfig:
+    """Stops a run that cannot go on with ``config``, before anything of its folder is changed.
+
+    Returns:
+        What it goes on with (`train.folder.going_on`).
+
+    Raises:
+        UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained.
+    """
+    config = going_on(config, folder)
+    preflight(config, elsewhere=elsewhere)
+    adapter, saved = describe_model(config.model), checkpoints_of(folder / "checkpoints")
+    if adapter is not None and saved:
+        trained = dict(adapter.transformer.named_parameters())
+        if config.lora is not None:
+            targets = config.lora.targets or adapter.targets(text=config.lora.text)
+            inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
+            trained = lora_parameters(adapter.transformer)
+        try:
+            shapes = weight_shapes(saved[-1])
+        except UserError:
+            return config  # damaged: one before it is taken
+        check_saved(trained, shapes)
+    return config
 
 
 def check_memory(config: RunConfig) -> None:
@@ -214,9 +245,17 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
             )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full: for a tensor, or for what CUDA and NCCL take by themselves, which is no error of its own
+    kind."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _FULL in str(error))
+
+
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
     """What to say when memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
-    asked = str(error).split(". GPU")[0].rstrip(".")
+    text = str(error)
+    line = next((line for line in text.splitlines() if _FULL in line), text)
+    asked = line.split(". GPU")[0].rstrip(".")
     return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
 
 

@@ -26,11 +26,11 @@ from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
 from train.export.run import export_run
-from train.folder import RunFolder, get_state, gpus_given, held, set_state
+from train.folder import RunFolder, command, get_state, gpus_given, held, set_state
 from train.held_out import write_report
 from train.loggers import wandb_closed
 from train.module import LengthExtensionModule
-from train.preflight import check_shapes, out_of_memory
+from train.preflight import check_shapes, is_out_of_memory, out_of_memory
 from train.ranks import global_rank
 from train.report import write_page
 from train.stop import EXIT_CODES, WORDS, StopSignals
@@ -68,7 +68,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         if rank:
             return
         if asked:
-            why = f"python -m train resume={folder.path} goes on"
+            why = f"{command('train resume=', folder.path)} goes on"
             set_state(folder.path, WORDS[asked], why)
             print(f"\nstopped, with a checkpoint; {why}")
             raise SystemExit(EXIT_CODES[asked])
@@ -90,7 +90,7 @@ def _room(folder: Path) -> Iterator[None]:
         if not full:
             raise
         raise UserError(
-            f"the disk is full ({error}): make room, then python -m train resume={folder} goes on"
+            f"the disk is full ({error}): make room, then {command('train resume=', folder)} goes on"
         ) from error
 
 
@@ -110,7 +110,8 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
         )
     control = ControlGroup()
     stop = StopSignals(folder.path, rank, control)
-    with stop.listening():
+    watchdog = Watchdog(folder.path, patience(config), control)
+    with stop.listening(), _told(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
         check_shapes(config, shards)
@@ -119,33 +120,31 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
             state = load_state(folder.checkpoint)
             start, resumed_step = state["position"], state["global_step"]
         unfinished = resumed_step < config.trainer.steps
-        watchdog = Watchdog(folder.path, patience(config), control)
         trainer, module = assemble(config, folder, shards, resumed_step, control, stop, watchdog)
-        if unfinished:
-            batches = loader(config, shards, trainer, start)
-            with _told(config, folder.path, watchdog, rank):
-                trainer.fit(module, batches, ckpt_path=folder.checkpoint)
-        else:
-            assert folder.checkpoint is not None
-            module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
-        if not stop.agreed:
-            _finish(config, folder.path, trainer, module, shards)
+        with watchdog.over(trainer):
+            if unfinished:
+                trainer.fit(module, loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)
+            else:
+                assert folder.checkpoint is not None
+                module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
+            if not stop.agreed:
+                _finish(config, folder.path, trainer, module, shards)
     return stop.agreed
 
 
 @contextmanager
 def _told(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Iterator[None]:
-    """Says in words what ends a training from outside of it: lost ranks, memory that is full."""
+    """Says in words what ends a run from outside of it: lost ranks, memory that is full."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            watchdog.explain(error)
+            raise
         if rank and _has_failed(folder, rank):
             raise SystemExit(2) from None
         set_state(folder, "failed", f"rank {rank}: out of memory")  # finding remedies takes seconds
         raise UserError(out_of_memory(config, error, rank)) from error
-    except RuntimeError as error:
-        watchdog.explain(error)
-        raise
 
 
 def _finish(

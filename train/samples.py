@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,15 @@ from train.sample.decode import decode_frames
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 from train.sampling import sample
+from train.stop import StopSignals
 from train.throughput import Throughput
 from train.watchdog import Watchdog
 
 FOLDER = "samples"
+
+
+class _Asked(Exception):
+    """The run was asked to stop while clips were made."""
 
 
 class Samples(Callback):
@@ -53,10 +59,16 @@ class Samples(Callback):
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, control: ControlGroup, watchdog: Watchdog, throughput: Throughput
+        self,
+        config: RunConfig,
+        folder: Path,
+        control: ControlGroup,
+        watchdog: Watchdog,
+        throughput: Throughput,
+        stop: StopSignals,
     ) -> None:
         self.config, self.folder, self.every = config, folder, config.validation.samples_every
-        self.control, self.watchdog, self.throughput = control, watchdog, throughput
+        self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
         self._step = -1
         self._conditions: list[Sample] = []
         self._encoder: Encoder | None = None
@@ -82,42 +94,47 @@ class Samples(Callback):
         if trainer.global_step == self._step or not self.every:
             return
         self._step = trainer.global_step
-        if self._step % self.every == 0 or self._step == trainer.max_steps:
+        if not self.stop.agreed and (self._step % self.every == 0 or self._step == trainer.max_steps):
             assert isinstance(module, LengthExtensionModule)
             start = time.perf_counter()
-            self.generate(trainer, module)
+            module.transformer.eval()
+            with suppress(_Asked):
+                self.generate(trainer, module)
+            module.transformer.train()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.throughput.leave_out(time.perf_counter() - start)
 
     @torch.no_grad()
     def generate(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
-        """All prompts' clips with the weights of now. Every rank must call it."""
+        """All prompts' clips with the weights of now. Every rank must call it.
+
+        Raises:
+            _Asked: on every rank, when the run is asked to stop meanwhile.
+        """
         sharing = module.sequence_size
         group, groups = self.control.rank // sharing, self.control.world // sharing
         writes = self.control.rank % sharing == 0
         files: list[Path] = []
-        module.transformer.eval()
         # every rank makes as many forward passes, so that none waits for another's
         for turn in range(math.ceil(len(self._conditions) / groups)):
             number = turn * groups + group
             counts = number < len(self._conditions)
             clip = self._conditions[number % len(self._conditions)]
             with trainer.precision_plugin.forward_context():
-                latent = self._latent(module, clip, number, quiet=self.control.rank > 0)
+                latent = self._latent(trainer, module, clip, number)
             if counts and writes:
                 words = re.sub(r"\W+", "-", clip.caption.lower()).strip("-")[:40].strip("-")
                 file = self.folder / FOLDER / f"step-{self._step:06d}" / f"{number:02d}-{words}.mp4"
                 self._write(latent, file)
                 files.append(file)
             self.watchdog.progress()
-        module.transformer.train()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         found = sorted(file for files in self.control.gather(files) for file in files)
         for logger in trainer.loggers:
             if isinstance(logger, Forgiving) and isinstance(logger.inner, WandbLogger):
                 logger.attempt(_to_wandb, logger.inner.experiment, found, self._step)
 
-    def _latent(self, module: LengthExtensionModule, clip: Sample, number: int, quiet: bool) -> Tensor:
+    def _latent(self, trainer: L.Trainer, module: LengthExtensionModule, clip: Sample, number: int) -> Tensor:
         """The clip of a prompt, (C, f, h, w)."""
         batch = collate([clip], 0).to(module.device)
         told = self.config.validation.samples_guidance
@@ -129,6 +146,8 @@ class Samples(Callback):
 
         def plan(sigma: float) -> Any:
             self.watchdog.progress()
+            if self.stop.agree(trainer):
+                raise _Asked
             return module.plan(shape, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
 
         made = sample(
@@ -141,7 +160,7 @@ class Samples(Callback):
             shift=self.config.shift(),
             guidance=1.0 if distilled else told,
             label=f"Sample {number + 1}",
-            quiet=quiet,
+            quiet=self.control.rank > 0,
         )
         return made[0]
 

@@ -3,7 +3,8 @@
     SIGINT                  stop: checkpoint and exit; a second one exits at once
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
 
-Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last.
+Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last, and
+at every forward pass of what takes long beside the steps: a validation, the prompts' clips. These are then left.
 They are taken by a thread: Python's own handlers wait for the main thread, which may wait for another rank in C.
 """
 
@@ -96,10 +97,15 @@ class StopSignals(Callback):
         if trainer.global_step == self._step:
             return  # a micro-batch that was only accumulated
         self._step = trainer.global_step
+        self.agree(trainer)
+
+    def agree(self, trainer: L.Trainer) -> bool:
+        """Whether this step is the last, as a rank was asked to stop until now. Every rank must call it."""
         stop, requeue = self.control.any([self.asked == STOP, self.asked == REQUEUE])
         self.agreed = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
         if self.agreed:
             trainer.should_stop = True
+        return self.agreed != 0
 
 
 def _take_over() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ LOG = "log.txt"
 OURS = ("train", "data", "radial", "launch")
 _CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric", "lightning_utilities", "diffusers", "transformers",
            "DeepSpeed", "deepspeed", "peft", "wandb")  # fmt: skip
+_DEAF = ("lightning.pytorch", "lightning.fabric")  # to their own talk of every start and checkpoint
 _LINE_EVERY = 30.0  # seconds between lines where nothing can be written over, such as a job's output file
 
 
@@ -63,6 +65,9 @@ def collected(folder: Path, rank: int) -> Iterator[None]:
         logger = logging.getLogger(name)
         silenced.append((logger, list(logger.handlers), logger.propagate))
         logger.handlers, logger.propagate = [], True
+    levels = {name: logging.getLogger(name).level for name in _DEAF}
+    for name in _DEAF:
+        logging.getLogger(name).setLevel(logging.WARNING)
     root.setLevel(logging.INFO)
     root.addHandler(file)
     root.addHandler(screen)
@@ -78,6 +83,8 @@ def collected(folder: Path, rank: int) -> Iterator[None]:
             handler.close()
         for logger, handlers, propagate in silenced:
             logger.handlers, logger.propagate = handlers, propagate
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _log_warning(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
@@ -107,9 +114,11 @@ class Progress(Callback):
         if math.isfinite(loss):
             self._smooth = loss if self._smooth is None else self._smooth + 0.1 * (loss - self._smooth)
             self._older = [*self._older[-19:], self._smooth]
-        text = self.line(trainer.global_step, trainer.max_steps)
+        parts = self.parts(trainer.global_step, trainer.max_steps)
+        text = "  ".join(parts.values())
         if sys.stdout.isatty():
-            print(f"\r\x1b[K{text}", end="", flush=True)
+            # a line that wraps would leave its first row behind at every step
+            print(f"\r\x1b[K{_fitted(parts, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
         elif time.monotonic() - self._last_line > _LINE_EVERY or trainer.global_step == trainer.max_steps:
             self._last_line = time.monotonic()
             print(text, flush=True)
@@ -118,19 +127,21 @@ class Progress(Callback):
         if trainer.is_global_zero and sys.stdout.isatty():
             print()
 
-    def line(self, step: int, steps: int) -> str:
-        """Such as ``step 120/2500  loss 0.0831 (0.0902 falling)  12.3 s/step  23.7k tokens/s  MFU 41%  68.0 GiB  8.1 h
-        left``."""
-        parts = [f"step {step}/{steps}", f"loss {self._shown['loss']:.4f} ({self._trend()})"]
+    def parts(self, step: int, steps: int) -> dict[str, str]:
+        """The line in its parts, such as ``step 120/2500``, ``loss 0.0831 (0.0902 falling)``, ``12.30 s/step``,
+        ``23.7k tokens/s``, ``MFU 41%``, ``68.0 GiB``, ``8.1 h left``, ``1 skipped``."""
         figures = self._shown
+        parts = {"step": f"step {step}/{steps}", "loss": f"loss {figures['loss']:.4f} ({self._trend()})"}
         if "step_seconds" in figures:
-            parts += [f"{figures['step_seconds']:.2f} s/step", f"{_short(figures['tokens_per_second'])} tokens/s"]
+            parts["pace"] = f"{figures['step_seconds']:.2f} s/step"
+            parts["tokens"] = f"{_short(figures['tokens_per_second'])} tokens/s"
             if "mfu" in figures:
-                parts.append(f"MFU {figures['mfu']:.0%}")
-            parts += [f"{figures['memory_gib']:.1f} GiB", f"{_duration(figures['hours_left'])} left"]
+                parts["mfu"] = f"MFU {figures['mfu']:.0%}"
+            parts["memory"] = f"{figures['memory_gib']:.1f} GiB"
+            parts["left"] = f"{_duration(figures['hours_left'])} left"
         if figures.get("skipped"):
-            parts.append(f"{figures['skipped']:.0f} skipped")
-        return "  ".join(parts)
+            parts["skipped"] = f"{figures['skipped']:.0f} skipped"
+        return parts
 
     def _trend(self) -> str:
         if self._smooth is None:
@@ -138,6 +149,16 @@ class Progress(Callback):
         change = self._smooth / self._older[0] - 1
         word = "steady" if abs(change) < 0.005 else "falling" if change < 0 else "rising"
         return f"{self._smooth:.4f} {word}"
+
+
+def _fitted(parts: dict[str, str], width: int) -> str:
+    """The line in at most ``width`` characters, but for the step: what a person misses least is left out first."""
+    kept = dict(parts)
+    for name in ("memory", "tokens", "mfu", "pace", "skipped", "left", "loss"):
+        if len("  ".join(kept.values())) <= width:
+            break
+        kept.pop(name, None)
+    return "  ".join(kept.values())
 
 
 def _short(number: float) -> str:

@@ -25,6 +25,7 @@ from train.flow import noise_like, noised
 from train.models import Conditions
 from train.module import LengthExtensionModule
 from train.sequence import flow_loss
+from train.stop import StopSignals
 from train.throughput import Throughput
 from train.watchdog import Watchdog
 
@@ -55,9 +56,10 @@ class Validation(Callback):
         control: ControlGroup,
         watchdog: Watchdog,
         throughput: Throughput,
+        stop: StopSignals,
     ) -> None:
         self.every, self.sigmas, self.lengths, self.seed = every, list(sigmas), sorted(lengths), seed
-        self.control, self.watchdog, self.throughput = control, watchdog, throughput
+        self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
         self.shards, self.count = shards, count
         self.row: dict[str, float] = {}
         self._step = -1
@@ -75,18 +77,19 @@ class Validation(Callback):
         if self._step % self.every == 0 or self._step == trainer.max_steps:
             assert isinstance(module, LengthExtensionModule)
             start = time.perf_counter()
+            module.transformer.eval()
             self.row = self.measure(trainer, module)
+            module.transformer.train()
             self.throughput.leave_out(time.perf_counter() - start)
 
     @torch.no_grad()
     def measure(self, trainer: L.Trainer, module: LengthExtensionModule) -> dict[str, float]:
-        """The figures now. Every rank must call it."""
+        """The figures now; none when the run is asked to stop meanwhile. Every rank must call it."""
         assert self.shards is not None
         self._clips = self._clips or list(read_samples(self.shards, self.count))
         sharing = module.sequence_size
         group, groups = self.control.rank // sharing, self.control.world // sharing
         sums = torch.zeros(len(self.lengths), len(self.sigmas), 2, dtype=torch.float64)
-        module.transformer.eval()
         with trainer.precision_plugin.forward_context():
             # every rank makes as many forward passes, so that none waits for another's
             for turn in range(math.ceil(len(self._clips) / groups)):
@@ -98,7 +101,8 @@ class Validation(Callback):
                         loss = self._loss(module, clip, length, sigma)
                         sums[i, j] += counts * torch.tensor([loss / sharing, 1 / sharing])
                         self.watchdog.progress()
-        module.transformer.train()
+                        if self.stop.agree(trainer):
+                            return {}
         sums = self.control.sum(sums)
         table = sums[..., 0] / sums[..., 1]
         row: dict[str, float] = {}

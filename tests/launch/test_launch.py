@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import run_config, words
 
-from launch import cancel, doctor, logs, status
+from launch import cancel, doctor, local, logs, status
 from launch.slurm import Job, main, seconds_of
 from launch.start import record, run_argument
+from train.build import training_shards
 from train.compose import read_config
-from train.environment import git_revision
+from train.environment import git_revision, read_speed
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held, set_state
 from train.run import resume
@@ -57,7 +59,11 @@ def job(**changes) -> Job:
 
 def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
     script = job(
-        account="lab", qos="high", partition="h200", time="1-00:00:00", sbatch="--exclusive --nice=5 --comment='a b'"
+        account="lab",
+        qos="high",
+        partition="h200",
+        time="1-00:00:00",
+        sbatch=["--exclusive", "--nice=5", "--comment=a b"],
     ).script()
     for line in (
         "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--account=lab", "--qos=high",
@@ -69,6 +75,21 @@ def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
     file = tmp_path / "job.sbatch"
     file.write_text(script)
     assert subprocess.run(["bash", "-n", file]).returncode == 0
+
+
+def test_folders_and_prompts_of_any_kind_end_no_line_of_the_script(tmp_path, monkeypatch):
+    here = tmp_path / 'a "folder" with spaces #1'
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("sys.argv", ["launch", "slurm", "validation.prompts=[a cat,\n$(touch it); a dog]"])
+    script = job(folder=here / "run").script()
+    written = str(here).replace('"', r"\"")
+    assert f'#SBATCH --chdir="{written}"\n' in script
+    assert f'#SBATCH --output="{written}/run/slurm-%j.out"\n' in script
+    (here / "job.sbatch").write_text(script)
+    assert subprocess.run(["bash", "-n", "job.sbatch"], stderr=subprocess.PIPE).stderr == b""
+    head = script.split("\nRUN=")[0].splitlines()
+    assert all(line.startswith("#") for line in head) and head[1].endswith("[a cat, $(touch it); a dog]'")
 
 
 def test_the_template_for_hand_use_is_readable_bash():
@@ -95,6 +116,8 @@ def test_containers_run_through_apptainer_or_pyxis():
         (["gpus=1", "dry_run=1"], "dry_run is '1', expected true or false"),
         (["gpus=1", "mounts=/data"], "mounts is /data, it needs container=IMAGE"),
         (["gpus=1", "time=soon"], "time is 'soon'"),
+        (["gpus=1", "sbatch=--comment='a"], "expected options as a shell takes them: No closing quotation"),
+        (["gpus=1", "account=a\nb"], "account is 'a\\nb', expected no line break"),
         (["gpus=1", "trainer.devices=2"], "gpus is 1 and trainer.devices is 2, expected the same number"),
         (["nodes=1", "gpus=1", "trainer.nodes=2"], "nodes is 1 and trainer.nodes is 2, expected the same number"),
         (["gpus=1", "partitoin=x"], "partitoin is not a known key"),
@@ -173,6 +196,66 @@ def test_status_logs_and_cancel_of_a_run_that_does_not_run(folder, capsys):
         status.main(["/nowhere"])
     record(folder, how="slurm", job="7")
     assert json.loads((folder / "launch.json").read_text())["job"] == "7"
+
+
+def test_a_run_folder_may_have_any_name(tmp_path, capsys):
+    folder = RunFolder.create(run_config(tmp_path, runs=tmp_path / "lr=1e-4, often")).path
+    status.main([str(folder)])
+    assert "no step of 4 yet" in capsys.readouterr().out
+    set_state(folder, "running")
+    assert status.standing(folder)[1].startswith(f"python -m train resume='{folder}' goes on")
+    (folder / "log.txt").write_text("one\ntwo\n")
+    logs.main([str(folder), "lines=1"])
+    assert capsys.readouterr().out == "two\n"
+    with pytest.raises(UserError, match="lnies is not a setting of this command, expected lines, follow"):
+        logs.main([str(folder), "lnies=1"])
+
+
+def test_a_job_that_was_submitted_by_hand_is_known_while_it_runs(folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(status, "slurm_state", lambda job: asked.append(job) or "RUNNING")
+    record(folder, how="slurm", gpus=1)  # of dry_run=true
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    (folder / "slurm-8.out").write_text("of job 8\n")
+    with held(folder):
+        logs.main([str(folder)])
+        status.main([str(folder)])
+    assert "of job 8\n" in capsys.readouterr().out and asked == ["8"]
+
+
+def test_cancelling_a_job_that_still_checks_its_nodes_ends_it(folder, monkeypatch, capsys):
+    called = []
+
+    def scancel(words, **_):
+        called.append(words)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(cancel, "slurm_state", lambda job: "RUNNING")
+    monkeypatch.setattr("launch.cancel.subprocess.run", scancel)
+    record(folder, how="slurm", job="7")
+    set_state(folder, "running")
+    cancel.main([str(folder)])
+    set_state(folder, "starting")
+    cancel.main([str(folder)])
+    assert called == [["scancel", "--signal=INT", "7"], ["scancel", "7"]]
+    assert get_state(folder)[0] == "stopped" and "job 7 is cancelled" in capsys.readouterr().out
+
+
+def test_a_process_that_cannot_be_ended_is_told(folder, monkeypatch):
+    def kill(pid, number):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("launch.cancel.os.kill", kill)
+    with held(folder), pytest.raises(UserError, match=f"process {os.getpid()}: Operation not permitted"):
+        cancel.main([str(folder)])
+
+
+def test_a_run_of_several_nodes_goes_on_on_this_machine(tmp_path, monkeypatch, capsys):
+    folder = RunFolder.create(run_config(tmp_path, trainer__nodes=2, trainer__devices=1)).path
+    started = []
+    monkeypatch.setattr("launch.local.os.execv", lambda program, words: started.append(words))
+    local.main([f"resume={folder}", "nodes=1", "data.batch_size=2"])
+    assert started and read_config(folder).trainer.nodes == 1
 
 
 def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, capsys):
@@ -270,8 +353,24 @@ def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
         doctor.main(["conf=wan_4x"])
     assert stop.value.code == 1
     assert "missing  run          model.path is not set" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        doctor.main([*words(tmp_path, data__synthetic_clips=0, data__shards=tmp_path / "nowhere")])
+    said = capsys.readouterr().out
+    assert (
+        " software " in said
+        and "missing  run          " in said
+        and f"missing  data         {tmp_path}/nowhere" in said
+    )
     doctor.main(words(tmp_path))
     assert "ok       run          weights, shards and settings fit together" in capsys.readouterr().out
+
+
+def test_shards_without_a_sample_have_no_speed(tmp_path):
+    shards = training_shards(run_config(tmp_path)).folder
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "samples": 0}))
+    with pytest.raises(UserError, match="has no samples, expected shards that python -m data.prepare has made"):
+        read_speed(str(shards))
 
 
 @pytest.mark.slow

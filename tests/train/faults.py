@@ -70,10 +70,10 @@ def losses(folder: Path) -> list[tuple[int, str]]:
 
 
 class Run:
-    """``python -m train`` in processes of its own, which form a group."""
+    """``python -m train``, or a script, in processes of its own, which form a group."""
 
-    def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "train", *map(str, words)]
+    def __init__(self, *words: str, environment: dict[str, str] | None = None, script: Path | None = None) -> None:
+        command = [sys.executable, *(["-m", "train"] if script is None else [str(script)]), *map(str, words)]
         given = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given, start_new_session=True

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from train.figures import lora_norms
 from train.folder import RunFolder
 from train.metrics import read_metrics
 from train.models import load_adapter
-from train.run import train
+from train.run import resume, train
 from train.validation import lengths_of
 
 
@@ -61,6 +62,28 @@ def test_every_log_has_the_same_keys_and_numbers(logged):
     assert events.Tags()["images"] == ["mask"]
     about = json.loads((folder / "environment.json").read_text())
     assert about["packages"]["torch"] == torch.__version__ and len(about["git"] or "0" * 40) >= 40
+
+
+def test_figures_between_the_rows_are_not_lost(tmp_path):
+    """Rows at every third step, validations at every second, norms at every fourth; resumed in between."""
+    changes = {"validation__every": 2, "validation__clips": 1, "log__every": 3, "log__norms_every": 4}
+    config = run_config(tmp_path, trainer__steps=8, trainer__keep=9, log__tensorboard=True, **changes)
+    folder = RunFolder.create(config).path
+    train(config, RunFolder(folder))
+    rows = read_metrics(folder / "metrics.csv")
+    steps = {key: [int(row["step"]) + 1 for row in rows if row[key]] for key in rows[0]}
+    assert steps["loss"] == [2, 3, 4, 6, 8]
+    assert steps["validation/loss"] == [2, 4, 6, 8] and steps["lora_norm/blocks_00"] == [4, 8]
+    assert steps["loss_frames/8"] == [3, 6, 8]
+    for step in (6, 8):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
+    resume(folder, config)
+    again = read_metrics(folder / "metrics.csv")
+    names = [key for key in rows[0] if key.startswith(("loss", "validation", "lora_norm"))]
+    assert [[row[key] for key in names] for row in again] == [[row[key] for key in names] for row in rows]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step + 1 for event in events.Scalars("loss")] == [2, 3, 4, 6, 8]
 
 
 def test_buckets_add_up_to_the_loss(logged):

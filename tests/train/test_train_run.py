@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from tiny import run_config, words
 from data.errors import DataError
 from data.order import BatchOrder
 from data.stream import LatentStream
+from launch import local
+from train.__main__ import main
 from train.build import build_module, training_shards
 from train.checkpoint import (
     FolderCheckpointIO,
@@ -157,6 +160,31 @@ def test_the_line_of_progress(capsys):
     )
     assert told[-1].startswith("step 300/300  loss 1.0000 (1.0300 falling)  12.30 s/step")
     assert told[-1].endswith("8.1 h left  1 skipped") and len(told) == 2
+
+
+def test_the_line_of_progress_fits_the_terminal(capsys, monkeypatch):
+    progress = Progress(SimpleNamespace(row={}))
+    trainer = SimpleNamespace(global_step=119, max_steps=2500, is_global_zero=True)
+    progress.on_train_start(trainer)
+    pace = {"step_seconds": 12.3, "tokens_per_second": 23700.0, "mfu": 0.41, "memory_gib": 68.0, "hours_left": 8.1}
+    progress.figures.row = {"loss": 2.0, **pace}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for columns in (200, 80, 60, 20):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda size=columns: os.terminal_size((size, 24)))
+        trainer.global_step += 1
+        progress.on_train_batch_end(trainer)
+    assert capsys.readouterr().out.split("\r\x1b[K")[1:] == [
+        "step 120/2500  loss 2.0000 (2.0000 steady)  12.30 s/step  23.7k tokens/s  MFU 41%  68.0 GiB  8.1 h left",
+        "step 121/2500  loss 2.0000 (2.0000 steady)  12.30 s/step  MFU 41%  8.1 h left",
+        "step 122/2500  loss 2.0000 (2.0000 steady)  8.1 h left",
+        "step 123/2500",
+    ]
+
+
+def test_the_log_tells_how_the_run_ended_and_no_small_talk(finished):
+    _, folder = finished
+    text = (folder / "log.txt").read_text()
+    assert "train.folder: the run is done" in text and " INFO lightning" not in text
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
@@ -310,6 +338,19 @@ def test_a_checkpoint_of_another_rank_is_refused(finished, tmp_path):
     shutil.copytree(folder, copy)
     with pytest.raises(UserError, match=r"has shape .* expected .*: check lora.rank"):
         resume(copy, other)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [("lora.rank=8", "check lora.rank"), ("lora.targets=.*to_q", "8 unknown tensors")]
+)
+def test_a_refused_setting_of_a_resume_changes_nothing(finished, tmp_path, setting, said):
+    _, folder = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = (copy / "config.yaml").read_text()
+    for command in (main, local.main):
+        with pytest.raises(UserError, match=said):
+            command([f"resume={copy}", setting, "trainer.keep=7", "override=true"])
+        assert (copy / "config.yaml").read_text() == before
 
 
 def test_resume_of_no_run_is_one_line():

@@ -4,14 +4,17 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from faults import (
     Run,
     at_step,
@@ -23,19 +26,23 @@ from faults import (
     poisoned,
     run,
 )
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from tiny import run_config, words
 
 from train.build import training_shards
 from train.checkpoint import checkpoints_of, load_state, load_weights
+from train.cli import guarded
 from train.compose import compose_run, finish
 from train.control import ControlGroup
 from train.errors import UserError
+from train.flow import noise_like
 from train.folder import get_state, set_state
 from train.loggers import wandb_closed
 from train.planning import GIB, GPUS, Machine
-from train.preflight import cheapest
+from train.preflight import cheapest, is_out_of_memory, out_of_memory
+from train.run import resume
 from train.stop import EXIT_CODES, REQUEUE, StopSignals
-from train.watchdog import Watchdog, patience
+from train.watchdog import Watchdog, _relieve_observer, patience
 
 STEPS = 30
 """Of the runs of two processes: room for five kills in a row."""
@@ -50,6 +57,72 @@ def test_a_full_gpu_is_told_with_the_cheapest_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr("train.models.wan.WanAdapter.velocity", full)
     with pytest.raises(UserError, match=r"rank 0: out of memory.*Cheapest first: .*parallel.activations"):
         run(config)
+
+
+@pytest.mark.parametrize("where", ["train.assembly.load_adapter", "train.run.write_report"])
+def test_a_full_gpu_before_and_after_training_is_told_too(tmp_path, monkeypatch, where):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(UserError, match=r"^rank 0: out of memory: CUDA error: out of memory. Cheapest first: "):
+        run(run_config(tmp_path, trainer__steps=1))
+    folder = only_run(tmp_path / "runs")
+    assert get_state(folder)[0] == "failed"
+    assert "train.folder: the run is failed: rank 0: out of memory: CUDA" in (folder / "log.txt").read_text()
+
+
+def test_what_nccl_says_of_a_full_memory_and_of_a_lost_rank_is_told_apart(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Watchdog, "_end", lambda dog, why, speak: ended.append(why))
+    monkeypatch.setattr("train.watchdog.time.sleep", lambda seconds: None)
+    dog = Watchdog(tmp_path, 5, ControlGroup())
+    head = "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.3\n"
+    full = dist.DistBackendError(f"{head}Last error:\nCuda failure 2 'out of memory'")
+    assert is_out_of_memory(full)
+    assert "rank 1: out of memory: Cuda failure 2 'out of memory'. Ch" in out_of_memory(run_config(tmp_path), full, 1)
+    for error in (
+        dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"),
+        dist.DistBackendError(head),
+        RuntimeError("a mistake of ours"),
+    ):
+        assert not is_out_of_memory(error)
+        dog.explain(error)
+    assert [why.split(":")[0] for why in ended] == [
+        *["rank 0 has lost another rank"] * 2,
+        "rank 0 cannot reach the others",
+    ]
+
+
+def test_lightnings_observer_of_the_ranks_is_relieved():
+    main = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["false"])
+    child.wait()
+    observer = _ChildProcessObserver(main.pid, [child], sleep_period=1)
+    observer.start()
+    try:
+        _relieve_observer()
+        observer.join(10)
+        assert not observer.is_alive() and main.poll() is None
+    finally:
+        main.kill()
+        main.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["load", "step", "report"])
+def test_a_full_gpu_of_another_rank_ends_the_run_with_its_reason(tmp_path, where):
+    # a report is of all ranks that share a clip
+    given = {"trainer__devices": 2, "parallel__sequence": 2, "report__clips": 32, "report__short_frames": 0}
+    script = Path(__file__).with_name("full_memory.py")
+    process = Run(*words(tmp_path, **given), environment={"FULL_AT": where}, script=script)
+    text = process.end(240)
+    assert process.process.returncode == 2, text
+    assert text.count("error: ") == 1 and "error: rank 1: out of memory: " in text and "Traceback" not in text, text
+    word, why = get_state(only_run(tmp_path / "runs"))
+    assert word == "failed" and "Cheapest first" in why
+    assert all(gone(pid) for pid in process.ranks()[1:])
 
 
 def test_three_remedies_of_the_plan_for_a_large_model(monkeypatch):
@@ -76,6 +149,46 @@ def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
         trainer.global_step = 2
         stop.on_train_batch_end(trainer, None)
     assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
+
+
+@pytest.mark.parametrize("where", ["samples", "validation"])
+def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path, monkeypatch, where):
+    given = {
+        "samples": {"samples_every": 2, "samples_steps": 3, "prompts": "[a, b, c]"},
+        "validation": {"every": 2, "clips": 3},
+    }
+    config = run_config(tmp_path, **{f"validation__{key}": value for key, value in given[where].items()})
+    plain = run(run_config(tmp_path, runs=tmp_path / "plain"))
+    asked = []
+
+    def ask(*words):
+        (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+        asked.append(checkpoints_of(folder / "checkpoints"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return noise_like(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"train.{where}.noise_like", ask)
+        with pytest.raises(SystemExit) as end:
+            run(config)
+    folder = only_run(tmp_path / "runs")
+    assert end.value.code == 75 and get_state(folder)[0] == "requeue"
+    (saved,) = asked
+    assert len(saved) == (where == "samples")  # a checkpoint waits for its validation, and not for clips
+    assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
+    assert not list(folder.rglob("*.mp4")) and not (folder / "checkpoints" / "best.json").exists()
+    resume(folder, config)
+    assert losses(folder) == losses(plain)
+
+
+def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
+    def command(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        guarded(command, [], "")
+    assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.slow
@@ -111,7 +224,7 @@ def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr("train.watchdog.end_now", codes.append)
     dog = Watchdog(tmp_path, 5, ControlGroup())
-    monkeypatch.setattr(dog, "_beat", lambda count: {}[count])
+    monkeypatch.setattr(dog, "_look_at_family", lambda: {}[1])
     dog._watch()
     assert codes == [1]
     assert "error: the watchdog of rank 0 broke: KeyError(1)" in capsys.readouterr().err
@@ -218,7 +331,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path,
     end = time.monotonic() + 20
     while process.ranks()[1:] and time.monotonic() < end:
         time.sleep(0.2)
-    assert "Traceback" not in text, text
+    assert "Traceback" not in text and "TCPStore" not in text, text
     assert ("error: rank 0 was killed" if rank == 0 else "error: rank 1 (process ") in text, text
     assert f"the run goes on from its last checkpoint: python -m train resume={folder}" in text
     same_as(folder, two_ranks)

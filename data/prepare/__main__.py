@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data.encoders.base import Encoder
 
 _DTYPES = ("fp32", "bf16", "fp16")
+PUBLISHED_TOP = 2000  # videos of each length, the best by their scores: the paper's appendix B
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Arguments:
     clips: int | None = setting("most clips from one video; null: all that fit, end to end", None)
     where: str | None = setting("conditions on columns, or on frames, seconds, fps, width, height, aspect", None)
     sort: str | None = setting("best first by this column, or by the sum of several joined by +", None)
-    top: int | None = setting("keep that many videos; null: all", None)
+    top: int | None = setting(f"keep that many videos; null: {PUBLISHED_TOP} with sort=, all without", None)
     videos: Path | None = setting("folder that the table's paths are relative to; null: the table's own", None)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
@@ -55,7 +56,7 @@ USAGE = cli.usage(
     "Bad files are listed in rejected.jsonl. Values are taken as typed; null unsets.",
     [
         "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
-        "    where='seconds>=20.1, height>=720' top=2000 out=shards/openvid_4x weights=weights/wan_14b",
+        "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
         "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
         "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
     ],
@@ -95,7 +96,7 @@ def main(words: list[str]) -> int:
             "caption_column": given.caption_column,
             "where": given.where,
             "sort": given.sort,
-            "top": given.top,
+            "top": PUBLISHED_TOP if given.top is None and given.sort is not None else given.top,
         },
         image_to_video=given.image_to_video,
         device=given.device,

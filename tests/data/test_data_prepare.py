@@ -19,7 +19,7 @@ from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
 from data.manifest import Manifest
 from data.prepare import run
-from data.prepare.__main__ import USAGE, main
+from data.prepare.__main__ import PUBLISHED_TOP, USAGE, main
 from data.stream import read_samples
 
 
@@ -54,6 +54,22 @@ def test_selection_reaches_the_shards(tmp_path: Path, videos: Path) -> None:
     assert [s.meta["source"] for s in read_samples(out)] == ["v1.mp4", "v5.mp4", "v2.mp4"]
     with pytest.raises(DataError, match=r"no video of 10 frames at 16 fps is left of 6: 6 are too short"):
         main([*words[:2], "where=height>=720", f"out={tmp_path / 'none'}", *FAST])
+
+
+def test_of_a_sorted_list_as_many_are_kept_as_in_the_published_recipe(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PUBLISHED_TOP == 2000
+    monkeypatch.setattr("data.prepare.__main__.PUBLISHED_TOP", 2)
+    table = tmp_path / "list.csv"
+    table.write_text("path,caption,score\n" + "\n".join(f"v{i}.mp4,clip,{i}" for i in range(6)) + "\n")
+    words = [f"source={table}", f"videos={videos}", "clips=1", *FAST]
+    kept = {}
+    for name, more in {"sorted": ["sort=score"], "all": [], "three": ["sort=score", "top=3"]}.items():
+        assert main([*words, *more, f"out={tmp_path / name}"]) == 0
+        kept[name] = [s.meta["source"] for s in read_samples(tmp_path / name)]
+    assert kept["sorted"] == ["v5.mp4", "v4.mp4"]
+    assert len(kept["all"]) == 6 and len(kept["three"]) == 3
 
 
 def test_the_number_of_decoders_changes_no_byte(tmp_path: Path, videos: Path) -> None:

@@ -7,8 +7,6 @@ that fits no layer of the model is an error, because a LoRA that is only half lo
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from train.errors import UserError
 from train.export.names import comfyui_names, original_layers, original_parameters
+from train.export.scaling import Scaling, config_beside
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer of the diffusers model -> (A, B), (rank, in) and (out, rank): the weight's change at strength 1 is B A."""
@@ -33,8 +31,6 @@ _ENDINGS = re.compile(
     r"|(?P<up_bias>lora_B(?:\.\w+)?\.bias)"
     r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<modulation>diff_m)|(?P<bias>diff_b))$"
 )
-# what lies beside a file of this very name; beside another name it may be another LoRA's
-_CONFIGS = {"adapter_model.safetensors": "adapter_config.json", "pytorch_lora_weights.safetensors": "lora_config.json"}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
@@ -62,7 +58,7 @@ def read_lora(path: str | Path, model: nn.Module) -> Lora:
     """
     file, config = find_file(Path(path).expanduser())
     tensors, header = _load(file)
-    scaling = _Scaling.of(header, config, file)
+    scaling = Scaling.of(header, config, file)
     return _assemble(tensors, header, scaling, model, file)
 
 
@@ -101,18 +97,7 @@ def find_file(path: Path) -> tuple[Path, dict[str, Any]]:
         path = files[0]
     if not path.is_file():
         raise UserError(f"{path} is missing, expected a LoRA: a .safetensors file, or a folder with one")
-    beside = path.parent / _CONFIGS.get(path.name, "")
-    return path, _json(beside.read_text(), beside) if beside.is_file() else {}
-
-
-def _json(text: str, where: Path | str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): get it again from where the LoRA is from") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is a {type(found).__name__}, expected a JSON object: is it a LoRA's?")
-    return found
+    return path, config_beside(path)
 
 
 def _load(file: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,54 +107,6 @@ def _load(file: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], 
             return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is not readable as safetensors: {error}") from error
-
-
-class _Scaling:
-    """alpha / rank where it stands beside the tensors and not among them."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-
-    @classmethod
-    def of(cls, header: Mapping[str, str], config: dict[str, Any], file: Path) -> _Scaling:
-        """From diffusers' header, PEFT's adapter_config.json or the released HunyuanVideo script's lora_config.json."""
-        where = str(file.parent / _CONFIGS.get(file.name, ""))
-        if "lora_params" in config:
-            for key in ("lora_rank", "lora_alpha"):
-                _check_number(config["lora_params"], key, f"{where}: lora_params")
-            return cls(config)
-        if "lora_adapter_metadata" in header:
-            where = f"{file}: lora_adapter_metadata"
-            told = _json(header["lora_adapter_metadata"], where)
-            config = {key.removeprefix("transformer."): value for key, value in told.items()}
-        if config.get("use_dora"):
-            raise UserError(f"{file} is a DoRA, expected a LoRA")
-        if "lora_alpha" in config:
-            _check_number(config, "lora_alpha", where)
-        patterns = config.get("alpha_pattern") or {}
-        for key in patterns:
-            _check_number(patterns, key, f"{where}: alpha_pattern")
-        return cls(config)
-
-    def of_layer(self, layer: str, rank: int) -> float:
-        """The factor of a layer without an alpha of its own."""
-        config = self.config
-        if not config:
-            return 1.0
-        if "lora_params" in config:  # one factor for all layers, whatever their ranks
-            return float(config["lora_params"]["lora_alpha"]) / config["lora_params"]["lora_rank"]
-        patterns = config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
-        return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _check_number(found: Any, key: str, where: str) -> None:
-    """Raise a UserError unless ``key`` is a positive number."""
-    value = found.get(key) if isinstance(found, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(
-            f"{where}: {key} is {value!r}, expected a positive number: get it again from where the LoRA is from"
-        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +131,7 @@ class _Target:
 
 
 def _assemble(
-    tensors: Mapping[str, Tensor], header: dict[str, str], scaling: _Scaling, model: nn.Module, file: Path
+    tensors: Mapping[str, Tensor], header: dict[str, str], scaling: Scaling, model: nn.Module, file: Path
 ) -> Lora:
     lora = Lora({}, {}, header)
     for target, found in _group(tensors, model, file):

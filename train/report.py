@@ -236,7 +236,7 @@ def _plan(folder: Path, rows: list[dict[str, str]]) -> str:
         "memory_gib": max((value for _, value in _series(rows, "memory_gib")), default=None),
         "mfu": _median([value for _, value in _series(rows, "mfu")]),
     }
-    names = {"step_seconds": "seconds a step", "memory_gib": "peak memory of a GPU, GiB", "mfu": "MFU"}
+    names = {"step_seconds": "seconds a step", "memory_gib": "peak memory, GiB", "mfu": "MFU"}
     body = ""
     for key, name in names.items():
         planned, real = plan.get(key), measured[key]

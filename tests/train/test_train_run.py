@@ -212,7 +212,9 @@ def test_wandb_works_offline(tmp_path):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     folder = next((tmp_path / "runs" / "shapes_4x").iterdir())
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert "1,024 tokens" in json.loads((folder / "plan.json").read_text())["table"]
+    plan = json.loads((folder / "plan.json").read_text())
+    assert "1,024 tokens" in plan["table"]
+    assert (plan["memory_gib"] is None) == (not torch.cuda.is_available())
 
 
 def samples_after(step: int) -> dict[str, object]:

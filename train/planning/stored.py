@@ -14,7 +14,9 @@ from train.planning.duration import Duration
 def store_plan(folder: Path, budget: Budget, table: str) -> None:
     """Writes plan.json: ``step_seconds``, ``memory_gib``, ``mfu`` (null where unknown) and the ``table`` in words."""
     duration = Duration(budget)
-    about = {"step_seconds": duration.step, "memory_gib": budget.gpu_memory / GIB, "mfu": duration.mfu, "table": table}
+    # on a CPU the whole process is measured, with libraries that no plan knows
+    memory = None if budget.machine.is_cpu else budget.gpu_memory / GIB
+    about = {"step_seconds": duration.step, "memory_gib": memory, "mfu": duration.mfu, "table": table}
     temporary = folder / f".{PLAN}.tmp"
     temporary.write_text(json.dumps(about, indent=1) + "\n")
     temporary.replace(folder / PLAN)

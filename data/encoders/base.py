@@ -95,7 +95,7 @@ class Encoder(ABC):
             DataError: as `check_image_to_video`, or the encoder was loaded without `image_to_video`.
         """
         self.check_image_to_video()
-        raise NotImplementedError
+        raise DataError("image conditions are asked for, but the encoder was loaded without image_to_video=true")
 
     @classmethod
     def check_image_to_video(cls) -> None:

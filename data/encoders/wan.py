@@ -89,7 +89,7 @@ class WanEncoder(Encoder):
 
     def image(self, frames: np.ndarray) -> dict[str, Tensor]:
         if self.images is None:
-            raise DataError("image conditions are asked for, but the encoder was loaded without image_to_video=true")
+            return super().image(frames)
         first = to_video(frames[:1], self.device, self.vae.dtype)
         video = first.new_zeros(1, 3, len(frames), *first.shape[3:])  # grey
         video[:, :, :1] = first

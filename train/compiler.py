@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 _GRAPHS = 128  # of a process: kinds of block x shapes of clips x layouts, dense and sparse
@@ -29,7 +29,9 @@ class StoreNarrow(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=_CONVERT):
             source, dtype = node.args
-            if dtype == torch.float32 and source.meta["val"].dtype in _NARROW and any(map(_wants_narrow, node.users)):
+            value = source.meta.get("val")  # the compiler's own passes may leave a node without it
+            narrow = isinstance(value, Tensor) and value.dtype in _NARROW
+            if narrow and dtype == torch.float32 and any(map(_wants_narrow, node.users)):
                 source.meta["inductor_realize_to_strides"] = True  # what the compiler reads when it lowers a node
 
     def uuid(self) -> Any:

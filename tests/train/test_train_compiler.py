@@ -42,6 +42,15 @@ def test_what_goes_on_in_both_widths_is_stored():
     assert stored(gated, x, y) == [torch.ops.aten.add.Tensor]
 
 
+def test_nodes_of_which_nothing_is_known_are_left_alone():
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    graph = make_fx(lambda x: F.layer_norm((x + x).float(), [8]), select_decomp_table())(x).graph
+    for node in graph.nodes:
+        node.meta.clear()
+    StoreNarrow()(graph)
+    assert not any(node.meta for node in graph.nodes)
+
+
 class Block(nn.Module):
     """The norms, gates and residual connections of a transformer block, with linear layers for its rest."""
 

@@ -234,7 +234,6 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         return loss.item()
 
     first = _timed(step)
-    step()
     seconds = statistics.median(_timed(step) for _ in range(steps))
     flops = SampleFlops.of(adapter, plan).step / sp
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

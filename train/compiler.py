@@ -1,8 +1,8 @@
 """Compiling transformer blocks, with their memory in mind.
 
 A checkpointed block runs again in its backward, as one graph with it, and the compiler keeps what both use. By default
-that takes some hidden states more than it needs: it keeps float32 results of norms instead of the 16-bit tensors from
-which a few operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
+that takes some hidden states more than it needs: it keeps float32 numbers instead of the 16-bit tensors from which a few
+operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
 
 _GRAPHS = 128  # of a process: kinds of block x shapes of clips x layouts, dense and sparse
 _CONVERT = torch.ops.prims.convert_element_type.default
-_NORMS = (torch.ops.aten.var_mean.correction, torch.ops.aten.pow.Tensor_Scalar)
+_SUMS = (
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.var_mean.correction,
+    torch.ops.aten.amax.default,
+)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 class StoreNarrow(CustomGraphPass):
-    """Stores the 16-bit tensors that norms widen to float32, and those that are widened to go on in both widths.
+    """Stores 16-bit tensors that are widened to float32 and then used twice: by a sum over rows, and beside it.
 
-    Where the compiler stores a step further on instead, it stores float32.
+    Those are the inputs and gradients of norms, what is rounded to float8, and residual streams, which go on in both
+    widths. A kernel passes over them twice; what it keeps from the first pass the compiler stores a few operations
+    further on by itself, as float32.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -31,7 +39,7 @@ class StoreNarrow(CustomGraphPass):
             source, dtype = node.args
             value = source.meta.get("val")  # the compiler's own passes may leave a node without it
             narrow = isinstance(value, Tensor) and value.dtype in _NARROW
-            if narrow and dtype == torch.float32 and any(map(_wants_narrow, node.users)):
+            if narrow and dtype == torch.float32 and (_goes_on_narrow(node) or _reaches_a_sum(node)):
                 source.meta["inductor_realize_to_strides"] = True  # what the compiler reads when it lowers a node
 
     def uuid(self) -> Any:
@@ -39,8 +47,30 @@ class StoreNarrow(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def _wants_narrow(user: fx.Node) -> bool:
-    return user.target in _NORMS or (user.target is _CONVERT and user.args[1] in _NARROW)
+def _narrows(node: fx.Node) -> bool:
+    return node.target is _CONVERT and node.args[1] in _NARROW
+
+
+def _goes_on_narrow(node: fx.Node) -> bool:
+    return any(map(_narrows, node.users))
+
+
+def _reaches_a_sum(node: fx.Node) -> bool:
+    """Whether a value gets into a sum by operations on single numbers alone, and in float32 all the way."""
+    seen, ahead = {node}, [node]
+    while ahead:
+        for user in ahead.pop().users:
+            if user.target in _SUMS:
+                return True
+            if user not in seen and _of_single_numbers(user) and not _narrows(user):
+                seen.add(user)
+                ahead.append(user)
+    return False
+
+
+def _of_single_numbers(node: fx.Node) -> bool:
+    operation = node.target
+    return isinstance(operation, OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
 
 
 _SETTINGS: dict[str, Any] = {

@@ -26,8 +26,23 @@ Tried and left: whole columns in step too (backward 9 % slower: they start toget
 of query blocks out of one), whole columns spread over the order (2 % slower), random starts (10 % slower and more),
 lists that start at their diagonal (4 % slower), inputs laid out (batch, heads, tokens, head_dim) (no difference).
 
-What remains: the backward steps through 64 query rows, since 128-token blocks do not divide into the dense kernel's 80
-(18 % more matrix instructions for the same sum). Short clips with few heads have too few tiles for all of it to show.
+What remains is the backward's step of 64 query rows, since 128-token blocks do not divide into the dense kernel's 80: K
+and V are read from shared memory as often for fewer rows. The library's dense backward takes 5.8 % longer in steps of
+64 (371.7 against 351.2 ms, wan_2x, 8 heads), which leaves 0.945 of ideal at most. Steps of 80 rows would cut blocks:
+they cover 1.06 (wan_2x), 1.08 (wan_4x) and 1.10 times (hunyuan_4x) the surviving pairs, as much as they save or more.
+The hardware's counters, wan_1x, 8 heads, per cent of their peaks (ncu, kernel by kernel; clocks may go to 1.98 GHz):
+
+==============================  =========  =============  ========  =========  =============
+kernel                          tensor     shared memory  L2 hits   memory     GHz (power)
+==============================  =========  =============  ========  =========  =============
+backward, dense, 80 rows        79         80             98.8      1          1.58
+backward, dense, 64 rows        77         82             99.1      1          1.61
+backward, released mask         72         78             91.9      9          1.69
+forward, dense                  87         56             98.0      2          1.61
+forward, released mask          84         54             95.4      3          1.62
+==============================  =========  =============  ========  =========  =============
+
+Short clips with few heads have too few tiles for all of it to show.
 """
 
 from __future__ import annotations

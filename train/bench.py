@@ -35,6 +35,7 @@ from train.models import benchmark_adapter
 from train.models.weights import settle
 from train.plan import AttentionPlan
 from train.planning import cpu_memory
+from train.planning.policies import BlockPolicies
 from train.planning.sizes import Sizes
 from train.preflight import check_heads
 from train.sequence import SequenceGroup, flow_loss
@@ -82,6 +83,7 @@ class Result:
     memory: float  # GiB, peak of the GPU
     tflops: float
     mfu: float | None
+    chosen: BlockPolicies | None = None  # what parallel.activations=auto chose
 
 
 def main(arguments: list[str]) -> None:
@@ -253,6 +255,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         memory=memory,
         tflops=flops / seconds / 1e12,
         mfu=flops / seconds / peak if peak else None,
+        chosen=policies,
     )
 
 
@@ -284,7 +287,13 @@ def _line(result: Result) -> str:
         f"{result.pattern:<10} {result.sp:>2} {result.blocks:>6} {result.step:>8.3f} {result.block:>8.3f}   "
         f"{parts}  |  {rest}  first step {result.first_step:.1f} s"
         + (f", {result.compile:.1f} s of it compiling" if result.compile else "")
+        + (_kept(result.chosen) if result.chosen else "")
     )
+
+
+def _kept(chosen: BlockPolicies) -> str:
+    moved = f", {chosen.offload / 2**30:.1f} GiB in CPU memory" if chosen.offload else ""
+    return f"  blocks keep {chosen}{moved}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compiling transformer blocks, with their memory in mind.
 
 A checkpointed block runs again in its backward, as one graph with it, and the compiler keeps what both use. By default
-that takes some hidden states more than it needs: it keeps float32 numbers instead of the 16-bit tensors from which a few
-operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
+that takes some hidden states more than it needs: it keeps float32 numbers instead of the 16-bit tensors from which a
+few operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class StoreNarrow(CustomGraphPass):
-    """Stores 16-bit tensors that are widened to float32 and then used twice: by a sum over rows, and beside it.
+    """Stores 16-bit tensors that are widened to float32 and then summed over rows, or go on in both widths.
 
-    Those are the inputs and gradients of norms, what is rounded to float8, and residual streams, which go on in both
-    widths. A kernel passes over them twice; what it keeps from the first pass the compiler stores a few operations
-    further on by itself, as float32.
+    Those are the inputs and gradients of norms, what is rounded to float8, and residual streams. Kernels pass over them
+    twice; by itself the compiler stores what the second pass needs a few operations further on, as float32.
     """
 
     def __call__(self, graph: fx.Graph) -> None:

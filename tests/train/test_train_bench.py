@@ -24,13 +24,14 @@ def test_the_figures_of_a_step(tmp_path, counts):
         "pattern=released,dense",
         "trainer.precision=fp32",
     ]
-    settings += ["parallel.activations=selective", "trainer.compile=false", "--json", str(file)]
+    settings += ["parallel.activations=auto", "trainer.compile=false", "--json", str(file)]
     command = [sys.executable, "-m", "train.bench", *settings]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert re.findall(r"faster than dense with sp=(\d) \(2 dense blocks measured\): released [\d.]+x", done.stdout) == [
         str(count) for count in counts
     ]
+    assert done.stdout.count("  blocks keep none\n") == len(counts)
     results = json.loads(file.read_text())["results"]
     assert [(row["pattern"], row["sp"]) for row in results] == [
         (pattern, sp) for sp in counts for pattern in ("released", "dense")
@@ -39,6 +40,8 @@ def test_the_figures_of_a_step(tmp_path, counts):
         assert (row["tokens"], row["blocks"]) == (5 * 8 * 16, 2)
         assert row["step"] == pytest.approx(2 * row["block"])
         assert row["tflops"] > 0
+        chosen = {"names": ["none", "none"], "offload": 0.0}  # this machine has room for all
+        assert row["chosen"] == (chosen if row["pattern"] == "released" else None)
         assert row["compile"] == 0
         assert row["mfu"] is None
         assert set(row["parts"]) == {"copies", "attention", "linear", "communication", "other", "waiting"}

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from train import compiler
 from train.compiler import StoreNarrow
+from train.fp8 import to_fp8
+from train.models.wan import _rotate
+
+CONVERT = torch.ops.prims.convert_element_type.default
 
 
 def stored(function, *inputs):
@@ -40,6 +44,29 @@ def test_what_goes_on_in_both_widths_is_stored():
 
     x, y = (torch.randn(2, 8, dtype=torch.bfloat16) for _ in range(2))
     assert stored(gated, x, y) == [torch.ops.aten.add.Tensor]
+
+
+def test_the_gradients_of_norms_are_stored():
+    """As rotary angles give them back: narrow again, before the norm's weight."""
+    q, grad = (torch.randn(1, 6, 16, dtype=torch.bfloat16) for _ in range(2))
+    cos, sin = (torch.randn(1, 6, 1, 8) for _ in range(2))
+
+    def gradient(q, grad):
+        q = q.detach().requires_grad_()
+        normed = F.rms_norm(q, [16], torch.ones(16, dtype=torch.bfloat16))
+        (back,) = torch.autograd.grad(_rotate(normed.unflatten(-1, (2, 8)), cos, sin), q, grad.unflatten(-1, (2, 8)))
+        return back
+
+    (last, *others) = reversed(stored(gradient, q, grad))
+    assert last == torch.ops.aten.view.default  # of the rotated gradient's sum
+    assert torch.ops.aten.mul.Tensor not in others
+
+
+def test_what_is_rounded_to_float8_is_stored():
+    x, y = (torch.randn(2, 16, dtype=torch.bfloat16) for _ in range(2))
+    assert stored(lambda x, y: to_fp8(x + y), x, y) == [torch.ops.aten.add.Tensor]
+    # only from where it is wide all the way to the sum
+    assert stored(lambda x, y: ((x + y).float() * 2).bfloat16().float().sum(-1), x, y) == [CONVERT]
 
 
 def test_nodes_of_which_nothing_is_known_are_left_alone():

@@ -51,6 +51,15 @@ def test_the_comparison(tmp_path, capsys):
     assert "seconds measured (predicted): attention 4.1 (" in out
 
 
+def test_a_chosen_policy_is_the_one_that_ran(tmp_path):
+    """Another calibration, or another machine, may choose otherwise."""
+    auto = ("frames=321", "trainer.compile=true", "parallel.activations=auto")
+    ran = [{"names": ["full", last], "offload": 2.0**30} for last in ("full", "selective")]
+    full, mixed = cases(written(tmp_path, *({**RESULT, "chosen": chosen} for chosen in ran), arguments=auto))
+    assert "1 GPU, full, compiled" in full.name and "1 GPU, 1 full + 1 selective, compiled" in mixed.name
+    assert mixed.predicted_seconds < full.predicted_seconds
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -32,11 +32,13 @@ class Budget:
         config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine says how many GPUs there are.
         machine: where.
         sizes: of its model and clip.
+        given: what each block keeps, where neither the run nor its memory says so.
     """
 
     config: RunConfig
     machine: Machine
     sizes: Sizes
+    given: BlockPolicies | None = None
 
     @classmethod
     def of(cls, config: RunConfig, machine: Machine, layers: int | None = None) -> Budget | None:
@@ -127,9 +129,10 @@ class Budget:
     def running(self, policy: str) -> float:
         """The working set of the backward of a block with that policy."""
         sizes, chunk = self.sizes, self.chunk
-        costs = self.costs.running_saved if policy == "none" else self.costs.running - (policy == "selective")
+        own = self.costs
+        costs = {"none": own.running_saved, "full": own.running, "selective": own.running_selective}[policy]
         if self.modulated:
-            costs += calibration.MODULATION + self.costs.running_modulated
+            costs += calibration.MODULATION + own.running_modulated
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
@@ -139,6 +142,8 @@ class Budget:
     @cached_property
     def policies(self) -> BlockPolicies:
         """What each block keeps: as configured, or chosen by the memory there is."""
+        if self.given is not None:
+            return self.given
         parallel, layers = self.config.parallel, self.sizes.layers
         if parallel.activations != "auto":
             return configured(parallel, layers)
@@ -150,22 +155,27 @@ class Budget:
 
     def _needed_offload(self, names: Sequence[str]) -> float:
         room = (1 - calibration.MARGIN) * self.usable - self.weights - self.training
-        kept = self._kept(names)
-        over = kept + self._peak_running(names) - room
+        over = sum(self._at_peak(names, 0.0)) - room
         if over <= 0:
             return 0.0
-        over += self._in_flight  # offloading takes some memory itself
-        movable = kept - names.count("none") * self.kept_by("none")
-        if over <= movable:
-            return over
+        room -= self._in_flight  # offloading takes some memory itself
+        movable = self._kept([name for name in names if name != "none"])
+        least = sum(self._at_peak(names, movable))
+        if least <= room:
+            return min(over + self._in_flight, movable)
         # everything goes out, and some of the margin is used, or it does not fit at all
-        short = over - movable - calibration.MARGIN * self.usable
-        return movable if short <= 0 else math.inf
+        return movable if least <= room + calibration.MARGIN * self.usable else math.inf
 
-    def _peak_running(self, names: Sequence[str]) -> float:
-        """The working set at the step's peak: the last blocks run first, and those that keep all have gone by then."""
-        saved = names.count("none") * self.kept_by("none")
-        return max(self.running(name) - (0.0 if name == "none" else saved) for name in set(names))
+    def _at_peak(self, names: Sequence[str], offload: float) -> tuple[float, float]:
+        """What blocks keep on the GPU, and the working set, when both together are largest.
+
+        The last block's backward comes first, and what a block keeps goes with it. What the first keep goes to the CPU.
+        """
+        on_gpu, peak = -offload, (0.0, 0.0)
+        for name in names:
+            on_gpu += self.kept_by(name)
+            peak = max(peak, (max(on_gpu, 0.0), self.running(name)), key=sum)
+        return peak
 
     def _kept(self, names: Sequence[str]) -> float:
         return sum(names.count(name) * self.kept_by(name) for name in set(names))
@@ -182,13 +192,12 @@ class Budget:
     @cached_property
     def gpu_parts(self) -> dict[str, float]:
         """Memory of one GPU by part, at the peak of a step."""
-        names = self.policies.names
-        kept = self._kept(names) - self.offloaded
+        kept, running = self._at_peak(self.policies.names, self.offloaded)
         return {
             "weights": self.weights,
             "LoRA, gradients, optimizer" if self.config.lora else "weights, gradients, optimizer": self.training,
             "kept activations": kept + (min(self._in_flight, self.offloaded) if self.offloaded else 0.0),
-            "working set": self._peak_running(names),
+            "working set": running,
         }
 
     @property

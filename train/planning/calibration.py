@@ -45,6 +45,7 @@ class BlockCosts:
             casts and pauses; a backward takes twice as many.
         saved: hidden states that autograd saves in a forward without a policy, beside the feed-forward's middle.
         running: hidden states at the peak of a backward that runs the block again, its input not counted.
+        running_selective: the same without running attention again, its output not counted either.
         running_saved: the same where nothing runs again.
         saved_modulated, running_modulated: more of both where each token has its own timestep, and so its own scales,
             shifts and gates.
@@ -53,6 +54,7 @@ class BlockCosts:
     passes: float
     saved: float
     running: float
+    running_selective: float
     running_saved: float
     saved_modulated: float = 0.0
     running_modulated: float = 0.0
@@ -60,15 +62,22 @@ class BlockCosts:
 
 # eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/test_train_planning.py
 EAGER = BlockCosts(
-    passes=280, saved=19.2, running=29.2, running_saved=7.0, saved_modulated=12.0, running_modulated=17.0
+    passes=280,
+    saved=19.2,
+    running=29.2,
+    running_selective=28.2,
+    running_saved=7.0,
+    saved_modulated=12.0,
+    running_modulated=17.0,
 )
 EAGER_OF = {
-    "hunyuan": BlockCosts(passes=280, saved=15.0, running=29.2, running_saved=7.0),
-    "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_saved=4.7),  # modulates and rotates in float32
+    "hunyuan": BlockCosts(passes=280, saved=15.0, running=29.2, running_selective=28.2, running_saved=7.0),
+    # modulates and rotates in float32
+    "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_selective=37.6, running_saved=4.7),
 }
 """Families whose blocks differ much from Wan's, by the same trace."""
-# compiled: 2 blocks at 75,600 and 291,600 tokens, on one and two GPUs (tests/train/measured); saved as counted on a CPU
-COMPILED = BlockCosts(passes=55, saved=13.1, running=14.4, running_saved=7.0)
+# compiled: tests/train/measured, where running is that of dense blocks; saved as counted on a CPU
+COMPILED = BlockCosts(passes=44, saved=13.1, running=16.6, running_selective=10.5, running_saved=7.0)
 MODULATION = 6
 """Hidden states that scales, shifts and gates of each token take, which all blocks share."""
 FP8_PASSES = 24
@@ -78,8 +87,8 @@ CONTEXT = 1.5 * 2**30
 """Bytes of a GPU that CUDA, NCCL and cuBLAS take outside of torch's allocator: assumed, as the next two are."""
 FRAGMENTATION = 0.04
 """Share of a GPU's memory that the allocator holds and cannot use."""
-PROCESS = 4 * 2**30
-"""Bytes of CPU memory of a training process with its loader's workers."""
+PROCESS = 8 * 2**30
+"""Bytes of CPU memory of a process beside what it locks: 7.4 and 9.5 GiB in the runs of 40 blocks on an H200."""
 MARGIN = 0.1
 """Share of what a step may allocate that chosen policies leave free where they can: a plan may be off by that much."""
 CPU_SPARE = 0.1

@@ -1,6 +1,7 @@
 """``python -m train.planning.compare``: what the plan says of measured steps, beside what they were.
 
-Each file is one that ``python -m train.bench --json`` wrote; its cases are planned anew for the machine that it names.
+Each file is one that ``python -m train.bench --json`` wrote; its cases are planned anew for the machine that it names,
+with what blocks kept then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from train.errors import UserError
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine
+from train.planning.policies import BlockPolicies
 
 USAGE = """python -m train.planning.compare FILE [FILE ...]
 
@@ -88,6 +90,8 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
     )
     budget = Budget.of(config, _machine(gpu, ranks, measured), result["blocks"])
     assert budget is not None
+    if result.get("chosen") is not None:
+        budget = replace(budget, given=BlockPolicies(**result["chosen"]))
     duration = Duration(budget)
     assert duration.parts is not None and duration.step is not None
     name = f"{result['pattern']}, {result['blocks']} blocks, {result['tokens']:,} tokens, "

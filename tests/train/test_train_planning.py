@@ -1,6 +1,7 @@
 """The plan: counted sizes, memory against a traced step, FLOPs against the model's own count, choices that fit."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -203,6 +204,12 @@ def test_dense_blocks_keep_attention_first():
     assert chosen(5, 2, 30, needs).names == ("selective", "selective", "full", "full", "selective")
     assert chosen(5, 2, 30, needs).offload == 30
     assert chosen(3, 0, 0, lambda names: 0.0).names == ("none",) * 3
+
+
+def test_attentions_output_is_kept_where_running_it_again_does_not_fit():
+    needs = lambda names: math.inf if "full" in names else 30.0  # noqa: E731
+    assert chosen(3, 0, 30, needs).names == ("selective",) * 3
+    assert chosen(3, 0, 29, needs).names == ("full",) * 3
 
 
 def test_advice():

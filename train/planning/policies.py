@@ -82,6 +82,9 @@ def chosen(
             offloading them is of no help.
     """
     names = ["full"] * layers
+    # a block that runs attention again holds more at once: keeping its output may fit where that does not
+    if needed_offload(names) > limit >= needed_offload(["selective"] * layers):
+        names = ["selective"] * layers
     for block in [*range(dense_layers), *reversed(range(dense_layers, layers))]:
         tried = [*names[:block], "selective", *names[block + 1 :]]
         if needed_offload(tried) > limit:

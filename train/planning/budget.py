@@ -32,7 +32,7 @@ class Budget:
         config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine says how many GPUs there are.
         machine: where.
         sizes: of its model and clip.
-        given: what each block keeps, where neither the run nor its memory says so.
+        given: what each block keeps, instead of what the run says or its memory allows.
     """
 
     config: RunConfig

@@ -28,8 +28,11 @@ lists that start at their diagonal (4 % slower), inputs laid out (batch, heads, 
 
 What remains is the backward's step of 64 query rows, since 128-token blocks do not divide into the dense kernel's 80: K
 and V are read from shared memory as often for fewer rows. The library's dense backward takes 5.8 % longer in steps of
-64 (371.7 against 351.2 ms, wan_2x, 8 heads), which leaves 0.945 of ideal at most. Steps of 80 rows would cut blocks:
-they cover 1.06 (wan_2x), 1.08 (wan_4x) and 1.10 times (hunyuan_4x) the surviving pairs, as much as they save or more.
+64 without pauses (371.7 against 351.2 ms, wan_2x, 8 heads), 1.8 % under the profiler (88.1 against 86.6 ms, wan_1x):
+clocks follow the power that a kernel draws. Steps of 80 rows would cut blocks: they cover 1.06 (wan_2x), 1.08 (wan_4x)
+and 1.10 times (hunyuan_4x) the surviving pairs, as much as they save or more. Steps of 128 rows do not fit: the sums of
+dk and dv take 128 of a thread's 240 registers, and scores and their gradients would take as many again.
+
 The hardware's counters, wan_1x, 8 heads, per cent of their peaks (ncu, kernel by kernel; clocks may go to 1.98 GHz):
 
 ==============================  =========  =============  ========  =========  =============

@@ -7,6 +7,7 @@ few operations give them again, and reserves the memory of a tensor that is gone
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,3 +96,5 @@ def _allow_graphs() -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     config.optimize_ddp = False  # it cuts graphs where buckets of gradients end, and a LoRA's are small
+    # warns of operators in place under a checkpoint, of which blocks have none
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)

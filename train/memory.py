@@ -49,8 +49,10 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
     if policy == "none":
         return compile_call(_call) if compiled else _call
     settings: dict[str, Any] = {"use_reentrant": False}
-    if policy == "selective":
-        settings["context_fn"] = _compiled_contexts if compiled else functools.partial(_contexts, offload)
+    if compiled:
+        settings["context_fn"] = functools.partial(_compiled_contexts, policy == "selective")
+    elif policy == "selective":
+        settings["context_fn"] = functools.partial(_contexts, offload)
     inner: _Runner = functools.partial(checkpoint, **settings)
     if compiled:
         inner = compile_call(inner)
@@ -107,9 +109,12 @@ _DENSE = {
 }
 
 
-def _compiled_contexts() -> Any:
+def _compiled_contexts(keep_attention: bool) -> Any:
+    """What the compiler is told of each operator; told nothing, torch 2.11 keeps what a collective gives."""
+
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if _is_self_attention(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+        kept = keep_attention and _is_self_attention(operator, args)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -82,14 +82,14 @@ class SequenceShard:
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The inverse of `slice`: the whole tensor on every rank, without padding."""
-        return all_gather(x, dim, self.group.group).narrow(dim, 0, self.tokens)
+        return _cut(all_gather(x, dim, self.group.group), self.tokens, dim)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """(batch, length, heads, head_dim), own tokens -> (batch, tokens, heads / size, head_dim), own heads."""
         batch, length, heads, head_dim = x.shape
         parts = x.view(batch, length, self.group.size, heads // self.group.size, head_dim).permute(2, 0, 1, 3, 4)
         gathered = all_to_all(parts, self.group.group).transpose(0, 1)
-        return gathered.reshape(batch, self.group.size * length, -1, head_dim).narrow(1, 0, self.tokens)
+        return _cut(gathered.reshape(batch, self.group.size * length, -1, head_dim), self.tokens, 1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_heads`."""
@@ -132,13 +132,12 @@ def sharded_attention(
     text, heads = layout.grid.text_tokens, q.shape[2] // shard.group.size
 
     def to_heads(x: Tensor) -> Tensor:
-        video, words = x.split([shard.length, text], dim=1)
-        video = shard.to_heads(video)
-        return torch.cat([video, words.narrow(2, shard.group.rank * heads, heads)], dim=1) if text else video
+        video = shard.to_heads(_cut(x, shard.length, 1))
+        words = x[:, shard.length :].narrow(2, shard.group.rank * heads, heads)
+        return torch.cat([video, words], dim=1) if text else video
 
     out = attention_over(to_heads(q), to_heads(k), to_heads(v), layout, text_lengths=text_lengths, backend=backend)
-    video, words = out.split([shard.tokens, text], dim=1)
-    video = shard.to_tokens(video)
+    video, words = shard.to_tokens(_cut(out, shard.tokens, 1)), out[:, shard.tokens :]
     return torch.cat([video, all_gather(words, 2, shard.group.group)], dim=1) if text else video
 
 
@@ -158,6 +157,11 @@ def flow_loss(
         return F.mse_loss(velocity[:, :, given:], target[:, :, given:])
     own = shard.own_cells(target.shape[2:], patch, target.device)
     return shard.group.size * ((velocity - target).square() * own)[:, :, given:].mean()
+
+
+def _cut(x: Tensor, length: int, dim: int) -> Tensor:
+    """The inverse of `_pad`. Where there is nothing to cut, a slice would still cost its gradient a copy."""
+    return x if x.shape[dim] == length else x.narrow(dim, 0, length)
 
 
 def _pad(x: Tensor, length: int, dim: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch._dynamo
 import torch.distributed as dist
 from tiny import ARCHITECTURE
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from data.sample import Sample, TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
@@ -69,25 +70,39 @@ def wan_gradients(
     return {"loss": average(loss.detach()), "gradients": gradients}
 
 
-def compiled_gradients(size: int) -> dict[str, Any]:
-    """LoRA gradients with each block and its checkpoint compiled, those without, and what the compiler says."""
+def compiled_gradients(policy: str, size: int) -> dict[str, Any]:
+    """LoRA gradients with each block and its checkpoint compiled, those without, and what the compiler says and keeps.
+
+    ``kept`` counts tensors of a hidden state's size, for the rank's tokens or, before and after attention, for its heads.
+    """
     sequence = group_of(size)
+    kept: set[int] = set()
 
     def gradients(compiled: bool) -> list[Tensor]:
         adapter = tiny_adapter()
-        set_memory_policy(adapter, ParallelConfig(activations="selective"), compiled=compiled)
+        set_memory_policy(adapter, ParallelConfig(activations=policy), compiled=compiled)
         adapter.transformer.train()
         x0, eps, sigma, text = clips(1, (3, 12, 20))
         x, target = noised(x0, eps, sigma)
         plan = AttentionPlan.of(Released(), adapter.grid(x), block=16, sequence=sequence)
         adapter.set_plan(plan)
-        flow_loss(adapter.velocity(x, sigma, Conditions({"text": text})), target, plan.shard, adapter.patch).backward()
+        width = 64
+        sizes = {plan.shard.length * width, plan.shard.tokens * width // size}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.numel() in sizes and compiled:
+                kept.add(tensor.data_ptr())
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            velocity = adapter.velocity(x, sigma, Conditions({"text": text}))
+        flow_loss(velocity, target, plan.shard, adapter.patch).backward()
         return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
 
     counters = torch._dynamo.utils.counters
     compiled = gradients(True)
     said = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
-    return {"compiled": compiled, "eager": gradients(False), **said}
+    return {"compiled": compiled, "eager": gradients(False), "kept": len(kept), **said}
 
 
 def wan_validation(cells: tuple[int, int, int], size: int) -> list[float]:

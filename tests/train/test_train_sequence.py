@@ -44,9 +44,12 @@ def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samp
 
 
 @pytest.mark.slow
-def test_compiled_blocks_hold_the_collectives_without_a_graph_break():
-    for rank in run_ranks(2, sequence_ranks.compiled_gradients, 2):
+@pytest.mark.parametrize(("policy", "kept"), [("full", 4), ("selective", 7)])
+def test_compiled_blocks_hold_the_collectives_without_a_graph_break(policy, kept):
+    """Three blocks and the last norm keep their inputs, and each block attention's output if it is not computed again."""
+    for rank in run_ranks(2, sequence_ranks.compiled_gradients, policy, 2):
         assert rank["breaks"] == {}
+        assert rank["kept"] == kept
         assert rank["graphs"] == 2  # the first block's input has no gradient
         for got, expected in zip(rank["compiled"], rank["eager"], strict=True):
             close(got, expected, 1e-4)

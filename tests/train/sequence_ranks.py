@@ -73,7 +73,7 @@ def wan_gradients(
 def compiled_gradients(policy: str, size: int) -> dict[str, Any]:
     """LoRA gradients with each block and its checkpoint compiled, those without, and what the compiler says and keeps.
 
-    ``kept`` counts tensors of a hidden state's size, for the rank's tokens or, before and after attention, for its heads.
+    ``kept`` counts tensors of a hidden state's size: of the rank's tokens or, around attention, of its heads.
     """
     sequence = group_of(size)
     kept: set[int] = set()

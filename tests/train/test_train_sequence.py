@@ -46,7 +46,7 @@ def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samp
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "kept"), [("full", 4), ("selective", 7)])
 def test_compiled_blocks_hold_the_collectives_without_a_graph_break(policy, kept):
-    """Three blocks and the last norm keep their inputs, and a block attention's output if that is not computed again."""
+    """Blocks and the last norm keep their inputs, and a block attention's output if that is not computed again."""
     for rank in run_ranks(2, sequence_ranks.compiled_gradients, policy, 2):
         assert rank["breaks"] == {}
         assert rank["kept"] == kept

@@ -88,7 +88,8 @@ def set_memory_policy(
         whole = dict(zip(blocks, (runners[name] for name in names), strict=True))
         for transformer in adapter.transformers:
             transformer.enable_gradient_checkpointing(mixed_runner(whole))
-    elif compiled:
+    elif compiled and parallel.strategy != "zero3":
+        # ZeRO 3 gathers weights between the layers, by hooks of which each would have graphs of its own
         compile_blocks(blocks)
 
 

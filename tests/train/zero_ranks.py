@@ -77,6 +77,9 @@ def zero(
     deepspeed.init_distributed("gloo")
     config = zero_config(stage, bf16=False, offload_optimizer=offload, offload_parameters=offload and stage == 3)
     config |= {"gradient_clipping": CLIP}
+    if stage == 3:  # without this, all of a small model would stay where it was gathered
+        spread = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
+        config["zero_optimization"] |= {f"stage3_{key}": value for key, value in spread.items()}
     step = Step(size, samples)
     if start is not None:
         with torch.no_grad():

@@ -160,7 +160,7 @@ def flow_loss(
 
 
 def _cut(x: Tensor, length: int, dim: int) -> Tensor:
-    """The inverse of `_pad`. Where there is nothing to cut, a slice would still cost its gradient a copy."""
+    """The first ``length`` along ``dim``; where that is all there is, without a slice, whose gradient is a copy."""
     return x if x.shape[dim] == length else x.narrow(dim, 0, length)
 
 

@@ -128,7 +128,7 @@ def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
 
 
 @pytest.mark.parametrize(("strategy", "compiled"), [("zero2", True), ("zero3", False)])
-def test_blocks_between_whose_layers_weights_are_gathered_are_not_compiled(strategy, compiled):
+def test_blocks_under_zero3_are_not_compiled(strategy, compiled):
     adapter = tiny_adapter()
     set_memory_policy(adapter, ParallelConfig(strategy=strategy), compiled=True)
     assert all((block._compiled_call_impl is not None) == compiled for block in adapter.blocks())

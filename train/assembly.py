@@ -89,6 +89,7 @@ def assemble(
             precision,
             frozen_dtype,
             idle=config.model.expert == "both",
+            compiled=config.trainer.compile,
         ),
         max_steps=config.trainer.steps,
         accumulate_grad_batches=config.optim.accumulate,
@@ -198,5 +199,3 @@ def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")
-    if config.trainer.compile and config.parallel.strategy == "zero3":
-        print("  compile    of no use with parallel=zero3: blocks run uncompiled")

@@ -16,13 +16,14 @@ from train.export.reading import Lora, read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.lora import inject_lora, start_from
-from train.memory import block_runner, chunk_tokens, mixed_runner
+from train.memory import block_runner, call_block, chunk_tokens, mixed_runner
 from train.models import ModelAdapter
 from train.module import LengthExtensionModule
 from train.offload import Offload
 from train.planning import Budget, this_machine
 from train.planning.policies import BlockPolicies, configured
 from train.preflight import check_heads
+from train.zero import call_gathered, forward_alone, gather_whole
 
 
 def resolve_precision(name: str) -> str:
@@ -81,15 +82,18 @@ def set_memory_policy(
             chunk_tokens(layer, parallel.ffn_chunk)
     blocks = adapter.blocks()
     policies = policies or configured(parallel, adapter.attention_shape[0])
-    if set(policies.names) != {"none"}:
+    gathered = compiled and parallel.strategy == "zero3"
+    if set(policies.names) != {"none"} or gathered:
         offload = Offload(limit=policies.offload) if policies.offload else None
-        runners = {name: block_runner(name, offload, compiled=compiled) for name in set(policies.names)}
+        call = forward_alone if gathered else call_block
+        runners = {name: block_runner(name, offload, compiled=compiled, call=call) for name in set(policies.names)}
         names = policies.names * len(adapter.transformers)  # of each expert, where there are two
-        whole = dict(zip(blocks, (runners[name] for name in names), strict=True))
+        runner_of = dict(zip(blocks, (runners[name] for name in names), strict=True))
+        if gathered:
+            gather_whole(runner_of)
         for transformer in adapter.transformers:
-            transformer.enable_gradient_checkpointing(mixed_runner(whole))
-    elif compiled and parallel.strategy != "zero3":
-        # ZeRO 3 gathers weights between the layers, by hooks of which each would have graphs of its own
+            transformer.enable_gradient_checkpointing(call_gathered if gathered else mixed_runner(runner_of))
+    elif compiled:
         compile_blocks(blocks)
 
 

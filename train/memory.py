@@ -37,7 +37,14 @@ def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
     return lambda block, hidden, *rest: by_block[id(block)](block, hidden, *rest)
 
 
-def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool = False) -> _Runner:
+def call_block(block: nn.Module, *inputs: Any) -> Tensor:
+    """Calls a block as the model does by itself, its hooks included."""
+    return block(*inputs)
+
+
+def block_runner(
+    policy: str, offload: Offload | None = None, *, compiled: bool = False, call: _Runner = call_block
+) -> _Runner:
     """How a model calls its blocks, ``run(block, hidden_states, *rest)``, for diffusers' gradient checkpointing.
 
     Args:
@@ -45,15 +52,19 @@ def block_runner(policy: str, offload: Offload | None = None, *, compiled: bool 
         offload: where to what is kept goes; None leaves it on the device.
         compiled: compile the block with its checkpoint as one graph. Operators inside a compiled block are out of
             reach from outside, so that checkpointing a compiled block would compute attention again.
+        call: what is compiled, or checkpointed, of a block.
     """
     if policy == "none":
-        return compile_call(_call) if compiled else _call
+        return compile_call(call) if compiled else call
     settings: dict[str, Any] = {"use_reentrant": False}
     if compiled:
         settings["context_fn"] = functools.partial(_compiled_contexts, policy == "selective")
     elif policy == "selective":
         settings["context_fn"] = functools.partial(_contexts, offload)
-    inner: _Runner = functools.partial(checkpoint, **settings)
+
+    def inner(block: nn.Module, *inputs: Any) -> Tensor:
+        return checkpoint(functools.partial(call, block), *inputs, **settings)
+
     if compiled:
         inner = compile_call(inner)
     if offload is None:
@@ -157,10 +168,6 @@ class _Reuse(TorchDispatchMode):
         if not _is_self_attention(operator, args):
             return operator(*args, **(kwargs or {}))
         return tree_map_only((Tensor, Stored), self.get, self.results.popleft())
-
-
-def _call(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_w
 
 
 def trainer_plan(
-    parallel: ParallelConfig, devices: int, precision: str, frozen: torch.dtype, *, idle: bool = False
+    parallel: ParallelConfig,
+    devices: int,
+    precision: str,
+    frozen: torch.dtype,
+    *,
+    idle: bool = False,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """The strategy and the precision of ``lightning.Trainer``, as its keyword arguments.
 
@@ -26,6 +32,7 @@ def trainer_plan(
         precision: ``bf16`` or ``fp32``.
         frozen: dtype of the frozen weights.
         idle: whether steps leave some of what is trained alone, the same on all ranks (of two experts, one).
+        compiled: whether blocks are.
     """
     if parallel.strategy != "ddp":
         config = zero_config(
@@ -33,6 +40,7 @@ def trainer_plan(
             bf16=precision == "bf16",
             offload_optimizer=parallel.offload_optimizer,
             offload_parameters=parallel.offload_parameters,
+            compiled=compiled,
         )
         return {"strategy": ZeroStrategy(config, frozen, ZeroPrecision(precision))}
     return {

@@ -12,11 +12,12 @@ on from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
@@ -28,10 +29,14 @@ REDUCE_BUCKET = 50_000_000
 """Gradients that are reduced together, in elements: DeepSpeed holds two such buffers, by default of 2 GB each."""
 
 
-def zero_config(stage: int, *, bf16: bool, offload_optimizer: bool, offload_parameters: bool) -> dict[str, Any]:
+def zero_config(
+    stage: int, *, bf16: bool, offload_optimizer: bool, offload_parameters: bool, compiled: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's config of a run; clipping and accumulation come from the trainer."""
     stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
     stage_config["reduce_bucket_size"] = REDUCE_BUCKET
+    # its own linear layer, compiled by torch 2.11 to wrong gradients; compiled blocks keep no gathered weights anyway
+    stage_config["memory_efficient_linear"] = not compiled
     if offload_optimizer:
         stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload_parameters:
@@ -59,6 +64,47 @@ def spread_weights(transformer: Any, frozen: torch.dtype, device: torch.device |
 
     settle(transformer, frozen, device, lambda part: deepspeed.zero.Init(module=part, config_dict_or_path=config))
     deepspeed.zero.Init(module=transformer, config_dict_or_path=config)  # the model's own tables
+
+
+def gather_whole(runners: Mapping[nn.Module, Callable[..., Tensor]]) -> None:
+    """Makes stage 3 gather all weights of a block around its forward, not those of each layer around the layer's.
+
+    A compiler then meets no hook of DeepSpeed's in a block: it would break there, which it cannot do in a checkpoint.
+
+    Args:
+        runners: what runs each block once its weights are there, ``run(block, *inputs)``, by way of `forward_alone`.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block, runner in runners.items():
+        set_z3_leaf_module(block, True)
+        block.runner = runner  # type: ignore[assignment]
+        block.__class__ = _gathered(type(block))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _gathered(kind: Any) -> Any:
+    """A class for all blocks of a kind, so that they share compiled graphs."""
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Tensor:
+        # as diffusers' models do with checkpointing: without gradients there is nothing to keep
+        return self.runner(self, *inputs) if torch.is_grad_enabled() else self.forward_alone(*inputs, **named)
+
+    return type(f"Gathered{kind.__name__}", (kind,), {"forward": forward, "forward_alone": kind.forward})
+
+
+def forward_alone(block: Any, *inputs: Any) -> Tensor:
+    """The forward of a block of `gather_whole`, without the gathering."""
+    return block.forward_alone(*inputs)
+
+
+def call_gathered(block: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
+    """Calls a block of `gather_whole`; for diffusers' gradient checkpointing.
+
+    DeepSpeed takes a block's gradients once those of its inputs are there. Of inputs without any, the first block's, it
+    would take them before they are computed.
+    """
+    return block(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
 
 
 def _is_whole(parameter: Parameter) -> bool:

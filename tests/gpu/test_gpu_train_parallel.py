@@ -58,9 +58,10 @@ def test_offload_and_memory_policies(tmp_path, changes):
 
 
 @pair
-def test_compiled_blocks_on_two_gpus(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_compiled_blocks_on_two_gpus(tmp_path, strategy):
     expected, _, _ = run(tmp_path, "one", data__batch_size=4)
-    compiled = {"trainer__compile": True, "parallel__activations": "selective"}
+    compiled = {"trainer__compile": True, "parallel__activations": "selective", "parallel__strategy": strategy}
     got, _, _ = run(tmp_path, "two", trainer__devices=2, **compiled)
     same(got, expected, 1e-3)
 

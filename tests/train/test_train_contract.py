@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from radial import Dense, VideoGrid
+from train.build import set_memory_policy
 from train.checkpoint import load_weights
 from train.compose import compose_run, finish
+from train.config import ParallelConfig
 from train.errors import UserError
 from train.export.run import export_run
 from train.fp8 import use_fp8
@@ -198,6 +200,18 @@ def test_each_kind_of_block_compiles_to_one_graph(monkeypatch, family, policy):
     assert got["graphs"] <= len(kinds) + 1 + len(hooks)
     for name, gradient in expected["gradients"].items():
         torch.testing.assert_close(got["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_zero3_gathers_whole_compute_the_same(family):
+    """Without gradients, as in validation; with them in tests/train/test_train_zero.py."""
+    adapter, gathered = build(family), build(family)
+    x, sigma, batch = ready(adapter)
+    set_memory_policy(gathered, ParallelConfig(strategy="zero3", activations="full"), compiled=True)
+    ready(gathered)
+    torch.testing.assert_close(gathered.velocity(x, sigma, batch), adapter.velocity(x, sigma, batch))
+    assert gathered.transformer.state_dict().keys() == adapter.transformer.state_dict().keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -127,13 +127,6 @@ def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
     assert not {tuple(stored.like.shape) for stored in out} & weights
 
 
-@pytest.mark.parametrize(("strategy", "compiled"), [("zero2", True), ("zero3", False)])
-def test_blocks_under_zero3_are_not_compiled(strategy, compiled):
-    adapter = tiny_adapter()
-    set_memory_policy(adapter, ParallelConfig(strategy=strategy), compiled=True)
-    assert all((block._compiled_call_impl is not None) == compiled for block in adapter.blocks())
-
-
 @pytest.mark.slow
 def test_compiled_blocks_may_keep_different_things():
     """One graph for each policy, and one for the first block, whose input has no gradient: no breaks."""

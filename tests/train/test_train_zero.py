@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import run_config
 
 from train.checkpoint import load_state, load_weights
+from train.config import ParallelConfig
 from train.export.run import export_run
 from train.folder import RunFolder
 from train.run import resume, train
@@ -71,6 +72,22 @@ def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, s
     assert zero_ranks.plain(1, samples, tmp_path / "on", tmp_path / "zero") == pytest.approx(expected[2:], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activations", "offload", "attentions"),
+    [("none", False, 1), ("full", False, 2), ("selective", False, 1), ("selective", True, 1)],
+)
+def test_blocks_are_compiled_within_zero3s_gathering(tmp_path, activations, offload, attentions):
+    """Each block is one graph; what a policy keeps, it keeps all the same, and no gathered weights."""
+    parallel = ParallelConfig(strategy="zero3", activations=activations, offload_activations=offload)
+    expected = zero_ranks.plain(3, 2, tmp_path / "plain")
+    for rank in run_ranks(2, zero_ranks.zero3_compiled, parallel, tmp_path / "zero"):
+        assert rank["losses"] == pytest.approx(expected, rel=1e-4)
+        assert rank["graphs"] == 1
+        assert rank["attentions"] == 3 * 3 * attentions  # steps, blocks
+    same(tmp_path / "zero", tmp_path / "plain" / "step-3")
+
+
 def curve(folder):
     """(step, loss, gradient norm) of each step in a run's log."""
     with (folder / "metrics.csv").open() as stream:
@@ -82,6 +99,16 @@ def curve(folder):
     "settings",
     [
         ["parallel.strategy=zero3", "trainer.devices=2", "data.batch_size=1"],
+        pytest.param(
+            [
+                "parallel.strategy=zero3",
+                "trainer.devices=2",
+                "data.batch_size=1",
+                "parallel.activations=selective",
+                "trainer.compile=true",
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["parallel.strategy=zero1", "trainer.devices=2", "data.batch_size=1"], marks=pytest.mark.slow),
         pytest.param(
             ["parallel.strategy=zero2", "trainer.devices=4", "data.batch_size=1", "parallel.sequence=2"],

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from data.sample import TextTokens
+from radial.backends import BACKENDS
+from train.build import set_memory_policy
 from train.checkpoint import FolderCheckpointIO, load_state, load_weights
+from train.config import ParallelConfig
 from train.flow import noised
 from train.lora import load_parameters, lora_parameters
 from train.models.conditions import Conditions
@@ -27,11 +32,12 @@ LR, CLIP = 1e-2, 0.02  # below the gradients' norm, so that clipping counts
 class Step(nn.Module):
     """What DeepSpeed wraps: the loss of this rank's share of the clips, as `LengthExtensionModule` computes it."""
 
-    def __init__(self, size: int, samples: int) -> None:
+    def __init__(self, size: int, samples: int, compiled: ParallelConfig | None = None) -> None:
         super().__init__()
         self.adapter, self.sequence = tiny_adapter(targets=WITH_TEXT), group_of(size)
         self.transformer = self.adapter.transformer
-        self.transformer.enable_gradient_checkpointing()
+        parallel = compiled or ParallelConfig(activations="full")
+        set_memory_policy(self.adapter, parallel, compiled=compiled is not None)
         self.transformer.train()
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.part, self.samples = slice(rank // size, None, world_size() // size), samples
@@ -67,7 +73,14 @@ def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> 
 
 
 def zero(
-    stage: int, size: int, steps: int, samples: int, folder: Path, start: Path | None = None, offload: bool = False
+    stage: int,
+    size: int,
+    steps: int,
+    samples: int,
+    folder: Path,
+    start: Path | None = None,
+    offload: bool = False,
+    compiled: ParallelConfig | None = None,
 ) -> list[float]:
     """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
@@ -75,12 +88,18 @@ def zero(
 
     deepspeed.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
-    config = zero_config(stage, bf16=False, offload_optimizer=offload, offload_parameters=offload and stage == 3)
+    config = zero_config(
+        stage,
+        bf16=False,
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+        compiled=compiled is not None,
+    )
     config |= {"gradient_clipping": CLIP}
     if stage == 3:  # without this, all of a small model would stay where it was gathered
         spread = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
         config["zero_optimization"] |= {f"stage3_{key}": value for key, value in spread.items()}
-    step = Step(size, samples)
+    step = Step(size, samples, compiled)
     if start is not None:
         with torch.no_grad():
             for parameter in lora_parameters(step.transformer).values():
@@ -94,9 +113,12 @@ def zero(
     if start is not None:
         load_parameters(lora_parameters(step.transformer), load_weights(start))
         scatter_optimizer_state(optimizer, parameters, load_state(start)["optimizer_states"][0])
+    gathered = [] if compiled is None else gathered_weights(step.adapter.blocks())
     losses = []
-    for _ in range(steps):
+    for index in range(steps):
         loss = engine()
+        if compiled is not None:  # no block holds on to them until its backward
+            assert len(gathered) > 100 * index and all(weights.expired() for weights in gathered)
         engine.backward(loss)
         engine.step()
         mean = loss.detach().clone()
@@ -106,6 +128,26 @@ def zero(
     save(folder, steps, step.transformer, state)
     dist.barrier()
     return losses
+
+
+def gathered_weights(blocks: list[nn.Module]) -> list[StorageWeakRef]:
+    """Grows by the memory of a block's weights whenever the block is about to run."""
+    seen: list[StorageWeakRef] = []
+    for block in blocks:
+        block.register_forward_pre_hook(
+            lambda block, _: seen.extend(StorageWeakRef(weight.untyped_storage()) for weight in block.parameters())
+        )
+    return seen
+
+
+def zero3_compiled(parallel: ParallelConfig, folder: Path) -> dict[str, Any]:
+    """Losses of three steps of compiled blocks, and of how many graphs and attentions they consist."""
+    kernel, attentions = type(BACKENDS["torch"]), []
+    whole = kernel.forward
+    kernel.forward = lambda *arguments: attentions.append(1) or whole(*arguments)  # type: ignore[method-assign]
+    losses = zero(3, 1, 3, 2, folder, compiled=parallel)
+    counters = torch._dynamo.utils.counters
+    return {"losses": losses, "graphs": counters["stats"]["unique_graphs"], "attentions": len(attentions)}
 
 
 def save(folder: Path, step: int, transformer: Any, optimizer_state: dict[str, Any]) -> None:

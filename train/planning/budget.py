@@ -83,8 +83,8 @@ class Budget:
 
     @property
     def costs(self) -> BlockCosts:
-        """Of the blocks, eager or compiled. With ZeRO 3 they run eagerly: no graph holds its gathering of weights."""
-        if self.config.trainer.compile and self.stage < 3:
+        """Of the blocks, eager or compiled."""
+        if self.config.trainer.compile:
             return calibration.COMPILED
         return calibration.EAGER_OF.get(self.config.model.family, calibration.EAGER)
 

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -47,24 +47,22 @@ def test_bf16_is_near(wan):
     assert (got - expected).abs().mean() < 0.1 * expected.std()
 
 
-def frames_of(path):
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("split_guidance", ["true", "false"])
 def test_two_gpus_make_one_gpus_video(wan, tmp_path, split_guidance):
     """Through the command: the GPUs share the two prompts, or each clip's tokens."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     shared = {"backend": "torch", "decay": 0.4, "dense_layers": 1, "dense_steps": 1}
+    script = str(Path(__file__).with_name("sample_frames.py"))
     videos = []
     for name, start, changes in (("one", [sys.executable], {}), ("two", two, {"split_guidance": split_guidance})):
-        out = tmp_path / f"{name}.mp4"
-        command = [*start, "-m", "train.sample", *words(wan, out=out, **shared, **changes)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        out = tmp_path / name / "clip.mp4"
+        done = subprocess.run(
+            [*start, script, *words(wan, out=out, **shared, **changes)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        videos.append(frames_of(out))
+        assert out.is_file()
+        videos.append(np.load(out.with_name("frames.npy")).astype(int))
         assert json.loads(out.with_suffix(".json").read_text())["gpus"] == len(videos)
     assert videos[0].shape == (33, 32, 48, 3)
-    assert np.abs(videos[0] - videos[1]).mean() < 0.5  # of 255; another seed's: above 3
+    assert np.abs(videos[0] - videos[1]).mean() < 0.05  # of 255

@@ -11,7 +11,9 @@ from tiny import words
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+four = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 SHARED = {"data__batch_size": 2, "optim__accumulate": 2, "trainer__steps": 3, "trainer__precision": "fp32"}
+COMPILED = {"trainer__compile": True, "parallel__activations": "selective"}
 
 
 def run(tmp_path, name, **changes):
@@ -45,9 +47,9 @@ def test_zero_on_one_gpu(tmp_path, strategy):
         {"parallel__strategy": "zero2", "parallel__offload_optimizer": True},
         {"parallel__strategy": "zero3", "parallel__offload_optimizer": True, "parallel__offload_parameters": True},
         {"parallel__activations": "full", "parallel__offload_activations": True, "parallel__ffn_chunk": 100},
-        {"parallel__activations": "selective", "parallel__offload_activations": True, "trainer__compile": True},
-        {"parallel__activations": "selective", "trainer__compile": True},
-        {"parallel__strategy": "zero3", "parallel__activations": "selective", "trainer__compile": True},
+        {"parallel__offload_activations": True, **COMPILED},
+        COMPILED,
+        {"parallel__strategy": "zero3", **COMPILED},
     ],
 )
 def test_offload_and_memory_policies(tmp_path, changes):
@@ -61,8 +63,7 @@ def test_offload_and_memory_policies(tmp_path, changes):
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_compiled_blocks_on_two_gpus(tmp_path, strategy):
     expected, _, _ = run(tmp_path, "one", data__batch_size=4)
-    compiled = {"trainer__compile": True, "parallel__activations": "selective", "parallel__strategy": strategy}
-    got, _, _ = run(tmp_path, "two", trainer__devices=2, **compiled)
+    got, _, _ = run(tmp_path, "two", trainer__devices=2, parallel__strategy=strategy, **COMPILED)
     same(got, expected, 1e-3)
 
 
@@ -79,3 +80,12 @@ def test_two_gpus_that_share_each_clip(tmp_path, strategy, precision, tolerance)
     resumed = [f"resume={folder}", "trainer.devices=1", "parallel.sequence=1", "parallel.strategy=ddp"]
     done = subprocess.run([sys.executable, "-m", "train", *resumed], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # a finished run exports and reports in any layout
+
+
+@four
+@pytest.mark.parametrize(("strategy", "compiled"), [("ddp", {}), ("zero2", {}), ("zero3", COMPILED)])
+def test_four_gpus_in_pairs_that_share_each_clip(tmp_path, strategy, compiled):
+    expected, _, _ = run(tmp_path, "one", data__batch_size=4)
+    shared = {"parallel__sequence": 2, "trainer__devices": 4, "parallel__strategy": strategy}
+    got, _, _ = run(tmp_path, "four", **shared, **compiled)
+    same(got, expected, 1e-3)

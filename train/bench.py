@@ -92,6 +92,8 @@ def main(arguments: list[str]) -> None:
     config, ours = bench_config(arguments)
     if config.lora is None:
         raise UserError(f"conf={config.conf} trains all weights (lora=null), a benchmark measures a LoRA step")
+    if config.parallel.strategy != "ddp":
+        raise UserError(f"parallel={config.parallel.strategy}: leave it out, steps are measured without DeepSpeed")
     if config.model.dimensions is None and config.model.architecture is None:
         raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
     blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])

@@ -28,7 +28,7 @@ from train.compiler import compile_call
 from train.errors import UserError
 from train.offload import Offload, Stored
 
-_Runner = Callable[..., Tensor]
+_Runner = Callable[..., Any]
 
 
 def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
@@ -37,7 +37,7 @@ def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
     return lambda block, hidden, *rest: by_block[id(block)](block, hidden, *rest)
 
 
-def call_block(block: nn.Module, *inputs: Any) -> Tensor:
+def call_block(block: nn.Module, *inputs: Any) -> Any:
     """Calls a block as the model does by itself, its hooks included."""
     return block(*inputs)
 
@@ -62,7 +62,7 @@ def block_runner(
     elif policy == "selective":
         settings["context_fn"] = functools.partial(_contexts, offload)
 
-    def inner(block: nn.Module, *inputs: Any) -> Tensor:
+    def inner(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(functools.partial(call, block), *inputs, **settings)
 
     if compiled:
@@ -70,7 +70,7 @@ def block_runner(
     if offload is None:
         return inner
 
-    def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
+    def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:
         # what all blocks share stays: text, modulation, rotary angles; and so do weights, which compiled blocks save
         shared = {x.data_ptr() for x in _tensors(rest)}
 

@@ -35,8 +35,12 @@ def zero_config(
     """DeepSpeed's config of a run; clipping and accumulation come from the trainer."""
     stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
     stage_config["reduce_bucket_size"] = REDUCE_BUCKET
-    # its own linear layer, compiled by torch 2.11 to wrong gradients; compiled blocks keep no gathered weights anyway
-    stage_config["memory_efficient_linear"] = not compiled
+    if compiled and stage == 3:
+        # its own linear layer, which torch 2.11 compiles to wrong gradients, spares gathered weights in the backward:
+        # compiled blocks keep none anyway, and the layers outside of them are small
+        stage_config["memory_efficient_linear"] = False
+        # at the turn from forward to backward it takes a block of `gather_whole` for used again soon, however far it is
+        stage_config["stage3_max_reuse_distance"] = 0
     if offload_optimizer:
         stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload_parameters:
@@ -66,7 +70,7 @@ def spread_weights(transformer: Any, frozen: torch.dtype, device: torch.device |
     deepspeed.zero.Init(module=transformer, config_dict_or_path=config)  # the model's own tables
 
 
-def gather_whole(runners: Mapping[nn.Module, Callable[..., Tensor]]) -> None:
+def gather_whole(runners: Mapping[nn.Module, Callable[..., Any]]) -> None:
     """Makes stage 3 gather all weights of a block around its forward, not those of each layer around the layer's.
 
     A compiler then meets no hook of DeepSpeed's in a block: it would break there, which it cannot do in a checkpoint.
@@ -86,19 +90,21 @@ def gather_whole(runners: Mapping[nn.Module, Callable[..., Tensor]]) -> None:
 def _gathered(kind: Any) -> Any:
     """A class for all blocks of a kind, so that they share compiled graphs."""
 
-    def forward(self: Any, *inputs: Any, **named: Any) -> Tensor:
-        # as diffusers' models do with checkpointing: without gradients there is nothing to keep
-        return self.runner(self, *inputs) if torch.is_grad_enabled() else self.forward_alone(*inputs, **named)
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():  # there is nothing to keep, nor does diffusers call a checkpoint
+            return self.forward_alone(*inputs, **named)
+        assert not named, "called by other means than `call_gathered`"
+        return self.runner(self, *inputs)
 
     return type(f"Gathered{kind.__name__}", (kind,), {"forward": forward, "forward_alone": kind.forward})
 
 
-def forward_alone(block: Any, *inputs: Any) -> Tensor:
+def forward_alone(block: Any, *inputs: Any) -> Any:
     """The forward of a block of `gather_whole`, without the gathering."""
     return block.forward_alone(*inputs)
 
 
-def call_gathered(block: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
+def call_gathered(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:
     """Calls a block of `gather_whole`; for diffusers' gradient checkpointing.
 
     DeepSpeed takes a block's gradients once those of its inputs are there. Of inputs without any, the first block's, it

@@ -57,6 +57,7 @@ def test_the_figures_of_a_step(tmp_path, counts):
         (["frames=320"], "clip.frames is 320, expected 4 x k"),
         (["model=shapes"], "model=shapes has no dimensions"),
         (["conf=shapes_base"], "conf=shapes_base trains all weights"),
+        (["parallel=zero3"], "parallel=zero3: leave it out"),
         (["--json"], "--json needs a file name"),
         (["pattern=spiral", *TINY], "attention.pattern is 'spiral'"),
     ],

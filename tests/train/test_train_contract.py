@@ -205,13 +205,27 @@ def test_each_kind_of_block_compiles_to_one_graph(monkeypatch, family, policy):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_that_zero3_gathers_whole_compute_the_same(family):
-    """Without gradients, as in validation; with them in tests/train/test_train_zero.py."""
+    """Without gradients, as in validation."""
     adapter, gathered = build(family), build(family)
     x, sigma, batch = ready(adapter)
     set_memory_policy(gathered, ParallelConfig(strategy="zero3", activations="full"), compiled=True)
     ready(gathered)
     torch.testing.assert_close(gathered.velocity(x, sigma, batch), adapter.velocity(x, sigma, batch))
     assert gathered.transformer.state_dict().keys() == adapter.transformer.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_zero3_gathers_whole_have_the_same_gradients(family):
+    """Compiled, with DeepSpeed; on all ranks the same samples."""
+    expected = family_ranks.gradients(family, ODD, "released", 1, 2, "none", False)
+    for got in run_ranks(2, family_ranks.gathered_gradients, family, ODD, "released", 2, "selective"):
+        assert got["breaks"] == {}
+        assert got["loss"] == pytest.approx(expected["loss"].item(), rel=2e-5)
+        assert got["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            scale = gradient.abs().max().item()
+            np.testing.assert_allclose(got["gradients"][name], gradient, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,6 +26,7 @@ from train.sequence import flow_loss
 from train.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, whole_parameter, zero_config
 
 CELLS = (3, 12, 20)
+SPREAD = {f"stage3_{key}": 0 for key in ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")}
 LR, CLIP = 1e-2, 0.02  # below the gradients' norm, so that clipping counts
 
 
@@ -97,8 +98,7 @@ def zero(
     )
     config |= {"gradient_clipping": CLIP}
     if stage == 3:  # without this, all of a small model would stay where it was gathered
-        spread = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
-        config["zero_optimization"] |= {f"stage3_{key}": value for key, value in spread.items()}
+        config["zero_optimization"] |= SPREAD
     step = Step(size, samples, compiled)
     if start is not None:
         with torch.no_grad():
@@ -115,10 +115,11 @@ def zero(
         scatter_optimizer_state(optimizer, parameters, load_state(start)["optimizer_states"][0])
     gathered = [] if compiled is None else gathered_weights(step.adapter.blocks())
     losses = []
-    for index in range(steps):
+    for _ in range(steps):
         loss = engine()
         if compiled is not None:  # no block holds on to them until its backward
-            assert len(gathered) > 100 * index and all(weights.expired() for weights in gathered)
+            assert gathered and all(weights.expired() for weights in gathered)
+            gathered.clear()
         engine.backward(loss)
         engine.step()
         mean = loss.detach().clone()

@@ -72,7 +72,7 @@ def chosen_policies(config: RunConfig, layers: int | None = None) -> BlockPolici
 def set_memory_policy(
     adapter: ModelAdapter, parallel: ParallelConfig, *, compiled: bool, policies: BlockPolicies | None = None
 ) -> None:
-    """What the model's blocks keep for the backward, and whether they are compiled.
+    """What the model's blocks keep for the backward, and whether they are compiled; with ZeRO 3, how it gathers them.
 
     Args:
         policies: of `chosen_policies`; None takes ``parallel.activations`` for all blocks.

@@ -32,14 +32,18 @@ REDUCE_BUCKET = 50_000_000
 def zero_config(
     stage: int, *, bf16: bool, offload_optimizer: bool, offload_parameters: bool, compiled: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's config of a run; clipping and accumulation come from the trainer."""
+    """DeepSpeed's config of a run; clipping and accumulation come from the trainer.
+
+    Args:
+        compiled: whether blocks are, which `gather_whole` has prepared for stage 3.
+    """
     stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
     stage_config["reduce_bucket_size"] = REDUCE_BUCKET
     if compiled and stage == 3:
-        # its own linear layer, which torch 2.11 compiles to wrong gradients, spares gathered weights in the backward:
-        # compiled blocks keep none anyway, and the layers outside of them are small
+        # DeepSpeed's linear layer, which keeps no gathered weights for the backward, torch 2.11 compiles to wrong
+        # gradients; compiled blocks keep none anyway, and the layers outside of them are small
         stage_config["memory_efficient_linear"] = False
-        # at the turn from forward to backward it takes a block of `gather_whole` for used again soon, however far it is
+        # the last blocks would stay gathered: their weights count as used again soon, however far the next use is
         stage_config["stage3_max_reuse_distance"] = 0
     if offload_optimizer:
         stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

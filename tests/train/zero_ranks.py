@@ -83,7 +83,10 @@ def zero(
     offload: bool = False,
     compiled: ParallelConfig | None = None,
 ) -> list[float]:
-    """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it."""
+    """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it.
+
+    ``compiled`` holds the memory policy of blocks that are compiled; None leaves them eager and fully checkpointed.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
     import deepspeed
 

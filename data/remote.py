@@ -171,7 +171,7 @@ def _cached(url: str, sha256: str, cache: Path) -> ShardFile:
         return _open_local(path)
     with _written_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / f".{sha256}.lock").open("w")
+        lock = (cache / f".{sha256}.lock").open("w", encoding="utf-8")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():

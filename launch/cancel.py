@@ -34,7 +34,10 @@ def main(arguments: list[str]) -> None:
         starting = get_state(folder)[0] == "starting"
         waiting = starting or not state.startswith("RUNNING")
         done = subprocess.run(
-            ["scancel", *([] if now or waiting else ["--signal=INT"]), job], capture_output=True, text=True
+            ["scancel", *([] if now or waiting else ["--signal=INT"]), job],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode != 0:
             raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")

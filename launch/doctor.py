@@ -106,7 +106,9 @@ def slurm() -> Finding:
     """SLURM's commands and partitions."""
     if shutil.which("sbatch") is None:
         return Finding("note", "SLURM", "no sbatch", "use python -m launch local, or go to the cluster's login node")
-    done = subprocess.run(["sinfo", "-h", "-o", "%P %D nodes %G"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["sinfo", "-h", "-o", "%P %D nodes %G"], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         reason = " ".join(done.stderr.split())
         return Finding("note", "SLURM", f"sinfo: {reason}", "the controller does not answer: ask the cluster's staff")

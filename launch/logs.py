@@ -52,7 +52,7 @@ def log_file(folder: Path, job: str | None) -> Path:
 
 
 def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
-    with file.open(errors="replace") as stream:
+    with file.open(encoding="utf-8", errors="replace") as stream:
         # a progress line is written over itself
         lines = [line.rstrip("\n").split("\r")[-1] for line in stream]
         print("\n".join(lines[-count:] if count else []), flush=True)

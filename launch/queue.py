@@ -16,7 +16,12 @@ UNKNOWN = "UNKNOWN"
 def slurm_state(job: str) -> str:
     """State and reason of a job, such as ``RUNNING`` or ``PENDING (Resources)``; empty when SLURM has forgotten it."""
     try:
-        out = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T (%r), starts %S"], capture_output=True, text=True)
+        out = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T (%r), starts %S"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
     except FileNotFoundError as error:
         raise UserError(
             f"job {job}: {error.filename} is not on this machine, ask on the cluster's login node"

@@ -106,7 +106,7 @@ class Job:
             f"CONTAINER=({shlex.join(prefix)})",
             f"SRUN=({shlex.join(srun)})",
         ]
-        template = Path(__file__).with_name("template.sbatch").read_text()
+        template = Path(__file__).with_name("template.sbatch").read_text(encoding="utf-8")
         return "\n".join(head) + "\n\n" + template[template.index(_MARK) :]
 
     def _container(self) -> tuple[list[str], list[str]]:
@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> None:
         **words,
     )
     script = path / SCRIPT
-    script.write_text(job.script())
+    script.write_text(job.script(), encoding="utf-8")
     print(f"script     {script}")
     record(path, how="slurm", gpus=gpus)  # also of a job that is refused or submitted by hand
     if dry:
@@ -218,7 +218,9 @@ def submit(script: Path) -> str:
     Raises:
         UserError: SLURM refuses it, or lets it wait for what it will never get; with SLURM's own words.
     """
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         reason = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
         raise UserError(f"SLURM refuses the job: {reason}. {_cluster()}. The script is {script}; {_again(script)}")
@@ -238,13 +240,17 @@ def _again(script: Path) -> str:
 
 
 def _pending_reason(number: str) -> str:
-    out = subprocess.run(["squeue", "-h", "-j", number, "-o", "%r"], capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["squeue", "-h", "-j", number, "-o", "%r"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
     return out.strip()
 
 
 def _cluster() -> str:
     """The partitions in words."""
-    out = subprocess.run(["sinfo", "-h", "-o", "%P|%D|%l|%G"], capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["sinfo", "-h", "-o", "%P|%D|%l|%G"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
     parts = [line.strip().split("|") for line in out.splitlines()]
     said = [f"{name.rstrip('*')} ({nodes} nodes, time {limit}, {gres})" for name, nodes, limit, gres in parts]
     return f"This cluster's partitions: {', '.join(said)}".replace("(null)", "no GPUs")

@@ -63,7 +63,9 @@ def prepare(
 
 def record(folder: Path, **about: Any) -> None:
     """Notes how the run was started, for `status`, `logs` and `cancel`."""
-    (folder / LAUNCH).write_text(json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n")
+    (folder / LAUNCH).write_text(
+        json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}, expected a run folder such as runs/shapes_4x/<time>")
     file = folder / LAUNCH
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def job_of(folder: Path) -> str | None:

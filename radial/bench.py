@@ -269,4 +269,4 @@ def write_bench(rows: list[dict[str, Any]], path: Path) -> None:
     """The rows as JSON, with what they were measured on; what was not measured is null."""
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    path.write_text(json.dumps(about | {"rows": rows}, indent=1))
+    path.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")

@@ -48,4 +48,4 @@ def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
     finally:
         torch.set_num_threads(threads)
     if out is not None:
-        out.write_text(json.dumps({"threads": 1, "torch": torch.__version__, "rows": rows}, indent=1))
+        out.write_text(json.dumps({"threads": 1, "torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")

@@ -14,7 +14,7 @@ OURS = set(MAY_IMPORT) | {"tests", "conf"}
 
 def imports(file: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -35,7 +35,7 @@ def test_packages_import_only_what_they_may(package):
 def test_radial_needs_only_torch():
     """Neither importing radial nor its command line loads a third-party package that torch does not load itself."""
     program = "import sys, torch; before = set(sys.modules); import radial.__main__; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, cwd=ROOT)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded - set(sys.stdlib_module_names) <= {"radial", "torch"}
 
@@ -49,7 +49,7 @@ def test_training_imports_no_video_library():
 def test_everything_public_has_a_docstring():
     for package in MAY_IMPORT:
         for file in (ROOT / package).rglob("*.py"):
-            tree = ast.parse(file.read_text())
+            tree = ast.parse(file.read_text(encoding="utf-8"))
             assert ast.get_docstring(tree), f"{file} has no docstring"
             for node in tree.body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -61,8 +61,28 @@ def test_nothing_unpickles():
     for package in MAY_IMPORT:
         for file in (ROOT / package).rglob("*.py"):
             assert not imports(file) & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, file
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load"):
                     safe = {word.arg: ast.unparse(word.value) for word in node.keywords}
                     assert safe.get("weights_only") == "True" or safe.get("allow_pickle") == "False", file
                 assert not (isinstance(node, ast.Attribute) and node.attr in ("extractall", "unsafe_load")), file
+
+
+def test_text_is_utf8_whatever_the_locale():
+    """Ruff's PLW1514 sees paths whose type it can tell; this sees the other paths, and the output of programs."""
+    for package in (*MAY_IMPORT, "tests"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and "encoding" not in {word.arg for word in node.keywords}:
+                    assert not _is_text(node), f"{file}:{node.lineno}: {ast.unparse(node)} has no encoding="
+
+
+def _is_text(call: ast.Call) -> bool:
+    function = ast.unparse(call.func)
+    name = function.rpartition(".")[2]
+    if function.startswith("subprocess.") and any(word.arg == "text" for word in call.keywords):
+        return True
+    if name == "open" and not function.startswith(("fsspec.", "tarfile.")):
+        modes = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
+        return not modes or (isinstance(modes[0], ast.Constant) and "b" not in str(modes[0].value))
+    return name in ("read_text", "write_text", "FileHandler", "TextIOWrapper")

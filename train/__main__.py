@@ -25,7 +25,7 @@ from train.errors import UserError
 
 
 def _first_comment(file: Path) -> str:
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     return next(line for line in lines if not line.startswith("# @package")).lstrip("# ")
 
 

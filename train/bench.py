@@ -111,7 +111,9 @@ def main(arguments: list[str]) -> None:
         print(_line(results[-1]), flush=True)
         if out is not None:  # after each case: a later one may exceed a limit of memory or time
             about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
-            out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+            out.write_text(
+                json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
+            )
     for dense in (result for result in results if result.pattern == "dense"):
         for other in (result for result in results if result.pattern != "dense" and result.sp == dense.sp):
             print(_speed_up(dense, other, config.attention.dense_layers, _layers(config)))

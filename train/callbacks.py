@@ -107,7 +107,7 @@ class StepCheckpoints(Callback):
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             temporary = self.folder / f".{BEST}"
             try:
-                temporary.write_text(json.dumps({"checkpoint": newest.name, "loss": loss}) + "\n")
+                temporary.write_text(json.dumps({"checkpoint": newest.name, "loss": loss}) + "\n", encoding="utf-8")
                 temporary.replace(self.folder / BEST)
             except OSError as error:  # on this rank alone: raised, it would leave the others waiting
                 trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
@@ -123,7 +123,7 @@ class StepCheckpoints(Callback):
 def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
     """The checkpoint with the least validation loss, and that; None before the first that is a number."""
     try:
-        noted = json.loads((folder / BEST).read_text())
+        noted = json.loads((folder / BEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return (folder / noted["checkpoint"], noted["loss"]) if math.isfinite(noted["loss"]) else None

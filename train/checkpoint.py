@@ -73,7 +73,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         save_file(weights, temporary / WEIGHTS)
         save_file(tensors, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(tree, indent=1))
+        (temporary / STATE).write_text(json.dumps(tree, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -132,7 +132,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / STATE
     try:
-        tree = json.loads(file.read_text())
+        tree = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable part of a checkpoint ({error})") from error
     tensors = _load_tensors(Path(path) / OPTIMIZER)

@@ -90,7 +90,7 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
 
 def _override(run: str, group: str, option: str) -> str:
     """Hydra's override; a group that the run file leaves at the schema's defaults is added with ``+``."""
-    defaults = yaml.safe_load((CONF / f"{run}.yaml").read_text()).get("defaults", [])
+    defaults = yaml.safe_load((CONF / f"{run}.yaml").read_text(encoding="utf-8")).get("defaults", [])
     listed = any(isinstance(entry, dict) and group in entry for entry in defaults)
     return f"{'' if listed else '+'}{group}={option}"
 

@@ -61,7 +61,7 @@ def driver() -> str | None:
     if program is None:
         return None
     words = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(words, capture_output=True, text=True).stdout.split()
+    lines = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace").stdout.split()
     return lines[0] if lines else None
 
 
@@ -78,7 +78,9 @@ def git_revision() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True)
+            done = subprocess.run(
+                ["git", "-C", str(where), *words], capture_output=True, encoding="utf-8", errors="replace"
+            )
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

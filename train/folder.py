@@ -118,12 +118,12 @@ def set_state(folder: Path, word: str, why: str = "") -> None:
     log.info("the run is %s%s", word, f": {' '.join(why.split())}" if why else "")
     temporary = folder / f".{STATE}.tmp-{os.getpid()}"
     try:
-        temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n")
+        temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n", encoding="utf-8")
         temporary.replace(folder / STATE)
     except OSError:
         temporary.unlink(missing_ok=True)
         # over the old one there is room on a full disk too
-        with contextlib.suppress(OSError), (folder / STATE).open("r+") as file:
+        with contextlib.suppress(OSError), (folder / STATE).open("r+", encoding="utf-8") as file:
             file.write(f"{word}\n{why}\n" if why else f"{word}\n")
             file.truncate()
 
@@ -131,7 +131,7 @@ def set_state(folder: Path, word: str, why: str = "") -> None:
 def get_state(folder: Path) -> tuple[str, str]:
     """The word and the reason of `set_state`; ``new`` where nothing has run yet."""
     try:
-        word, _, why = (folder / STATE).read_text().partition("\n")
+        word, _, why = (folder / STATE).read_text(encoding="utf-8").partition("\n")
     except OSError:
         return "new", ""
     return word, why.strip()
@@ -140,7 +140,7 @@ def get_state(folder: Path) -> tuple[str, str]:
 def holder(folder: Path) -> dict[str, Any] | None:
     """Who runs in the folder now: ``host``, ``pid``, ``job`` (of SLURM, or None), ``since``. None when nobody does."""
     try:
-        with (folder / LOCK).open() as file:
+        with (folder / LOCK).open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -156,7 +156,7 @@ def gpus_given(folder: Path) -> int:
         return 0
     words = os.environ.get("SLURM_GPUS_ON_NODE", "")
     file = folder / LAUNCH
-    noted = json.loads(file.read_text()).get("gpus", 0) if file.is_file() else 0
+    noted = json.loads(file.read_text(encoding="utf-8")).get("gpus", 0) if file.is_file() else 0
     return max(int(words) if words.isdigit() else 0, int(noted))
 
 
@@ -181,7 +181,7 @@ def held(folder: Path) -> Iterator[None]:
         UserError: another process holds it, or the folder cannot be written.
     """
     try:
-        file = (folder / LOCK).open("a+")
+        file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): make it writable, or copy it elsewhere and resume the copy"

@@ -135,8 +135,8 @@ def _tell(rows: list[Row], folder: Path) -> None:
             }
         )
     print("\n" + "\n".join(lines))
-    (folder / "report.json").write_text(json.dumps(table, indent=1))
-    (folder / "report.txt").write_text("\n".join(lines) + "\n")
+    (folder / "report.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+    (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:

@@ -66,8 +66,8 @@ def _wandb(config: RunConfig, folder: Path) -> list[Logger]:
     import wandb
 
     file = folder / WANDB_ID
-    number = file.read_text().strip() if file.exists() else uuid.uuid4().hex[:12]
-    file.write_text(number + "\n")
+    number = file.read_text(encoding="utf-8").strip() if file.exists() else uuid.uuid4().hex[:12]
+    file.write_text(number + "\n", encoding="utf-8")
     options: dict[str, Any] = {
         "project": config.log.project,
         "name": f"{config.conf}/{folder.name}",
@@ -106,7 +106,7 @@ def note_once(config: RunConfig, folder: Path, loggers: list[Logger]) -> None:
             store_plan(folder, budget, plan_table(budget))
     plan = stored_plan(folder)
     about = environment()
-    (folder / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     text = json.dumps(about, indent=1)
     for logger in loggers:
         if not isinstance(logger, Forgiving):
@@ -114,7 +114,7 @@ def note_once(config: RunConfig, folder: Path, loggers: list[Logger]) -> None:
         if isinstance(logger.inner, WandbLogger):
             logger.attempt(_to_wandb, logger.inner.experiment, about, plan, folder / MASK)
         elif isinstance(logger.inner, TensorBoardLogger):
-            words = {"config": (folder / CONFIG).read_text(), "environment": text}
+            words = {"config": (folder / CONFIG).read_text(encoding="utf-8"), "environment": text}
             if plan is not None:
                 words["plan"] = plan["table"]
             logger.attempt(_to_tensorboard, logger.inner.experiment, words, folder / MASK)

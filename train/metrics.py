@@ -20,7 +20,7 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv; one that a killed run has left half-written is not among them."""
     if not file.exists():
         return []
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]
     rows = csv.DictReader(text.splitlines())
     return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdigit()]
@@ -87,7 +87,7 @@ class MetricsCsv(Logger):
         else:
             size = self.file.stat().st_size
             try:
-                with self.file.open("a", newline="") as stream:
+                with self.file.open("a", newline="", encoding="utf-8") as stream:
                     self._writer(stream).writerows(self._waiting)
             except OSError:
                 os.truncate(self.file, size)
@@ -99,7 +99,7 @@ class MetricsCsv(Logger):
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         temporary = self.file.with_name(f".{METRICS}.tmp")
-        with temporary.open("w", newline="") as stream:
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = self._writer(stream)
             writer.writeheader()
             writer.writerows(rows)

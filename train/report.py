@@ -79,7 +79,7 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     out = out or folder / PAGE
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give out=<a file>") from error
@@ -186,7 +186,7 @@ def _held_out(folder: Path) -> str:
     if not file.exists():
         return ""
     body = ""
-    for row in json.loads(file.read_text()):
+    for row in json.loads(file.read_text(encoding="utf-8")):
         gain = row["tuned_minus_this"]
         words = f"{gain['mean']:+.4f} ± {gain['half_width_95']:.4f}" if gain else ""
         cells = f"<td>{row['frames']}</td><td>{row['flow_loss']:.4f}</td><td>{row['attention_gflops']:,.1f}</td>"
@@ -261,7 +261,11 @@ def _warnings(folder: Path) -> str:
     file = folder / "log.txt"
     if not file.exists():
         return ""
-    found = [line for line in file.read_text(errors="replace").splitlines() if " WARNING " in line or " ERROR " in line]
+    found = [
+        line
+        for line in file.read_text(errors="replace", encoding="utf-8").splitlines()
+        if " WARNING " in line or " ERROR " in line
+    ]
     if not found:
         return ""
     text = html.escape("\n".join(found[-40:]))
@@ -272,7 +276,7 @@ def _settings(folder: Path) -> str:
     parts = []
     for name in (CONFIG, "environment.json", "launch.json"):
         if (folder / name).exists():
-            text = html.escape((folder / name).read_text())
+            text = html.escape((folder / name).read_text(encoding="utf-8"))
             parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     return "".join(parts)
 

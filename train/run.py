@@ -180,7 +180,7 @@ def _report_folder(folder: Path, rank: int) -> Iterator[Path]:
         return
     with (
         tempfile.TemporaryDirectory() as nowhere,
-        Path(os.devnull).open("w") as silence,
+        Path(os.devnull).open("w", encoding="utf-8") as silence,
         redirect_stdout(silence),
         redirect_stderr(silence),
     ):

@@ -52,7 +52,7 @@ class _OursOnce(logging.Filter):
 def collected(folder: Path, rank: int) -> Iterator[None]:
     """Sends what libraries and this project log, warnings included, to ``log.txt``; of ours, warnings to the screen."""
     root = logging.getLogger()
-    file = _Quiet(folder / LOG, delay=True)
+    file = _Quiet(folder / LOG, delay=True, encoding="utf-8")
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)

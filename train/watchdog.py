@@ -194,7 +194,10 @@ class Watchdog(Callback):
     def _stuck(self) -> None:
         """Collects where everybody is, for long enough to tell the silent from the slow, and ends the run."""
         # before anything else: where this rank is, for who asks why
-        with contextlib.suppress(OSError), (self.folder / f"stack-rank-{self.rank}.txt").open("w") as file:
+        with (
+            contextlib.suppress(OSError),
+            (self.folder / f"stack-rank-{self.rank}.txt").open("w", encoding="utf-8") as file,
+        ):
             faulthandler.dump_traceback(file)
         first = second = self._ask_all()
         if not first:  # the store itself is silent, which rank 0 holds

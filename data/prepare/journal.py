@@ -149,7 +149,7 @@ class Journal:
     def _claimed(self, world: int) -> TextIO:
         """This rank's lock, of a run with this number of ranks."""
         kept = self._home / _WORLD
-        before = kept.read_text() if kept.exists() else ""
+        before = kept.read_text(encoding="utf-8") if kept.exists() else ""
         if before != str(world):
             for path in sorted(self._home.glob("rank-*.lock")):
                 self._lock_of(path, f" of {before}" if before else "", f" with {world} ranks").close()
@@ -164,9 +164,10 @@ class Journal:
         """A rank's lock, or a DataError that names who has it."""
         file = _locked(path, wait=False)
         if file is None:
+            who = path.read_text(encoding="utf-8").strip()
             raise DataError(
                 f"{self._folder}: another data.prepare is writing rank {int(path.stem[5:])}{of} of it "
-                f"({path.read_text().strip()}); wait for it or stop it before you start this one{asked}, "
+                f"({who}); wait for it or stop it before you start this one{asked}, "
                 "or choose another out="
             )
         return file
@@ -223,7 +224,7 @@ def _locked(path: Path, wait: bool) -> TextIO | None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = path.open("a+")
+            file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
             continue  # the folder went in between
         try:
@@ -247,7 +248,7 @@ def read_records(folder: Path) -> tuple[list[ShardInfo], set[int], list[Rejected
     rejected: list[Rejected] = []
     for name in sorted(_names(home)):
         if _RECORD.fullmatch(name):
-            raw: dict[str, Any] = json.loads((home / name).read_text())
+            raw: dict[str, Any] = json.loads((home / name).read_text(encoding="utf-8"))
             if raw["shard"] is not None:
                 shards.append(ShardInfo.parse(raw["shard"], home / name, "shard."))
             done.update(raw["rows"])

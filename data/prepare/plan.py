@@ -66,7 +66,7 @@ class Plan:
     def load(cls, folder: Path) -> Plan | None:
         """The plan in `folder`, or None where there is none yet."""
         try:
-            raw = json.loads((folder / FILE).read_text())
+            raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         rows, rejected = [Row(**row) for row in raw["rows"]], [Rejected(**entry) for entry in raw["rejected"]]

@@ -74,7 +74,9 @@ class Slurm:
             (folder / name).mkdir()
         folder.chmod(0o755)
         ports = _free_ports(3)
-        (folder / "slurm.conf").write_text(CONF.format(folder=folder, ports=ports, host=socket.gethostname()))
+        (folder / "slurm.conf").write_text(
+            CONF.format(folder=folder, ports=ports, host=socket.gethostname()), encoding="utf-8"
+        )
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -94,7 +96,7 @@ class Slurm:
 
     def run(self, *command: str) -> str:
         """The output of one of SLURM's commands; of sinfo while the controller comes up, nothing."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8").stdout
 
     def state(self, job: str) -> str:
         """The job's state as scontrol has it, such as RUNNING."""

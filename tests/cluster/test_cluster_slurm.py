@@ -20,7 +20,10 @@ STEPS = 24
 
 def launch(slurm, *arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, arguments)], env=slurm.environment, capture_output=True, text=True
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        env=slurm.environment,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -32,7 +35,7 @@ def submit(slurm, tmp_path, **changes):
     run = words(tmp_path, **given)
     launch(slurm, "slurm", "nodes=2", "processes=2", "cpus=1", "partition=main", "time=30", *run)
     folder = max((tmp_path / "runs" / "shapes_4x").iterdir(), key=lambda path: path.stat().st_mtime)
-    return folder, json.loads((folder / "launch.json").read_text())["job"]
+    return folder, json.loads((folder / "launch.json").read_text(encoding="utf-8"))["job"]
 
 
 def losses(folder: Path) -> list[tuple[str, str]]:
@@ -40,7 +43,7 @@ def losses(folder: Path) -> list[tuple[str, str]]:
     file = folder / "metrics.csv"
     if not file.exists():
         return []
-    with file.open() as stream:
+    with file.open(encoding="utf-8") as stream:
         return [(row["step"], row["loss"]) for row in csv.DictReader(stream) if row.get("loss")]
 
 
@@ -52,7 +55,7 @@ def wait_for_step(slurm, folder, job, step):
 
 
 def output(folder: Path) -> str:
-    return "".join(file.read_text() for file in folder.glob("slurm-*.out"))
+    return "".join(file.read_text(encoding="utf-8") for file in folder.glob("slurm-*.out"))
 
 
 def starts_again(slurm, folder, job):
@@ -123,13 +126,13 @@ def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, 
     slurm.wait(job, "COMPLETED", "FAILED", seconds=60)
     assert launch(slurm, "status", folder).startswith(f"{folder}: stopped")
     launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")
-    again = json.loads((folder / "launch.json").read_text())["job"]
+    again = json.loads((folder / "launch.json").read_text(encoding="utf-8"))["job"]
     assert again != job
     wait_for_step(slurm, folder, again, 12)
     slurm.run("scancel", again)
     slurm.wait(again, "CANCELLED")
     launch(slurm, "slurm", f"resume={folder}", "cpus=1")  # nodes and processes are the run's
-    last = json.loads((folder / "launch.json").read_text())["job"]
+    last = json.loads((folder / "launch.json").read_text(encoding="utf-8"))["job"]
     slurm.wait(last, "COMPLETED", "FAILED", seconds=300)
     assert losses(folder) == losses(undisturbed), output(folder)
 
@@ -137,8 +140,10 @@ def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, 
 def test_a_killed_process_costs_nothing_but_the_time_since_the_last_checkpoint(slurm, undisturbed, tmp_path):
     folder, job = submit(slurm, tmp_path)
     wait_for_step(slurm, folder, job, 7)
-    ranks = subprocess.run(["pgrep", "-f", f"train resume={folder}"], capture_output=True, text=True).stdout.split()
-    mine = [pid for pid in ranks if "SLURM_PROCID=2" in Path(f"/proc/{pid}/environ").read_text()]
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"train resume={folder}"], capture_output=True, encoding="utf-8"
+    ).stdout.split()
+    mine = [pid for pid in ranks if "SLURM_PROCID=2" in Path(f"/proc/{pid}/environ").read_text(encoding="utf-8")]
     subprocess.run(["kill", "-9", mine[0]], check=True)
     starts_again(slurm, folder, job)
     slurm.wait(job, "COMPLETED", "FAILED", seconds=300)

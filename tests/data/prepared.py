@@ -53,7 +53,7 @@ def spoil(videos: Path) -> None:
     (videos / "empty.mp4").touch()
     write_sound(videos / "sound.mp4")
     for name in ("empty", "sound"):
-        (videos / f"{name}.txt").write_text("a caption")
+        (videos / f"{name}.txt").write_text("a caption", encoding="utf-8")
     write_video(videos / "uncaptioned.mp4", 12)
     write_video(videos / "short.mp4", 5, caption="too short")
     cut = write_clips(videos, 6, 60, options={"g": "10"}, container={"movflags": "faststart"})

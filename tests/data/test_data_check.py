@@ -80,9 +80,9 @@ def lengthen(path: Path, shards: Manifest) -> str:
 
 def move(path: Path, shards: Manifest) -> str:
     """The manifest says another place, the shard is whole."""
-    raw = json.loads((shards.folder / FILE).read_text())
+    raw = json.loads((shards.folder / FILE).read_text(encoding="utf-8"))
     raw["shards"][1]["samples"][1]["offset"] += 512
-    (shards.folder / FILE).write_text(json.dumps(raw))
+    (shards.folder / FILE).write_text(json.dumps(raw), encoding="utf-8")
     place = shards.shards[1].samples[1].offset
     return f"sample v0000001-0001 is listed at byte {place + 512}, not {place}"
 
@@ -217,8 +217,8 @@ def test_shards_of_another_encoder_model_or_version_are_refused(
     (tmp_path / "transformer_alone").mkdir()
     with pytest.raises(DataError, match=r"was made with pixels-v1\+tiny-text-v1-32x64, expected wan:;"):
         check_encoder(shards, "wan", tmp_path / "transformer_alone")
-    raw = json.loads((shards.folder / FILE).read_text())
-    (shards.folder / FILE).write_text(json.dumps({**raw, "encoder": fingerprint("wan", weights)}))
+    raw = json.loads((shards.folder / FILE).read_text(encoding="utf-8"))
+    (shards.folder / FILE).write_text(json.dumps({**raw, "encoder": fingerprint("wan", weights)}), encoding="utf-8")
     check_encoder(Manifest.load(shards.home), "wan", weights)
     assert not caplog.messages
     check_encoder(Manifest.load(shards.home), "wan", tmp_path / "transformer_alone")
@@ -226,7 +226,7 @@ def test_shards_of_another_encoder_model_or_version_are_refused(
     assert "has no vae, text_encoder, tokenizer" in caplog.messages[-1] and len(caplog.messages) == 1
     image = save_wan(tmp_path / "image", image=True)
     made = json.dumps({**raw, "encoder": fingerprint("wan", image, image_to_video=True)})
-    (shards.folder / FILE).write_text(made)
+    (shards.folder / FILE).write_text(made, encoding="utf-8")
     check_encoder(Manifest.load(shards.home), "wan", image)
     assert len(caplog.messages) == 1
     check_encoder(Manifest.load(shards.home), "wan", weights)
@@ -234,6 +234,6 @@ def test_shards_of_another_encoder_model_or_version_are_refused(
     save_file({"x": np.zeros(1, np.float32)}, image / "image_encoder" / "model.safetensors")
     with pytest.raises(DataError, match=r"was made with wan:.*\+image-\w+, expected wan:.*\+image-"):
         check_encoder(Manifest.load(shards.home), "wan", image)
-    (shards.folder / FILE).write_text(json.dumps({**raw, "version": 3}))
+    (shards.folder / FILE).write_text(json.dumps({**raw, "version": 3}), encoding="utf-8")
     with pytest.raises(DataError, match="version is 3, this code reads 2"):
         Manifest.load(shards.home)

@@ -122,8 +122,8 @@ def test_read_samples_refuses_damage(manifest: Manifest) -> None:
 
 def test_a_manifest_of_other_shapes_is_noticed(manifest: Manifest) -> None:
     path = manifest.folder / FILE
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text(encoding="utf-8"))
     raw["shards"][0]["samples"][0]["shape"] = [4, 9, 2, 2]
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(DataError, match=r"shard-00000.tar: sample s000: latent has shape \[4, 3, 2, 2\], the manifest"):
         list(read_samples(manifest.folder))

@@ -266,7 +266,7 @@ def test_image_encoders_are_told_apart(tmp_path: Path, folders: dict[str, Path])
     plain, known = fingerprint("wan", folder), fingerprint("wan", folder, image_to_video=True)
     assert known.startswith(f"{plain}+image-") and fingerprint("wan", folders["wan"], image_to_video=True) == plain
     settings = folder / "image_processor" / "preprocessor_config.json"
-    settings.write_text(settings.read_text().replace("0.48145466", "0.5"))
+    settings.write_text(settings.read_text(encoding="utf-8").replace("0.48145466", "0.5"), encoding="utf-8")
     assert fingerprint("wan", folder) == plain != known != fingerprint("wan", folder, image_to_video=True)
 
 

@@ -118,13 +118,13 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, make_sample: Any, full_
 def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     manifest = make_folder(7)
     path = manifest.folder / FILE
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text(encoding="utf-8"))
 
     def refused(change: dict[str, Any], message: str) -> None:
-        path.write_text(json.dumps({**raw, **change}))
+        path.write_text(json.dumps({**raw, **change}), encoding="utf-8")
         with pytest.raises(DataError, match=message):
             Manifest.load(manifest.folder)
-        path.write_text(json.dumps(raw))
+        path.write_text(json.dumps(raw), encoding="utf-8")
 
     with pytest.raises(DataError, match=r"nowhere/manifest.json: no manifest"):
         Manifest.load(tmp_path / "nowhere")
@@ -145,12 +145,12 @@ def test_manifest_errors(tmp_path: Path, make_folder: Any) -> None:
     refused({"samples": 8}, "samples is 8, but 7 are listed")
     refused({"rejected": "1"}, "rejected is '1', expected int")
     refused({"shards": raw["shards"] * 2}, "key s000 is listed twice")
-    path.write_text(json.dumps({name: value for name, value in raw.items() if name != "samples"}))
+    path.write_text(json.dumps({name: value for name, value in raw.items() if name != "samples"}), encoding="utf-8")
     assert Manifest.load(manifest.folder) == manifest, "counts are younger than the format"
-    path.write_text("{")
+    path.write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         Manifest.load(manifest.folder)
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps(raw), encoding="utf-8")
 
     (manifest.folder / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar: missing"):

@@ -35,7 +35,7 @@ def test_a_folder_of_videos_becomes_shards(tmp_path: Path, videos: Path, capsys:
     assert all(shard.bytes <= 100_000 for shard in manifest.shards) and len(manifest.shards) == 7
     assert manifest.encoder == "pixels-v1+tiny-text-v1-32x64" and manifest.arguments["frames"] == 10
     assert samples[0].meta["fps"] == 16 and samples[0].meta["encoder"] == manifest.encoder
-    assert (out / "rejected.jsonl").read_text() == ""
+    assert (out / "rejected.jsonl").read_text(encoding="utf-8") == ""
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert main([f"source={videos}", f"out={out}", *FAST]) == 0
     assert "already there" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_a_folder_of_videos_becomes_shards(tmp_path: Path, videos: Path, capsys:
 def test_selection_reaches_the_shards(tmp_path: Path, videos: Path) -> None:
     table = tmp_path / "list.csv"
     rows = [f"v{i}.mp4,clip of video {i},{score}" for i, score in enumerate((3, 9, 5, 1, 8, 7))]
-    table.write_text("path,caption,score\n" + "\n".join(rows) + "\n")
+    table.write_text("path,caption,score\n" + "\n".join(rows) + "\n", encoding="utf-8")
     out = tmp_path / "out"
     words = [f"source={table}", f"videos={videos}", "where=score>2, frames>=12", "sort=score", "top=3", "clips=1"]
     assert main([*words, f"out={out}", *FAST]) == 0
@@ -62,7 +62,9 @@ def test_of_a_sorted_list_as_many_are_kept_as_in_the_published_recipe(
     assert PUBLISHED_TOP == 2000
     monkeypatch.setattr("data.prepare.__main__.PUBLISHED_TOP", 2)
     table = tmp_path / "list.csv"
-    table.write_text("path,caption,score\n" + "\n".join(f"v{i}.mp4,clip,{i}" for i in range(6)) + "\n")
+    table.write_text(
+        "path,caption,score\n" + "\n".join(f"v{i}.mp4,clip,{i}" for i in range(6)) + "\n", encoding="utf-8"
+    )
     words = [f"source={table}", f"videos={videos}", "clips=1", *FAST]
     kept = {}
     for name, more in {"sorted": ["sort=score"], "all": [], "three": ["sort=score", "top=3"]}.items():
@@ -87,7 +89,10 @@ def test_bad_files_are_listed_and_fail_the_run_above_their_share(
     out = tmp_path / "out"
     assert main([f"source={videos}", f"out={out}", *FAST]) == 1
     assert "40.0% of the files are bad, more than bad_share=0.05; see rejected.jsonl" in capsys.readouterr().err
-    rejected = {line["path"]: line for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    rejected = {
+        line["path"]: line
+        for line in map(json.loads, (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+    }
     assert set(rejected) == {"empty.mp4", "sound.mp4", "uncaptioned.mp4", "v6.mp4"}
     reasons = [rejected[name]["reason"] for name in ("sound.mp4", "uncaptioned.mp4")]
     assert reasons == ["no video stream", "caption is not UTF-8"]
@@ -98,7 +103,7 @@ def test_bad_files_are_listed_and_fail_the_run_above_their_share(
         assert main([f"source={videos}", f"out={out}", *FAST, f"bad_share={share}"]) == code, "the second time, too"
         shown = capsys.readouterr()
         assert "already there" in shown.out and ("40.0% of the files are bad" in shown.err) == code
-    counts = json.loads((out / "manifest.json").read_text())
+    counts = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert [counts[name] for name in ("samples", "videos", "rejected")] == [13 + kept, 10, 4]
 
 
@@ -123,7 +128,7 @@ def test_only_files_that_are_bad_before_decoding(tmp_path: Path, capsys: pytest.
     why = "Invalid data found when processing input"
     told = f"no clip came out, all 2 files are bad, such as a.mp4: {why}; 1 more did not qualify; see rejected.jsonl"
     assert told in capsys.readouterr().err
-    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(entry["path"], entry["reason"]) for entry in rejected] == [("a.mp4", why), ("b.mp4", why)]
     assert [path.name for path in out.iterdir()] == ["rejected.jsonl"]
 
@@ -131,16 +136,18 @@ def test_only_files_that_are_bad_before_decoding(tmp_path: Path, capsys: pytest.
 def test_names_and_captions_that_are_no_text_are_bad_files(tmp_path: Path, videos: Path) -> None:
     """A name of another coding than UTF-8, and half a character: neither can be stored in a shard."""
     shutil.copy(videos / "v0.mp4", os.fsencode(videos) + b"/caf\xe9.mp4")
-    Path(os.fsdecode(os.fsencode(videos) + b"/caf\xe9.txt")).write_text("a caption")
+    Path(os.fsdecode(os.fsencode(videos) + b"/caf\xe9.txt")).write_text("a caption", encoding="utf-8")
     assert main([f"source={videos}", f"out={tmp_path / 'named'}", *FAST, "bad_share=1"]) == 0
     check_complete(tmp_path / "named")
     table = tmp_path / "list.jsonl"
     captions = ["half a \ud83d", *(f"clip of video {i}" for i in range(1, 6))]
-    table.write_text("\n".join(json.dumps({"path": f"v{i}.mp4", "caption": c}) for i, c in enumerate(captions)))
+    table.write_text(
+        "\n".join(json.dumps({"path": f"v{i}.mp4", "caption": c}) for i, c in enumerate(captions)), encoding="utf-8"
+    )
     words = [f"source={table}", f"videos={videos}", f"out={tmp_path / 'half'}", *FAST, "bad_share=1"]
     assert main(words) == 0
     check_complete(tmp_path / "half", {name: count for name, count in LENGTHS.items() if name != "v0.mp4"})
-    found = [json.loads((tmp_path / name / "rejected.jsonl").read_text()) for name in ("named", "half")]
+    found = [json.loads((tmp_path / name / "rejected.jsonl").read_text(encoding="utf-8")) for name in ("named", "half")]
     assert [(entry["path"], entry["reason"]) for entry in found] == [
         ("caf\udce9.mp4", "file name is not UTF-8; rename it"),
         ("v0.mp4", "caption has half a character (a lone surrogate)"),
@@ -171,7 +178,7 @@ def test_each_rank_takes_its_own_gpu(tmp_path: Path, videos: Path, monkeypatch: 
             main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"device={asked}"])
     assert taken == ["cuda:0", "cuda:3", "cuda:2", "cuda:1", "cpu"]
     with pytest.raises(DataError, match="there is no column 'scor'"):
-        (tmp_path / "list.csv").write_text("path,caption,score\nv0.mp4,a,1\n")
+        (tmp_path / "list.csv").write_text("path,caption,score\nv0.mp4,a,1\n", encoding="utf-8")
         main([f"source={tmp_path / 'list.csv'}", f"out={tmp_path / 'out'}", *FAST, "sort=scor"])
     assert len(taken) == 5 and not (tmp_path / "out").exists(), "told before weights are loaded"
 

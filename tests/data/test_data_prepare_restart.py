@@ -48,7 +48,10 @@ def test_a_killed_run_goes_on_without_a_clip_twice_or_lost(tmp_path: Path, video
     (out / "shard-000-00077.tar").write_bytes(b"of a run that was killed before its record")
     finished = {path: path.read_bytes() for path in out.glob("shard-*") if "77" not in path.name}
     assert main([*words, f"out={out}"]) == 0
-    kept = {line["path"]: line["kept"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    kept = {
+        line["path"]: line["kept"]
+        for line in map(json.loads, (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+    }
     check_complete(out, {**LENGTHS, "v6.mp4": kept["v6.mp4"]})
     assert all(path.read_bytes() == content for path, content in finished.items()), "finished shards stay"
 
@@ -57,7 +60,9 @@ def test_a_killed_run_goes_on_without_a_clip_twice_or_lost(tmp_path: Path, video
     for sample in read_samples(out):
         assert torch.equal(sample.latent, whole.pop(sample.key).latent)
     assert not whole
-    assert (out / "rejected.jsonl").read_text() == (tmp_path / "whole" / "rejected.jsonl").read_text()
+    assert (out / "rejected.jsonl").read_text(encoding="utf-8") == (tmp_path / "whole" / "rejected.jsonl").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,8 +291,8 @@ def test_a_key_in_two_shards_is_no_manifest(tmp_path: Path, videos: Path, monkey
     assert main(words) == 0
     monkeypatch.undo()
     (record,) = (tmp_path / "out" / ".prepare").glob("record-*")
-    raw = json.loads(record.read_text())
+    raw = json.loads(record.read_text(encoding="utf-8"))
     raw["shard"]["file"] = "shard-001-00000.tar"
-    record.with_name("record-001-00000.json").write_text(json.dumps(raw))
+    record.with_name("record-001-00000.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(DataError, match=r"v0000000-0000 is in shard-000-00000.tar and in shard-001-00000.tar"):
         main(words)

@@ -31,9 +31,9 @@ def write_table(folder: Path, kind: str) -> Path:
     if kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     else:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
             writer.writerows(ROWS)
@@ -75,8 +75,8 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
     for name in ("b.mp4", "a.webm", "sub/c.MKV", "notes.pdf", "._b.mp4", "sub/.hidden.mp4", ".Trash/d.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "b.txt").write_text(" caption of b\n")
-    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.txt").write_text(" caption of b\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
     for name, coding in (("d", "utf-8-sig"), ("e", "latin-1")):
         (tmp_path / f"{name}.mp4").touch()
         (tmp_path / f"{name}.txt").write_text("caf\u00e9", encoding=coding)
@@ -90,7 +90,7 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
 def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
     captions = [["x", "y"], float("nan"), None, 0, "a \ud83d", "\u20ac"]
     rows = [json.dumps({"path": f"{i}.mp4", "caption": caption}) for i, caption in enumerate(captions)]
-    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
     videos, _ = read_source(tmp_path / "list.jsonl")
     assert [video.caption for video in videos] == [None] * 5 + ["\u20ac"]
     assert [video.uncaptioned for video in videos[:5]] == [
@@ -107,9 +107,9 @@ def test_conditions_on_every_column_of_a_table(tmp_path: Path, kind: str) -> Non
     if kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), source)
     elif kind == "jsonl":
-        source.write_text("\n".join(map(json.dumps, rows)))
+        source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
-        source.write_text("path,caption,ok\na.mp4,a,True\nb.mp4,b,False\nc.mp4,c,\n")
+        source.write_text("path,caption,ok\na.mp4,a,True\nb.mp4,b,False\nc.mp4,c,\n", encoding="utf-8")
 
     def left(where: str) -> str:
         found = select(source=source, videos=None, path_column=None, caption_column=None, where=where, sort=None)
@@ -157,14 +157,16 @@ def test_ranking() -> None:
 
 def test_unusable_sources(tmp_path: Path) -> None:
     (tmp_path / "list.xlsx").touch()
-    (tmp_path / "empty.csv").write_text("path,caption\n")
-    (tmp_path / "other.csv").write_text("id,caption\n1,x\n")
-    (tmp_path / "bad.jsonl").write_text('{"path": "a"}\n{\n')
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "more.csv").write_text('path,caption,score\na,"two\nlines",1\n\nb,one, two, three,2\n')
-    (tmp_path / "fewer.tsv").write_text("path\tcaption\na.mp4 a caption\n")
+    (tmp_path / "empty.csv").write_text("path,caption\n", encoding="utf-8")
+    (tmp_path / "other.csv").write_text("id,caption\n1,x\n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"path": "a"}\n{\n', encoding="utf-8")
+    (tmp_path / "list.jsonl").write_text("[1]\n", encoding="utf-8")
+    (tmp_path / "more.csv").write_text(
+        'path,caption,score\na,"two\nlines",1\n\nb,one, two, three,2\n', encoding="utf-8"
+    )
+    (tmp_path / "fewer.tsv").write_text("path\tcaption\na.mp4 a caption\n", encoding="utf-8")
     (tmp_path / "latin.csv").write_bytes("path,caption\na,caf\u00e9\n".encode("latin-1"))
-    (tmp_path / "bad.parquet").write_text("x")
+    (tmp_path / "bad.parquet").write_text("x", encoding="utf-8")
     (tmp_path / "folder").mkdir()
     for name, message in [
         ("gone.csv", "no such folder or table"),

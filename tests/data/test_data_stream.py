@@ -184,7 +184,7 @@ if __name__ == "__main__":
 
 def walk(folder: Path, rank: int, world: int, workers: int, start: int, steps: int) -> subprocess.Popen[str]:
     words = [str(word) for word in (folder, rank, world, workers, start, steps)]
-    return subprocess.Popen([sys.executable, "-c", WALK, *words], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", WALK, *words], stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def lines_of(process: subprocess.Popen[str]) -> list[Any]:

@@ -163,9 +163,9 @@ def test_a_finished_folder_is_kept_and_another_refused(
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": "latent-shards", "version": 99}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "latent-shards", "version": 99}), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "data.synth", f"out={tmp_path}"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "data.synth", f"out={tmp_path}"], capture_output=True, encoding="utf-8", timeout=60
     )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "version is 99, this code reads 2" in done.stderr

@@ -171,7 +171,7 @@ def refused(path: Path) -> str:
 
 def test_files_that_are_no_video(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("not a video " * 50)
+    (tmp_path / "text.mp4").write_text("not a video " * 50, encoding="utf-8")
     headless = write_video(tmp_path / "headless.mp4")
     headless.write_bytes(headless.read_bytes()[: headless.read_bytes().index(b"moov")])
     short = write_video(tmp_path / "short.mp4")

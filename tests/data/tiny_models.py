@@ -125,5 +125,5 @@ def save_mochi(folder: Path, seed: int = 0, *, force_zeros: bool = False) -> Pat
     _random(T5EncoderModel(config)).save_pretrained(folder / "text_encoder")
     _tokenizer(256).save_pretrained(folder / "tokenizer")
     index = {"_class_name": "MochiPipeline", "force_zeros_for_empty_prompt": force_zeros}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder

@@ -75,7 +75,7 @@ def write_video(
         file.mux(stream.encode())
         file.mux(silence)
     if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
 
 

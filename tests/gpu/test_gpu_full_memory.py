@@ -16,7 +16,7 @@ STEPS = 200
 
 
 def rows(folder):
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         return [row["loss"] for row in csv.DictReader(stream) if row["loss"]]
 
 
@@ -38,7 +38,7 @@ def test_a_full_gpu_ends_the_run_with_remedies_and_costs_no_step(tmp_path):
         [sys.executable, "-m", "train", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=uncached,
     )
     deadline, folder = time.monotonic() + 240, None
@@ -57,6 +57,6 @@ def test_a_full_gpu_ends_the_run_with_remedies_and_costs_no_step(tmp_path):
 
     taken.clear()
     torch.cuda.empty_cache()
-    again = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, text=True)
+    again = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, encoding="utf-8")
     assert again.returncode == 0, again.stderr
     assert len(rows(folder)) == STEPS

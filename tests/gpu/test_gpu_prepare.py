@@ -16,7 +16,7 @@ CLIPS = ["frames=9", "size=64x96", "text_dtype=fp32", "shard_gb=0.0002"]
 
 
 def run(*command, **environment):
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -58,11 +58,11 @@ def test_two_gpus_make_one_gpus_video(wan, tmp_path, split_guidance):
     for name, start, changes in (("one", [sys.executable], {}), ("two", two, {"split_guidance": split_guidance})):
         out = tmp_path / name / "clip.mp4"
         done = subprocess.run(
-            [*start, script, *words(wan, out=out, **shared, **changes)], capture_output=True, text=True
+            [*start, script, *words(wan, out=out, **shared, **changes)], capture_output=True, encoding="utf-8"
         )
         assert done.returncode == 0, done.stderr
         assert out.is_file()
         videos.append(np.load(out.with_name("frames.npy")).astype(int))
-        assert json.loads(out.with_suffix(".json").read_text())["gpus"] == len(videos)
+        assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["gpus"] == len(videos)
     assert videos[0].shape == (33, 32, 48, 3)
     assert np.abs(videos[0] - videos[1]).mean() < 0.05  # of 255

@@ -19,10 +19,10 @@ COMPILED = {"trainer__compile": True, "parallel__activations": "selective"}
 def run(tmp_path, name, **changes):
     """(loss, gradient norm) of each step, and the trained weights."""
     command = words(tmp_path, runs=tmp_path / name, **{**SHARED, **changes})
-    done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / name / "shapes_4x").iterdir()
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [(float(r["loss"]), float(r["grad_norm"])) for r in csv.DictReader(stream) if r["loss"]]
     return rows, load_file(folder / "checkpoints" / "step-000003" / "weights.safetensors"), folder
 
@@ -78,7 +78,7 @@ def test_two_gpus_that_share_each_clip(tmp_path, strategy, precision, tolerance)
     got, _, folder = run(tmp_path, "two", **shared, trainer__precision=precision)
     same(got, expected, tolerance)
     resumed = [f"resume={folder}", "trainer.devices=1", "parallel.sequence=1", "parallel.strategy=ddp"]
-    done = subprocess.run([sys.executable, "-m", "train", *resumed], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train", *resumed], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr  # a finished run exports and reports in any layout
 
 

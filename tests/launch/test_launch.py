@@ -26,7 +26,7 @@ from train.run import resume
 
 def launch(*arguments, **options):
     words = [sys.executable, "-m", "launch", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, **options)
+    return subprocess.run(words, capture_output=True, encoding="utf-8", **options)
 
 
 def test_help_names_every_command():
@@ -73,7 +73,7 @@ def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
         assert f"#SBATCH {line}" in script
     assert "#SBATCH --mem" not in script
     file = tmp_path / "job.sbatch"
-    file.write_text(script)
+    file.write_text(script, encoding="utf-8")
     assert subprocess.run(["bash", "-n", file]).returncode == 0
 
 
@@ -86,7 +86,7 @@ def test_folders_and_prompts_of_any_kind_end_no_line_of_the_script(tmp_path, mon
     written = str(here).replace('"', r"\"")
     assert f'#SBATCH --chdir="{written}"\n' in script
     assert f'#SBATCH --output="{written}/run/slurm-%j.out"\n' in script
-    (here / "job.sbatch").write_text(script)
+    (here / "job.sbatch").write_text(script, encoding="utf-8")
     assert subprocess.run(["bash", "-n", "job.sbatch"], stderr=subprocess.PIPE).stderr == b""
     head = script.split("\nRUN=")[0].splitlines()
     assert all(line.startswith("#") for line in head) and head[1].endswith("[a cat, $(touch it); a dog]'")
@@ -134,12 +134,12 @@ def test_a_dry_run_leaves_a_folder_that_can_be_submitted(tmp_path, capsys):
     main(["nodes=2", "processes=2", "dry_run=true", "time=60", *words(tmp_path)])
     (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
     assert f"submit it  sbatch {folder}/job.sbatch" in capsys.readouterr().out
-    text = (folder / "job.sbatch").read_text()
+    text = (folder / "job.sbatch").read_text(encoding="utf-8")
     assert f"RUN={folder}\n" in text and "--gpus-per-node" not in text
     assert "#SBATCH --signal=USR1@600" in text
-    assert "nodes: 2\n  devices: 2\n" in (folder / "config.yaml").read_text()
+    assert "nodes: 2\n  devices: 2\n" in (folder / "config.yaml").read_text(encoding="utf-8")
     main([f"resume={folder}", "partition=main", "dry_run=true"])  # as the error of a refused job says
-    again = (folder / "job.sbatch").read_text()
+    again = (folder / "job.sbatch").read_text(encoding="utf-8")
     for line in ("--nodes=2", "--ntasks-per-node=2", "--partition=main"):
         assert f"#SBATCH {line}" in again
     assert "--gpus-per-node" not in again
@@ -150,10 +150,10 @@ def test_a_dry_run_leaves_a_folder_that_can_be_submitted(tmp_path, capsys):
 def test_the_keys_that_a_plan_prints_are_taken_beside_gpus(tmp_path):
     main(["gpus=8", "trainer.devices=8", "trainer.nodes=2", "dry_run=true", *words(tmp_path, parallel__sequence=2)])
     (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
-    text = (folder / "job.sbatch").read_text()
+    text = (folder / "job.sbatch").read_text(encoding="utf-8")
     assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
     main([f"resume={folder}", "dry_run=true"])
-    assert "#SBATCH --gpus-per-node=8" in (folder / "job.sbatch").read_text()
+    assert "#SBATCH --gpus-per-node=8" in (folder / "job.sbatch").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_status_logs_and_cancel_of_a_run_that_does_not_run(folder, capsys):
     assert "no step of 4 yet" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no output yet"):
         logs.main([str(folder)])
-    (folder / "log.txt").write_text("".join(f"line {n}\n" for n in range(50)))
+    (folder / "log.txt").write_text("".join(f"line {n}\n" for n in range(50)), encoding="utf-8")
     logs.main([str(folder), "lines=2"])
     assert capsys.readouterr().out == "line 48\nline 49\n"
     with pytest.raises(UserError, match="nothing runs there"):
@@ -195,7 +195,7 @@ def test_status_logs_and_cancel_of_a_run_that_does_not_run(folder, capsys):
     with pytest.raises(UserError, match=r"/nowhere has no config.yaml"):
         status.main(["/nowhere"])
     record(folder, how="slurm", job="7")
-    assert json.loads((folder / "launch.json").read_text())["job"] == "7"
+    assert json.loads((folder / "launch.json").read_text(encoding="utf-8"))["job"] == "7"
 
 
 def test_a_run_folder_may_have_any_name(tmp_path, capsys):
@@ -204,7 +204,7 @@ def test_a_run_folder_may_have_any_name(tmp_path, capsys):
     assert "no step of 4 yet" in capsys.readouterr().out
     set_state(folder, "running")
     assert status.standing(folder)[1].startswith(f"python -m train resume='{folder}' goes on")
-    (folder / "log.txt").write_text("one\ntwo\n")
+    (folder / "log.txt").write_text("one\ntwo\n", encoding="utf-8")
     logs.main([str(folder), "lines=1"])
     assert capsys.readouterr().out == "two\n"
     with pytest.raises(UserError, match="lnies is not a setting of this command, expected lines, follow"):
@@ -216,7 +216,7 @@ def test_a_job_that_was_submitted_by_hand_is_known_while_it_runs(folder, monkeyp
     monkeypatch.setattr(status, "slurm_state", lambda job: asked.append(job) or "RUNNING")
     record(folder, how="slurm", gpus=1)  # of dry_run=true
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    (folder / "slurm-8.out").write_text("of job 8\n")
+    (folder / "slurm-8.out").write_text("of job 8\n", encoding="utf-8")
     with held(folder):
         logs.main([str(folder)])
         status.main([str(folder)])
@@ -267,7 +267,7 @@ def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, c
     def slurm_state(job):
         state = states.pop(0)
         if state == "RUNNING" or not state:
-            with file.open("a") as out:
+            with file.open("a", encoding="utf-8") as out:
                 out.write(f"a line, {len(states)} states left\n")
         return state
 
@@ -277,7 +277,7 @@ def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, c
     said = f"waiting for {file}: job 7 is PENDING (Resources)\n"
     assert capsys.readouterr().out == said + "".join(f"a line, {n} states left\n" for n in (3, 1, 0))
     record(folder, how="local")
-    (folder / "log.txt").write_text("first\n")
+    (folder / "log.txt").write_text("first\n", encoding="utf-8")
     set_state(folder, "done")
     logs.main([str(folder), "follow=true"])
     assert capsys.readouterr().out == "first\n"
@@ -286,22 +286,22 @@ def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, c
 def test_a_job_that_waits_is_not_submitted_again(folder, tmp_path, monkeypatch):
     record(folder, how="slurm", job="7")
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\necho 'PENDING (Resources), starts N/A'\n")
+    squeue.write_text("#!/bin/sh\necho 'PENDING (Resources), starts N/A'\n", encoding="utf-8")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    before = (folder / "config.yaml").read_text()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(
         UserError, match=r"job 7 of .* is still in the queue \(PENDING .*: wait for it, or end it first with"
     ):
         main([f"resume={folder}", "gpus=1", "trainer.keep=7", "dry_run=true"])
-    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
 def test_a_damaged_folder_does_not_hide_the_other_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder.parents[2])
     other = folder.with_name("other")
     other.mkdir()
-    (other / "config.yaml").write_text("{")
+    (other / "config.yaml").write_text("{", encoding="utf-8")
     status.main([])
     said = capsys.readouterr().out
     assert "no step of 4 yet" in said and "damaged    " in said and said.count("\n") == 2
@@ -331,7 +331,7 @@ def test_a_copy_in_another_projects_checkout_has_no_revision(tmp_path, monkeypat
     run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
     run(["git", "init"])
     copy = tmp_path / "environment.py"
-    copy.write_text("")
+    copy.write_text("", encoding="utf-8")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     run(["git", *identity, "commit", "--allow-empty", "-m", "theirs"])
     monkeypatch.setattr("train.environment.__file__", str(copy))
@@ -367,8 +367,8 @@ def test_doctor_says_what_is_here_and_what_a_run_lacks(tmp_path, capsys):
 
 def test_shards_without_a_sample_have_no_speed(tmp_path):
     shards = training_shards(run_config(tmp_path)).folder
-    manifest = json.loads((shards / "manifest.json").read_text())
-    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "samples": 0}))
+    manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "samples": 0}), encoding="utf-8")
     with pytest.raises(UserError, match="has no samples, expected shards that python -m data.prepare has made"):
         read_speed(str(shards))
 
@@ -376,7 +376,7 @@ def test_shards_without_a_sample_have_no_speed(tmp_path):
 @pytest.mark.slow
 def test_a_local_run_is_stopped_by_cancel_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "launch", "local", *words(tmp_path, trainer__steps=300)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     try:
         end = time.monotonic() + 90
         while not list(tmp_path.glob("runs/shapes_4x/*/checkpoints/step-*")):
@@ -393,7 +393,7 @@ def test_a_local_run_is_stopped_by_cancel_and_goes_on(tmp_path):
     assert status.standing(folder)[0] == "stopped"
     last = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
     resumed = [sys.executable, "-m", "train", f"resume={folder}", f"trainer.steps={last + 2}", "override=true"]
-    done = subprocess.run(resumed, capture_output=True, text=True)
+    done = subprocess.run(resumed, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert f"trainer.steps was 300, now {last + 2}" in done.stdout
     assert status.standing(folder)[0] == "done"

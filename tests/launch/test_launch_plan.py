@@ -82,9 +82,13 @@ def test_mistakes(words, message):
 
 @pytest.mark.slow
 def test_the_command():
-    done = subprocess.run([sys.executable, "-m", "launch", "plan", "conf=wan_2x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "plan", "conf=wan_2x"], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert "hours of 2,500 steps" in done.stdout
-    help_text = subprocess.run([sys.executable, "-m", "launch", "plan", "--help"], capture_output=True, text=True)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "launch", "plan", "--help"], capture_output=True, encoding="utf-8"
+    )
     assert help_text.returncode == 0
     assert "cpu_memory" in help_text.stdout

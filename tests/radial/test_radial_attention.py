@@ -110,7 +110,7 @@ radial_attention(q, q, q, grid, Released(0.2)).sum().backward()
 assert q.grad.isfinite().all()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
     assert int(done.stdout) < 2**20  # KiB
 
 

@@ -62,7 +62,7 @@ def test_a_backend_that_runs_forward_only_is_told_apart(monkeypatch, capsys):
 def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("radial.bench_layouts.GRIDS", {"tiny": VideoGrid(5, 8, 16)})
     main(["layouts", "--json", str(tmp_path / "layouts.json")])
-    rows = json.loads((tmp_path / "layouts.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "layouts.json").read_text(encoding="utf-8"))["rows"]
     assert [row["pattern"] for row in rows] == ["released", "paper"]
     assert "tiny" in capsys.readouterr().out
 

@@ -37,7 +37,9 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Callable[[str], None]
     """A file system of so many megabytes at ``folder``; gives a function that remounts it with other options."""
     folder.mkdir(exist_ok=True)
     size = f"size={int(megabytes * 1024)}k"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, encoding="utf-8"
+    )
     if mounted.returncode != 0:
         pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
@@ -64,7 +66,7 @@ def losses(folder: Path) -> list[tuple[int, str]]:
     file = folder / "metrics.csv"
     if not file.exists():
         return []
-    with file.open() as stream:
+    with file.open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("loss") and None not in row.values()]
     return [(int(row["step"]), row["loss"]) for row in rows]
 
@@ -76,13 +78,18 @@ class Run:
         command = [sys.executable, *(["-m", "train"] if script is None else [str(script)]), *map(str, words)]
         given = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            env=given,
+            start_new_session=True,
         )
 
     def ranks(self) -> list[int]:
         """The processes by rank: the first, and those that it started to train with."""
         lines = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, encoding="utf-8"
         ).stdout.splitlines()
         children = [int(line.split()[0]) for line in lines if " train" in line or "train/__main__" in line]
         return [self.process.pid, *sorted(pid for pid in children if _is_rank(pid))]

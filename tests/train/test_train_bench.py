@@ -26,13 +26,13 @@ def test_the_figures_of_a_step(tmp_path, counts):
     ]
     settings += ["parallel.activations=auto", "trainer.compile=false", "--json", str(file)]
     command = [sys.executable, "-m", "train.bench", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert re.findall(r"faster than dense with sp=(\d) \(2 dense blocks measured\): released [\d.]+x", done.stdout) == [
         str(count) for count in counts
     ]
     assert done.stdout.count("  blocks keep none\n") == len(counts)
-    results = json.loads(file.read_text())["results"]
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
     assert [(row["pattern"], row["sp"]) for row in results] == [
         (pattern, sp) for sp in counts for pattern in ("released", "dense")
     ]

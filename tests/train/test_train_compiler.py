@@ -108,7 +108,7 @@ def peak(block, x, settings, monkeypatch, tmp_path):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         gradient = step()
     seen.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     now = most = 0
     for event in events:

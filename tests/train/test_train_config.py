@@ -217,7 +217,7 @@ def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
 
 
 def command(*words):
-    return subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, encoding="utf-8")
 
 
 def test_the_command_line(tmp_path):

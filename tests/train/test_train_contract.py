@@ -253,7 +253,7 @@ def test_weights_load_in_shards_and_what_does_not_fit_is_said(tmp_path, family):
     loaded = load()
     assert torch.equal(loaded.velocity(*ready(loaded)), adapter.velocity(*ready(adapter)))
     config = folder / "config.json"
-    text = config.read_text()
+    text = config.read_text(encoding="utf-8")
     described = json.loads(text)
     for change, message in (
         (
@@ -263,14 +263,14 @@ def test_weights_load_in_shards_and_what_does_not_fit_is_said(tmp_path, family):
         ({"num_layers": described["num_layers"] - 1}, r"weights (lack|hold unknown) tensors of its config.json's"),
         ({"num_attention_heads": 2 * described["num_attention_heads"]}, r" is \[.*\], its config.json says \["),
     ):
-        config.write_text(json.dumps({**described, **change}))
+        config.write_text(json.dumps({**described, **change}), encoding="utf-8")
         with pytest.raises(UserError, match=message) as caught:
             load()
         assert "\n" not in str(caught.value)
-    config.write_text(text.replace(cls.model_class.__name__, "UNet2DModel"))
+    config.write_text(text.replace(cls.model_class.__name__, "UNet2DModel"), encoding="utf-8")
     with pytest.raises(UserError, match=f"holds a UNet2DModel, expected a {cls.model_class.__name__}"):
         load()
-    config.write_text(text)
+    config.write_text(text, encoding="utf-8")
     whole = parts[1].read_bytes()
     parts[1].write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{parts[1].name} is damaged"):
@@ -287,7 +287,7 @@ def test_a_run_trains_and_exports(tmp_path, family):
     preflight(config)
     folder = RunFolder.create(config)
     train(config, folder)
-    with (folder.path / "metrics.csv").open() as stream:
+    with (folder.path / "metrics.csv").open(encoding="utf-8") as stream:
         losses = [float(row["loss"]) for row in csv.DictReader(stream) if row["loss"]]
     assert len(losses) == 2
     assert all(0 < loss < 100 for loss in losses)

@@ -13,11 +13,11 @@ from PIL import Image
 def test_the_tuned_model_beats_the_untuned_one_at_4x(tmp_path, seed):
     """Under either attention: paired over 32 held-out clips, the interval of the difference excludes zero."""
     done = subprocess.run(
-        [sys.executable, "-m", "train", f"seed={seed}", f"runs={tmp_path}"], capture_output=True, text=True
+        [sys.executable, "-m", "train", f"seed={seed}", f"runs={tmp_path}"], capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     folder = next((tmp_path / "shapes_4x").iterdir())
-    rows = {row["name"]: row for row in json.loads((folder / "report.json").read_text())}
+    rows = {row["name"]: row for row in json.loads((folder / "report.json").read_text(encoding="utf-8"))}
     untuned = ["base, dense", "base, released"]
     assert [name for name, row in rows.items() if row["frames"] == 64] == [*untuned, "released + LoRA"]
     for name in untuned:

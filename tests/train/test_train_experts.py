@@ -31,7 +31,7 @@ def folder_of(tmp):
     if not folder.exists():
         save_model(folder / "transformer")
         save_model(folder / "transformer_2", seed=1)
-        (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": BOUNDARY}))
+        (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": BOUNDARY}), encoding="utf-8")
     return folder
 
 
@@ -48,7 +48,7 @@ def run(config):
 
 
 def column(folder, name):
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         return [float(row[name]) for row in csv.DictReader(stream) if row[name]]
 
 
@@ -200,7 +200,7 @@ def test_two_processes_train_like_one(tmp_path):
     losses, moments = [], []
     for name, change in (("one", {"data__batch_size": 2}), ("two", {"trainer__devices": 2})):
         command = words(tmp_path, **two(tmp_path, objective__shift=12), runs=tmp_path / name, **change)
-        done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         (folder,) = (tmp_path / name / "shapes_4x").iterdir()
         losses.append(column(folder, "loss"))

@@ -105,7 +105,7 @@ def test_a_model_of_the_hub_is_merged_into_a_whole_pipeline(trained, tmp_path, m
     shutil.copytree(config.model.path, hub / "transformer")
     for name in ("model_index.json", "vae/config.json", "text_encoder/model.safetensors"):
         (hub / name).parent.mkdir(exist_ok=True)
-        (hub / name).write_text("{}")
+        (hub / name).write_text("{}", encoding="utf-8")
 
     def download(name, allow_patterns=None):
         assert name == "org/name"
@@ -172,7 +172,7 @@ def test_command_mistakes(trained, tmp_path, words, message):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    done = subprocess.run([sys.executable, "-m", "train.export"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train.export"], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
@@ -251,7 +251,7 @@ def test_a_full_disk_is_told_and_the_export_before_is_kept(trained, tmp_path, mo
 def test_a_damaged_config_of_the_base_model_is_told(trained, tmp_path, monkeypatch):
     config, run = trained
     shutil.copytree(config.model.path, tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text('{"_class_name"')
+    (tmp_path / "base" / "config.json").write_text('{"_class_name"', encoding="utf-8")
     damaged = replace(config, model=replace(config.model, path=str(tmp_path / "base")))
     monkeypatch.setattr("train.export.run.read_config", lambda run: damaged)
     with pytest.raises(UserError, match=r"base/config.json is not JSON \(.*\): download it again"):
@@ -260,7 +260,7 @@ def test_a_damaged_config_of_the_base_model_is_told(trained, tmp_path, monkeypat
 
 def test_a_folder_with_other_files_is_not_replaced(trained, tmp_path):
     _, run = trained
-    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="holds other files"):
         export_run(run, out=tmp_path)
-    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"

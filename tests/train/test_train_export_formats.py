@@ -124,7 +124,7 @@ def test_the_released_script_multiplies_by_one(case):
     family, folder, adapter, trained = case
     assert ("released" in formats_of(adapter.model_class)) == (family == "hunyuan")
     if family == "hunyuan":
-        params = json.loads((folder / "released" / "lora_config.json").read_text())["lora_params"]
+        params = json.loads((folder / "released" / "lora_config.json").read_text(encoding="utf-8"))["lora_params"]
         model = by_pipeline(folder, folder / "released")
         model.set_adapters(["default_0"], [params["lora_alpha"] / params["lora_rank"]])
         close(output(model, family), trained)

@@ -54,7 +54,9 @@ def test_shards_with_an_index_load_in_diffusers(tmp_path, stored):
     merge(base, tmp_path / "merged", loras, None, shard_bytes=9000)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 3
-    index = json.loads((tmp_path / "merged" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "merged" / "diffusion_pytorch_model.safetensors.index.json").read_text(encoding="utf-8")
+    )
     for file in files:
         with safe_open(file, "pt") as tensors:
             names = set(tensors.keys())
@@ -112,7 +114,7 @@ def test_whole_differences_are_merged(base, tmp_path):
 
 def test_a_pipelines_folder_comes_whole(tmp_path):
     base = save_transformer("wan", tmp_path / "wan" / "transformer")
-    (tmp_path / "wan" / "model_index.json").write_text("{}")
+    (tmp_path / "wan" / "model_index.json").write_text("{}", encoding="utf-8")
     (tmp_path / "wan" / ".cache").mkdir()
     (tmp_path / "wan" / "vae").mkdir()
     weights = tmp_path / "wan" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -171,7 +173,7 @@ def test_memory_is_at_most_two_shards(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "base"), str(tmp_path / "merged"), str(shard)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 4

@@ -82,7 +82,9 @@ def test_what_the_released_script_reads(base, model, tmp_path):
     peft_model = trained(base, r=4, lora_alpha=9)
     state = get_peft_model_state_dict(peft_model.base_model.model, adapter_name="default")
     save_file({f"transformer.{k}": t for k, t in state.items()}, tmp_path / "pytorch_lora_weights.safetensors")
-    (tmp_path / "lora_config.json").write_text(json.dumps({"lora_params": {"lora_rank": 4, "lora_alpha": 9}}))
+    (tmp_path / "lora_config.json").write_text(
+        json.dumps({"lora_params": {"lora_rank": 4, "lora_alpha": 9}}), encoding="utf-8"
+    )
     same(read_lora(tmp_path, model), changes(peft_model))
 
 
@@ -101,7 +103,7 @@ def test_other_spellings(model, tmp_path, prefix, down, up):
     a, b = torch.randn(4, 32), torch.randn(32, 4)
     file = tmp_path / "style.safetensors"
     for config in ("adapter_config.json", "lora_config.json"):  # of another LoRA in the same folder
-        (tmp_path / config).write_text('{"lora_alpha": 64, "r": 4}')
+        (tmp_path / config).write_text('{"lora_alpha": 64, "r": 4}', encoding="utf-8")
     save_file({prefix + down: a, prefix + up: b}, file)
     same(read_lora(file, model), {LAYERS[0]: b @ a})
     save_file({prefix + down: a, prefix + up: b, prefix + "alpha": torch.tensor(6.0)}, file)
@@ -160,7 +162,9 @@ def test_the_released_scripts_factor_is_the_files(model, tmp_path, r, factor):
     a, b = torch.randn(2, 32), torch.randn(32, 2)
     tensors = {"transformer.blocks.0.attn1.to_q.lora_A.weight": a, "transformer.blocks.0.attn1.to_q.lora_B.weight": b}
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    (tmp_path / "lora_config.json").write_text(json.dumps({"lora_params": {"lora_rank": r, "lora_alpha": 9}}))
+    (tmp_path / "lora_config.json").write_text(
+        json.dumps({"lora_params": {"lora_rank": r, "lora_alpha": 9}}), encoding="utf-8"
+    )
     same(read_lora(tmp_path, model), {LAYERS[0]: factor * b @ a})
 
 
@@ -251,7 +255,7 @@ def test_nothing_is_passed_over(model, tmp_path, tensors, message):
 def test_a_config_beside_the_file_is_checked(model, tmp_path, name, config, message):
     save_file({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, tmp_path / f"{name}.safetensors")
     beside = {"adapter_model": "adapter_config.json", "pytorch_lora_weights": "lora_config.json"}[name]
-    (tmp_path / beside).write_text(json.dumps(config))
+    (tmp_path / beside).write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_lora(tmp_path, model)
 
@@ -271,6 +275,6 @@ def test_files_that_are_none(model, tmp_path):
         ("{}", {"lora_adapter_metadata": "{"}, "adapter_model.safetensors: lora_adapter_metadata is not JSON"),
     ):
         save_file({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, file, header)
-        (tmp_path / "adapter_config.json").write_text(config)
+        (tmp_path / "adapter_config.json").write_text(config, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             read_lora(file, model)

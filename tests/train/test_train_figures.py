@@ -60,7 +60,7 @@ def test_every_log_has_the_same_keys_and_numbers(logged):
         assert [event.value for event in events.Scalars(key)] == pytest.approx(written, rel=1e-6)
     assert {"config/text_summary", "environment/text_summary", "plan/text_summary"} <= set(events.Tags()["tensors"])
     assert events.Tags()["images"] == ["mask"]
-    about = json.loads((folder / "environment.json").read_text())
+    about = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     assert about["packages"]["torch"] == torch.__version__ and len(about["git"] or "0" * 40) >= 40
 
 

@@ -31,7 +31,7 @@ def test_a_made_up_family_is_two_files_away(tmp_path):
     tests = ["-m", "pytest", "tests/train/test_train_contract.py", "-k", "made_up", "-m", "slow or not slow"]
     for command in (run, tests):
         done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path,
+            [sys.executable, *command], capture_output=True, encoding="utf-8", cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

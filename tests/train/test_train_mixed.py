@@ -46,7 +46,7 @@ def run(config):
 def test_each_step_has_one_shape_and_a_resumed_run_the_same_steps(tmp_path, shards):
     config = config_of(tmp_path, shards)
     whole = run(config)
-    with (whole / "metrics.csv").open() as stream:
+    with (whole / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["loss"]]
     lengths = [[frames for frames in (4, 8) if row[f"loss_frames/{frames}"]] for row in rows]
     assert len(rows) == 9 and all(len(one) == 1 for one in lengths) and [4] in lengths and [8] in lengths

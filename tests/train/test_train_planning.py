@@ -273,18 +273,18 @@ def test_this_machine():
 def test_the_least_of_all_control_groups_counts(tmp_path, monkeypatch, version):
     """SLURM limits a job two levels above the process, and leaves the root alone."""
     prefix, folder, name = {1: ("4:memory:", "memory", "memory.limit_in_bytes"), 2: ("0::", "", "memory.max")}[version]
-    (tmp_path / "own").write_text(f"1:name=systemd:/\n{prefix}/slurm/job_7/step_0/task\n")
+    (tmp_path / "own").write_text(f"1:name=systemd:/\n{prefix}/slurm/job_7/step_0/task\n", encoding="utf-8")
     groups = tmp_path / "groups" / folder
     (groups / "slurm/job_7/step_0/task").mkdir(parents=True)
     free = {1: "9223372036854771712", 2: "max"}[version]
     for path, limit in (("", free), ("slurm/job_7", "1000000\n"), ("slurm/job_7/step_0/task", free)):
-        (groups / path / name).write_text(limit)
+        (groups / path / name).write_text(limit, encoding="utf-8")
     monkeypatch.setattr(hardware, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
     assert hardware.cpu_memory() == 1e6
-    (groups / "slurm/job_7" / name).write_text(free)
+    (groups / "slurm/job_7" / name).write_text(free, encoding="utf-8")
     assert hardware.cpu_memory() > 2**30
-    (groups / name).write_text("2000000")
+    (groups / name).write_text("2000000", encoding="utf-8")
     assert hardware.cpu_memory() == 2e6
 
 
@@ -298,6 +298,8 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path):
     """Weights that a newer diffusers saved have settings that this one's class does not know."""
     shutil.copytree(CONF.parent / "train" / "assets" / "shapes_base", tmp_path / "base")
     file = tmp_path / "base" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "of_a_newer_version": 1}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "of_a_newer_version": 1}), encoding="utf-8"
+    )
     config = run_config(tmp_path, model__path=tmp_path / "base")
     assert load_adapter(config.model, None, 0).attention_shape[0] == Budget.of(config, this_machine(1)).sizes.layers

@@ -32,7 +32,7 @@ RESULT = {
 def written(tmp_path, *results, arguments=("frames=321", "trainer.compile=true", "parallel.activations=full")):
     file = tmp_path / "bench.json"
     about = {"torch": "2.11", "arguments": list(arguments), "cpu_memory": 2.0**37}
-    file.write_text(json.dumps({**about, "results": list(results)}))
+    file.write_text(json.dumps({**about, "results": list(results)}), encoding="utf-8")
     return file
 
 
@@ -70,7 +70,7 @@ def test_a_chosen_policy_is_the_one_that_ran(tmp_path):
 )
 def test_files_that_are_none(tmp_path, content, message):
     file = tmp_path / "bench.json"
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         main([str(file)])
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     (made.path / "samples").mkdir()
     Image.new("RGB", (16, 16), "red").save(made.path / "samples" / "step-000003-<b>.gif")
     plan = {"step_seconds": 1.0, "memory_gib": 2.0, "mfu": None, "table": "a <plan>"}
-    (made.path / "plan.json").write_text(json.dumps(plan))
+    (made.path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return made.path
 
 
@@ -44,7 +44,7 @@ def browser():
         ours = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,2000"]
         nowhere = ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
         command = [found, *ours, *nowhere, *options, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
 
     return run
 
@@ -69,7 +69,7 @@ def test_a_browser_shows_all_of_it(folder, browser, tmp_path):
 
 
 def test_the_page_needs_nothing_beside_itself(folder):
-    text = write_page(folder).read_text()
+    text = write_page(folder).read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "http" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
 
@@ -79,14 +79,14 @@ def test_a_run_that_went_on_with_other_noise_levels_has_a_page(folder, tmp_path)
     log = MetricsCsv(copy, 6)
     log.log_metrics({"validation/8_frames": 1.5, "validation/8_frames/sigma_0.25": 2.5, "validation/loss": 1.5}, 6)
     log.save()
-    text = write_page(copy).read_text()
+    text = write_page(copy).read_text(encoding="utf-8")
     assert "<td>2.5000</td>" in text and "sigma 0.25" in text and "<td></td>" in text
 
 
 def test_the_validation_table_has_every_length_and_noise_level(folder):
     rows = read_metrics(folder / "metrics.csv")
     last = [row for row in rows if row["validation/loss"]][-1]
-    text = write_page(folder).read_text()
+    text = write_page(folder).read_text(encoding="utf-8")
     for length in (2, 4, 8):
         assert f"{length} latent frames" in text
         for level in ("0.1", "0.3", "0.5", "0.7", "0.9"):
@@ -98,11 +98,11 @@ def test_a_run_without_steps_has_a_page(tmp_path, capsys):
     made = RunFolder.create(run_config(tmp_path)).path
     main([f"run={made}", f"out={tmp_path}/page.html"])
     assert capsys.readouterr().out == f"{tmp_path}/page.html\n"
-    assert "Settings" in (tmp_path / "page.html").read_text()
+    assert "Settings" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_are_one_line():
-    done = subprocess.run([sys.executable, "-m", "train.report", "run=/nowhere"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train.report", "run=/nowhere"], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     with pytest.raises(UserError, match="run is not set"):
         main([])
@@ -129,7 +129,7 @@ def test_the_log_survives_new_keys_torn_rows_and_resumes(tmp_path):
         log.log_metrics({"loss": step / 3, **({"norm": 1.0} if step == 2 else {})}, step)
         log.save()
     assert [row["norm"] for row in read_metrics(tmp_path / "metrics.csv")] == ["", "", "1.0", ""]
-    with (tmp_path / "metrics.csv").open("a") as file:
+    with (tmp_path / "metrics.csv").open("a", encoding="utf-8") as file:
         file.write("4,0.1")  # killed here
     assert len(read_metrics(tmp_path / "metrics.csv")) == 4
     again = MetricsCsv(tmp_path, 3)

@@ -146,7 +146,7 @@ def test_the_option_reaches_training_sampling_and_the_exported_header(tmp_path):
     plain = run_config(tmp_path, model__native_frames=4, trainer__steps=1)
     other = RunFolder.create(plain)
     train(plain, other)
-    first, second = ((path / "metrics.csv").read_text() for path in (folder.path, other.path))
+    first, second = ((path / "metrics.csv").read_text(encoding="utf-8") for path in (folder.path, other.path))
     assert first != second
     with safe_open(folder.path / "export" / "diffusers" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["radial.rope"] == "riflex"

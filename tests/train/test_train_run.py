@@ -45,7 +45,7 @@ GOLDEN = [1.90173, 2.10216, 1.99403, 1.97354]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream) if row["loss"]}
 
 
@@ -69,7 +69,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
         assert (folder / "export" / f"{name}.safetensors").is_file()
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert read_config(folder).trainer.steps == 4
-    assert "<div>state<b>done</b>" in (folder / "report.html").read_text()
+    assert "<div>state<b>done</b>" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_loss_curve_is_the_golden_one(finished):
@@ -183,7 +183,7 @@ def test_the_line_of_progress_fits_the_terminal(capsys, monkeypatch):
 
 def test_the_log_tells_how_the_run_ended_and_no_small_talk(finished):
     _, folder = finished
-    text = (folder / "log.txt").read_text()
+    text = (folder / "log.txt").read_text(encoding="utf-8")
     assert "train.folder: the run is done" in text and " INFO lightning" not in text
 
 
@@ -208,11 +208,11 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 
 def test_wandb_works_offline(tmp_path):
     command = [sys.executable, "-m", "train", *words(tmp_path, log__wandb="offline", trainer__steps=2)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     folder = next((tmp_path / "runs" / "shapes_4x").iterdir())
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-    plan = json.loads((folder / "plan.json").read_text())
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     assert "1,024 tokens" in plan["table"]
     assert (plan["memory_gib"] is None) == (not torch.cuda.is_available())
 
@@ -242,7 +242,7 @@ def test_two_processes_train_like_one(tmp_path):
     for name, change in (("one", {"data__batch_size": 2}), ("two", {"trainer__devices": 2})):
         change |= samples_after(2)
         command = words(tmp_path, runs=tmp_path / name, **change)
-        done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         folders = list((tmp_path / name / "shapes_4x").iterdir())
         assert len(folders) == 1
@@ -262,7 +262,9 @@ def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
     one = run(run_config(tmp_path, **odd))
     shared = {**odd, "trainer__devices": 2, "parallel__sequence": 2, "runs": tmp_path / "two"}
     shared |= {"report__clips": 32, "report__short_frames": 0, "parallel__activations": "auto"}
-    done = subprocess.run([sys.executable, "-m", "train", *words(tmp_path, **shared)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *words(tmp_path, **shared)], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out clips") == 1
     (two,) = (tmp_path / "two" / "shapes_4x").iterdir()
@@ -309,7 +311,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(finished, tmp_path):
 def test_torchrun_trains_in_one_folder(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     command = [*torchrun, "-m", "train", *words(tmp_path, trainer__devices=2)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
     assert len(losses(folder)) == 4
@@ -348,15 +350,15 @@ def test_a_checkpoint_of_another_rank_is_refused(finished, tmp_path):
 def test_a_refused_setting_of_a_resume_changes_nothing(finished, tmp_path, setting, said):
     _, folder = finished
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = (copy / "config.yaml").read_text()
+    before = (copy / "config.yaml").read_text(encoding="utf-8")
     for command in (main, local.main):
         with pytest.raises(UserError, match=said):
             command([f"resume={copy}", setting, "trainer.keep=7", "override=true"])
-        assert (copy / "config.yaml").read_text() == before
+        assert (copy / "config.yaml").read_text(encoding="utf-8") == before
 
 
 def test_resume_of_no_run_is_one_line():
-    done = subprocess.run([sys.executable, "-m", "train", "resume=/nowhere"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "train", "resume=/nowhere"], capture_output=True, encoding="utf-8")
     assert done.returncode == 2
     assert done.stderr.startswith("error: /nowhere has no config.yaml")
     assert done.stderr.count("\n") == 1
@@ -383,6 +385,8 @@ def test_shards_of_another_encoder_are_refused(finished, tmp_path):
     config, _ = finished
     shards = shutil.copytree(training_shards(config).folder, tmp_path / "shards")
     manifest = shards / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("pixels-v1+tiny-text", "wan:vae-12+text"))
+    manifest.write_text(
+        manifest.read_text(encoding="utf-8").replace("pixels-v1+tiny-text", "wan:vae-12+text"), encoding="utf-8"
+    )
     with pytest.raises(DataError, match=r"was made with wan:vae-12\+text-\S+, expected pixels-v1\+tiny-text-"):
         preflight(replace(config, data=replace(config.data, shards=str(shards))))

@@ -129,7 +129,7 @@ def test_the_command_writes_a_video_and_its_settings(wan, tmp_path, capsys):
     frames, fps = frames_of(out)
     assert frames.shape == (33, 32, 48, 3)
     assert fps == 16
-    record = json.loads(out.with_suffix(".json").read_text())
+    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert record["settings"]["prompt"] == "a red ball, moving & it's a clip"
     assert record["settings"]["dense_steps"] == 1
     assert len(record["measured"]["seconds_a_step"]) == 4
@@ -155,7 +155,7 @@ def test_the_command_writes_a_video_and_its_settings(wan, tmp_path, capsys):
 def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a red ball"}, {"prompt": "the bar, moving", "negative": "a video"}, {"prompt": "a red ball"}]
-    prompts.write_text("\n".join(map(json.dumps, lines)))
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     arguments = [*words(wan, prompt=None, out=tmp_path / "clips", steps=2), "--prompts", str(prompts)]
     made = []
     write = Generator._write
@@ -179,7 +179,9 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     clips = [frames_of(first.with_stem(name))[0] for name in names]
     assert np.array_equal(clips[0], clips[2])
     assert not np.array_equal(clips[0], clips[1])
-    assert json.loads(first.with_name(f"{names[1]}.json").read_text())["settings"]["negative"] == "a video"
+    assert (
+        json.loads(first.with_name(f"{names[1]}.json").read_text(encoding="utf-8"))["settings"]["negative"] == "a video"
+    )
 
 
 @pytest.mark.parametrize("compare", [None, "dense"])
@@ -242,7 +244,7 @@ def test_a_pipeline_that_lacks_a_tensor_is_told(wan, tmp_path, part):
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_index_of_a_pipeline_is_told(wan, tmp_path, text):
     shutil.copytree(wan, tmp_path / "wan")
-    (tmp_path / "wan" / "model_index.json").write_text(text)
+    (tmp_path / "wan" / "model_index.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"model_index.json is (not JSON|a list, expected).*: download it again"):
         main(words(tmp_path / "wan", out=tmp_path / "clip.mp4"))
 
@@ -262,7 +264,7 @@ def test_a_clip_that_cannot_be_written_is_written_elsewhere(wan, tmp_path, monke
 
     def meanwhile(self, *given):
         out.parent.rmdir()
-        out.parent.write_text("")
+        out.parent.write_text("", encoding="utf-8")
         return denoise(self, *given)
 
     monkeypatch.setattr(Generator, "denoise", meanwhile)
@@ -285,7 +287,7 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
     main(words(wan, out=out, compare="dense", decay=0.4, dense_layers=0, dense_steps=0))
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["clip.mp4", "clip_both.mp4", "clip_dense.mp4"]
     assert frames_of(tmp_path / "clip_both.mp4")[0].shape == (33, 32, 48 + 4 + 48, 3)
-    measured = json.loads(out.with_suffix(".json").read_text())["measured"]
+    measured = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
     assert 5 < measured["psnr"] < 60
     assert 0 < measured["ssim"] < 1
     step = measured["seconds_a_sparse_step"]
@@ -346,5 +348,5 @@ def test_a_setting_that_would_not_count_is_refused():
 
 def test_a_mistake_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "train.sample", "prompt=a, b's", "stpes=3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (2, "error: stpes is not a known key; did you mean steps?\n")

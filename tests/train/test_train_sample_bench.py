@@ -19,7 +19,7 @@ TINY = [
 def test_every_case_is_measured_beside_dense(tmp_path, capsys):
     file = tmp_path / "bench.json"
     bench.main([*TINY, "dense_layers=0,2", "--json", str(file)])
-    results = json.loads(file.read_text())["results"]
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
     assert [(r["pattern"], r["dense_layers"]) for r in results] == [("released", 0), ("released", 2), ("dense", 0)]
     assert all(r["forward"] > 0 and r["tokens"] == 9 * 4 * 6 for r in results)
     assert results[0]["flops"] < results[1]["flops"] < results[2]["flops"]
@@ -72,7 +72,7 @@ def test_what_is_measured_is_kept_when_a_later_case_fails(tmp_path, monkeypatch,
     file = tmp_path / "bench.json"
     with pytest.raises(KeyboardInterrupt):
         bench.main([*TINY, "dense_layers=1", "--json", str(file)])
-    assert [result["pattern"] for result in json.loads(file.read_text())["results"]] == ["released"]
+    assert [result["pattern"] for result in json.loads(file.read_text(encoding="utf-8"))["results"]] == ["released"]
     assert "released" in capsys.readouterr().out
 
 

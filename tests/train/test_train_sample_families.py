@@ -162,9 +162,9 @@ def test_pictures_are_opened_first_and_another_one_is_noticed(folders, tmp_path,
     Image.fromarray(PICTURE[::-1]).save(image)
     with pytest.raises(UserError, match="clip.mp4 is there, of other settings .another picture.: give another out"):
         main(arguments)
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no picture", encoding="utf-8")
     lines = [{"prompt": "a", "image": str(image)}, {"prompt": "b", "image": str(tmp_path / "no.png")}]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     monkeypatch.setattr("train.sample.generate.Generator", None)
     with pytest.raises(UserError, match="no.png is not readable"):
         given = {**changes, "image": None, "prompt": None, "prompts": tmp_path / "prompts.jsonl"}

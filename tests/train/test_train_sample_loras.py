@@ -185,7 +185,7 @@ def test_another_lora_in_an_export_folder_is_noticed(wan, tmp_path):
     save_lora(wan, file, header=HEADER, format_name="diffusers")
     arguments = words(wan, out=tmp_path / "clip.mp4", lora=tmp_path / "export", steps=1, offload="model")
     main(arguments)
-    record = json.loads((tmp_path / "clip.json").read_text())
+    record = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
     assert list(record["lora_files"]) == [str(file.with_name("pytorch_lora_weights.safetensors"))]
     assert record["execution"]["offload"] == "model"
     assert set(record["execution"]) == {"compare", "backend", "sequence", "split_guidance", "offload", "compile"}

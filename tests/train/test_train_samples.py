@@ -44,7 +44,7 @@ def test_training_does_not_notice_them(tmp_path):
     # the same noise and prompt: what differs is what two steps of training have changed
     assert np.abs(first.astype(int) - second).mean() < np.abs(first.astype(int) - other).mean()
     assert len(list(folder.glob("wandb/offline-run-*/files/media/videos/samples/*.mp4"))) == 4
-    assert "samples/step-000004/01-the-bar.mp4" in (folder / "report.html").read_text()
+    assert "samples/step-000004/01-the-bar.mp4" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def test_a_full_gpu_before_and_after_training_is_told_too(tmp_path, monkeypatch,
         run(run_config(tmp_path, trainer__steps=1))
     folder = only_run(tmp_path / "runs")
     assert get_state(folder)[0] == "failed"
-    assert "train.folder: the run is failed: rank 0: out of memory: CUDA" in (folder / "log.txt").read_text()
+    assert "train.folder: the run is failed: rank 0: out of memory: CUDA" in (folder / "log.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_what_nccl_says_of_a_full_memory_and_of_a_lost_rank_is_told_apart(tmp_path, monkeypatch):
@@ -294,7 +296,7 @@ def test_data_that_never_comes_ends_the_run_with_where_it_hangs(tmp_path):
     assert process.process.returncode == 1
     assert "error: no step for 5 s (trainer.timeout): the run hangs in reading data after step 0; stacks: " in text
     folder = only_run(tmp_path / "runs")
-    assert "most recent call first" in (folder / "stack-rank-0.txt").read_text()
+    assert "most recent call first" in (folder / "stack-rank-0.txt").read_text(encoding="utf-8")
     assert get_state(folder)[0] == "died"
 
 

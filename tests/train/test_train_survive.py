@@ -117,7 +117,9 @@ def test_a_folder_that_cannot_be_written_is_named(finished, tmp_path):
     with small_disk(tmp_path / "disk", 24) as remount:
         folder = shutil.copytree(whole, tmp_path / "disk" / "run")
         remount("ro")
-        done = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, encoding="utf-8"
+        )
         remount("rw")
     assert done.returncode == 2
     assert done.stderr == (
@@ -130,7 +132,9 @@ def test_a_second_run_in_the_same_folder_is_refused(finished):
     _, folder = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock",)}
     with held(folder):
-        done = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, encoding="utf-8"
+        )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {folder} is in use by process {os.getpid()} on ")
     assert done.stderr.count("\n") == 1
@@ -234,7 +238,7 @@ def test_a_shard_that_is_damaged_while_it_is_read(tmp_path, capsys):
     config = replace(config, data=replace(config.data, shards=str(copy), synthetic_clips=0))
     folder = run(config)
     assert len(losses(folder)) == 12
-    log = (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text(encoding="utf-8")
     assert log.count(f"sample {key}: no entry of a tar") == 1 and "; skipped" in log
     strict = replace(config, data=replace(config.data, max_bad=0))
     with pytest.raises(DataError) as error:
@@ -262,17 +266,17 @@ def test_without_a_connection_weights_and_biases_is_logged_offline(finished, tmp
     said = capsys.readouterr().out
     assert said.count("warning: Weights & Biases does not answer") == 1 and "wandb sync" in said
     assert losses(folder) == losses(whole)
-    number = (folder / "wandb_id").read_text().strip()
+    number = (folder / "wandb_id").read_text(encoding="utf-8").strip()
     assert list(folder.glob(f"wandb/offline-run-*-{number}/*.wandb"))
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(tmp_path):
     config = run_config(tmp_path, log__wandb="offline", trainer__steps=4)
     folder = run(config)
-    number = (folder / "wandb_id").read_text()
+    number = (folder / "wandb_id").read_text(encoding="utf-8")
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     resume(folder, config)
-    assert (folder / "wandb_id").read_text() == number
+    assert (folder / "wandb_id").read_text(encoding="utf-8") == number
     assert len(list(folder.glob(f"wandb/offline-run-*-{number.strip()}"))) == 2
 
 
@@ -339,13 +343,13 @@ def test_a_tar_that_points_outside_of_its_folder_writes_nothing(tmp_path):
 
 def test_a_changed_setting_is_shown_and_wants_a_word(finished, capsys):
     config, folder = finished
-    before = (folder / "config.yaml").read_text()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
     main([f"resume={folder}", "--cfg", "job", "trainer.steps=9", "override=true"])
     assert "\n  steps: 9\n" in capsys.readouterr().out
-    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
     done = subprocess.run(
         [sys.executable, "-m", "train", f"resume={folder}", "optim.lr=1e-5", "trainer.keep=5"],
-        capture_output=True, text=True,
+        capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (

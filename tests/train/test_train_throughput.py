@@ -73,7 +73,7 @@ def test_what_ends_a_step_is_no_wait_for_data(monkeypatch):
 def test_a_compiled_run_logs_its_compile_time(tmp_path):
     folder = RunFolder.create(config := run_config(tmp_path, trainer__compile=True, trainer__steps=1))
     train(config, folder)
-    with (folder.path / "metrics.csv").open() as stream:
+    with (folder.path / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("compile_seconds")]
     assert float(rows[0]["compile_seconds"]) > 0.1
 
@@ -82,7 +82,7 @@ def test_a_run_logs_its_speed(tmp_path):
     config = run_config(tmp_path, optim__accumulate=2, log__every=2)
     folder = RunFolder.create(config)
     train(config, folder)
-    with (folder.path / "metrics.csv").open() as stream:
+    with (folder.path / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("tokens_per_second")]
     assert len(rows) == 2
     for row in rows:

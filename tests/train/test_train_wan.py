@@ -147,7 +147,9 @@ def test_short_text_is_padded_as_in_the_familys_training(tmp_path, batch):
 def test_another_family_is_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     config = folder / "config.json"
-    config.write_text(config.read_text().replace("WanTransformer3DModel", "MochiTransformer3DModel"))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("WanTransformer3DModel", "MochiTransformer3DModel"), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"holds a MochiTransformer3DModel, expected a WanTransformer3DModel"):
         WanAdapter.load(folder, text_tokens=512, dtype=torch.float32)
 

@@ -98,7 +98,7 @@ def made(tmp_path_factory):
 
 
 def losses(folder):
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         return [row["loss"] for row in csv.DictReader(stream) if row["loss"]]
 
 
@@ -137,7 +137,7 @@ def test_shards_that_do_not_fit_the_model_stop_the_run(tmp_path, made):
     wrong = replace(config, objective=replace(config.objective, first_frame=0.5))
     with pytest.raises(UserError, match="objective.first_frame is 0.5, but family wan takes no first frame"):
         preflight(wrong)
-    text = (folder / "transformer" / "config.json").read_text()
+    text = (folder / "transformer" / "config.json").read_text(encoding="utf-8")
     mistaken = tmp_path / "mistaken" / "transformer"
     shutil.copytree(folder / "transformer", mistaken)
     other_class = text.replace("WanTransformer3DModel", "MochiTransformer3DModel")
@@ -145,7 +145,7 @@ def test_shards_that_do_not_fit_the_model_stop_the_run(tmp_path, made):
         (other_class, "holds a MochiTransformer3DModel, expected a WanTransformer3DModel"),
         (text[:-20], "config.json is not JSON"),
     ):
-        (mistaken / "config.json").write_text(content)
+        (mistaken / "config.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             preflight(config_of(tmp_path, "wan_i2v_2x", mistaken.parent, plain, (32, 48)))
     # a folder with nothing but the transformer says nothing of its VAE: the channels do

@@ -90,7 +90,7 @@ def test_blocks_are_compiled_within_zero3s_gathering(tmp_path, activations, offl
 
 def curve(folder):
     """(step, loss, gradient norm) of each step in a run's log."""
-    with (folder / "metrics.csv").open() as stream:
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["loss"]]
     return [(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in rows]
 
@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_zero_and_back(tmp_path, settings):
     keep(folder.path, other.path, 2)
     script = Path(__file__).parent / "zero_on_cpu.py"
     done = subprocess.run(
-        [sys.executable, str(script), f"resume={other.path}", *settings], capture_output=True, text=True
+        [sys.executable, str(script), f"resume={other.path}", *settings], capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in curve(other.path)] == [0, 1, 2, 3, 4, 5]

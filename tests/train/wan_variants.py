@@ -102,5 +102,5 @@ def save_folder(folder: Path, variant: str, **index: Any) -> Path:
         parts["transformer_2"] = model("t2v", 1)
     for name, part in parts.items():
         part.save_pretrained(folder / name, max_shard_size="100KB")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}), encoding="utf-8")
     return folder

@@ -30,7 +30,7 @@ def private_memory(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
 
 def _anonymous() -> int:
     """Memory that no other process can share, unlike a file's pages."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["RssAnon"].split()[0]) * 1024
 
 
@@ -108,5 +108,5 @@ def _bytes(transformer: torch.nn.Module) -> int:
 
 
 def _share() -> int:
-    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024

@@ -138,7 +138,7 @@ def _released(adapter: Adapter, folder: Path) -> None:
     rank = max(len(down) for down, _ in adapter.pairs.values())
     # the script multiplies by their quotient
     (folder / "lora_config.json").write_text(
-        json.dumps({"lora_params": {"lora_rank": rank, "lora_alpha": rank}}, indent=1)
+        json.dumps({"lora_params": {"lora_rank": rank, "lora_alpha": rank}}, indent=1), encoding="utf-8"
     )
 
 

@@ -87,7 +87,7 @@ def merge(
             index |= dict.fromkeys(names, f"{_STEM}{place}.safetensors")
     if len(shards) > 1:
         about = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / f"{_STEM}.safetensors.index.json").write_text(json.dumps(about, indent=1))
+        (folder / f"{_STEM}.safetensors.index.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     if pipeline:
         _link_rest(pipeline, base.name, out)
     written = {name: source.shape for name, source in _sources(folder).items()}
@@ -114,7 +114,9 @@ def _sources(folder: Path) -> dict[str, _Source]:
     found: dict[str, _Source] = {}
     index = folder / f"{_STEM}.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:

@@ -23,7 +23,7 @@ def config_beside(file: Path) -> dict[str, Any]:
         UserError: it is not readable.
     """
     beside = _beside(file)
-    return _json(beside.read_text(), beside) if beside.is_file() else {}
+    return _json(beside.read_text(encoding="utf-8"), beside) if beside.is_file() else {}
 
 
 def _beside(file: Path) -> Path:

@@ -143,7 +143,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: it is none.
     """
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not JSON ({error}): download it again") from error
     if not isinstance(found, dict):

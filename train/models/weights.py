@@ -48,7 +48,7 @@ def check_weights(folder: Path, model: Any) -> None:
     names = {"diffusion_pytorch_model.safetensors"}
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{index} is no index of safetensors files: {_AGAIN}") from error
     found: dict[str, list[int]] = {}

@@ -63,7 +63,7 @@ def cases(file: Path) -> list[Case]:
         UserError: no file of train.bench, or nothing in it was measured on such a GPU.
     """
     try:
-        measured = json.loads(file.read_text())
+        measured = json.loads(file.read_text(encoding="utf-8"))
         config, _ = bench_config(measured["arguments"])
         found = [_case(config, result, measured) for result in measured["results"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -94,7 +94,7 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
 
 def _group_limits() -> Iterator[float]:
     """Bytes that the process's control group, and each that it lies in, may use: a job's limit is in one between."""
-    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.is_file() else ():
+    for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines() if _OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
             root, name = _GROUPS, "memory.max"
@@ -105,7 +105,7 @@ def _group_limits() -> Iterator[float]:
         own = Path(path.lstrip("/"))  # may not be there, as a container sees its own group as the root
         for group in (own, *own.parents):
             file = root / group / name
-            if file.is_file() and (text := file.read_text().strip()).isdigit():  # else it is "max"
+            if file.is_file() and (text := file.read_text(encoding="utf-8").strip()).isdigit():  # else it is "max"
                 yield float(text)
 
 

@@ -18,11 +18,11 @@ def store_plan(folder: Path, budget: Budget, table: str) -> None:
     memory = None if budget.machine.is_cpu else budget.gpu_memory / GIB
     about = {"step_seconds": duration.step, "memory_gib": memory, "mfu": duration.mfu, "table": table}
     temporary = folder / f".{PLAN}.tmp"
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
+    temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / PLAN)
 
 
 def stored_plan(folder: Path) -> dict[str, Any] | None:
     """What `store_plan` has written; None where no plan was made."""
     file = folder / PLAN
-    return dict(json.loads(file.read_text())) if file.exists() else None
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None

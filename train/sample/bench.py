@@ -85,7 +85,9 @@ def main(arguments: list[str]) -> None:
             results.append(bench.measure(case, steps))
             print(_line(results[-1]), flush=True)
             if out is not None:  # after each, since a job may reach its time limit
-                out.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1))
+                out.write_text(
+                    json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
+                )
         if with_dense:
             *others, dense = results[-len(cases) :]
             print("\n".join(_ratio(result, dense) for result in others), flush=True)

@@ -127,7 +127,9 @@ class Generator:
         device, dtype = ranks.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
         family = family_of(model)
         guided = family.takes_negative(settings.guidance or 1.0)
-        heads = json.loads((Path(folder) / "transformer" / "config.json").read_text())["num_attention_heads"]
+        heads = json.loads((Path(folder) / "transformer" / "config.json").read_text(encoding="utf-8"))[
+            "num_attention_heads"
+        ]
         split = Split.of(ranks.world, ranks.rank, settings.sequence, settings.split_guidance, guided, heads)
         encoded = None
         if ranks.rank == 0:

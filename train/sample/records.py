@@ -73,9 +73,9 @@ def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(record))
+        mark.write_text(json.dumps(record), encoding="utf-8")
         yield record
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         temporary.rename(file)
         mark.unlink()
     except BaseException:
@@ -103,7 +103,7 @@ def _mark(job: Job) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """A record; empty where there is none."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return record if isinstance(record["settings"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

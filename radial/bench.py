@@ -73,17 +73,23 @@ from radial.patterns import Dense, Released
 
 @dataclass(frozen=True)
 class Shape:
-    """A clip's grid, and the model's number of attention heads."""
+    """A clip's grid, the model's number of attention heads, and the released mask's rule for it."""
 
     grid: VideoGrid
     heads: int
+    rule: str = "wan"
+
+    @property
+    def released(self) -> Released:
+        """The released mask of the model."""
+        return Released(rule=self.rule)
 
 
 SHAPES = {
     "wan_1x": Shape(VideoGrid(21, 45, 80), 40),
     "wan_2x": Shape(VideoGrid(41, 45, 80), 40),
     "wan_4x": Shape(VideoGrid(81, 45, 80), 40),
-    "hunyuan_4x": Shape(VideoGrid(128, 45, 80, 256), 24),
+    "hunyuan_4x": Shape(VideoGrid(128, 45, 80, 256), 24, "hunyuan"),
     "mochi_4x": Shape(VideoGrid(112, 30, 53, 256), 24),
 }
 HEAD_DIM = 128
@@ -125,14 +131,14 @@ def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: 
     rows = []
     for name in shapes:
         shape = SHAPES[name]
-        rows += _bench_shape(name, shape.grid, heads or shape.heads, backends, rounds)
+        rows += _bench_shape(name, shape, heads or shape.heads, backends, rounds)
     return rows
 
 
-def _candidates(grid: VideoGrid, backends: list[str]) -> list[Candidate]:
+def _candidates(shape: Shape, backends: list[str]) -> list[Candidate]:
     """cuDNN's dense kernel, fa4's where it runs, then the backends under the released mask."""
     device = torch.device("cuda")
-    sparse, dense = build_layout(Released(), grid).to(device), build_layout(Dense(), grid)
+    sparse, dense = build_layout(shape.released, shape.grid).to(device), build_layout(Dense(), shape.grid)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -156,11 +162,11 @@ def _candidates(grid: VideoGrid, backends: list[str]) -> list[Candidate]:
     return found
 
 
-def _bench_shape(name: str, grid: VideoGrid, heads: int, backends: list[str], rounds: int) -> list[dict[str, Any]]:
+def _bench_shape(name: str, shape: Shape, heads: int, backends: list[str], rounds: int) -> list[dict[str, Any]]:
     from tqdm import tqdm  # the one part of this package that is not torch's
 
-    candidates = _candidates(grid, backends)
-    n, device = grid.tokens, torch.device("cuda")
+    candidates = _candidates(shape, backends)
+    n, device = shape.grid.tokens, torch.device("cuda")
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(1, n, heads, HEAD_DIM, device=device, dtype=torch.bfloat16) for _ in range(4))
     inputs = [t.requires_grad_() for t in (q, k, v)]
@@ -193,7 +199,7 @@ def _bench_shape(name: str, grid: VideoGrid, heads: int, backends: list[str], ro
         candidate.forward_ms = median(times[candidate.name, "forward"])
         if candidate.differentiable:
             candidate.both_ms = median(times[candidate.name, "both"])
-    return _report(name, grid, heads, candidates)
+    return _report(name, shape, heads, candidates)
 
 
 def _milliseconds(work: Callable[[Candidate], Any], candidate: Candidate) -> float:
@@ -205,9 +211,10 @@ def _milliseconds(work: Callable[[Candidate], Any], candidate: Candidate) -> flo
     return start.elapsed_time(stop)
 
 
-def _report(name: str, grid: VideoGrid, heads: int, candidates: list[Candidate]) -> list[dict[str, Any]]:
+def _report(name: str, shape: Shape, heads: int, candidates: list[Candidate]) -> list[dict[str, Any]]:
     """Prints one shape's table and returns its rows."""
-    sparse = build_layout(Released(), grid)
+    grid = shape.grid
+    sparse = build_layout(shape.released, grid)
     dense = [c for c in candidates if c.layout.is_dense]
     fastest = {way: min(getattr(c, f"{way}_ms") for c in dense) for way in ("forward", "both")}
     print(

@@ -9,12 +9,12 @@ from statistics import median
 
 import torch
 
-from radial.bench import SHAPES
+from radial.bench import SHAPES, Shape
 from radial.grid import VideoGrid
 from radial.layout import make_layout
-from radial.patterns import Paper, Pattern, Released
+from radial.patterns import Paper, Pattern
 
-GRIDS = {name: shape.grid for name, shape in SHAPES.items()} | {"a million": VideoGrid(278, 45, 80)}
+TIMED = SHAPES | {"a million": Shape(VideoGrid(278, 45, 80), 40)}
 
 
 def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
@@ -24,8 +24,9 @@ def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
     rows = []
     print(f"{'shape':<12} {'pattern':<10} {'tokens':>9} {'kept blocks':>12} {'sparsity':>9} {'seconds':>8}")
     try:
-        for name, grid in GRIDS.items():
-            patterns: list[Pattern] = [Released(), Paper()] if grid.tokens < 500_000 else [Released()]
+        for name, shape in TIMED.items():
+            grid = shape.grid
+            patterns: list[Pattern] = [shape.released, Paper()] if grid.tokens < 500_000 else [shape.released]
             for pattern in patterns:
                 times = []
                 for _ in range(repeats):

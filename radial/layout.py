@@ -4,13 +4,14 @@ A `BlockLayout` is a block-sparse matrix in compressed form. Query block i atten
 ``columns[row_offsets[i]:row_offsets[i + 1]]``; the transpose, which a backward pass over key blocks reads, is
 ``rows[column_offsets[j]:column_offsets[j + 1]]``. All four are int32.
 
-What the released code leaves undefined is defined here, for every pattern:
+What the released code leaves undefined, or without sense, is defined here, for every pattern:
 
 * the last, partial block of the video and all blocks of text tokens (from block ``video_tokens // B`` on) are kept
   whole, as rows and as columns;
-* any other query block that the pattern leaves without a key block takes the union of the key blocks of the nearest
-  non-empty query blocks above and below it; if every one is empty (a frame of fewer than about B/3 tokens), they
-  attend to everything.
+* any other query block that the pattern leaves without a key block of the video takes the union of the key blocks of
+  the nearest non-empty query blocks above and below it; if every one is empty (a frame of fewer than about B/3
+  tokens), they attend to everything. The released code lets such a query block of HunyuanVideo see the text alone (8 of
+  525 at 544 x 960 and 129 frames, none at 720 x 1280); `BlockLayout.filled_rows` counts them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class BlockLayout:
         row_offsets: (blocks + 1,) int32. columns: (kept,) int32, ascending in each row.
         column_offsets: (blocks + 1,) int32. rows: (kept,) int32, ascending in each column.
         handle: a number that stands for this object where only numbers and tensors may pass (`layout_of`).
+        filled_rows: query blocks that the pattern leaves without a key block of the video (the module text).
     """
 
     pattern: Pattern
@@ -53,6 +55,7 @@ class BlockLayout:
     column_offsets: Tensor
     rows: Tensor
     handle: int = field(default_factory=_HANDLES.__next__)
+    filled_rows: int = 0
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +157,7 @@ def make_layout(pattern: Pattern, grid: VideoGrid, block: int) -> BlockLayout:
         raise RadialError(f"pattern {pattern.name} has a token order of its own, which no caller applies yet")
     complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
     keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
+    empty = int((_row_counts(keys, complete) == 0).sum())
     keys = _fill_empty_rows(keys, complete)
     counts = _row_counts(keys, complete)
     row = torch.repeat_interleave(torch.arange(complete), counts)
@@ -172,7 +176,7 @@ def make_layout(pattern: Pattern, grid: VideoGrid, block: int) -> BlockLayout:
     narrow = columns.short() if blocks < 2**15 else columns
     rows = owner[narrow.sort(stable=True).indices].int()
     column_offsets = _offsets(torch.bincount(columns, minlength=blocks))
-    return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows)
+    return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows, filled_rows=empty)
 
 
 _cached_layout = lru_cache(maxsize=64)(make_layout)  # apart, so that a default counts as the argument it stands for

@@ -4,7 +4,8 @@ A pattern is a small frozen object without any knowledge of kernels. It answers 
 video part of a grid; `radial.layout` adds text, partial blocks and the block lists that kernels read.
 
 * `Released`: the mask of the public Radial Attention inference code (2025-11), block for block. The default, because
-  a LoRA is only worth as much as the inference stacks that can run it.
+  a LoRA is only worth as much as the inference stacks that can run it. Query blocks that it leaves without a key block
+  of the video are filled by `radial.layout`.
 * `Paper`: Eq. 4 of arXiv 2506.19852, covered by blocks.
 * `Dense`: everything.
 """
@@ -56,15 +57,19 @@ class Released:
 
     For a frame pair at distance d, with s tokens a frame and P the smallest power of two above s:
 
-    * window: the whole frame for d <= 1, else |k - l| <= max(P / 2^bits(d) * decay, B), bits(d) = d.bit_length();
+    * window: the whole frame for d <= 1, else |k - l| <= max(P / 2^bits(d) * decay, B), bits(d) = d.bit_length(),
+      compared in float32, as the public code compares it;
     * thinning: with u = P / 2^bits(d) < 128, only distances that ``128 // u`` divides are kept;
     * sink: key frame 0 is always whole (rules ``wan`` and ``ports``);
     * reduction to B x B blocks by the 60 % / one-third rule (`radial.bands.surviving_blocks`).
 
     Args:
         decay: the public code's ``decay_factor``; 1.0 for 2x and 4x lengths, below 1 is sparser.
-        rule: ``wan`` (sink, whole frame at d = 1), ``hunyuan`` (no sink), ``ports`` (sink, half a frame at d = 1:
-            LightX2V, WanVideoWrapper, ComfyUI-RadialAttn).
+        rule: ``wan`` (sink, whole frame at d = 1): the public code's for Wan. ``hunyuan`` (no sink): the public code's
+            for HunyuanVideo. ``ports`` (sink, half a frame at d = 1): an earlier form of the public code, which
+            LightX2V, Wan2GP and, at blocks of 128, WanVideoWrapper run. At blocks of 64 WanVideoWrapper thins from 64
+            tokens on, and ComfyUI-RadialAttn keeps more blocks (the corners of each frame pair) and counts a frame's
+            tokens after padding: no rule is theirs.
 
     Raises:
         RadialError: an unknown rule, or a decay that is not a positive finite number.
@@ -91,7 +96,7 @@ class Released:
             if distance <= 1:
                 width = s // 2 if distance == 1 and self.rule == "ports" else s
             else:
-                width = min(s, int(max(reach * self.decay, block)))
+                width = _window(max(reach * self.decay, block), s)
             parts.append(Bands.at_distance(frames, distance, width))
         bands = Bands.join(parts)
         if self.rule != "hunyuan":
@@ -159,6 +164,11 @@ def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern
     if name not in others:
         raise RadialError(f"pattern is {name!r}, expected one of {', '.join([Released.name, *others])}")
     return others[name]
+
+
+def _window(reach: float, tokens_per_frame: int) -> int:
+    """The largest distance within ``reach``, at most a frame: torch compares whole numbers with a float in float32."""
+    return int(torch.tensor(min(reach, float(tokens_per_frame)), dtype=torch.float32))
 
 
 def _complete(bands: Bands, grid: VideoGrid, block: int, *, strict: bool) -> Tensor:

@@ -10,6 +10,7 @@ from PIL import Image
 from radial import Released, VideoGrid, build_layout
 from radial.__main__ import main
 from radial.backends.flashinfer import FlashInfer
+from radial.bench import Shape
 
 
 def test_mask_json_save_and_plot(tmp_path, capsys):
@@ -60,10 +61,12 @@ def test_a_backend_that_runs_forward_only_is_told_apart(monkeypatch, capsys):
 
 
 def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("radial.bench_layouts.GRIDS", {"tiny": VideoGrid(5, 8, 16)})
+    grid = VideoGrid(12, 8, 32)
+    monkeypatch.setattr("radial.bench_layouts.TIMED", {"tiny": Shape(grid, 4, "hunyuan")})
     main(["layouts", "--json", str(tmp_path / "layouts.json")])
     rows = json.loads((tmp_path / "layouts.json").read_text(encoding="utf-8"))["rows"]
     assert [row["pattern"] for row in rows] == ["released", "paper"]
+    assert rows[0]["kept"] == build_layout(Released(rule="hunyuan"), grid).kept < build_layout(Released(), grid).kept
     assert "tiny" in capsys.readouterr().out
 
 

@@ -45,6 +45,16 @@ def test_what_the_released_code_leaves_undefined(grid, pattern, block):
     assert mask.any(1).all()
 
 
+@pytest.mark.parametrize(("pixels", "filled"), [((129, 544, 960), 8), ((129, 720, 1280), 0)])
+def test_query_blocks_that_would_see_the_text_alone_are_filled_and_counted(pixels, filled):
+    grid = VideoGrid.from_pixels(*pixels, text_tokens=256)
+    layout = build_layout(Released(rule="hunyuan"), grid)
+    assert layout.filled_rows == filled
+    assert layout.to("meta").filled_rows == filled
+    tail = layout.blocks - layout.complete_blocks
+    assert (layout.row_offsets.diff()[: layout.complete_blocks] > tail).all()
+
+
 @given(grid=grids, pattern=patterns, block=st.sampled_from([16, 32]))
 def test_density_counts_token_pairs(grid, pattern, block):
     layout = build_layout(pattern, grid, block)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from oracles import cover, paper_tokens, released_blocks
@@ -45,6 +45,7 @@ def test_released_is_bit_identical_to_its_definition(s, frames, block, decay, ru
 
 
 @hypothesis_settings(max_examples=60)
+@example(s=210, frames=5, block=16, decay=1.0624999701976776, rule="wan")  # a window of 33.99999904 tokens keeps 34
 @given(
     s=st.integers(17, 210),
     frames=st.integers(1, 14),
@@ -92,6 +93,13 @@ def test_published_sparsities(rule, s, frames, decay, tokens, sparsity):
     layout = build_layout(Released(decay, rule), VideoGrid(frames, 1, s))
     assert layout.grid.tokens == tokens
     assert layout.video_sparsity == pytest.approx(sparsity, abs=5e-5)
+
+
+@pytest.mark.parametrize("decay", [1e300, 1.7e308])
+def test_a_window_past_the_frame_is_the_whole_frame(decay):
+    grid = VideoGrid(6, 10, 20)
+    widest = build_layout(Released(1e6), grid, 16)
+    assert torch.equal(build_layout(Released(decay), grid, 16).mask(), widest.mask())
 
 
 def test_blocks_grow_as_n_log_n():

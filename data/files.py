@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
 from pathlib import Path
 from typing import BinaryIO
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+log = logging.getLogger(__name__)
+_told: set[int] = set()  # file systems whose folders cannot be synced, by device number
 
 
 def temporary(path: Path) -> Path:
@@ -19,13 +25,47 @@ def commit(file: BinaryIO, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    Path(file.name).replace(path)
-    # The new name is an entry of the folder, which has to reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
+    rename(Path(file.name), path)
+
+
+def rename(source: Path, path: Path) -> None:
+    """Give a file or folder, whose content is on disk, another name in its folder, which is on disk when this returns.
+
+    What has that name already is replaced; a folder only by another, and when it is empty.
+    """
+    source.replace(path)
+    sync_folder(path.parent)  # the new name is an entry of the folder, which has to reach the disk too
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> bool:
+    """Wait until a folder's entries are on disk; whether its file system can do that.
+
+    Some cannot, CIFS and some shared folders of virtual machines: that is told once, and work goes on. A file that was
+    renamed there is whole under its old name or its new one all the same, unless the machine itself loses its power.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _told:
+            _told.add(device)
+            log.warning("%s: this folder cannot be synced (%s); a power cut may lose the last files", folder, error)
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:

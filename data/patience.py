@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
 import http.client
 import itertools
 import logging
+import resource
 import threading
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeVar
 
 from data.errors import DataError
+from data.faults import is_lasting, is_nobody, is_too_many_files, reason_of
 
 T = TypeVar("T")
 PATIENCE = 120.0  # seconds that are waited in all, whatever a server asks for
-AGAIN = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 log = logging.getLogger(__name__)
 _unwanted: ContextVar[threading.Event] = ContextVar("unwanted", default=threading.Event())  # noqa: B039  never set
+_answered: set[str] = set()  # places that have given something to this process
 
 
 def give_up_on(unwanted: threading.Event) -> None:
@@ -36,28 +36,51 @@ def check_wanted(url: str, seconds: float = 0.0) -> None:
 
 
 def persistently(url: str, action: Callable[[], T]) -> T:
-    """What `action` returns; it is tried again after failures of the way, after 1 s, 2 s, 4 s and so on.
+    """What `action` returns; it is tried again after failures that may pass, after 1 s, 2 s, 4 s and so on.
+
+    A place that refuses or that nobody knows is believed where it has never given anything to this process; later its
+    server may be starting anew. Errors that are neither the system's nor HTTP's are raised as they are.
 
     Raises:
         DataError: it failed and `PATIENCE` seconds were waited, or it failed in a way that time does not mend, or it is
             no longer wanted (`give_up_on`).
     """
-    left = PATIENCE
+    left, before, place = PATIENCE, None, _place_of(url)
     for attempt in itertools.count():
         try:
-            return action()
+            found = action()
         except (OSError, http.client.HTTPException) as error:
-            code = getattr(error, "code", None)
-            refused = code is not None and 400 <= code < 500 and code not in AGAIN
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            reason = f"HTTP {code} {reason}" if code is not None else reason
-            if refused or isinstance(error, LASTING) or left <= 0:
-                raise DataError(f"{url}: cannot be read ({reason}); check that it can be reached") from error
+            if is_too_many_files(error):
+                raise DataError(f"{url}: {too_many_files()}") from error
+            nobody = place not in _answered and is_nobody(error, before)
+            if nobody or left <= 0 or is_lasting(error):
+                hint = "check that it can be reached"
+                raise DataError(f"{url}: cannot be read ({reason_of(error)}); {hint}") from error
             seconds = min(max(2.0**attempt, _asked_for(error)), left)
-            left -= seconds
-            log.warning("%s: %s, trying again in %.0f s", url, reason, seconds)
+            left, before = left - seconds, error
+            log.warning("%s: %s, trying again in %.0f s", url, reason_of(error), seconds)
             check_wanted(url, seconds)
+        else:
+            _answered.add(place)
+            return found
     raise AssertionError
+
+
+def too_many_files() -> str:
+    """What to say and to do where no more files can be opened."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"this process may have {most} files open and has them all: raise ulimit -n, or give a cache folder, whose "
+        "shards are closed and opened again as needed"
+    )
+
+
+def _place_of(url: str) -> str:
+    """Scheme and host of a URL, a `pipe:` command's first word; the folder of a path."""
+    if url.startswith("pipe:"):
+        return url.split(maxsplit=1)[0]
+    scheme, found, rest = url.partition("://")
+    return scheme + rest.partition("/")[0] if found else url.rpartition("/")[0]
 
 
 def _asked_for(error: Exception) -> float:
@@ -73,14 +96,3 @@ def _asked_for(error: Exception) -> float:
 
 def _seconds_until(date: str) -> float:
     return email.utils.parsedate_to_datetime(date).timestamp() - time.time()
-
-
-@contextlib.contextmanager
-def as_os_errors(*but: type[Exception]) -> Iterator[None]:
-    """What fsspec's file systems raise of their own, errors of their HTTP clients for example, as OSError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (OSError, DataError, *but)):
-            raise
-        raise OSError(f"{type(error).__name__}: {error}") from error

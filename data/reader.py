@@ -18,10 +18,14 @@ from data.remote import ShardFile, open_shard
 from data.sample import Sample
 
 HUGE_PAGE = 2 << 20
+MOST_OPEN = 32  # files; a shuffle window may span hundreds of shards, and a process may often have 1,024 open
 
 
 class SampleReader:
     """Reads samples of a manifest by number; shards stay open until they are released.
+
+    Of files that are opened again in no time, those of this machine, the least recently read is closed when
+    `MOST_OPEN` are open.
 
     Args:
         manifest: what lies where.
@@ -41,10 +45,13 @@ class SampleReader:
         """
         about = self._manifest.shards[shard]
         info = about.samples[place]
-        if shard not in self._open:
-            self._open[shard] = open_shard(self._manifest.urls[shard], about.sha256, self._cache)
+        file = self._open.pop(shard, None) or open_shard(self._manifest.urls[shard], about.sha256, self._cache)
+        self._open[shard] = file  # last of all
+        light = [number for number, each in self._open.items() if each.light]
+        if len(light) > MOST_OPEN:
+            self.release(light[0])
         content = _room(info.bytes)
-        return content[: self._open[shard].read_into(info.offset, content.numpy().data)]
+        return content[: file.read_into(info.offset, content.numpy().data)]
 
     def decode(self, content: Tensor, shard: int, place: int) -> Sample:
         """The sample whose bytes these are, checked against schema and manifest.

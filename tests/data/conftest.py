@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from prepared import write_six
+from servers import Server, http_server
 
+from data import patience
 from data.manifest import Manifest
 from data.sample import Prompt, Sample, TextTokens
 from data.writer import ShardWriter
@@ -81,3 +83,19 @@ def manifest(make_folder: MakeFolder) -> Manifest:
     """23 samples of two shapes in 5 shards."""
     made: Manifest = make_folder(23, frames=lambda i: 3 + i % 2)
     return made
+
+
+@pytest.fixture
+def server(manifest: Manifest) -> Iterator[Server]:
+    """An HTTP server over the folder of `manifest`."""
+    with http_server(manifest.folder) as running:
+        yield running
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited before something is tried again; nothing has answered before."""
+    waited: list[float] = []
+    monkeypatch.setattr(patience, "check_wanted", lambda url, seconds: waited.append(seconds))
+    monkeypatch.setattr(patience, "_answered", set())
+    return waited

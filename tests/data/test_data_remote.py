@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import email.utils
-import functools
 import hashlib
-import http.server
 import re
 import resource
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ import fsspec
 import pytest
 import torch
 from batches import order_of
+from servers import Server
 
 from data import patience
 from data.batch import Batch
@@ -30,94 +26,7 @@ from data.order import BatchOrder
 from data.patience import check_wanted
 from data.stream import LatentStream, _Worker
 
-
-@dataclass
-class Server:
-    """A local HTTP server over a folder: what it was asked for, and how it misbehaves."""
-
-    url: str
-    ranges: bool = True
-    failures: int = 0
-    failure: int = 503
-    retry_after: str | None = None
-    cuts: int = 0
-    ignores: int = 0
-    shifted: int = 0
-    changes: bool = False
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-    sent: int = 0
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, server: Server, *arguments: Any, **more: Any) -> None:
-        self.state = server
-        super().__init__(*arguments, **more)
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range") if self.state.ranges else None
-        self.state.requests.append((self.path, wanted))
-        if self.state.failures:
-            self.state.failures -= 1
-            self.send_response(self.state.failure)
-            if self.state.retry_after is not None:
-                self.send_header("Retry-After", self.state.retry_after)
-            self.end_headers()
-            return
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content = path.read_bytes()
-        if self.state.changes:
-            content = content[:-1] + bytes([len(self.state.requests) % 256])
-        if wanted is not None and wanted != "bytes=0-0" and self.state.ignores:
-            self.state.ignores -= 1
-            wanted = None
-        if wanted is None:
-            self.send_response(200)
-        else:
-            first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
-            if first >= len(content):
-                self.send_error(416)
-                return
-            if len(content) > 1 and first and self.state.shifted:
-                self.state.shifted -= 1
-                first, last = first - 1, last - 1
-            place = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
-            content = content[first : last + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", place)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.state.cuts and len(content) > 1:
-            self.state.cuts -= 1
-            content = content[: len(content) // 2]
-            self.close_connection = True
-        self.state.sent += len(content)
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(manifest: Manifest) -> Iterator[Server]:
-    state = Server("")
-    handler = functools.partial(Handler, state, directory=str(manifest.folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        state.url = f"http://127.0.0.1:{running.server_address[1]}"
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield state
-        running.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(patience, "check_wanted", lambda url, seconds: waited.append(seconds))
-    return waited
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def batches_of(manifest: Manifest, workers: int = 0, **more: Any) -> list[Batch]:
@@ -212,16 +121,8 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
     with pytest.raises(DataError, match=r"shard-00002.tar: cannot be read \(HTTP 404 Not Found\)"):
         batches_of(far)
     assert [path for path, _ in server.requests].count("/shard-00002.tar") == 1, "time does not mend a 404"
-    with pytest.raises(DataError, match=r"pipe:exit 3 #manifest.json: cannot be read \(the command exited with 3\)"):
-        Manifest.load("pipe:exit 3 #{}")
-    waits.clear()
-    with pytest.raises(DataError, match=r"pipe:nosuch manifest.json: cannot be read \(the command exited with 127"):
-        Manifest.load("pipe:nosuch {}")
-    assert not waits, "time does not bring a command"
     with pytest.raises(DataError, match=r"pipe:cat x: names no file, expected \{\}"):
         Manifest.load("pipe:cat x")
-    with pytest.raises(DataError, match=r"127.0.0.1:1/manifest.json: cannot be read \(.*refused"):
-        Manifest.load("http://127.0.0.1:1")
 
 
 def test_closing_waits_for_no_server(
@@ -309,25 +210,6 @@ def test_a_full_disk_is_not_the_network_s_fault(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not waits and not list(tmp_path.glob("cache/*.tar"))
-
-
-def test_errors_of_a_file_system_s_own_are_tried_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3's and others' clients raise errors that are no OSError."""
-    memory = fsspec.filesystem("memory")
-    memory.put(str(manifest.folder), "/bucket/failing", recursive=True)
-    far = Manifest.load("memory://bucket/failing")
-    opened, failing = memory._open, iter([True, False] * 100)
-
-    def fails(*arguments: Any, **more: Any) -> Any:
-        if next(failing):
-            raise RuntimeError("the token has expired")
-        return opened(*arguments, **more)
-
-    monkeypatch.setattr(type(memory), "_open", lambda self, *arguments, **more: fails(*arguments, **more))
-    assert_equal(batches_of(far), batches_of(manifest))
-    failing = iter([True] * 100)
-    with pytest.raises(DataError, match=r"cannot be read \(RuntimeError: the token has expired\)"):
-        batches_of(far)
 
 
 def test_a_shard_cut_off_on_the_server_is_damage_not_failure(

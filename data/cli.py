@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def parse(schema: type[T], words: Sequence[str], positional: str | None = None) 
         positional: the field that a bare word sets.
 
     Raises:
-        DataError: an unknown key, a key given twice, a wrong type, an empty path, a value that is no
+        DataError: an unknown key, a key given twice, a wrong type, an empty path, a URL for a path, a value that is no
             choice, a missing key.
     """
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
@@ -77,6 +78,8 @@ def _value(name: str, text: str, hint: Any, choices: Sequence[str]) -> Any:
     if kind is Path:
         if not text:  # which Path takes for the current folder
             raise DataError(f"{name} is empty, expected a path; is a variable of the shell not set?")
+        if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
+            raise DataError(f"{name} is {text}, expected a path on this machine; copy it from or to there by hand")
         return Path(text).expanduser()
     try:
         value = kind(text)

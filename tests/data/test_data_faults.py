@@ -141,7 +141,7 @@ def test_what_is_no_address_is_told_at_once(waits: list[float], address: str) ->
 
 
 def test_blanks_and_letters_of_a_url(manifest: Manifest, server: Server) -> None:
-    (manifest.folder / "mit Blank ä%.json").write_text("{}")
+    (manifest.folder / "mit Blank ä%.json").write_bytes(b"{}")
     assert read_all(f"{server.url}/mit Blank ä%25.json") == b"{}"
 
 
@@ -158,7 +158,7 @@ def test_a_command_that_fails_in_the_same_way_is_a_mistake(
     tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, command: str, said: str, expected: list[float]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("locked").write_text("#!/bin/sh\n")
+    Path("locked").write_text("#!/bin/sh\n", encoding="utf-8")
     with pytest.raises(DataError, match=rf"manifest.json: cannot be read \({said}\); check"):
         Manifest.load(f"pipe:{command}")
     assert waits == expected

@@ -230,6 +230,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "model=pixels", "weights=w"], "weights is w, but model=pixels has none"),
         (["source=", "out=o"], "source is empty, expected a path"),
         (["source=s", "out="], "out is empty, expected a path"),
+        (["source=s", "out=s3://b/x"], "out is s3://b/x, expected a path on this machine"),
         *[
             ([f"source={tmp_path}", "out=o", "model=pixels", f"device={device}"], f"device is {found}")
             for device, found in (

@@ -1,6 +1,6 @@
 """The figures of every step, one row with the same keys for metrics.csv, TensorBoard and Weights & Biases.
 
-loss, grad_norm, lr, sigma             of the step: means over its samples, on all ranks
+loss, grad_norm, lr, sigma             of the step itself; loss and sigma are means over its samples, on all ranks
 loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
 loss_frames/81                         loss of the samples of so many latent frames
 lora_norm/<block>                      Frobenius norm of (alpha / rank) B A, over a block's layers, now and then
@@ -101,9 +101,12 @@ class Figures(Callback):
             self._sums[min(int(each.sigma * BUCKETS), BUCKETS - 1)] += entry
             self._sums[BUCKETS + self._lengths.index(each.frames)] += entry
         loss, sigma, count = self.control.sum(step).tolist()
-        optimizer: Any = module.trainer.optimizers[0]
-        rate = optimizer.param_groups[0]["lr"]
-        return {"loss": loss / count, "sigma": sigma / count, "grad_norm": module.gradient_norm, "lr": rate}
+        return {
+            "loss": loss / count,
+            "sigma": sigma / count,
+            "grad_norm": module.gradient_norm,
+            "lr": module.step_lr,
+        }
 
     def _bucket_row(self) -> dict[str, float]:
         sums, self._sums = self.control.sum(self._sums), torch.zeros_like(self._sums)

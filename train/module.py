@@ -19,6 +19,7 @@ from train.lora import load_parameters, lora_parameters
 from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
 from train.planning.policies import BlockPolicies, check_agreement
+from train.resuming import follow_settings
 from train.sequence import SequenceGroup, flow_loss
 from train.zero import whole_parameter
 
@@ -102,6 +103,8 @@ class LengthExtensionModule(L.LightningModule):
         self.current_plan: AttentionPlan | None = None
         """The attention of the micro-batch in work."""
         self._gradient_norm = math.nan
+        self.step_lr = math.nan
+        """The learning rate of the last optimizer step."""
         self.seen: list[Seen] = []
         """The samples of the step in work."""
         self._step = 0
@@ -130,7 +133,7 @@ class LengthExtensionModule(L.LightningModule):
         self.position = batch.step + 1  # checkpoints are taken after the step
         within = self.adapter.sigma_range
         if self.adapter.boundary is not None:
-            within = expert_range(self.seed, batch.step // self.accumulate, self.schedule, self.adapter.boundary)
+            within = expert_range(self.seed, self._step, self.schedule, self.adapter.boundary)
         draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma, within)
         sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
         levels = sigma.tolist()  # read before it is on the device, which would have to be waited for
@@ -175,6 +178,7 @@ class LengthExtensionModule(L.LightningModule):
         return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.step_lr = optimizer.param_groups[0]["lr"]  # after the step it is the next one's
         parameters = [p for p in self.transformer.parameters() if p.grad is not None]
         self._gradient_norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if not math.isfinite(self._gradient_norm):
@@ -232,3 +236,11 @@ class LengthExtensionModule(L.LightningModule):
         self.load_trained_weights(checkpoint["state_dict"])
         checkpoint["state_dict"] = {}
         self.position = checkpoint["position"]
+        follow_settings(
+            checkpoint,
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            factor=self._lr_factor,
+            accumulate=self.accumulate,
+        )

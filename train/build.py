@@ -12,9 +12,9 @@ from radial import make_pattern
 from train.compiler import compile_blocks
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
-from train.export.reading import Lora, read_lora
 from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
+from train.initial import read_initial
 from train.lora import inject_lora, start_from
 from train.memory import block_runner, call_block, chunk_tokens, mixed_runner
 from train.models import ModelAdapter
@@ -23,6 +23,7 @@ from train.offload import Offload
 from train.planning import Budget, this_machine
 from train.planning.policies import BlockPolicies, configured
 from train.preflight import check_heads
+from train.ranks import global_rank
 from train.zero import call_gathered, forward_alone, gather_whole
 
 
@@ -97,20 +98,6 @@ def set_memory_policy(
         compile_blocks(blocks)
 
 
-def _start(init: str, adapter: ModelAdapter) -> Lora:
-    """The LoRA of ``lora.init``; two experts start from a file each, the one for high noise levels first."""
-    if len(adapter.transformers) == 1:
-        return read_lora(init, adapter.transformer)
-    files, start = init.split(","), Lora({})
-    if len(files) != 2:
-        raise UserError(f"lora.init is {init}, expected a file for each expert: high.safetensors,low.safetensors")
-    for file, (name, transformer) in zip(files, adapter.transformer.named_children(), strict=True):
-        lora = read_lora(file, transformer)
-        start.pairs.update({f"{name}.{layer}": pair for layer, pair in lora.pairs.items()})
-        start.differences.update({f"{name}.{parameter}": change for parameter, change in lora.differences.items()})
-    return start
-
-
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
     """The LightningModule of a run; injects the LoRA into the adapter's transformer."""
     layers, heads, _ = adapter.attention_shape
@@ -118,7 +105,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
-        start = _start(config.lora.init, adapter) if config.lora.init is not None else None
+        start = read_initial(config.lora.init, config.model, adapter) if config.lora.init is not None else None
         inject_lora(
             adapter.transformer,
             config.lora.rank,
@@ -128,6 +115,8 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         )
         if start is not None:
             start_from(adapter.transformer, start, config.lora.alpha / config.lora.rank)
+            if global_rank() == 0:
+                print("\n".join(f"lora.init: {note}" for note in start.notes))
     if config.trainer.fp8:
         use_fp8(adapter.blocks())
     policies = chosen_policies(config)

@@ -86,6 +86,23 @@ def json_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 
+def split_files(text: str) -> list[str]:
+    """``a.safetensors,b.safetensors:0.8`` at its commas, but those in the name of a file or folder that is there."""
+    words = text.split(",")
+    found = []
+    while words:
+        joined = [",".join(words[:count]) for count in range(len(words), 1, -1)]
+        word = next((word for word in joined if _is_there(word)), words[0])
+        found.append(word)
+        del words[: word.count(",") + 1]
+    return found
+
+
+def _is_there(word: str) -> bool:
+    path, _, strength = word.rpartition(":")
+    return Path(word).expanduser().exists() or ("," not in strength and path != "" and Path(path).expanduser().exists())
+
+
 def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
     """``a.safetensors:0.8,b.safetensors`` as files and strengths; a strength that is left out is 1.
 
@@ -93,7 +110,7 @@ def files_with_strengths(key: str, text: str) -> list[tuple[Path, float]]:
         UserError: a strength that is no number, or no file's name.
     """
     found = []
-    for word in text.split(","):
+    for word in split_files(text):
         if not word:
             raise UserError(f"{key} is {text!r}, expected FILE or FILE:STRENGTH, with a comma between two")
         path, colon, strength = word.rpartition(":")

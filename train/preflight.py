@@ -17,8 +17,8 @@ from data.stream import read_samples
 from train.checkpoint import checkpoints_of, weight_shapes
 from train.config import RunConfig
 from train.errors import UserError
-from train.export.reading import read_header
 from train.folder import going_on
+from train.initial import check_initial
 from train.lora import check_saved, inject_lora, lora_parameters
 from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
@@ -41,8 +41,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
     if config.model.architecture is not None and config.model.path is not None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
     if config.lora is not None and config.lora.init is not None:
-        for file in config.lora.init.split(",") if config.model.expert == "both" else [config.lora.init]:
-            read_header(file)
+        check_initial(config.lora.init, config.model)
     adapter = describe_model(config.model)
     _check_parallel(config, elsewhere)
     if adapter is not None:

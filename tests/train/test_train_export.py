@@ -22,6 +22,7 @@ from train.checkpoint import last_checkpoint, load_weights
 from train.errors import UserError
 from train.export.__main__ import main
 from train.export.formats import FORMATS
+from train.export.reading import read_header
 from train.export.run import export_run
 from train.folder import RunFolder
 from train.lora import inject_lora, load_parameters, lora_parameters
@@ -91,11 +92,30 @@ def test_the_header_says_how_to_run_it(trained):
         header = file.metadata()
     assert {key.removeprefix("radial."): value for key, value in header.items() if key != "format"} == {
         "base_model": Path(config.model.path).name, "family": "wan", "rope": "default", "expert": "None",
-        "rank": "4", "shift": str(config.shift()), "step": "3", "version": __version__,
+        "rank": "4", "shift": str(config.shift()), "fp8": "False", "step": "3", "version": __version__,
         "pattern": "released", "rule": "wan", "decay": str(config.attention.decay),
         "block": str(config.attention.block), "dense_layers": str(config.attention.dense_layers),
         "dense_sigma": "None", "frames": "8", "height": str(config.clip.height), "width": str(config.clip.width),
     }  # fmt: skip
+
+
+def test_an_export_of_fp8_training_says_so(trained, tmp_path, monkeypatch):
+    config, run = trained
+    of_fp8 = replace(config, trainer=replace(config.trainer, fp8=True))
+    monkeypatch.setattr("train.export.run.read_config", lambda run: of_fp8)
+    said = export_run(run, out=tmp_path / "out", formats=["peft"])
+    assert "trained beside float8 layers" in said[-1]
+    assert read_header(tmp_path / "out" / "peft")["radial.fp8"] == "True"
+
+
+def test_what_is_merged_too_says_its_factor(trained, tmp_path):
+    _, run = trained
+    tensors = load_file(run / "export" / "kohya" / "shapes_4x.safetensors")
+    file = tmp_path / "a, b.safetensors"
+    save_file({name: t for name, t in tensors.items() if not name.endswith(".alpha")}, file, {"ss_network_alpha": "2"})
+    said = export_run(run, out=tmp_path / "out", formats=["peft"], merged=True, add=[(file, 0.5)])
+    assert f"merged  with {file}: alpha / rank is 0.5, from its header" in said[-1]
+    main([f"run={run}", f"out={tmp_path / 'out'}", "format=peft", "merge=true", f"add={file}:0.5,{file}"])
 
 
 def test_a_model_of_the_hub_is_merged_into_a_whole_pipeline(trained, tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from families import build, conditions, latents
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
 
+from radial import Dense, VideoGrid
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.formats import FORMATS, Adapter, formats_of
@@ -16,7 +18,8 @@ from train.export.reading import read_header, read_lora
 from train.export.run import _fold
 from train.export.verify import empty_pipeline, verify
 from train.lora import inject_lora, load_parameters, lora_parameters
-from train.models import adapter_of
+from train.models import ADAPTERS, adapter_of
+from train.plan import AttentionPlan
 
 RANK, ALPHA = 3, 5
 FAMILIES = list(TARGETS)
@@ -84,7 +87,6 @@ def test_the_original_checkpoints_layers_change_as_the_diffusers_layers_do(case,
     family, folder, adapter, _ = case
     tensors = load_file(folder / name / "clip_4x.safetensors")
     down, up = ("lora_A", "lora_B") if name == "comfyui" else ("lora_down", "lora_up")
-    prefix = {"wan": "diffusion_model.", "hunyuan": "transformer.", "mochi": "diffusion_model."}[family.split("_")[0]]
     expected = {
         "wan": {"blocks.1.self_attn.q": ["blocks.1.attn1.to_q"], "blocks.0.self_attn.o": ["blocks.0.attn1.to_out.0"]},
         "hunyuan": {
@@ -99,7 +101,7 @@ def test_the_original_checkpoints_layers_change_as_the_diffusers_layers_do(case,
         },
     }[family.split("_")[0]]
     for layer, parts in expected.items():
-        key = f"{prefix}{layer}" if name == "comfyui" else f"lora_unet_{layer.replace('.', '_')}"
+        key = f"diffusion_model.{layer}" if name == "comfyui" else f"lora_unet_{layer.replace('.', '_')}"
         a, b = tensors[f"{key}.{down}.weight"], tensors[f"{key}.{up}.weight"]
         scale = tensors[f"{key}.alpha"].item() / len(a) if name == "kohya" else 1.0
         change = torch.cat([adapter.pairs[part][1] @ adapter.pairs[part][0] for part in parts])
@@ -147,14 +149,80 @@ def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
     for name in ("comfyui", "kohya"):
         FORMATS[name](adapter, tmp_path / name)
     keys = {key.split(".lora_")[0] for key in load_file(tmp_path / "comfyui" / "x.safetensors")}
-    assert {"transformer.time_in.in_layer", "transformer.txt_in.c_embedder.out_layer"} <= keys
-    assert {"transformer.double_blocks.1.img_mod.linear", "transformer.double_blocks.0.img_mlp.fc2"} <= keys
+    keys = {key.removeprefix("diffusion_model.") for key in keys}
+    assert {"time_in.in_layer", "txt_in.c_embedder.out_layer"} <= keys
+    assert {"double_blocks.1.img_mod.linear", "double_blocks.0.img_mlp.fc2"} <= keys
     assert verify("comfyui", adapter, base, tmp_path / "comfyui")[0].endswith(f"{2 * len(keys)} tensors")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
-    assert "; ComfyUI passes over 13 of 30 layers such as time_in.mlp.0: " in said
-    assert said.endswith("give it format=comfyui")
+    assert "; ComfyUI passes over 13 of 30 layers such as time_in.mlp.0: give it format=comfyui; " in said
+    outside = "musubi-tuner passes over 10 of 30 layers such as time_in.mlp.0: it reads layers of blocks alone"
+    assert said.endswith(outside)
     alphas = [t for k, t in load_file(tmp_path / "kohya" / "x.safetensors").items() if k.endswith(".alpha")]
     assert {alpha.item() for alpha in alphas} <= {rank, 2 * rank, 3 * rank, 4 * rank}
+
+
+def test_musubi_passes_over_what_is_outside_of_wans_blocks(tmp_path):
+    base = save_transformer("wan_i2v", tmp_path / "base")
+    model = stand_in(base)
+    pairs = _fold(random_lora(model, r".*(attn1\.to_q|image_embedder\.ff\.net\.2|text_embedder\.linear_1)"), 3)
+    adapter = Adapter(pairs, model, {}, "base", "x")
+    FORMATS["kohya"](adapter, tmp_path / "kohya")
+    (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
+    assert said.endswith(
+        "; musubi-tuner passes over 2 of 4 layers such as text_embedding.0: it reads layers of blocks alone"
+    )
+
+
+def test_comfyuis_layers_have_one_rank(case):
+    """Without alpha, diffusers before 0.40 takes the most frequent rank for every layer's alpha."""
+    _, folder, _, _ = case
+    tensors = load_file(folder / "comfyui" / "clip_4x.safetensors")
+    assert len({len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}) == 1
+    assert all(name.startswith("diffusion_model.") for name in tensors)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layer_that_learned_nothing_counts_as_absent(name, tmp_path):
+    """Such as one of a custom lora.targets that never gets a gradient."""
+    base = save_transformer("hunyuan", tmp_path / "base")
+    weights = random_lora(load_transformer(base), TARGETS["hunyuan"], RANK)
+    silent = ["transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_out.0"]
+    for layer in silent:
+        weights[f"{layer}.lora_B.weight"].zero_()
+    adapter = Adapter(_fold(weights, ALPHA), stand_in(base), {}, "base", "x")
+    FORMATS[name](adapter, tmp_path / name)
+    verify(name, adapter, base, tmp_path / name)
+    found = read_lora(tmp_path / name, adapter.model).pairs
+    assert found.keys() == adapter.pairs.keys() - set(silent)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_what_every_family_trains_is_exported_in_every_format(family, text, tmp_path):
+    """After a step, each target has learned; each format is read back by its tool."""
+    adapter = build(family)
+    if text and adapter.text_lora_targets is None:
+        with pytest.raises(UserError, match="lora.text is true, but the text has no attention of its own"):
+            adapter.targets(text=True)
+        return
+    adapter.transformer.save_pretrained(tmp_path / "base")
+    names = inject_lora(adapter.transformer, RANK, ALPHA, adapter.targets(text=text), seed=0)
+    adapter.set_plan(
+        AttentionPlan.of(Dense(), VideoGrid(2, 2, 2, text_tokens=adapter.grid(latents(adapter, (2, 2, 2))).text_tokens))
+    )
+    latent = latents(adapter, (2, 2, 2))
+    adapter.velocity(latent, torch.full((2,), 0.5), conditions(adapter, latent)).square().mean().backward()
+    parameters = lora_parameters(adapter.transformer)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter -= parameter.grad
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    assert {name for name in names if not weights[f"{name}.lora_B.weight"].any()} == set()
+    exported = Adapter(_fold(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "x")
+    for name in formats_of(exported.model_class):
+        FORMATS[name](exported, tmp_path / name)
+        said = verify(name, exported, tmp_path / "base", tmp_path / name)
+        assert "passes over" not in " ".join(said)
 
 
 def test_a_second_loaders_failure_costs_no_export(tmp_path):

@@ -1,10 +1,12 @@
 """Training that starts from a LoRA file, in any format."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
 from tiny import run_config
 
@@ -15,6 +17,7 @@ from train.export.base import stand_in
 from train.export.formats import FORMATS, Adapter, formats_of
 from train.export.reading import read_lora
 from train.export.run import _fold
+from train.initial import check_initial, initial_files
 from train.lora import inject_lora, load_parameters, lora_parameters, start_from
 from train.models import load_adapter
 from train.preflight import preflight
@@ -63,6 +66,50 @@ def test_a_run_goes_on_from_another_runs_export(first, tmp_path, capsys):
         torch.testing.assert_close(weight, trained[name])
     train(config, RunFolder.create(config))
     assert f"starts from {init}" in capsys.readouterr().out
+
+
+def test_a_file_with_commas_starts_a_run_and_its_factor_is_said(first, tmp_path, capsys):
+    config, run = first
+    file = tmp_path / "a,b, c.safetensors"
+    shutil.copy(run / "export" / "comfyui" / "shapes_4x.safetensors", file)
+    config = replace(config, lora=replace(config.lora, init=str(file)))
+    preflight(config)
+    build_module(config, load_adapter(config.model, torch.float32, 0), training_shards(config))
+    said = capsys.readouterr().out
+    assert f"lora.init: {file}: it has no alpha, alpha / rank is 1\n" in said
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"radial.family": "hunyuan"}, "of the family hunyuan; the model is of wan"),
+        ({"radial.expert": "low"}, "its expert for low noise levels; the model has one transformer"),
+    ],
+)
+def test_what_a_file_was_trained_for_is_looked_at(first, tmp_path, header, message):
+    config, run = first
+    file = tmp_path / "other.safetensors"
+    save_file(load_file(run / "export" / "comfyui" / "shapes_4x.safetensors"), file, header)
+    with pytest.raises(UserError, match=message):
+        preflight(replace(config, lora=replace(config.lora, init=str(file))))
+
+
+def test_the_files_of_two_experts_are_told_apart(first, tmp_path):
+    """Each with a comma in its name."""
+    config, run = first
+    tensors = load_file(run / "export" / "comfyui" / "shapes_4x.safetensors")
+    files = [str(tmp_path / f"{name},1.safetensors") for name in ("high", "low")]
+    for name, file in zip(("high", "low"), files, strict=True):
+        save_file(tensors, file, {"radial.expert": name, "radial.family": "wan"})
+    model = replace(config.model, expert="both", boundary=0.9)
+    assert initial_files(",".join(files), model) == [(Path(files[0]), "high"), (Path(files[1]), "low")]
+    check_initial(",".join(files), model)
+    with pytest.raises(UserError, match=r"low,1.safetensors was .*for low noise levels; lora.init is the high one's"):
+        check_initial(",".join(reversed(files)), model)
+    with pytest.raises(UserError, match=r"expected a file for each expert: high.safetensors,low.safetensors"):
+        check_initial(files[0], model)
+    with pytest.raises(UserError, match=r"lora.init is .*, expected one file, or a folder with one"):
+        check_initial(",".join(files), config.model)
 
 
 def test_what_cannot_be_trained_is_refused(first, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from train.export.formats import Adapter
 from train.export.names import comfyui_names, original_layers
-from train.export.reading import weighted_layers
+from train.export.targets import weighted_layers
 
 WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}
 MODELS = {

@@ -15,6 +15,8 @@ from train.export.verify import empty_pipeline
 from train.models import adapter_of
 from train.sample.pipeline import load_loras
 
+A, B = torch.ones(4, 32), torch.ones(32, 4)
+Q, KOHYA = "diffusion_model.blocks.0.self_attn.q", "lora_unet_blocks_0_self_attn_q"
 LAYERS = ["blocks.0.attn1.to_q", "blocks.1.ffn.net.0.proj", "blocks.2.attn2.to_out.0"]
 
 
@@ -97,6 +99,12 @@ def test_what_the_released_script_reads(base, model, tmp_path):
         ("model.diffusion_model.blocks.0.self_attn.q.", "lora_A.weight", "lora_B.weight"),
         ("lora_unet_blocks_0_self_attn_q.", "lora_down.weight", "lora_up.weight"),
         ("lora_unet__blocks_0_self_attn_q.", "lora_down.weight", "lora_up.weight"),
+        ("pipe.dit.blocks.0.self_attn.q.", "lora_A.default.weight", "lora_B.default.weight"),
+        ("module.blocks.0.self_attn.q.", "lora_A.weight", "lora_B.weight"),
+        ("base_model.model.diffusion_model.blocks.0.self_attn.q.", "lora_A.my-style.weight", "lora_B.my-style.weight"),
+        ("lycoris_blocks_0_self_attn_q.", "lora_down.weight", "lora_up.weight"),
+        ("lora_transformer_blocks_0_attn1_to_q.", "lora_down.weight", "lora_up.weight"),
+        ("transformer.blocks.0.attn1.to_q.", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
     ],
 )
 def test_other_spellings(model, tmp_path, prefix, down, up):
@@ -108,6 +116,120 @@ def test_other_spellings(model, tmp_path, prefix, down, up):
     same(read_lora(file, model), {LAYERS[0]: b @ a})
     save_file({prefix + down: a, prefix + up: b, prefix + "alpha": torch.tensor(6.0)}, file)
     same(read_lora(file, model), {LAYERS[0]: 1.5 * b @ a})
+
+
+@pytest.mark.parametrize("place", ["blocks.2.attn2.processor.to_out", "transformer.blocks.2.attn2.to_out.0"])
+def test_what_old_diffusers_wrote(model, tmp_path, place):
+    a, b = torch.randn(4, 32), torch.randn(32, 4)
+    file = tmp_path / "style.safetensors"
+    save_file({f"{place}_lora.down.weight": a, f"{place}_lora.up.weight": b}, file)
+    same(read_lora(file, model), {LAYERS[2]: b @ a})
+
+
+def test_what_mochis_authors_write(tmp_path):
+    """Factors without .weight, stacked as in their checkpoint; alpha in the header, of projections and of outputs."""
+    mochi = stand_in(save_transformer("mochi", tmp_path / "base"))
+    a, b = torch.randn(2, 64), torch.randn(192, 2)
+    out_a, out_b = torch.randn(3, 64), torch.randn(64, 3)
+    settings = {"qkv_proj_lora_rank": 2, "qkv_proj_lora_alpha": 6, "out_proj_lora_rank": 3, "out_proj_lora_alpha": 1.5}
+    names = {"blocks.0.attn.qkv_x": (a, b), "blocks.0.attn.proj_x": (out_a, out_b)}
+    tensors = {f"{n}.lora_{half}": t.clone() for n, pair in names.items() for half, t in zip("AB", pair, strict=True)}
+    file = tmp_path / "model.lora.safetensors"
+    save_file(tensors, file, {"kwargs": json.dumps(settings)})
+    lora = read_lora(file, mochi)
+    parts = [f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
+    same(
+        lora,
+        dict(zip(parts, (3 * b @ a).chunk(3), strict=True))
+        | {"transformer_blocks.0.attn1.to_out.0": out_b @ out_a / 2},
+    )
+    assert lora.notes == ["alpha / rank is 0.5 to 3, from its header"]
+    save_file(tensors, file, {"kwargs": json.dumps(settings | {"out_proj_lora_alpha": None})})
+    with pytest.raises(
+        UserError, match="model.lora.safetensors: kwargs: out_proj_lora_alpha is None, expected a positive"
+    ):
+        read_lora(file, mochi)
+
+
+@pytest.mark.parametrize(
+    ("keys", "header", "factor", "note"),
+    [
+        (f"{KOHYA}.lora_down", {"ss_network_alpha": "2.0"}, 0.5, "alpha / rank is 0.5, from its header"),
+        (f"{Q}.lora_A", {"ss_network_alpha": "2.0"}, 1, "in these names alpha is in the weights"),
+        (f"{Q}.lora_A", {"lora_alpha": "8"}, 2, "alpha / rank is 2, from its header"),
+        (f"{Q}.lora_A", {"lora_alpha": "None"}, 1, "it has no alpha, alpha / rank is 1"),
+    ],
+)
+def test_alpha_that_stands_in_the_header_alone(model, tmp_path, keys, header, factor, note):
+    """musubi-tuner's conversion to diffusers' names folds alpha into the weights and keeps kohya's header."""
+    a, b = torch.randn(4, 32), torch.randn(32, 4)
+    other = keys.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+    file = tmp_path / "style.safetensors"
+    save_file({f"{keys}.weight": a, f"{other}.weight": b}, file, header)
+    lora = read_lora(file, model)
+    same(lora, {LAYERS[0]: factor * b @ a})
+    assert len(lora.notes) == 1 and note in lora.notes[0]
+
+
+def test_alpha_of_each_layer_comes_before_the_headers(model, tmp_path):
+    file = tmp_path / "style.safetensors"
+    tensors = {"lora_down.weight": A, "lora_up.weight": B, "alpha": torch.tensor(6.0)}
+    save_file({f"{Q}.{name}": t for name, t in tensors.items()}, file, {"lora_alpha": "8"})
+    lora = read_lora(file, model)
+    same(lora, {LAYERS[0]: 1.5 * B @ A})
+    assert lora.notes == ["alpha / rank is 1.5, from its alpha tensors"]
+    with pytest.raises(UserError, match="style.safetensors: its header: lora_alpha is 'x', expected a positive number"):
+        save_file({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, file, {"lora_alpha": "x"})
+        read_lora(file, model)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_factors_in_float8_with_scales(model, tmp_path, rows):
+    a, scale = torch.randn(4, 32).to(torch.float8_e4m3fn), torch.rand(rows) + 0.5
+    b = torch.randn(32, 4)
+    tensors = {f"{Q}.lora_A.weight": a, f"{Q}.lora_A.scale_weight": scale, f"{Q}.lora_B.weight": b}
+    file = tmp_path / "style.safetensors"
+    save_file({**tensors, "scaled_fp8": torch.zeros(0)}, file)
+    same(read_lora(file, model), {LAYERS[0]: b @ (a.float() * scale[:, None])})
+    save_file({**tensors, f"{Q}.lora_A.scale_weight": torch.ones(3)}, file)
+    with pytest.raises(
+        UserError, match=r"scale_weight of layer blocks.0.self_attn.q has 3 values and a factor \(4, 32\)"
+    ):
+        read_lora(file, model)
+
+
+def test_layers_that_change_nothing_are_named(model, tmp_path):
+    file = tmp_path / "style.safetensors"
+    k = Q.replace("attn.q", "attn.k")
+    tensors = {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": 0 * B, f"{k}.lora_A.weight": A, f"{k}.lora_B.weight": B}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    lora = read_lora(file, model)
+    assert list(lora.pairs) == ["blocks.0.attn1.to_k"]
+    assert lora.notes[1] == "1 of 2 layers change nothing, such as blocks.0.self_attn.q: their B is zero"
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_changed_the_base_weights_are_refused(base, model, tmp_path, init):
+    """As PEFT makes and saves them: their file alone is not the change that was trained. Converted, it is one."""
+    peft_model = get_peft_model(load_transformer(base), LoraConfig(target_modules=LAYERS, r=4, init_lora_weights=init))
+    before = {name: load_transformer(base).get_submodule(name).weight for name in LAYERS}
+    peft_model.peft_config["default"].init_lora_weights = True
+    peft_model.save_pretrained(str(tmp_path / "start"))
+    peft_model.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    peft_model.save_pretrained(str(tmp_path / "as_it_is"))
+    with pytest.raises(UserError, match=f"was started with init_lora_weights='{init}' .*path_initial_model_for_weight"):
+        read_lora(tmp_path / "as_it_is", model)
+    trained_weights = {
+        name: peft_model.base_model.model.get_submodule(name).get_delta_weight("default")
+        + peft_model.base_model.model.get_submodule(name).base_layer.weight
+        for name in LAYERS
+    }
+    peft_model.save_pretrained(str(tmp_path / "lora"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    same(read_lora(tmp_path / "lora", model), {name: trained_weights[name] - before[name] for name in LAYERS})
 
 
 @pytest.mark.parametrize("shorthand", [False, True])
@@ -168,10 +290,6 @@ def test_the_released_scripts_factor_is_the_files(model, tmp_path, r, factor):
     same(read_lora(tmp_path, model), {LAYERS[0]: factor * b @ a})
 
 
-A, B = torch.ones(4, 32), torch.ones(32, 4)
-Q = "diffusion_model.blocks.0.self_attn.q"
-
-
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -191,7 +309,21 @@ Q = "diffusion_model.blocks.0.self_attn.q"
             {"patch_embedding.lora_down.weight": A, "patch_embedding.lora_up.weight": B},
             r"patch_embedding has factors \(32, 4\) and \(4, 32\), expected them for a \(32, 4, 1, 2, 2\) convolution",
         ),
-        ({f"{Q}.dora_scale": A}, "dora_scale fits no layer of WanTransformer3DModel"),
+        (
+            {f"{Q}.dora_scale": A},
+            r"style.safetensors is a DoRA \(diffusion_model.*dora_scale\), expected a LoRA",
+        ),
+        ({f"{Q}.lora_magnitude_vector.default.weight": A[0]}, "is a DoRA"),
+        ({f"{Q}.hada_w1_a": A}, "is a LoHa"),
+        ({f"{Q}.lokr_w2": A}, "is a LoKr"),
+        ({f"{Q}.oft_blocks": A}, "is a OFT"),
+        ({f"{Q}.lora_mid.weight": A}, "is a Tucker LoRA"),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.alpha": torch.tensor(0.0)},
+            "alpha of layer blocks.0.self_attn.q is 0, which would switch it off",
+        ),
+        ({f"{Q}.lora_A.weight": A * torch.nan, f"{Q}.lora_B.weight": B}, "lora_A.weight holds NaN or infinite numbers"),
+        ({f"{Q}.diff": torch.full((32, 32), torch.inf)}, "diff holds NaN or infinite numbers"),
         ({"lora_te_text_model_encoder_q.lora_down.weight": A}, "fits no layer"),
         ({"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": A}, "fits no layer"),
         (
@@ -245,6 +377,8 @@ def test_nothing_is_passed_over(model, tmp_path, tensors, message):
             "lora_config.json: lora_params: lora_rank is None",
         ),
         ("pytorch_lora_weights", {"lora_params": None}, "lora_config.json: lora_params: lora_rank is None"),
+        ("adapter_model", {"peft_type": "LOHA"}, r"is a LOHA, expected a LoRA \(.*adapter_config.json says so\)"),
+        ("adapter_model", {"use_dora": True}, r"is a DoRA, expected a LoRA \(.*adapter_config.json says so\)"),
         (
             "pytorch_lora_weights",
             {"lora_params": {"lora_rank": 0, "lora_alpha": 4}},

@@ -16,7 +16,7 @@ from train.export.merge import merge
 from train.export.reading import Lora
 from train.export.run import _fold
 from train.sample.__main__ import main
-from train.sample.settings import parse_settings
+from train.sample.settings import jobs, parse_settings, slots
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,21 @@ def test_loras_are_added_with_their_strengths(wan, tmp_path):
     clip = latent(wan, pattern="dense", lora=f"{mine}:0.5", add=f"{style}:-0.7")
     close(clip.latent, expected)
     assert (expected - stock(wan)).abs().max() > 1e-2
+
+
+def test_files_with_commas_in_their_names(wan, tmp_path, capsys):
+    (tmp_path / "a, b").mkdir()
+    mine = save_lora(wan, tmp_path / "a, b" / "mine.safetensors", header=HEADER)
+    style = save_lora(wan, tmp_path / "style,2.safetensors", header={}, seed=2, format_name="kohya")
+    prompts = tmp_path / "my,prompts.txt"
+    prompts.write_text("a ball, red\n")
+    given = words(wan, lora=f"{mine}:0.5", add=f"{style}:-0.7,{style}", prompt=None, prompts=prompts)
+    settings, model = parse_settings(given)
+    (slot,) = slots(settings, model)
+    assert slot.files() == [(mine, 0.5), (style, -0.7), (style, 1.0)]
+    assert jobs(settings)[0].prompt == "a ball, red"
+    said = generator(wan, lora=f"{mine}:0.5", add=style).loaded
+    assert f"{style}: alpha / rank is 1, from its alpha tensors" in said
 
 
 @pytest.mark.parametrize("offload", ["model", "block"])

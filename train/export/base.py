@@ -30,8 +30,13 @@ def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
 
 
 def public_name(config: ModelConfig) -> str:
-    """The base model's name without the path of this machine: adapters are made to be passed on."""
-    assert config.path is not None, "a LoRA has a base model"
+    """The base model's name without the path of this machine: adapters are made to be passed on.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.path is None:
+        raise UserError("model.path is not set, a LoRA belongs to a base model: set it")
     return config.path.removeprefix("hub:") if ":" in config.path else Path(config.path).name
 
 

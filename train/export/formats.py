@@ -1,9 +1,11 @@
 """A LoRA as the files that other tools load.
 
     diffusers   <pipeline>.load_lora_weights(folder)
-    comfyui     ComfyUI's LoRA loaders; names of the original checkpoint, or ComfyUI's where it takes no others
+    comfyui     ComfyUI's LoRA loaders, WanVideoWrapper, LightX2V, DiffSynth, FastVideo, SGLang; names of the original
+                checkpoint after `diffusion_model.`, or ComfyUI's where it takes no others
     kohya       kohya's trainers and what reads their files; names of the original checkpoint with underscores (ComfyUI
-                reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers)
+                reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers; musubi-tuner reads
+                layers of blocks alone)
     peft        PeftModel.from_pretrained(transformer, folder)
     released    the folder that the released HunyuanVideo inference script takes
 
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 
 from train.errors import UserError
 from train.export.names import TABLES, OriginalLayer, comfyui_names, original_layers
-from train.export.reading import Pairs, weighted_layers
+from train.export.reading import Pairs
+from train.export.targets import weighted_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
@@ -55,7 +58,11 @@ class Adapter:
         return type(self.model).__name__
 
     def fused(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The LoRA of each layer of the original checkpoint: A (sum of ranks, in), B (all rows, sum of ranks)."""
+        """The LoRA of each layer of the original checkpoint: A (sum of ranks, in), B (all rows, sum of ranks).
+
+        Raises:
+            UserError: a layer that the tables of `train.export.names` lack.
+        """
         layers = weighted_layers(self.model)
         found = {}
         left = set(self.pairs)
@@ -63,7 +70,8 @@ class Adapter:
             if not left.isdisjoint(layer.parts):
                 found[layer.name] = _fuse(layer, self.pairs, [len(layers[part].weight) for part in layer.parts])
                 left -= set(layer.parts)
-        assert not left, f"{min(left)} has no name in the original checkpoint"
+        if left:
+            raise UserError(f"layer {min(left)} has no name in the original checkpoint: give format=diffusers,peft")
         return found
 
 
@@ -101,10 +109,16 @@ def _diffusers(adapter: Adapter, folder: Path) -> None:
 
 
 def _comfyui(adapter: Adapter, folder: Path) -> None:
-    # the one prefix that ComfyUI has always read for HunyuanVideo; for the others it is its own name of the model
-    prefix = "transformer." if adapter.model_class == "HunyuanVideoTransformer3DModel" else "diffusion_model."
-    named = {comfyui_names(adapter.model_class, name)[-1]: pair for name, pair in adapter.fused().items()}
-    _save(named_tensors(named, prefix), folder / f"{adapter.name}.safetensors", adapter)
+    fused = adapter.fused()
+    rank = max(len(down) for down, _ in fused.values())
+    named = {comfyui_names(adapter.model_class, name)[-1]: _filled_up(pair, rank) for name, pair in fused.items()}
+    _save(named_tensors(named, "diffusion_model."), folder / f"{adapter.name}.safetensors", adapter)
+
+
+def _filled_up(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with ``rank`` ranks: diffusers before 0.40 scales a layer by its rank over the others'."""
+    more = rank - len(pair[0])
+    return nn.functional.pad(pair[0], (0, 0, 0, more)), nn.functional.pad(pair[1], (0, more))
 
 
 def _kohya(adapter: Adapter, folder: Path) -> None:

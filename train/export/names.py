@@ -170,8 +170,13 @@ PARAMETERS: dict[str, list[tuple[str, str]]] = {
         ("head.modulation", "scale_shift_table"),
     ]
 }
+MUSUBI_BLOCKS: dict[str, tuple[str, ...]] = {
+    "WanTransformer3DModel": ("blocks.",),
+    "HunyuanVideoTransformer3DModel": ("double_blocks.", "single_blocks."),
+}
+"""What the names of the layers start with that musubi-tuner reads of a LoRA; Mochi it does not know."""
 # ComfyUI has names of its own for HunyuanVideo's layers. Those of the blocks it also takes as the original has them,
-# after `transformer.` and `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
+# after `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
 _COMFYUI_EMBEDDERS = {
     "mlp.0": "in_layer",
     "mlp.2": "out_layer",
@@ -245,7 +250,7 @@ def comfyui_names(model_class: str, name: str) -> tuple[str, ...]:
 
     Returns:
         Its own name, which is also the one that ``lora_unet_`` goes before with underscores; then the name of the
-        original checkpoint where it takes that too, after ``transformer.`` and ``diffusion_model.`` alone.
+        original checkpoint where it takes that too, after ``diffusion_model.`` alone.
     """
     if model_class == "HunyuanVideoTransformer3DModel":
         for theirs, own in _COMFYUI_EMBEDDERS.items():

@@ -40,6 +40,10 @@ from train.models import load_adapter
 from train.sample.loras import check_file
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
+_FP8 = (
+    "trained beside float8 layers (radial.fp8 in the headers): in bfloat16 the base model gives other numbers than in "
+    "training. Look at a clip; if it disappoints, train on with resume=RUN trainer.fp8=false override=true"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -104,13 +108,16 @@ def export_run(
                     part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name
                 )
                 said += [str(Path(kind) / line) for line in lines]
+                if config.trainer.fp8:
+                    said.append(str(Path(kind) / _FP8))
                 if merged:
                     model = stand_in(base)
-                    others = add_2 if kind == _LOW else add
-                    loras = [(Lora(pairs), strength), *((read_lora(path, model), factor) for path, factor in others)]
+                    others = [(p, read_lora(p, model), factor) for p, factor in (add_2 if kind == _LOW else add)]
+                    loras = [(Lora(pairs), strength), *((lora, factor) for _, lora, factor in others)]
                     whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
                     place = temporary / ("" if whole else kind) / "merged"
                     said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None, header=header))
+                    said += [f"merged  with {path}: {note}" for path, lora, _ in others for note in lora.notes]
     return [f"{out}/{line}" for line in said]
 
 
@@ -226,6 +233,7 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
         "expert": config.model.expert,
         "rank": config.lora.rank,
         "shift": config.shift(),
+        "fp8": config.trainer.fp8,
         "step": step,
         "version": __version__,
     }

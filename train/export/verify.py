@@ -9,7 +9,7 @@ that takes no memory.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import diffusers
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.formats import WEIGHTS, Adapter
-from train.export.names import comfyui_names
-from train.export.reading import Pairs, read_lora, trim, weighted_layers
+from train.export.names import MUSUBI_BLOCKS, comfyui_names
+from train.export.reading import Pairs, read_lora, trim
+from train.export.targets import weighted_layers
 from train.models import adapter_of
 
 _HUNYUAN_WIDTH = 3072  # diffusers splits HunyuanVideo's fused layers at this very width
@@ -105,32 +106,38 @@ def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
         if key not in known:
             passed_over.append(name)
         ends = ("lora_down", "lora_up") if key.startswith("lora_unet_") else ("lora_A", "lora_B")
-        for end, expected in zip(ends, (down, up), strict=True):
-            found = tensors.pop(f"{key}.{end}.weight", None)
-            if found is None or not torch.equal(found, expected):
-                raise UserError(f"{file}: {key}.{end}.weight is not what was exported, it will not work elsewhere")
+        a, b = (tensors.pop(f"{key}.{end}.weight", None) for end in ends)
+        if a is None or b is None or not _same(trim((a, b)), trim((down, up))):
+            raise UserError(
+                f"{file}: {key}.{ends[0]} and {ends[1]} are not what was exported, it will not work elsewhere"
+            )
         alpha = tensors.pop(f"{key}.alpha", None)
-        if alpha is not None and alpha.item() != len(down):
-            raise UserError(f"{file}: {key}.alpha is {alpha.item()}, expected {len(down)}")
+        if alpha is not None and alpha.item() != len(a):
+            raise UserError(f"{file}: {key}.alpha is {alpha.item()}, expected {len(a)}")
     if tensors:
         raise UserError(f"{file}: {min(tensors)} has no layer in the original checkpoint")
-    said = f"names and shapes of the original checkpoint: {2 * len(layers)} tensors"
-    if not passed_over:
-        return said
-    return (
-        f"{said}; ComfyUI passes over {len(passed_over)} of {len(layers)} layers such as {passed_over[0]}: "
-        "give it format=comfyui"
-    )
+    said = [f"names and shapes of the original checkpoint: {2 * len(layers)} tensors"]
+    if passed_over:
+        said.append(f"ComfyUI passes over {_such(passed_over, layers)}: give it format=comfyui")
+    if key.startswith("lora_unet_") and adapter.model_class in MUSUBI_BLOCKS:
+        outside = [name for name in layers if not name.startswith(MUSUBI_BLOCKS[adapter.model_class])]
+        if outside:
+            said.append(f"musubi-tuner passes over {_such(outside, layers)}: it reads layers of blocks alone")
+    return "; ".join(said)
+
+
+def _such(names: list[str], layers: Collection[str]) -> str:
+    return f"{len(names)} of {len(layers)} layers such as {names[0]}"
+
+
+def _same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, expected, strict=True))
 
 
 def _comfyui_keys(model_class: str, name: str) -> list[str]:
     """What ComfyUI looks for before ``.lora_A`` and the like."""
     own, *others = comfyui_names(model_class, name)
-    keys = [f"diffusion_model.{own}", f"lora_unet_{own.replace('.', '_')}"]
-    if model_class == "HunyuanVideoTransformer3DModel":
-        last = (own, *others)[-1]
-        keys += [f"transformer.{last}", f"diffusion_model.{last}"]
-    return keys
+    return [*(f"diffusion_model.{known}" for known in (own, *others)), f"lora_unet_{own.replace('.', '_')}"]
 
 
 # The format's own loader first; a second one may also read the file.
@@ -151,14 +158,22 @@ def empty_pipeline(pipeline_class: Any, transformer: nn.Module) -> Any:
 
 
 def lora_layers(model: nn.Module, adapter_name: str | None = None) -> Pairs:
-    """The LoRA that a library has put into a model: of that name, or the only one."""
+    """The LoRA that a library has put into a model: of that name, or the only one.
+
+    Raises:
+        UserError: with another strength than 1.
+    """
     pairs: Pairs = {}
     for name, module in model.named_modules():
         lora: Any = module
         for adapter in getattr(module, "lora_A", {}):
             if adapter_name not in (None, adapter):
                 continue
-            assert lora.scaling[adapter] == 1.0, f"{name} is scaled by {lora.scaling[adapter]}"
+            if lora.scaling[adapter] != 1.0:
+                raise UserError(
+                    f"diffusers {diffusers.__version__} scales layer {name} by {lora.scaling[adapter]:g}, expected 1: "
+                    "install the version that pyproject.toml asks for"
+                )
             pair = lora.lora_A[adapter].weight.detach(), lora.lora_B[adapter].weight.detach()
             if not any(half.is_meta for half in pair):  # else it was attached and never filled
                 pairs[name] = pair
@@ -168,18 +183,25 @@ def lora_layers(model: nn.Module, adapter_name: str | None = None) -> Pairs:
 def compare_pairs(found: Pairs, expected: Pairs, loader: str, file: Path) -> int:
     """The number of equal tensors.
 
-    Fused layers arrive with the ranks of their neighbours, whose columns of B are zero: those are left out.
+    Ranks whose column of B is zero change nothing and are left out, and so are layers that have no others: fused layers
+    arrive with the ranks of their neighbours, and a layer that never had a gradient is still as it started.
+
+    Raises:
+        UserError: a layer is missing, extra or different.
     """
-    loaded = {name: trim(pair) for name, pair in found.items()}
-    loaded = {name: pair for name, pair in loaded.items() if len(pair[0]) or name in expected}
-    for name in sorted(loaded.keys() | expected.keys()):
-        if name not in loaded or name not in expected:
-            where = "missing" if name in expected else "extra"
+    loaded, wanted = _used(found), _used(expected)
+    for name in sorted(loaded.keys() | wanted.keys()):
+        if name not in loaded or name not in wanted:
+            where = "missing" if name in wanted else "extra"
             raise UserError(f"{file}: layer {name} is {where} after {loader} has loaded it")
-        wanted = trim(expected[name])
-        if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(loaded[name], wanted, strict=True)):
+        if not _same(loaded[name], wanted[name]):
             raise UserError(f"{file}: layer {name} has other values after {loader} has loaded it")
-    return 2 * len(expected)
+    return 2 * len(wanted)
+
+
+def _used(pairs: Pairs) -> Pairs:
+    trimmed = {name: trim(pair) for name, pair in pairs.items()}
+    return {name: pair for name, pair in trimmed.items() if len(pair[0])}
 
 
 @contextmanager

@@ -154,18 +154,19 @@ class ModelAdapter(PipelineTraits, ABC):
     def self_attention(self, block: nn.Module) -> Any:
         """A block's self-attention: the module that calls its ``processor``."""
 
-    @classmethod
-    def targets(cls, *, text: bool) -> str:
+    def targets(self, *, text: bool) -> str:
         """Regex of the modules that carry the LoRA; ``text`` adds those of the text's tokens.
+
+        A family whose regex matches a layer that never gets a gradient leaves it out here.
 
         Raises:
             UserError: the family has none of those.
         """
         if not text:
-            return cls.lora_targets
-        if cls.text_lora_targets is None:
-            raise UserError(f"lora.text is true, but the text has no attention of its own in family {cls.family}")
-        return f"{cls.lora_targets}|{cls.text_lora_targets}"
+            return self.lora_targets
+        if self.text_lora_targets is None:
+            raise UserError(f"lora.text is true, but the text has no attention of its own in family {self.family}")
+        return f"{self.lora_targets}|{self.text_lora_targets}"
 
     @abstractmethod
     def feed_forwards(self) -> list[nn.Module]:

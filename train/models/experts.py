@@ -51,7 +51,7 @@ class TwoExperts(ModelAdapter):
     def transformers(self) -> list[Any]:
         return [expert.transformer for expert in self.experts]
 
-    def targets(self, *, text: bool) -> str:  # type: ignore[override]  # of this family, not of the class
+    def targets(self, *, text: bool) -> str:
         return rf"transformer(_2)?\.({self.experts[0].targets(text=text)})"
 
     def blocks(self) -> list[nn.Module]:

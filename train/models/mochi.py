@@ -59,6 +59,10 @@ class MochiAdapter(ModelAdapter):
         super().__init__(transformer, text_tokens)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs, tables))
 
+    def targets(self, *, text: bool) -> str:
+        last = self.transformer.config.num_layers - 1  # what its text asks for goes nowhere: it has no text output
+        return rf"(?!transformer_blocks\.{last}\.attn1\.add_q_proj$)({super().targets(text=text)})"
+
     @classmethod
     def noise_level(cls, timestep: Tensor) -> float:
         return 1 - super().noise_level(timestep)  # its time runs from noise to data

@@ -92,15 +92,18 @@ def check_file(path: Path, model: ModelConfig, key: str, expert: str | None) -> 
 
 def notes(slots: Sequence[Slot], model: ModelConfig) -> list[str]:
     """A line for each file whose base model has another name than the one in use: a copy, or another model."""
+    return [f"warning: {path} {note}" for slot in slots for path, _ in slot.files() for note in base_notes(path, model)]
+
+
+def base_notes(path: Path, model: ModelConfig) -> list[str]:
+    """What to know of a file whose header names another base model than the one in use."""
     from train.export.base import public_name  # takes seconds to import
 
-    said, mine = [], public_name(model)
-    for slot in slots:
-        for path, _ in slot.files():
-            base = _read(path).get("base_model")
-            if base is not None and base.split("/")[-1].lower() != mine.split("/")[-1].lower():
-                said.append(f"warning: {path} was trained on {base}, model.path is {mine}: are they the same model?")
-    return said
+    base = _read(path).get("base_model")
+    mine = public_name(model) if base is not None and model.path is not None else base
+    if base is None or mine is None or base.split("/")[-1].lower() == mine.split("/")[-1].lower():
+        return []
+    return [f"was trained on {base}, model.path is {mine}: are they the same model?"]
 
 
 def told(slots: Sequence[Slot], names: Sequence[str], model: ModelConfig) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def transformers_of(pipeline: Any) -> list[Any]:
 
 
 def load_loras(transformer: Any, files: Sequence[tuple[Path, float]]) -> list[str]:
-    """Adds LoRAs with their strengths to a transformer, and returns what was loaded, in words.
+    """Adds LoRAs with their strengths to a transformer, and returns what was loaded, and by which factor, in words.
 
     Raises:
         UserError: a file that does not fit the model whole, or that did not arrive whole.
@@ -211,6 +211,7 @@ def load_loras(transformer: Any, files: Sequence[tuple[Path, float]]) -> list[st
             said.append(f"{file}: {count} tensors at strength {strength:g}")
         if lora.differences:
             said.append(f"{file}: {len(lora.differences)} whole changes at strength {strength:g}")
+        said += [f"{file}: {note}" for note in lora.notes]
     if strengths:
         transformer.set_adapters(list(strengths), list(strengths.values()))
     return said

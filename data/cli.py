@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from data.console import drop_what_cannot_be_written
 from data.errors import DataError
 
 T = TypeVar("T")
@@ -103,12 +104,15 @@ def usage(schema: type, synopsis: str, about: str, examples: Sequence[str]) -> s
 def run(command: Callable[[list[str]], int], prog: str, help_text: str, words: list[str] | None = None) -> None:
     """Run a command line: prints `help_text` for --help, turns mistakes into one line and exit code 2.
 
+    Output that nobody takes any more ends nothing (`data.console`).
+
     Args:
         command: gets the words, returns the exit code.
         prog: the command's name, the start of an error's line.
         help_text: what --help prints.
         words: instead of the process's own.
     """
+    drop_what_cannot_be_written()
     words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help") for word in words):
         print(help_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +47,13 @@ def _goes_on(folder: Path, job: str | None) -> bool:
     return slurm_state(job) != "" if job else standing(folder)[0] in ("new", "starting", "running")
 
 
+def _has_reader(descriptor: int = 1) -> bool:
+    """Whether what is printed goes anywhere: the terminal is open, and what reads the pipe, such as ``head``, runs."""
+    output = select.poll()
+    output.register(descriptor, 0)
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+
+
 def log_file(folder: Path, job: str | None) -> Path:
     """Where the run's output is."""
     return folder / (f"slurm-{job}.out" if job else "log.txt")
@@ -59,6 +67,8 @@ def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
         ends, asked = goes_on is None, time.monotonic()
         while goes_on is not None:
             text = stream.read()
+            if not _has_reader():
+                return
             sys.stdout.write(text)
             sys.stdout.flush()
             if text:

@@ -2,6 +2,7 @@
 
     SIGINT                  stop: checkpoint and exit; a second one exits at once
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
+    SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
 Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last, and
 at every forward pass of what takes long beside the steps: a validation, the prompts' clips. These are then left.
@@ -15,7 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from train.folder import set_state
 STOP, REQUEUE = 1, 2
 WORDS = {STOP: "stopped", REQUEUE: "requeue"}
 """The run's state after each request (`train.folder.set_state`)."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODES = {STOP: 130, REQUEUE: 75}
 """Of rank 0: as after Ctrl-C, and EX_TEMPFAIL."""
 
@@ -46,17 +47,18 @@ class StopSignals(Callback):
         self.folder, self.rank, self.control = folder, rank, control
         self.asked = self.agreed = 0
         self._step = -1
+        self._taken = tuple(n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the signals over, and gives them back."""
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in self._taken}
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         number_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._hear, args=(ear,), name="signals", daemon=True)
         thread.start()
-        _take_over()
+        self._take_over()
         try:
             yield
         finally:
@@ -71,7 +73,7 @@ class StopSignals(Callback):
     def _hear(self, ear: socket.socket) -> None:
         while numbers := ear.recv(64):
             for number in numbers:
-                if number in _SIGNALS:
+                if number in self._taken:
                     self._heard(number)
 
     def _heard(self, number: int) -> None:
@@ -79,7 +81,8 @@ class StopSignals(Callback):
             self._exit_now()
         if self.asked == 0 and self.rank == 0:
             again = "; again: at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
+            with suppress(OSError):  # the terminal may be what is gone
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
         # who asks to stop does not want it started again
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
 
@@ -89,7 +92,7 @@ class StopSignals(Callback):
         end_now(EXIT_CODES[STOP])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        _take_over()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
+        self._take_over()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
         self._step = trainer.global_step
         self.control.open(trainer)
 
@@ -107,8 +110,7 @@ class StopSignals(Callback):
             trainer.should_stop = True
         return self.agreed != 0
 
-
-def _take_over() -> None:
-    """Keeps the signals from doing what they do to a process by themselves; `StopSignals` is told of them."""
-    for number in _SIGNALS:
-        signal.signal(number, lambda *_: None)
+    def _take_over(self) -> None:
+        """Keeps the signals from doing what they do to a process by themselves; the thread is told of them."""
+        for number in self._taken:
+            signal.signal(number, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment, but never in the middle of a write: what is whole is kept."""
+"""Ctrl-C, SIGTERM and SIGHUP at any moment, but never in the middle of a write: what is whole is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 class Stopping:
     """While it is entered, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, inside `held` only at its end.
 
+    SIGHUP, which comes when the terminal closes, does as SIGTERM, but under nohup and its like, which ignore it.
     Outside the main thread, where Python gives no signals, it changes nothing.
     """
 
@@ -22,7 +23,10 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._stop) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -102,6 +102,7 @@ class Interrupted:
 
 @pytest.mark.parametrize(("number", "raised", "writing"), [
     (signal.SIGINT, KeyboardInterrupt, False), (signal.SIGTERM, SystemExit, False), (signal.SIGTERM, SystemExit, True),
+    (signal.SIGHUP, SystemExit, False),
 ])  # fmt: skip
 def test_a_stopped_run_keeps_what_it_encoded(
     tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: Any, writing: bool

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from tiny import run_config, words
 
 from launch import cancel, doctor, local, logs, status
+from launch.logs import _has_reader
 from launch.slurm import Job, main, seconds_of
 from launch.start import record, run_argument
 from train.build import training_shards
@@ -281,6 +283,26 @@ def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, c
     set_state(folder, "done")
     logs.main([str(folder), "follow=true"])
     assert capsys.readouterr().out == "first\n"
+
+
+@pytest.mark.parametrize("kind", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_following_a_log_ends_when_nobody_reads_it(folder, monkeypatch, kind):
+    (folder / "log.txt").write_text("first\n", encoding="utf-8")
+    set_state(folder, "running")
+    reader, writer = kind()
+    asked = []
+
+    def has_reader():
+        asked.append(_has_reader(writer))
+        if len(asked) == 1:
+            os.close(reader)
+        return asked[-1]
+
+    monkeypatch.setattr(logs, "_has_reader", has_reader)
+    with held(folder):
+        logs.main([str(folder), "follow=true"])
+    os.close(writer)
+    assert asked == [True, False]
 
 
 def test_a_job_that_waits_is_not_submitted_again(folder, tmp_path, monkeypatch):

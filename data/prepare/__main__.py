@@ -10,7 +10,7 @@ from data import cli
 from data.cli import setting
 from data.encoders import FAMILIES, encoder_class
 from data.errors import DataError
-from data.prepare.video import Size
+from data.prepare.scaling import Size
 
 if TYPE_CHECKING:
     from data.encoders.base import Encoder

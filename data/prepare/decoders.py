@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.errors import DataError
-from data.prepare.video import Clip, Size, read_clips
+from data.prepare.scaling import Size
+from data.prepare.video import Clip, read_clips
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from data.prepare.video import Size
+from data.prepare.scaling import Size
+from data.prepare.video import DECODING
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Recipe:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""
         return {
             "made_by": "data.prepare",
+            "decoding": DECODING,
             "model": self.family,
             "fps": self.fps,
             "frames": self.frames,

@@ -115,6 +115,12 @@ def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any], listed: Candida
 
 
 def _check_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    before, now = there.get("decoding", 1), asked["decoding"]
+    if there.get("made_by") == asked["made_by"] and before != now:
+        raise DataError(
+            f"{out}: its videos were decoded by version {before}, this is version {now}, which gives other pixels: "
+            "choose another out= or delete it"
+        )
     other = [f"{name}={there.get(name)} (asked: {value})" for name, value in asked.items() if there.get(name) != value]
     if other:
         raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")

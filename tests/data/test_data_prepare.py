@@ -17,9 +17,10 @@ from data import cli
 from data.encoders.base import EncoderSettings
 from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
-from data.manifest import Manifest
+from data.manifest import FILE, Manifest
 from data.prepare import run
 from data.prepare.__main__ import PUBLISHED_TOP, USAGE, main
+from data.prepare.video import DECODING
 from data.stream import read_samples
 
 
@@ -42,6 +43,20 @@ def test_a_folder_of_videos_becomes_shards(tmp_path: Path, videos: Path, capsys:
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(DataError, match=r"was begun with frames=10 \(asked: 12\)"):
         main([f"source={videos}", f"out={out}", *FAST[:1], "frames=12", *FAST[2:]])
+
+
+def test_shards_of_an_earlier_decoding_are_not_gone_on_with(tmp_path: Path, videos: Path) -> None:
+    """Its colours differ, though weights, videos and arguments do not."""
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST, "clips=1"]
+    assert main(words) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.arguments["decoding"] == DECODING
+    path = manifest.folder / FILE
+    about = json.loads(path.read_text(encoding="utf-8"))
+    del about["arguments"]["decoding"]
+    path.write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"decoded by version 1, this is version {DECODING}, which gives other pixels"):
+        main(words)
 
 
 def test_selection_reaches_the_shards(tmp_path: Path, videos: Path) -> None:

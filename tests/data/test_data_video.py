@@ -11,11 +11,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from videos import number_of, numbered, turn_clockwise, write_sound, write_video
+from videos import number_of, numbered, write_sound, write_video
 
 from data.errors import DataError
-from data.prepare import video
-from data.prepare.video import Clip, nearest_size, probe, read_clips
+from data.prepare import frames, scaling
+from data.prepare.scaling import nearest_size
+from data.prepare.video import Clip, probe, read_clips
 
 
 def codecs() -> list[str]:
@@ -84,20 +85,6 @@ def test_clips_are_counted_and_skipped(tmp_path: Path) -> None:
     assert [(clip.index, clip.start, numbers(clip)[0]) for clip in rest] == [(1, 0.625, 10), (3, 1.875, 30)]
 
 
-@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_rotation_is_undone(tmp_path: Path, quarters: int) -> None:
-    corners = np.zeros((64, 96, 3), np.uint8)
-    corners[:32, :48], corners[:32, 48:], corners[32:, :48] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
-    path = write_video(tmp_path / "v.mp4", 12, picture=lambda i: corners)
-    turn_clockwise(path, quarters)
-    upright = np.rot90(corners, -quarters)
-    info = probe(path)
-    assert (info.height, info.width) == upright.shape[:2]
-    (clip,) = clips_of(path, size=(info.height, info.width))
-    assert np.abs(clip.frames[0].astype(int) - upright)[4:28, 4:28].max() < 40
-    assert np.abs(clip.frames[5].astype(int) - upright)[-28:-4, -28:-4].max() < 40
-
-
 def test_odd_sizes_and_buckets(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", 12, height=75, width=133, pixels="yuv444p")
     assert (probe(path).height, probe(path).width) == (75, 133)
@@ -133,34 +120,6 @@ def test_wide_pixels_are_made_square(tmp_path: Path) -> None:
     (clip,) = clips_of(path, 8, size=(64, 64))
     white = clip.frames[4].mean(axis=2) > 127
     assert abs(white.any(axis=1).sum() - 48) <= 2 and abs(white.any(axis=0).sum() - 48) <= 3, "a disc is round"
-
-
-@pytest.mark.parametrize(("height", "matrix", "tagged", "full"), [
-    (64, 1, True, False), (64, 1, True, True), (64, 5, True, False), (64, 5, True, True),
-    (720, 1, False, False), (718, 5, False, False),
-])  # fmt: skip
-def test_colours_survive_range_and_matrix(tmp_path: Path, height: int, matrix: int, tagged: bool, full: bool) -> None:
-    """Where a stream does not say, HD is taken as BT.709 and what is smaller as BT.601, as players do."""
-    colour = np.array([200, 30, 90])
-    path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream("libx264", rate=16)
-        stream.width, stream.height, stream.pix_fmt, stream.options = 64, height, "yuv444p", {"crf": "1"}
-        if tagged:
-            stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, matrix
-        image = np.broadcast_to(colour.astype(np.uint8), (height, 64, 3)).copy()
-        frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(
-            format="yuv444p", dst_colorspace=matrix, src_color_range=2, dst_color_range=1 + full
-        )
-        for i in range(8):
-            frame.pts = i
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    with av.open(str(path)) as file:
-        assert file.streams.video[0].codec_context.colorspace == (matrix if tagged else 2)
-    (clip,) = clips_of(path, 8, size=(32, 32))
-    # The wrong matrix or range is 9 or more off.
-    assert np.abs(clip.frames[4, 16, 16].astype(int) - colour).max() <= 4
 
 
 def refused(path: Path) -> str:
@@ -218,7 +177,7 @@ def test_a_tag_of_matroska_is_the_end_or_the_length(tags: dict[str, str], second
     """FFmpeg's and mkvmerge's."""
     metadata = {"DURATION": "00:00:05.000000000", **tags}
     stream = SimpleNamespace(duration=None, start_time=2000, time_base=Fraction(1, 1000), metadata=metadata)
-    assert video._seconds(stream) == seconds
+    assert frames.stream_seconds(stream) == seconds
 
 
 @pytest.mark.parametrize("sound", [False, True])
@@ -273,7 +232,7 @@ def test_a_frame_that_cannot_be_scaled_is_the_video_s_fault(tmp_path: Path, monk
         def reformat(self, *arguments: Any, **more: Any) -> Any:
             raise av.error.ArgumentError(22, "Invalid argument")
 
-    monkeypatch.setattr(video, "VideoReformatter", Refuses)
+    monkeypatch.setattr(scaling, "VideoReformatter", Refuses)
     with pytest.raises(DataError, match="a frame cannot be scaled: Invalid argument"):
         clips_of(write_video(tmp_path / "v.mp4", 12))
 

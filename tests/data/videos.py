@@ -94,12 +94,11 @@ def _silence(file: Any) -> list[Any]:
     return [*stream.encode(frame), *stream.encode()]
 
 
-def turn_clockwise(path: Path, quarters: int) -> None:
-    """Say in an mp4's track header that its pictures are shown turned clockwise, as phones do."""
-    matrix = {0: (1, 0, 0, 1), 1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}[quarters]
+def orient(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Say in an mp4's track header how its pictures are shown, as phones do: (x, y) at (a x + c y, b x + d y)."""
     content = bytearray(path.read_bytes())
     # After the box's name: version and flags, two times, track, reserved, duration, reserved x 2, layer, group, volume.
     start = content.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
     a, b, c, d = (value << 16 for value in matrix)
     content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(bytes(content))
+    path.write_bytes(content)

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data import cli
-from data.cli import setting
+from data.cli import Place, setting
 from data.errors import DataError
 from data.manifest import Manifest
 from data.order import BatchOrder
@@ -38,7 +38,7 @@ MOST_WAITING = 0.01
 class Arguments:
     """The keys of the command line."""
 
-    shards: str | None = setting(
+    shards: Place | None = setting(
         "folder or URL; null: shards of Wan-14B at 4x (41 MB a sample) are made and removed", None
     )
     samples: int = setting("how many to make when shards is null", 24)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import cli
-from data.cli import setting
+from data.cli import Place, setting
 from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
@@ -36,7 +36,7 @@ PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, hei
 class Arguments:
     """The keys of the command line."""
 
-    shards: str = setting("folder or URL of the shards, the bare word")
+    shards: Place = setting("folder or URL of the shards, the bare word")
     contact_sheet: bool = setting("decode a few clips and draw them into a PNG", False)
     png: Path = setting("where the contact sheet goes", Path("contact_sheet.png"))
     clips: int = setting("rows of the contact sheet: clips spread over the folder", 8)

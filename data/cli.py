@@ -14,13 +14,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NewType, TypeVar, get_args, get_type_hints
 
 from data.console import drop_what_cannot_be_written
 from data.errors import DataError
 
 T = TypeVar("T")
+Place = NewType("Place", str)
+"""A path or an address, or several with commas between them: a field's type where `Path` would spoil a URL."""
 _UNSET: Any = dataclasses.MISSING
+# where a path begins: with the text, or after a comma, a bracket or a quote of a list
+_HOME = re.compile(r"(^|[,\[]\s*['\"]?)(~[\w.-]*)(?=/|$)")
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
@@ -33,7 +37,7 @@ def parse(schema: type[T], words: Sequence[str], positional: str | None = None) 
     """The words as an instance of `schema`, a dataclass whose fields are made by `setting`.
 
     Args:
-        schema: fields are str, int, float, bool or Path, or one of these or None; `null` stands for None.
+        schema: fields are str, int, float, bool, Path or Place, or one of these or None; `null` stands for None.
         words: `key=value`, `--key` for a boolean, and one bare word when `positional` names a field.
         positional: the field that a bare word sets.
 
@@ -81,7 +85,9 @@ def _value(name: str, text: str, hint: Any, choices: Sequence[str]) -> Any:
             raise DataError(f"{name} is empty, expected a path; is a variable of the shell not set?")
         if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
             raise DataError(f"{name} is {text}, expected a path on this machine; copy it from or to there by hand")
-        return Path(text).expanduser()
+        return Path(expanded(text))
+    if kind is Place:
+        return expanded(text)
     try:
         value = kind(text)
         if kind is float and not math.isfinite(value):
@@ -89,6 +95,18 @@ def _value(name: str, text: str, hint: Any, choices: Sequence[str]) -> Any:
     except ValueError as error:
         raise DataError(f"{name} is {text!r}, expected {'a number' if kind is float else 'a whole number'}") from error
     return value
+
+
+def expanded(text: str) -> str:
+    """A path with ~ as the home folder, as a shell has it; or a list of paths; any other text is left as it is."""
+
+    def home(found: re.Match[str]) -> str:
+        try:
+            return found[1] + str(Path(found[2]).expanduser())
+        except RuntimeError:  # nobody has that name
+            return found[0]
+
+    return _HOME.sub(home, text)
 
 
 def usage(schema: type, synopsis: str, about: str, examples: Sequence[str]) -> str:

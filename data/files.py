@@ -38,7 +38,7 @@ def rename(source: Path, path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's content is on disk."""
+    """Wait until a file's content is on disk; or a folder's entries, where the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,25 +46,28 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> bool:
-    """Wait until a folder's entries are on disk; whether its file system can do that.
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on disk.
 
-    Some cannot, CIFS and some shared folders of virtual machines: that is told once, and work goes on. A file that was
-    renamed there is whole under its old name or its new one all the same, unless the machine itself loses its power.
+    Some file systems cannot do that, CIFS and some shared folders of virtual machines: it is told once, and work goes
+    on. What was renamed there is whole under its old name or its new one all the same, unless the power goes.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    if can_sync(folder):
+        return
+    device = folder.stat().st_dev
+    if device not in _told:
+        _told.add(device)
+        log.warning("%s: its file system syncs no folders; a power cut may lose what was last renamed", folder)
+
+
+def can_sync(folder: Path) -> bool:
+    """Whether a folder's entries reach the disk when they are asked to; those there are do."""
     try:
-        os.fsync(descriptor)
+        sync_file(folder)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-        device = os.fstat(descriptor).st_dev
-        if device not in _told:
-            _told.add(device)
-            log.warning("%s: this folder cannot be synced (%s); a power cut may lose the last files", folder, error)
-        return False
-    finally:
-        os.close(descriptor)
+        if error.errno in _NO_SYNC:
+            return False
+        raise
     return True
 
 

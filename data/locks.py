@@ -11,12 +11,14 @@ import enum
 import errno
 import fcntl
 import logging
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
 
 _NONE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 log = logging.getLogger(__name__)
+_told: set[Path] = set()  # folders of which it was said
 
 
 class Lock(enum.Enum):
@@ -54,13 +56,18 @@ def take(file: IO[Any], *, shared: bool = False, wait: bool = False, seconds: fl
             raise
 
 
-def try_locks(folder: Path) -> bool:
+def has_locks(folder: Path) -> bool:
     """Whether files in a folder can be locked.
 
     Raises:
         OSError: no file can be made there.
     """
-    import tempfile
-
     with tempfile.TemporaryFile(dir=folder) as file:
         return take(file) is not Lock.NONE
+
+
+def say_no_locks(folder: Path, unnoticed: str) -> None:
+    """Warn, once for each folder, that its file system has no locks, and of what goes unnoticed therefore."""
+    if folder not in _told:
+        _told.add(folder)
+        log.warning("%s: its file system has no locks: %s would go unnoticed", folder, unnoticed)

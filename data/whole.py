@@ -18,7 +18,7 @@ from typing import BinaryIO
 from data.errors import DataError
 from data.faults import is_too_many_files
 from data.files import commit, temporary
-from data.locks import Lock, take
+from data.locks import Lock, say_no_locks, take
 from data.patience import check_wanted, persistently, too_many_files
 from data.transport import stream
 
@@ -68,6 +68,8 @@ def fetch_into(cache: Path, url: str, sha256: str) -> Path | BinaryIO:
     with lock:
         with _written_to(cache):
             alone = take(lock, wait=True) is Lock.OURS
+        if not alone:
+            say_no_locks(cache, "that another process fetches the same shard")
         if path.exists():
             return path
         partial = temporary(path if alone else path.with_name(f"{path.name}.{secrets.token_hex(4)}"))

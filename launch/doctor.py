@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
 import shutil
@@ -17,7 +18,7 @@ from train.compose import compose_run, finish, read_config, split_arguments
 from train.config import RunConfig
 from train.environment import backends, driver, environment, gpus, nccl, read_speed
 from train.errors import UserError
-from train.folder import going_on, gpus_given
+from train.folder import going_on, gpus_given, lacks
 from train.preflight import preflight
 
 USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
@@ -56,7 +57,8 @@ def main(arguments: list[str]) -> None:
     if run is not None and settings:
         raise UserError(f"{min(settings)} is set beside run, expected one of the two")
     findings = [] if quick else [*machine(), *attention(config), slurm()]
-    findings += [disk(Path(run) if run else Path(config.runs if config else "."))]
+    folder = Path(run) if run else Path(config.runs if config else ".")
+    findings += [disk(folder), *file_system(folder)]
     if config is not None:
         findings += needs(config, quick, gpus_given(Path(run)) if run is not None else 0)
     for finding in findings:
@@ -117,7 +119,7 @@ def slurm() -> Finding:
 
 def disk(folder: Path) -> Finding:
     """Whether the runs' folder, or the nearest that exists above it, can be written, and how much is free there."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    there = _nearest(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=there):
             pass
@@ -131,6 +133,19 @@ def disk(folder: Path) -> Finding:
             "note", "disk", f"{there}: {free:.1f} GiB free", "make room: a checkpoint of a 14B LoRA is 3 GiB"
         )
     return Finding("ok", "disk", f"{there}: {free:,.0f} GiB free")
+
+
+def file_system(folder: Path) -> Iterator[Finding]:
+    """What the file system of the runs' folder cannot do; none where it cannot be written."""
+    there = _nearest(folder)
+    with contextlib.suppress(OSError):  # which is told of the disk
+        for lack in lacks(there):
+            yield Finding("note", "file system", f"{there}: {lack}", "set runs=<a folder on another file system>")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest that exists above it."""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
 
 
 def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:

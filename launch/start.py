@@ -104,4 +104,4 @@ def run_argument(arguments: list[str], *options: str) -> tuple[Path, dict[str, s
     runs = [*words, *([settings.pop("run")] if "run" in settings else [])]
     if len(runs) != 1:
         raise UserError(f"expected one run folder, found {len(runs)}: {' '.join(runs)}")
-    return Path(runs[0]), settings
+    return Path(runs[0]).expanduser(), settings

@@ -52,10 +52,20 @@ def standing(folder: Path) -> tuple[str, str]:
     who = holder(folder)
     if who is not None:
         job = f", SLURM job {who['job']}" if who["job"] else ""
-        return "running", f"process {who['pid']} on {who['host']}{job} since {who['since']}"
+        text = f"process {who['pid']} on {who['host']}{job} since {who['since']}"
+        return "running", text if who["certain"] else f"{text}, by its own word{_last_sign(folder)}"
     if word == "running":
         return "killed", f"{command('train resume=', folder)} goes on from the last checkpoint"
     return word, why
+
+
+def _last_sign(folder: Path) -> str:
+    """What else is known of a run on another machine where the file system has no locks."""
+    try:
+        age = (time.time() - (folder / METRICS).stat().st_mtime) / 60
+    except OSError:
+        return " (there are no file locks to tell)"
+    return f" (there are no file locks to tell), its last figures are {age:,.0f} minutes old"
 
 
 def _progress(folder: Path) -> str:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import rename, sync_file, sync_folder
 from train.errors import UserError
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -75,13 +76,12 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         save_file(tensors, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(tree, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync_file(file)
+        sync_folder(temporary)
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
+        rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -188,14 +188,6 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is no readable part of a checkpoint ({error})") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(item: Any, tensors: dict[str, Tensor], name: str) -> Any:

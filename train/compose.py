@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from data.cli import expanded
 from train.cli import flag
 from train.config import RunConfig, literal, structured
 from train.errors import UserError
@@ -26,6 +27,13 @@ from train.validate import validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEFAULT_RUN = "shapes_4x"
+
+
+PATHS = frozenset(("run", "resume", "out", "checkpoint", "add", "add_2", "container", "mounts"))
+"""Keys of commands that are paths."""
+RUN_PATHS = frozenset(("runs", "model.path", "lora.init", "data.shards", "data.cache", "validation.shards",
+                       "validation.images"))  # fmt: skip
+"""Keys of a run that are paths, or addresses."""
 
 
 def run_names() -> list[str]:
@@ -43,7 +51,7 @@ def group_options() -> dict[str, list[str]]:
 
 
 def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """``key=value`` words as a dict; the first ``=`` splits.
+    """``key=value`` words as a dict; the first ``=`` splits. In paths a ~ is the home folder.
 
     Raises:
         UserError: a word without ``=``, or a key given twice.
@@ -55,7 +63,7 @@ def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{word!r} is not a setting, expected key=value (see --help)")
         if key in settings:
             raise UserError(f"{key} is given twice")
-        settings[key] = value
+        settings[key] = expanded(value) if key in PATHS else value
     return settings
 
 
@@ -184,6 +192,7 @@ def _free(key: str) -> bool:
 
 def _assign(config: DictConfig, key: str, text: str) -> None:
     known = _leaves(RunConfig)
+    text = expanded(text) if key in RUN_PATHS else text
     parts = key.split(".")
     open_ended = any(".".join(parts[:n]) == "model.architecture" for n in range(1, len(parts)))
     if key not in known and not open_ended:

@@ -9,7 +9,6 @@ state           first line: starting (by a job), running, requeue, stopped, done
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -20,15 +19,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import psutil
 from omegaconf import OmegaConf
 
+from data.files import can_sync
+from data.locks import Lock, has_locks, say_no_locks, take
 from train.config import RunConfig, structured
 from train.errors import UserError
 from train.ranks import global_rank, slurm_tasks
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
+_SINCE = "%Y-%m-%d %H:%M:%S"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
 log = logging.getLogger(__name__)
 
@@ -138,16 +141,47 @@ def get_state(folder: Path) -> tuple[str, str]:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who runs in the folder now: ``host``, ``pid``, ``job`` (of SLURM, or None), ``since``. None when nobody does."""
+    """Who runs in the folder now. None when nobody does.
+
+    Returns:
+        ``host``, ``pid``, ``job`` (of SLURM, or None), ``since``, and ``certain``: false where the file system has no
+        locks and the process is another machine's, so that what the folder says of itself is all that is known.
+    """
     try:
         with (folder / LOCK).open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return dict(json.load(file))
-    except (OSError, ValueError):
-        pass
-    return None
+            lock = take(file, shared=True)
+            if lock is Lock.OURS:
+                return None
+            about = dict(json.load(file))
+            here = about["host"] == socket.gethostname()
+            if lock is Lock.HELD or (here and _is_alive(about)):
+                return {**about, "certain": True}
+            return {**about, "certain": False} if not here and get_state(folder)[0] == "running" else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _is_alive(about: dict[str, Any]) -> bool:
+    """Whether a process of this machine still is the one that wrote this."""
+    try:
+        began = psutil.Process(about["pid"]).create_time()
+    except psutil.Error:
+        return False
+    return began <= time.mktime(time.strptime(about["since"], _SINCE)) + 1
+
+
+def lacks(folder: Path) -> list[str]:
+    """What the file system of a folder cannot do, and what follows for runs in it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    found = []
+    if not has_locks(folder):
+        found.append("no file locks: a second run in a run's folder goes unnoticed")
+    if not can_sync(folder):
+        found.append("folders cannot be synced: a power cut may lose the last checkpoint")
+    return found
 
 
 def gpus_given(folder: Path) -> int:
@@ -158,19 +192,6 @@ def gpus_given(folder: Path) -> int:
     file = folder / LAUNCH
     noted = json.loads(file.read_text(encoding="utf-8")).get("gpus", 0) if file.is_file() else 0
     return max(int(words) if words.isdigit() else 0, int(noted))
-
-
-def _lock(file: IO[str]) -> None:
-    """Locks it; who only asks who holds it (`holder`) lets it go within a moment."""
-    end = time.monotonic() + 1
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
 
 
 @contextmanager
@@ -187,23 +208,28 @@ def held(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}): make it writable, or copy it elsewhere and resume the copy"
         ) from error
     with file:
-        try:
-            _lock(file)
-        except BlockingIOError:
-            other = holder(folder) or {"pid": "?", "host": "?", "job": None, "since": "?"}
+        lock = take(file, seconds=1)  # who only asks who holds it lets it go within a moment
+        other = None if lock is Lock.OURS else holder(folder)
+        if lock is Lock.HELD or (other is not None and other["certain"] and other["pid"] != os.getpid()):
+            other = other or {"pid": "?", "host": "?", "job": None, "since": "?"}
             job = f", SLURM job {other['job']}" if other["job"] else ""
             raise UserError(
                 f"{folder} is in use by process {other['pid']} on {other['host']}{job} since {other['since']}: "
                 f"wait for it, or end it with {command('launch cancel ', folder)}"
-            ) from None
-        except OSError as error:
-            print(f"warning: {folder} has no file locks ({error.strerror}): a second run in it would go unnoticed")
+            )
+        if lock is Lock.NONE:
+            say_no_locks(folder, "a second run in it")
         file.truncate(0)
         job_id = os.environ.get("SLURM_JOB_ID")
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        since = time.strftime(_SINCE)
         try:
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id, "since": since}, file)
             file.flush()
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}): make room there, and resume") from error
-        yield
+        try:
+            yield
+        finally:
+            if lock is Lock.NONE:  # then nothing else says that this process has ended its work here
+                with contextlib.suppress(OSError):
+                    file.truncate(0)

@@ -6,13 +6,13 @@ its record has its name: a tar without one is written anew. Any number of ranks 
 began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`.
 
 Ranks plan, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
-number of ranks is kept: a run with another number begins only when no rank writes any more.
+number of ranks is kept: a run with another number begins only when no rank writes any more. Where the file system has
+no locks, ranks may do the same at the same time: the same plan and the same manifest come of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from data.errors import DataError
 from data.files import write_bytes
+from data.locks import Lock, say_no_locks, take
 from data.manifest import FILE, ShardInfo
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Rejected
@@ -155,6 +156,8 @@ class Journal:
                 self._lock_of(path, f" of {before}" if before else "", f" with {world} ranks").close()
             write_bytes(kept, str(world).encode())
         file = self._lock_of(self._home / f"rank-{self._rank:03d}.lock", f" of {world}", "")
+        if take(file) is Lock.NONE:
+            say_no_locks(self._folder, "another data.prepare that writes into it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -220,23 +223,23 @@ def check_begun(folder: Path) -> None:
 
 
 def _locked(path: Path, wait: bool) -> TextIO | None:
-    """The file, made where it is missing and locked; None where another process has it and `wait` is false."""
+    """The file, made where it is missing and locked; None where another process has it and `wait` is false.
+
+    Where the file system has no locks it is only made.
+    """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
             continue  # the folder went in between
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Who had it before may have removed it, and others lock the next file of this name.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError:
+        if take(file, wait=wait) is Lock.HELD:
             file.close()
             return None
-        except FileNotFoundError:
-            pass
+        with contextlib.suppress(FileNotFoundError):
+            # Who had it before may have removed it, and others lock the next file of this name.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()
 
 

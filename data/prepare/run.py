@@ -218,13 +218,18 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder
     try:
         with journal.exclusively(recipe.out):
             journal.check_begun(recipe.out)
-            return _merge(recipe, rank, planned, encoder, encoder_id)
+            try:
+                return _merge(recipe, rank, planned, encoder, encoder_id)
+            except FileNotFoundError:
+                journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
+                raise
     except FinishedError:
         return 0  # another rank has merged
 
 
 def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
     shards, done, rejected = journal.read_records(recipe.out)
+    journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
     if len(done) < len(planned.rows):
         left = len(planned.rows) - len(done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.cli import parse, setting
+from data.cli import Place, parse, setting
 from data.encoders import encoder_class
 from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
@@ -41,10 +41,10 @@ class Settings:
     guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None)
     shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None)
     seed: int = setting("of the noise", 0)
-    lora: str | None = setting("the LoRA: file or folder, with :strength; an export's folder has both experts'", None)
-    lora_2: str | None = setting("that of the expert for low noise levels; none for none", None)
-    add: str | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
-    add_2: str | None = setting("the same for the expert for low noise levels", None)
+    lora: Place | None = setting("the LoRA: file or folder, with :strength; an export's folder has both experts'", None)
+    lora_2: Place | None = setting("that of the expert for low noise levels; none for none", None)
+    add: Place | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
+    add_2: Place | None = setting("the same for the expert for low noise levels", None)
     pattern: str | None = setting("attention: released, paper, dense (the LoRA's, else released)", None)
     rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else wan)", None)
     decay: float | None = setting("of released (the LoRA's, else 1)", None)
@@ -124,6 +124,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
                 raise UserError(f"{name} is for the second of two experts, the model has one transformer: leave it out")
     else:
         lora, lora_2 = loras.of_experts(settings.lora, settings.lora_2)
+        lora, lora_2 = (word if word is None else Place(word) for word in (lora, lora_2))
         settings = replace(settings, lora=lora, lora_2=lora_2)
     found = slots(settings, model)
     loras.check(found, model)

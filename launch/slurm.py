@@ -17,6 +17,7 @@ from train.cli import flag, whole_number
 from train.compose import read_config, split_arguments
 from train.errors import UserError
 from train.planning import GIB, Machine, gpu_named, this_machine
+from train.preflight import remote_shards
 
 USAGE = """python -m launch slurm conf=RUN nodes=N gpus=N [partition=P] [time=D-HH:MM:SS] [option=value ...]
 python -m launch slurm resume=<run folder> [option=value ...]      nodes and gpus are the run's if not given
@@ -165,7 +166,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{key} is {word!r}, expected no line break: a job's script cannot have one there")
     if words["mounts"] is not None and words["container"] is None:
         raise UserError(f"mounts is {words['mounts']}, it needs container=IMAGE")
-    folder, config = prepare(settings, nodes, tasks, elsewhere=True)
+    folder, config = prepare(settings, nodes, tasks, elsewhere=True, offline=dry)
     machine = Machine(gpu, gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
     show_plan(folder.path, config, machine)
     path = folder.path.resolve()
@@ -186,6 +187,8 @@ def main(arguments: list[str]) -> None:
     print(f"script     {script}")
     record(path, how="slurm", gpus=gpus)  # also of a job that is refused or submitted by hand
     if dry:
+        for key, url in remote_shards(config).items():
+            print(f"not asked  {key} {url}: the job looks at it before it starts")
         print(f"submit it  sbatch {shlex.quote(str(script))}")
         return
     number = submit(script)

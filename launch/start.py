@@ -36,7 +36,7 @@ def layout(settings: dict[str, str], key: str) -> int | None:
 
 
 def prepare(
-    settings: dict[str, str], nodes: int | None, devices: int | None, *, elsewhere: bool
+    settings: dict[str, str], nodes: int | None, devices: int | None, *, elsewhere: bool, offline: bool = False
 ) -> tuple[RunFolder, RunConfig]:
     """The folder of a new run, or with ``resume=<run folder>`` of one that goes on; and its config.
 
@@ -44,6 +44,7 @@ def prepare(
         settings: of the run, as ``python -m train`` takes them.
         nodes, devices: the layout; None leaves what the config has.
         elsewhere: the run is for other machines.
+        offline: nothing is asked over the network.
     """
     for key, number in (("trainer.nodes", nodes), ("trainer.devices", devices)):
         if number is not None:
@@ -52,12 +53,12 @@ def prepare(
         folder = Path(settings.pop("resume"))
         check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
-        preflight_resume(config, folder, elsewhere=elsewhere)
+        preflight_resume(config, folder, elsewhere=elsewhere, offline=offline)
         with held(folder):  # not under a run that reads it
             write_config(config, folder)
         return RunFolder(folder), config
     config = finish(compose_run(settings))
-    preflight(config, elsewhere=elsewhere)
+    preflight(config, elsewhere=elsewhere, offline=offline)
     return RunFolder.create(config), config
 
 

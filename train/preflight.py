@@ -26,11 +26,12 @@ from train.planning import GPUS, Budget, best, plan_table, remedies, this_machin
 _FULL = "out of memory"
 
 
-def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
+def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = False) -> None:
     """Stops a run that cannot work.
 
     Args:
         elsewhere: the run is for other machines, whose GPUs cannot be seen from here.
+        offline: nothing is asked over the network: `remote_shards` are not looked at.
 
     Raises:
         UserError: weights or shards are missing or do not suit the model, or settings do not fit together or this
@@ -58,14 +59,15 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
             "(what python -m data.prepare makes; README, 'Train Wan 4x on your videos')"
         )
-    if config.data.shards is not None:
+    unseen = remote_shards(config) if offline else {}
+    if config.data.shards is not None and "data.shards" not in unseen:
         shards = Manifest.load(config.data.shards)
         check_encoder(shards, *encoder_of(config))
         check_shapes(config, shards)
         if adapter is not None:
             _check_sample(adapter, shards)
     if config.validation.every:
-        _check_validation(config, adapter)
+        _check_validation(config, adapter, "validation.shards" not in unseen)
     if config.validation.samples_every:
         _check_prompts(config, adapter)
     if config.report.clips and config.model.expert in ("high", "low"):
@@ -78,7 +80,15 @@ def preflight(config: RunConfig, *, elsewhere: bool = False) -> None:
         check_memory(config)
 
 
-def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False) -> RunConfig:
+def remote_shards(config: RunConfig) -> dict[str, str]:
+    """The keys of shards that are read over the network or from a command, and what they are."""
+    named = {"data.shards": config.data.shards}
+    if config.validation.every:
+        named["validation.shards"] = config.validation.shards
+    return {key: url for key, url in named.items() if url is not None and scheme_of(url) != "file"}
+
+
+def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False, offline: bool = False) -> RunConfig:
     """Stops a run that cannot go on with ``config``, before anything of its folder is changed.
 
     Returns:
@@ -88,7 +98,7 @@ def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False
         UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained.
     """
     config = going_on(config, folder)
-    preflight(config, elsewhere=elsewhere)
+    preflight(config, elsewhere=elsewhere, offline=offline)
     adapter, saved = describe_model(config.model), checkpoints_of(folder / "checkpoints")
     if adapter is not None and saved:
         trained = dict(adapter.transformer.named_parameters())
@@ -149,8 +159,8 @@ def _check_sample(adapter: ModelAdapter, shards: Manifest) -> None:
     adapter.check(batch.latent, Conditions.of(batch))
 
 
-def _check_validation(config: RunConfig, adapter: ModelAdapter | None) -> None:
-    """Raise a UserError unless losses on held-out clips can be measured."""
+def _check_validation(config: RunConfig, adapter: ModelAdapter | None, seen: bool) -> None:
+    """Raise a UserError unless losses on held-out clips can be measured, with shards that can be `seen`."""
     given = config.validation
     low, high = sigma_range(config.model)
     if not any(low <= sigma < high for sigma in given.sigmas):
@@ -165,6 +175,8 @@ def _check_validation(config: RunConfig, adapter: ModelAdapter | None) -> None:
             f"validation.every is {given.every}, but validation.shards is not set: give shards of videos that "
             "data.shards does not have, or set validation.every=0"
         )
+    if not seen:
+        return
     shards = Manifest.load(given.shards)
     check_encoder(shards, *encoder_of(config))
     for info in shards.samples[: given.clips]:

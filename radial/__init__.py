@@ -11,7 +11,7 @@ from radial.attention import attention_over, radial_attention
 from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import Dense, Paper, Pattern, Released, make_pattern
+from radial.patterns import Dense, Paper, Pattern, Random, Released, make_pattern
 
 __all__ = [
     "BlockLayout",
@@ -19,6 +19,7 @@ __all__ = [
     "Paper",
     "Pattern",
     "RadialError",
+    "Random",
     "Released",
     "VideoGrid",
     "attention_over",

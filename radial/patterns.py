@@ -7,6 +7,7 @@ video part of a grid; `radial.layout` adds text, partial blocks and the block li
   a LoRA is only worth as much as the inference stacks that can run it. Query blocks that it leaves without a key block
   of the video are filled by `radial.layout`.
 * `Paper`: Eq. 4 of arXiv 2506.19852, covered by blocks.
+* `Random`: as many blocks as the released mask, drawn at random: the floor that a mask has to beat.
 * `Dense`: everything.
 """
 
@@ -139,6 +140,31 @@ class Paper:
 
 
 @dataclass(frozen=True)
+class Random:
+    """As many block pairs as the released mask keeps, drawn uniformly: the floor that any choice of blocks has to beat.
+
+    One draw for all layers and heads, the same for the same grid and block size.
+
+    Args:
+        like: whose number of blocks it takes.
+        seed: draws the blocks.
+    """
+
+    like: Released
+    seed: int = 0
+    name: ClassVar[str] = "random"
+
+    def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
+        count = len(self.like.video_blocks(grid, block))
+        generator = torch.Generator().manual_seed(self.seed)
+        every = torch.randperm((grid.video_tokens // block) ** 2, generator=generator)
+        return every[:count].sort().values
+
+    def token_order(self, grid: VideoGrid) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
 class Dense:
     """Every token attends to every token: ordinary attention, the baseline and the choice for noisy steps."""
 
@@ -152,13 +178,14 @@ class Dense:
 
 
 def make_pattern(name: str, *, decay: float = 1.0, rule: str = "wan") -> Pattern:
-    """The pattern of that name; ``decay`` and ``rule`` apply to ``released`` alone, but have to be valid.
+    """The pattern of that name; ``decay`` and ``rule`` say which released mask it is, or has as many blocks as
+    (``random``); for the others they have to be valid all the same.
 
     Raises:
         RadialError: an unknown name, or a value that ``released`` refuses.
     """
     released = Released(decay=decay, rule=rule)
-    others: dict[str, Pattern] = {Paper.name: Paper(), Dense.name: Dense()}
+    others: dict[str, Pattern] = {Paper.name: Paper(), Random.name: Random(released), Dense.name: Dense()}
     if name == Released.name:
         return released
     if name not in others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
 from train.sequence import flow_loss
 
-_T_95 = 2.04  # two-sided 95 % quantile of Student's t at 31 degrees of freedom: the fewest clips a report may have
+
+def student_95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t, within 0.1 % from 8 degrees of freedom on.
+
+    The expansion around the normal quantile (Abramowitz and Stegun, 26.7.5).
+    """
+    z = NormalDist().inv_cdf(0.975)
+    terms = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384]
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Student's t interval of at least 32 independent values; a little wide for more."""
-        return cls(fmean(values), _T_95 * stdev(values) / math.sqrt(len(values)))
+        """Student's t interval of independent values, nine at least."""
+        return cls(fmean(values), student_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.half:.4f}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,26 +14,17 @@ from data.batch import collate
 from data.manifest import Manifest
 from data.sample import Sample
 from data.stream import read_samples
-from radial import Dense, build_layout
+from radial import Dense, Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
 from train.config import RunConfig
-from train.evaluate import Interval, clip_losses
+from train.evaluate import clip_losses
 from train.flow import noise_like
 from train.models import Conditions
 from train.module import LengthExtensionModule
 from train.pictures import animate, draw_loss, film_strip
 from train.plan import AttentionPlan
+from train.results import Row, write_results
 from train.sampling import sample
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant of the table."""
-
-    name: str
-    frames: int
-    losses: list[float]
-    attention_gflops: float
 
 
 def write_report(
@@ -62,7 +51,7 @@ def write_report(
     module.transformer.eval()
     with precision():
         rows = _measure(config, module, clips, short)
-        _tell(rows, folder)
+        write_results(rows, folder)
         _show(config, module, clips[0], folder)
 
 
@@ -82,10 +71,11 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
         flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
         return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
 
-    dense, pattern = functools.partial(_dense_plan, module), functools.partial(_pattern_plan, module)
+    def plan_of(pattern: Pattern) -> Callable[[Tensor, float], AttentionPlan]:
+        return functools.partial(_pattern_plan, module, pattern=pattern)
 
     rows = []
-    name = module.pattern.name
+    name, dense, pattern = module.pattern.name, functools.partial(_dense_plan, module), plan_of(module.pattern)
     if module.lora:
         module.transformer.disable_adapters()
         if short:
@@ -93,6 +83,8 @@ def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sampl
         rows.append(row("base, dense", clips, dense))
         if name != "dense":
             rows.append(row(f"base, {name}", clips, pattern))
+        if isinstance(module.pattern, Released):
+            rows.append(row("base, random", clips, plan_of(Random(module.pattern))))
         module.transformer.enable_adapters()
         rows.append(row(f"{name} + LoRA", clips, pattern))
     else:
@@ -104,39 +96,12 @@ def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> 
     return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
 
 
-def _pattern_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
-    """What the model was trained with: dense at noise levels from ``dense_sigma`` up."""
-    return module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
-
-
-def _tell(rows: list[Row], folder: Path) -> None:
-    tuned = rows[-1]
-    lines = [
-        f"{'held-out clips: ' + str(len(tuned.losses)):<28} {'frames':>6} {'flow loss':>10} "
-        f"{'attention GFLOPs':>17}   tuned minus this (95 %)"
-    ]
-    table = []
-    for row in rows:
-        mean = sum(row.losses) / len(row.losses)
-        gain = None
-        if row is not tuned and row.frames == tuned.frames:
-            gain = Interval.of([t - b for t, b in zip(tuned.losses, row.losses, strict=True)])
-        lines.append(
-            f"{row.name:<28} {row.frames:>6} {mean:>10.4f} {row.attention_gflops:>17.1f}   {gain if gain else ''}"
-        )
-        table.append(
-            {
-                "name": row.name,
-                "frames": row.frames,
-                "flow_loss": mean,
-                "attention_gflops": row.attention_gflops,
-                "tuned_minus_this": gain and {"mean": gain.mean, "half_width_95": gain.half},
-                "losses": row.losses,
-            }
-        )
-    print("\n" + "\n".join(lines))
-    (folder / "report.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
-    (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def _pattern_plan(
+    module: LengthExtensionModule, latent: Tensor, sigma: float, pattern: Pattern | None = None
+) -> AttentionPlan:
+    """What the model was trained with, dense at noise levels from ``dense_sigma`` up; or another pattern instead."""
+    all_dense = module.dense_sigma is not None and sigma >= module.dense_sigma
+    return module.plan(latent, all_dense=all_dense, pattern=pattern)
 
 
 def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:

@@ -117,10 +117,10 @@ class LengthExtensionModule(L.LightningModule):
         if self.policies is not None:
             check_agreement(self.policies)
 
-    def plan(self, latent: Tensor, *, all_dense: bool) -> AttentionPlan:
-        """The attention of a micro-batch."""
+    def plan(self, latent: Tensor, *, all_dense: bool, pattern: Pattern | None = None) -> AttentionPlan:
+        """The attention of a micro-batch; with ``pattern``, what it would be under that one."""
         return AttentionPlan.of(
-            self.pattern,
+            pattern or self.pattern,
             self.adapter.grid(latent),
             block=self.block,
             dense_layers=self.dense_layers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import sys
 import time
@@ -20,6 +19,7 @@ from train.errors import UserError
 from train.folder import CONFIG, get_state
 from train.metrics import METRICS, read_metrics
 from train.planning import stored_plan
+from train.results import findings, read_results
 
 PAGE = "report.html"
 USAGE = """python -m train.report run=<run folder> [out=FILE]
@@ -182,17 +182,16 @@ def _validation(rows: list[dict[str, str]]) -> str:
 
 
 def _held_out(folder: Path) -> str:
-    file = folder / "report.json"
-    if not file.exists():
+    rows = read_results(folder)
+    if not rows:
         return ""
     body = ""
-    for row in json.loads(file.read_text(encoding="utf-8")):
-        gain = row["tuned_minus_this"]
-        words = f"{gain['mean']:+.4f} ± {gain['half_width_95']:.4f}" if gain else ""
-        cells = f"<td>{row['frames']}</td><td>{row['flow_loss']:.4f}</td><td>{row['attention_gflops']:,.1f}</td>"
-        body += f"<tr><td>{html.escape(row['name'])}</td>{cells}<td>{words}</td></tr>"
+    for row in rows:
+        cells = f"<td>{row.frames}</td><td>{row.loss:.4f}</td><td>{row.attention_gflops:,.1f}</td>"
+        body += f"<tr><td>{html.escape(row.name)}</td>{cells}<td>{rows[-1].minus(row) or ''}</td></tr>"
     head = "<tr><th>model and attention</th><th>frames</th><th>flow loss</th><th>attention GFLOPs</th>"
-    return f'<div class="wide"><table>{head}<th>tuned minus this, 95 %</th></tr>{body}</table></div>'
+    table = f'<div class="wide"><table>{head}<th>tuned minus this, 95 %</th></tr>{body}</table></div>'
+    return table + "".join(f"<p>{html.escape(sentence)}</p>" for sentence in findings(rows))
 
 
 def _clips(folder: Path) -> str:

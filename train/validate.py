@@ -101,8 +101,8 @@ def validate(config: RunConfig) -> None:
     for sigma in config.validation.sigmas:
         if not 0 < sigma < 1:
             raise UserError(f"validation.sigmas has {sigma}, expected noise levels between 0 and 1")
-    if 0 < config.report.clips < 32:
-        raise UserError(f"report.clips is {config.report.clips}, expected 0 or at least 32 for an honest interval")
+    if 0 < config.report.clips < 12:
+        raise UserError(f"report.clips is {config.report.clips}, expected 0 or at least 12 for an honest interval")
     if config.report.clips and config.report.short_frames > config.clip.frames:
         raise UserError(f"report.short_frames is {config.report.short_frames}, expected at most clip.frames")
     if config.lora is not None and config.lora.targets is not None:

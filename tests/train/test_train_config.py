@@ -103,7 +103,7 @@ def test_the_shift_follows_resolution_and_length():
         (["validation.sigmas=[0.5, 7]"], "validation.sigmas has 7.0, expected noise levels between 0 and 1"),
         (["optim.lr=inf"], "optim.lr is inf"),
         (["seed=99999999999999999999"], "seed is 99999999999999999999"),
-        (["report.clips=3"], "report.clips is 3, expected 0 or at least 32"),
+        (["report.clips=3"], "report.clips is 3, expected 0 or at least 12"),
         (["parallel.strategy=fsdp"], "parallel.strategy is 'fsdp', expected one of ddp, zero1, zero2, zero3"),
         (["parallel=zero4"], "parallel is 'zero4', expected one of ddp, zero1.*; did you mean"),
         (["parallel.sequence=0"], "parallel.sequence is 0, expected at least 1"),

@@ -41,6 +41,10 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     temporal_rope(config.model)
     if config.model.architecture is not None and config.model.path is not None:
         raise UserError(f"model.path is {config.model.path}, but model.architecture asks for random weights: unset one")
+    if config.model.architecture is not None and config.lora is not None:
+        raise UserError(
+            "model.architecture asks for random weights, a LoRA needs trained ones: choose another model= or lora=null"
+        )
     if config.lora is not None and config.lora.init is not None:
         check_initial(config.lora.init, config.model)
     adapter = describe_model(config.model)

@@ -94,6 +94,15 @@ def test_what_a_file_was_trained_for_is_looked_at(first, tmp_path, header, messa
         preflight(replace(config, lora=replace(config.lora, init=str(file))))
 
 
+def test_random_weights_take_no_lora(tmp_path):
+    """Whose export would have no base model, after a whole run."""
+    config = run_config(tmp_path, model="shapes_random", model__path="null")
+    with pytest.raises(
+        UserError, match=r"model.architecture asks for random weights, a LoRA needs trained ones: choose"
+    ):
+        preflight(config)
+
+
 def test_the_files_of_two_experts_are_told_apart(first, tmp_path):
     """Each with a comma in its name."""
     config, run = first

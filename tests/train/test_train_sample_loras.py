@@ -94,7 +94,7 @@ def test_files_with_commas_in_their_names(wan, tmp_path, capsys):
     mine = save_lora(wan, tmp_path / "a, b" / "mine.safetensors", header=HEADER)
     style = save_lora(wan, tmp_path / "style,2.safetensors", header={}, seed=2, format_name="kohya")
     prompts = tmp_path / "my,prompts.txt"
-    prompts.write_text("a ball, red\n")
+    prompts.write_text("a ball, red\n", encoding="utf-8")
     given = words(wan, lora=f"{mine}:0.5", add=f"{style}:-0.7,{style}", prompt=None, prompts=prompts)
     settings, model = parse_settings(given)
     (slot,) = slots(settings, model)

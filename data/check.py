@@ -24,9 +24,11 @@ from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
 from data.errors import DataError
+from data.lines import lines_of
 from data.manifest import REJECTED, Manifest, ShardInfo, locate
 from data.order import BatchOrder
 from data.reader import SampleReader, decode
+from data.rebuild import rebuild
 from data.remote import CHUNK, open_shard, read_all
 
 PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, height of a line of text
@@ -41,7 +43,10 @@ class Arguments:
     png: Path = setting("where the contact sheet goes", Path("contact_sheet.png"))
     clips: int = setting("rows of the contact sheet: clips spread over the folder", 8)
     pictures: int = setting("columns of the contact sheet: frames spread over a clip", 6)
-    weights: Path | None = setting("the diffusers folder whose VAE decodes; not needed for pixels", None)
+    rebuild: bool = setting("first make the manifest that a folder has lost, of the tars that are whole", False)
+    weights: Path | None = setting(
+        "the diffusers folder whose VAE decodes, or encodes a lost empty prompt; not needed for pixels", None
+    )
     device: str | None = setting("where the VAE runs; null: a GPU where there is one", None)
 
 
@@ -49,7 +54,11 @@ USAGE = cli.usage(
     Arguments,
     "python -m data.check SHARDS [--contact-sheet] [key=value ...]",
     "Verifies every shard against the manifest and prints what the folder holds; the exit code is 1 for a damaged one.",
-    ["python -m data.check shards/openvid_4x", "python -m data.check shards/mine --contact-sheet weights=weights/wan"],
+    [
+        "python -m data.check shards/openvid_4x",
+        "python -m data.check shards/openvid_4x --rebuild",
+        "python -m data.check shards/mine --contact-sheet weights=weights/wan",
+    ],
 )
 
 
@@ -198,10 +207,18 @@ def main(words: list[str]) -> int:
             raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
     if given.contact_sheet:
         _check_png(given.png)
+    problems: list[str] = []
+    if given.rebuild:
+        rebuilt = rebuild(Path(given.shards).expanduser(), given.weights, given.device, progress=True)
+        problems = rebuilt.problems
+        kept = f"{len(rebuilt.manifest.samples)} samples in {len(rebuilt.manifest.shards)} shards"
+        print(f"{given.shards}: made a manifest of {kept}")
     manifest = Manifest.load(given.shards, missing=True)
     encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
     found = check(manifest, progress=True)
     print(table(manifest, found))
+    for problem in problems:
+        print(f"left out: {problem}")
     for problem in found.problems:
         print(f"damaged: {problem}")
     if encoder is not None and found.whole:
@@ -209,7 +226,7 @@ def main(words: list[str]) -> int:
         print(f"{given.png}: contact sheet{' of what is whole' if found.problems else ''}")
     elif encoder is not None:
         print(f"{given.png}: not drawn, no sample is whole")
-    return 1 if found.problems else 0
+    return 1 if found.problems or problems else 0
 
 
 def _check_png(path: Path) -> None:
@@ -243,7 +260,7 @@ def _rejects(manifest: Manifest) -> str:
         listed = read_all(locate(manifest.home, REJECTED)).decode()
     except DataError:
         return f"no {REJECTED}"
-    return f"{len(listed.splitlines())} files, see {REJECTED}"
+    return f"{len(lines_of(listed))} files, see {REJECTED}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, NewType, TypeVar, get_args, get_type_hints
 
 from data.console import drop_what_cannot_be_written
-from data.errors import DataError
+from data.errors import DataError, told
 
 T = TypeVar("T")
 Place = NewType("Place", str)
@@ -138,7 +138,7 @@ def run(command: Callable[[list[str]], int], prog: str, help_text: str, words: l
     try:
         code = command(words)
     except (DataError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {told(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{prog}: stopped", file=sys.stderr)

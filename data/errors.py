@@ -1,6 +1,13 @@
-"""The error that a user's mistake in the data raises."""
+"""The error that a user's mistake in the data raises; errors of the system, with the file that they are about."""
 
 from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(ValueError):
@@ -16,3 +23,22 @@ class DataError(ValueError):
 
 class BadSampleError(DataError):
     """A sample whose bytes arrived, but are not what the manifest lists; the others of its shard may be good."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, as that of a full disk, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def told(error: OSError) -> str:
+    """An error of the system in a line that says what to do where the disk is full."""
+    if error.errno not in FULL:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}cannot be written ({error.strerror}); make room, then start the same command again"

@@ -1,7 +1,8 @@
 """Writing a folder of shards: tars first, the manifest last.
 
-A folder without a manifest is unfinished, whatever else lies in it. Equal samples give equal bytes: tar entries carry
-no time and no user of the machine that made them.
+A folder without a manifest is unfinished, whatever else lies in it; what an unfinished run began is overwritten, and
+shards that none is known to have begun are never removed (`data.begun`). Equal samples give equal bytes: tar entries
+carry no time and no user of the machine that made them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import math
 import re
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +21,14 @@ from typing import Any, BinaryIO, cast
 
 import safetensors.torch
 
-from data.errors import DataError
+from data.begun import Begun, refuse_shards
+from data.errors import DataError, naming
 from data.files import commit, temporary, write_bytes
 from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo, check_fps
 from data.sample import Prompt, Sample
 
-_SHARD = re.compile(r"shard-\d{5}\.tar|\.shard-\d{5}\.tar\.tmp")
-_TEMPORARY = re.compile(r"\.(manifest\.json|empty_prompt\.safetensors|rejected\.jsonl)\.[0-9a-f]+\.tmp")
+_BEGUN = ".begun"
+_TEMPORARY = re.compile(r"\.(manifest\.json|empty_prompt\.safetensors|rejected\.jsonl|videos\.json)\.[0-9a-f]+\.tmp")
 
 PARTS = ("json", "safetensors")
 
@@ -52,6 +55,7 @@ class _OpenShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.since = time.monotonic()
         self.samples: list[SampleInfo] = []
         self._file: BinaryIO = temporary(path).open("wb")
         self._hashed = _Hashed(self._file)
@@ -98,6 +102,7 @@ class TarShards:
         finished: is told of each shard that is whole on disk under its name.
         max_samples: at most this many samples a shard.
         max_bytes: at most this many bytes a shard; a larger sample gets a shard of its own.
+        max_seconds: a shard is finished with the first sample after this time: what a kill costs at most.
 
     Raises:
         DataError: when a limit is below 1.
@@ -111,12 +116,13 @@ class TarShards:
         *,
         max_samples: int,
         max_bytes: int,
+        max_seconds: float = math.inf,
     ) -> None:
         for limit, value in (("max_samples", max_samples), ("max_bytes", max_bytes)):
             if value < 1:
                 raise DataError(f"{limit} is {value}, expected at least 1")
         self._folder, self._name, self._finished = folder, name, finished
-        self._max_samples, self._max_bytes = max_samples, max_bytes
+        self._max_samples, self._max_bytes, self._max_seconds = max_samples, max_bytes, max_seconds
         self._keys: set[str] = set()
         self._count = 0
         self._open: _OpenShard | None = None
@@ -136,15 +142,22 @@ class TarShards:
         ):
             self.flush()
         if self._open is None:
-            self._open = _OpenShard(self._folder / self._name(self._count))
+            path = self._folder / self._name(self._count)
+            with naming(path):
+                self._open = _OpenShard(path)
             self._count += 1
-        self._open.write(sample, entry)
+        with naming(self._open.path):
+            self._open.write(sample, entry)
+        if time.monotonic() - self._open.since >= self._max_seconds:
+            self.flush()
 
     def flush(self) -> None:
         """Finish the shard in work, if there is one."""
         if self._open is not None:
             shard, self._open = self._open, None
-            self._finished(shard.finish())
+            with naming(shard.path):
+                finished = shard.finish()
+            self._finished(finished)
 
     def abort(self) -> None:
         """Drop the shard in work."""
@@ -157,7 +170,7 @@ class ShardWriter:
     """Writes samples into `folder` as shard-00000.tar, shard-00001.tar, …, and the manifest when it is closed.
 
     As a context manager it closes at the end, and when an exception leaves the block it drops the shard in work and
-    writes no manifest. What an unfinished run left in the folder is overwritten or removed. One writer a folder.
+    writes no manifest. What an unfinished writer began in the folder is removed. One writer a folder.
 
     Args:
         folder: made when missing.
@@ -166,7 +179,8 @@ class ShardWriter:
         max_samples, max_bytes: as in `TarShards`.
 
     Raises:
-        DataError: when the folder is finished already, fps is no pace, or a limit is below 1.
+        DataError: when the folder is finished already, holds shards that no writer is known to have begun, fps is no
+            pace, or a limit is below 1.
     """
 
     def __init__(
@@ -186,7 +200,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self._done: list[ShardInfo] = []
         self._shards = TarShards(
-            self.folder, "shard-{:05d}.tar".format, self._done.append, max_samples=max_samples, max_bytes=max_bytes
+            self.folder, self._named, self._done.append, max_samples=max_samples, max_bytes=max_bytes
         )
         if (self.folder / FILE).exists():
             raise DataError(f"{self.folder / FILE}: the folder is finished already; choose another or delete this one")
@@ -194,9 +208,9 @@ class ShardWriter:
             raise DataError(f"{self.folder}: is a file, expected a folder for shards; choose another path")
         empty_prompt.validate("the empty prompt")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if _SHARD.fullmatch(path.name):
-                path.unlink()
+        self._begun = Begun(self.folder / _BEGUN)
+        refuse_shards(self.folder, self._begun.names())
+        self._begun.clear(self.folder)
         remove_leftovers(self.folder)
         self._about: dict[str, Any] = {
             "fps": fps,
@@ -206,6 +220,12 @@ class ShardWriter:
             "arguments": arguments,
         }
         self._empty_prompt = empty_prompt
+
+    def _named(self, number: int) -> str:
+        """The name of a shard that is about to be made."""
+        name = f"shard-{number:05d}.tar"
+        self._begun.add(name)
+        return name
 
     def write(self, sample: Sample) -> None:
         """Add a sample, see `TarShards.write`."""
@@ -221,11 +241,14 @@ class ShardWriter:
         if not self._done:
             raise DataError(f"{self.folder}: no sample was written, expected at least one")
         finish_folder(self.folder, Manifest(shards=tuple(self._done), **self._about), self._empty_prompt)
+        self._begun.forget()
         return Manifest.load(self.folder)
 
     def abort(self) -> None:
         """Drop the shard in work; the folder stays unfinished."""
         self._shards.abort()
+        if not self._done:
+            self._begun.forget()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -249,5 +272,7 @@ def remove_leftovers(folder: Path) -> None:
 def finish_folder(folder: Path, manifest: Manifest, empty_prompt: Prompt) -> None:
     """Write the empty prompt, then the manifest, which says that the folder is whole."""
     tensors = {name: tensor.contiguous().clone() for name, tensor in empty_prompt.tensors().items()}
-    write_bytes(folder / EMPTY_PROMPT, safetensors.torch.save(tensors))
-    manifest.save(folder)
+    with naming(folder / EMPTY_PROMPT):
+        write_bytes(folder / EMPTY_PROMPT, safetensors.torch.save(tensors))
+    with naming(folder / FILE):
+        manifest.save(folder)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data.encoders.base import Encoder, EncoderSettings
     from data.manifest import Manifest
 
-__all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_encoder"]
+__all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_encoder", "same_encoder"]
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +72,49 @@ def check_encoder(manifest: Manifest, family: str, folder: Path | None) -> None:
     kind = encoder_class(family)
     missing = [] if folder is None else [p for p in sum(kind.parts.values(), ()) if not (folder / p).is_dir()]
     mine = f"{family}:" if missing else fingerprint(family, folder, "+image-" in manifest.encoder)
-    if not manifest.encoder.startswith(mine):
+    there, here = _kinds(manifest.encoder), _kinds(mine)
+    told = manifest.encoder if "image" in here else _but(manifest.encoder, "image")
+    if not (manifest.encoder.startswith(mine) if missing else same_encoder(told, mine)):
         hint = "give the weights that made them, or make the shards anew with data.prepare"
+        if not missing and same_encoder(_but(told, "ids"), mine):
+            hint = "its captions were tokenised otherwise than transformers does it here; make the shards anew"
         raise DataError(f"{manifest.home}: was made with {manifest.encoder}, expected {mine}; {hint}")
     if missing:
         named = f"{folder} has no {', '.join(missing)}"
         log.warning("%s: made with %s, only its family is compared: %s", manifest.home, manifest.encoder, named)
-    elif mine != manifest.encoder:
+        return
+    if "image" in there and "image" not in here:
         log.warning(
             "%s: made with %s, all but the image encoder is compared: %s has none",
             manifest.home,
             manifest.encoder,
             folder,
         )
+    if "ids" in here and "ids" not in there:
+        log.warning(
+            "%s: made with %s, which does not tell how captions were tokenised: that is not compared",
+            manifest.home,
+            manifest.encoder,
+        )
+
+
+def same_encoder(one: str, other: str) -> bool:
+    """Whether two fingerprints are equal, but for the ids that captions become, which earlier versions do not tell."""
+    if "ids" in _kinds(one) and "ids" in _kinds(other):
+        return one == other
+    return _but(one, "ids") == _but(other, "ids")
+
+
+def _kinds(name: str) -> dict[str, str]:
+    """The parts of a fingerprint such as `wan:vae-0123+text-4567`; none of one of another make."""
+    _, colon, parts = name.partition(":")
+    return dict(part.partition("-")[::2] for part in parts.split("+")) if colon else {}
+
+
+def _but(name: str, kind: str) -> str:
+    """A fingerprint without one kind of its parts."""
+    family, colon, parts = name.partition(":")
+    return family + colon + "+".join(part for part in parts.split("+") if not part.startswith(f"{kind}-"))
 
 
 def load_encoder(family: str, settings: EncoderSettings) -> Encoder:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part
 from data.errors import DataError
 from data.sample import Prompt
@@ -71,7 +75,11 @@ class Encoder(ABC):
         if folder is None:
             raise DataError(f"weights is not set, model={cls.family} needs its diffusers folder")
         image = {kind: parts for kind, parts in cls.image_parts.items() if (folder / parts[0]).is_dir()}
-        return fingerprint_of(cls.family, folder, {**cls.parts, **(image if image_to_video else {})})
+        names = fingerprint_of(folder, cls.parts)
+        tokenizers = [part for part in cls.parts.get("text", ()) if part.startswith("tokenizer")]
+        names["ids"] = ids_of([open_tokenizer(folder / part) for part in tokenizers])
+        names |= fingerprint_of(folder, image if image_to_video else {})
+        return f"{cls.family}:{'+'.join(f'{kind}-{digest}' for kind, digest in names.items())}"
 
     patch: ClassVar[int] = 2
     """Latent cells of a token, in height and width."""
@@ -87,6 +95,10 @@ class Encoder(ABC):
     @abstractmethod
     def prompt(self, text: str) -> Prompt:
         """A caption's embeddings, bfloat16, CPU, without padding."""
+
+    def tokens(self, text: str) -> dict[str, tuple[int, int]]:
+        """How many tokens a caption has for each text encoder, by its name, and how many of them are used."""
+        return {}
 
     def image(self, frames: np.ndarray) -> dict[str, Tensor]:
         """Image conditions of the first of frames (F, H, W, 3) uint8 by name, bfloat16, CPU.
@@ -162,20 +174,28 @@ def load_tokenizer(settings: EncoderSettings, part: str) -> Any:
     """A tokenizer, or None for `vae_only`.
 
     Raises:
-        DataError: it is missing or cannot be loaded.
+        DataError: it is missing, cannot be loaded, or loses words.
     """
     if settings.vae_only:
         return None
-    from transformers import AutoTokenizer
-
     assert settings.folder is not None
-    folder = settings.folder / part
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
+    tokenizer = open_tokenizer(settings.folder / part)
+    check_round_trip(tokenizer, settings.folder / part)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet(pipeline: str) -> Iterator[None]:
+    """Without the warnings of a pipeline's module for each caption that is cut: `data.prepare` counts them."""
+    loggers = [logging.getLogger(name) for name in (pipeline, "transformers.tokenization_utils_base")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def to_video(frames: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,9 @@
 """HunyuanVideo: AutoencoderKLHunyuanVideo, LLaMA and CLIP, through diffusers' own pipeline.
 
-The VAE has no cache to carry, so clips are encoded in tiles of 256 x 256 pixels and 17 frames that overlap by a quarter
-and are blended. `tests/data/test_data_encoders.py` holds the floor for how far that is from the whole: a PSNR of 25 dB.
+The VAE has no cache to carry, so clips are encoded in tiles of 256 x 256 pixels and 64 frames, each with the frame that
+follows, which overlap by a quarter and are blended: those of HunyuanVideo's own code, whose VAE has `sample_tsize` 64,
+where diffusers' tiles have 16 frames. `tests/data/test_data_encoders.py` holds the floor for how far that is from the
+whole: a PSNR of 25 dB.
 """
 
 from __future__ import annotations
@@ -11,12 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 from transformers import CLIPTextModel, LlamaModel
 
-from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
+from data.encoders.tokens import check_prefix
 from data.encoders.weights import load_part
 from data.sample import Prompt, TextTokens
+
+_TEMPLATE: Any = DEFAULT_PROMPT_TEMPLATE
+TEMPLATE: str = _TEMPLATE["template"]
+CROPPED: int = _TEMPLATE["crop_start"]
+LLAMA_TOKENS, CLIP_TOKENS = 256, 77
+TILES = {"tile_sample_min_num_frames": 64, "tile_sample_stride_num_frames": 48}
 
 
 class HunyuanEncoder(Encoder):
@@ -41,10 +52,13 @@ class HunyuanEncoder(Encoder):
         self.vae = load_part(AutoencoderKLHunyuanVideo, folder / "vae", self.device, settings.vae_dtype)
         found = (self.vae.config.temporal_compression_ratio, self.vae.config.spatial_compression_ratio)
         self.check_vae(folder / "vae", found, "it is none of HunyuanVideo's")
-        self.vae.enable_tiling()
+        self.vae.enable_tiling(**TILES)
+        tokenizer = load_tokenizer(settings, "tokenizer")
+        if tokenizer is not None:
+            check_prefix(tokenizer, folder / "tokenizer", TEMPLATE.partition("{}")[0], CROPPED)
         self.pipeline: Any = HunyuanVideoPipeline(
             text_encoder=load_text(LlamaModel, settings, "text_encoder"),
-            tokenizer=load_tokenizer(settings, "tokenizer"),
+            tokenizer=tokenizer,
             transformer=None,
             vae=self.vae,
             scheduler=None,
@@ -62,8 +76,13 @@ class HunyuanEncoder(Encoder):
         with torch.no_grad():
             return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
 
+    def tokens(self, text: str) -> dict[str, tuple[int, int]]:
+        llama = len(self.pipeline.tokenizer(TEMPLATE.format(text), verbose=False).input_ids) - CROPPED
+        clip = len(self.pipeline.tokenizer_2(text, verbose=False).input_ids)
+        return {"LLaMA": (llama, LLAMA_TOKENS), "CLIP": (clip, CLIP_TOKENS)}
+
     def prompt(self, text: str) -> Prompt:
-        with torch.no_grad():
+        with torch.no_grad(), quiet(pipeline_hunyuan_video.__name__):
             tokens, pooled, mask = self.pipeline.encode_prompt(text, device=self.device)
         tokens = stored(tokens[0][mask[0].bool()])
         words = TextTokens(tokens, torch.ones(len(tokens), dtype=torch.bool))

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
+from diffusers.pipelines.mochi import pipeline_mochi
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.sample import Prompt, TextTokens
@@ -23,6 +24,7 @@ from data.sample import Prompt, TextTokens
 # diffusers cuts a layer's input of more numbers than this in time. That is exact in layers of stride 1; in those of
 # stride 2 the frames behind a cut may be shifted by one.
 UNCUT = 1 << 30
+TEXT_TOKENS = 256
 CHANNELS = 128  # of the largest input of a layer with a stride in time, which has half the tile's height and width
 
 
@@ -87,10 +89,13 @@ class MochiEncoder(Encoder):
         with torch.no_grad():
             return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
 
+    def tokens(self, text: str) -> dict[str, tuple[int, int]]:
+        return {"T5": (len(self.pipeline.tokenizer(text, verbose=False).input_ids), TEXT_TOKENS)}
+
     def prompt(self, text: str) -> Prompt:
-        with torch.no_grad():
+        with torch.no_grad(), quiet(pipeline_mochi.__name__):
             tokens, mask, _, _ = self.pipeline.encode_prompt(
-                text, do_classifier_free_guidance=False, device=self.device
+                text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=self.device
             )
         kept = tokens[0][mask[0]] if mask.any() else torch.zeros_like(tokens[0, :1])
         return Prompt({"text": TextTokens(stored(kept), mask[0, : len(kept)].cpu())}, {})

@@ -87,6 +87,9 @@ class WanEncoder(Encoder):
         ids = self.pipeline.tokenizer(prompt_clean(text), truncation=True, max_length=TEXT_TOKENS).input_ids
         return Prompt({"text": TextTokens(stored(tokens[0, : len(ids)]), torch.ones(len(ids), dtype=torch.bool))}, {})
 
+    def tokens(self, text: str) -> dict[str, tuple[int, int]]:
+        return {"UMT5": (len(self.pipeline.tokenizer(prompt_clean(text), verbose=False).input_ids), TEXT_TOKENS)}
+
     def image(self, frames: np.ndarray) -> dict[str, Tensor]:
         if self.images is None:
             return super().image(frames)

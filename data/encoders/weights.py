@@ -15,28 +15,27 @@ from data.errors import DataError
 SLICE = 4096  # bytes at the start, middle and end of each tensor that enter a fingerprint
 
 
-def fingerprint_of(family: str, folder: Path, parts: Mapping[str, tuple[str, ...]]) -> str:
-    """`family:vae-0123456789ab+text-0123456789ab`: equal where latents and embeddings mean the same.
+def fingerprint_of(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Twelve hexadecimal digits for each kind of part, equal where its files mean the same.
 
     Each kind of part is hashed over its configs and vocabularies, and over name, dtype, shape and three slices of each
     tensor: a second instead of the minutes that tens of gigabytes take. How weights are split into files does not
     matter.
 
     Args:
-        family: the model family.
         folder: the diffusers folder.
         parts: kind -> the folder's subfolders, as `Encoder.parts`.
 
     Raises:
         DataError: a subfolder is missing or has no weights.
     """
-    names = []
+    names = {}
     for kind, subfolders in parts.items():
         digest = hashlib.sha256()
         for subfolder in subfolders:
             _hash_part(folder / subfolder, digest)
-        names.append(f"{kind}-{digest.hexdigest()[:12]}")
-    return f"{family}:{'+'.join(names)}"
+        names[kind] = digest.hexdigest()[:12]
+    return names
 
 
 def _hash_part(folder: Path, digest: Any) -> None:

@@ -37,6 +37,8 @@ class Arguments:
     sort: str | None = setting("best first by this column, or by the sum of several joined by +", None)
     top: int | None = setting(f"keep that many videos; null: {PUBLISHED_TOP} with sort=, all without", None)
     videos: Path | None = setting("folder that the table's paths are relative to; null: the table's own", None)
+    upscale: bool = setting("take videos that are smaller than their bucket, enlarged", True)
+    min_fps: float | None = setting("take no video of fewer frames a second; null: all, their frames repeated", None)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
     image_to_video: bool = setting("also write the first frame's condition latent and embedding", False)
@@ -45,6 +47,7 @@ class Arguments:
     text_dtype: str = setting("the text encoders' numbers", "bf16", _DTYPES)
     workers: int = setting("decoding processes", 4)
     shard_gb: float = setting("largest tar, in 10^9 bytes", 3.0)
+    shard_minutes: float = setting("finish a tar after so many minutes: a kill costs no more", 15.0)
     bad_share: float = setting("share of bad files above which the exit code is 1", 0.05)
 
 
@@ -52,8 +55,9 @@ USAGE = cli.usage(
     Arguments,
     "python -m data.prepare source=PATH out=FOLDER weights=FOLDER [key=value ...]",
     "Turns videos with captions into shards of VAE latents and text embeddings for training. Kill it whenever you\n"
-    "like: the same command goes on where it stopped. Under torchrun or srun each rank takes its share of the videos.\n"
-    "Bad files are listed in rejected.jsonl. Values are taken as typed; null unsets.",
+    "like: the same command goes on where it stopped, and appends what was added to the list since.\n"
+    "Under torchrun or srun each rank takes its share of the videos. Bad files are listed in rejected.jsonl.\n"
+    "Values are taken as typed; null unsets.",
     [
         "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
         "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
@@ -71,6 +75,9 @@ def main(words: list[str]) -> int:
             raise DataError(f"{name} is {value}, expected at least {least}")
     if not 0 <= given.bad_share <= 1:
         raise DataError(f"bad_share is {given.bad_share}, expected a share from 0 to 1")
+    for name, most in (("shard_minutes", given.shard_minutes), ("min_fps", given.min_fps)):
+        if most is not None and most <= 0:
+            raise DataError(f"{name} is {most:g}, expected more than 0")
     if given.shard_gb <= 0 or (given.fps is not None and given.fps <= 0):
         raise DataError(f"shard_gb is {given.shard_gb} and fps {given.fps}, expected both above 0")
     # torch and diffusers take seconds to import: after what is typed is known to be right
@@ -98,12 +105,15 @@ def main(words: list[str]) -> int:
             "sort": given.sort,
             "top": PUBLISHED_TOP if given.top is None and given.sort is not None else given.top,
         },
+        upscale=given.upscale,
+        min_fps=given.min_fps,
         image_to_video=given.image_to_video,
         device=given.device,
         vae_dtype=dtypes[given.vae_dtype],
         text_dtype=dtypes[given.text_dtype],
         workers=given.workers,
         shard_bytes=int(given.shard_gb * 1e9),
+        shard_seconds=60 * given.shard_minutes,
         bad_share=given.bad_share,
     )
     return prepare(recipe, Rank.from_environment())

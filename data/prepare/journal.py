@@ -2,8 +2,10 @@
 
 While a folder is made it holds a folder `.prepare`. Each finished shard gets a record there, which lists its samples,
 and the videos that were done and the bad files that were met since the record before. A shard counts from the moment
-its record has its name: a tar without one is written anew. Any number of ranks may continue what any other number
-began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`.
+its record has its name: a tar that was begun and has none is written anew, and a tar that nothing here names is left as
+it is. Any number of ranks may continue what any other number
+began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`; the
+plan stays beside it as `videos.json`, so that the next run can tell what was added, and append it (`reopen`).
 
 Ranks plan, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
 number of ranks is kept: a run with another number begins only when no rank writes any more. Where the file system has
@@ -18,17 +20,18 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.errors import DataError
+from data.begun import Begun, shards_in
+from data.errors import DataError, naming
 from data.files import write_bytes
 from data.locks import Lock, say_no_locks, take
-from data.manifest import FILE, ShardInfo
+from data.manifest import FILE, Manifest, ShardInfo
 from data.prepare.plan import FILE as PLAN
-from data.prepare.plan import Rejected
+from data.prepare.plan import Plan, Rejected
 from data.sample import Sample
 from data.writer import TarShards
 
@@ -36,11 +39,32 @@ FOLDER = ".prepare"
 _LOCK = "plan.lock"
 _WORLD = "world"
 _RECORD = re.compile(r"record-(\d{3,})-(\d{5})\.json")
-_SHARD = re.compile(r"\.?(shard-(\d{3,})-\d{5}\.tar)(\.tmp)?")
+_BEGUN = re.compile(r"begun-(\d{3,})\.txt")
+_SHARD = re.compile(r"shard-(\d{3,})-(\d{5})\.tar")
 
 
 class FinishedError(Exception):
     """Another rank has ended the run: the manifest is there, or no clip came out."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A caption that is longer than a text encoder takes: its video, the encoder, its tokens, those that are used."""
+
+    path: str
+    encoder: str
+    tokens: int
+    used: int
+
+
+@dataclass
+class Records:
+    """What all ranks have done so far: shards in the order of their names, done videos, bad files, cut captions."""
+
+    shards: list[ShardInfo] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
+    rejected: list[Rejected] = field(default_factory=list)
+    cut: list[Cut] = field(default_factory=list)
 
 
 class Journal:
@@ -50,61 +74,74 @@ class Journal:
         folder: of the shards.
         rank, world: this process's part of the run.
         max_bytes: of a shard.
+        max_seconds: after which a shard is finished: a kill costs no more.
 
     Attributes:
         done: the videos that are done, on any rank, when this rank started.
         present: the clips on disk by video, of any rank, when this rank started.
         rejected: how many bad files there were on any rank then, and on this one since.
+        strays: tars in the folder that nothing names.
 
     Raises:
         DataError: another process writes as this rank, or as one of another number of ranks.
         FinishedError: the run has ended.
     """
 
-    def __init__(self, folder: Path, rank: int, world: int, max_bytes: int) -> None:
+    def __init__(self, folder: Path, rank: int, world: int, max_bytes: int, max_seconds: float) -> None:
         self._folder, self._home, self._rank = folder, folder / FOLDER, rank
         with exclusively(folder):
             check_begun(folder)
             self._lock = self._claimed(world)
             try:
-                self._begin(world, max_bytes)
+                self._begin(world, max_bytes, max_seconds)
             except BaseException:
                 self._lock.close()
                 raise
 
-    def _begin(self, world: int, max_bytes: int) -> None:
-        """Read the records, and clear what has none."""
+    def _begin(self, world: int, max_bytes: int, max_seconds: float) -> None:
+        """Read the records, and clear what was begun and has none."""
         folder, rank = self._folder, self._rank
-        shards, self.done, rejected = read_records(folder)
+        records = read_records(folder)
+        self.done = records.done
         self.present: dict[int, set[int]] = {}
-        for shard in shards:
+        for shard in records.shards:
             for sample in shard.samples:
                 row, clip = _numbers_of(sample.key)
                 self.present.setdefault(row, set()).add(clip)
-        self.rejected = len(rejected)
-        recorded = {shard.file for shard in shards}
-        for path in folder.iterdir():
-            match = _SHARD.fullmatch(path.name)
+        self.rejected = len(records.rejected)
+        recorded = {shard.file for shard in records.shards}
+        named = set(recorded)
+        for match in filter(None, map(_BEGUN.fullmatch, _names(self._home))):
+            begun = Begun(self._home / match[0])
             # What ranks of an earlier, larger world left is rank 0's to clear.
-            if (
-                match
-                and path.name not in recorded
-                and (int(match[2]) == rank or (rank == 0 and int(match[2]) >= world))
-            ):
-                path.unlink()
+            if int(match[1]) == rank or (rank == 0 and int(match[1]) >= world):
+                begun.clear(folder, recorded)
+            named.update(begun.names())
+        there = shards_in(folder)
+        self.strays = [name for name in there if name not in named]
+        shards = [int(m[2]) for m in map(_SHARD.fullmatch, there) if m and int(m[1]) == rank]
         numbers = [int(m[2]) for m in map(_RECORD.fullmatch, _names(self._home)) if m and int(m[1]) == rank]
         self._next = max(numbers, default=-1) + 1
+        first = max([*numbers, *shards], default=-1) + 1
         self._rows: list[int] = []
         self._bad: list[Rejected] = []
+        self._cut: list[Cut] = []
         self._torn = False
-        first = self._next
+        self._begun = Begun(self._home / f"begun-{rank:03d}.txt")
         self._shards = TarShards(
             folder,
-            lambda n: f"shard-{rank:03d}-{first + n:05d}.tar",
+            lambda n: self._named(f"shard-{rank:03d}-{first + n:05d}.tar"),
             self._record,
             max_samples=1 << 20,
             max_bytes=max_bytes,
+            max_seconds=max_seconds,
         )
+
+    def _named(self, name: str) -> str:
+        """The name of a shard that is about to be made."""
+        with naming(self._home):
+            self._begun.add(name)
+        return name
 
     def write(self, sample: Sample) -> None:
         """Add a sample, see `TarShards.write`; whenever this finishes a shard, it is recorded."""
@@ -123,6 +160,10 @@ class Journal:
             self._bad.append(rejected)
             self.rejected += 1
 
+    def cut(self, path: str, lengths: Mapping[str, tuple[int, int]]) -> None:
+        """A caption has so many tokens for each text encoder, of so many that are used; those that are longer count."""
+        self._cut += [Cut(path, name, tokens, used) for name, (tokens, used) in lengths.items() if tokens > used]
+
     def flush(self) -> None:
         """Finish and record the shard in work, and the videos since then; not after a write that failed half way."""
         if self._torn:
@@ -137,15 +178,9 @@ class Journal:
         self._lock.close()
 
     def _record(self, shard: ShardInfo | None) -> None:
-        content = {
-            "shard": shard.to_json() if shard else None,
-            "rows": self._rows,
-            "rejected": [asdict(entry) for entry in self._bad],
-        }
-        path = self._home / f"record-{self._rank:03d}-{self._next:05d}.json"
-        write_bytes(path, json.dumps(content).encode())
+        _write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut)
         self._next += 1
-        self._rows, self._bad = [], []
+        self._rows, self._bad, self._cut = [], [], []
 
     def _claimed(self, world: int) -> TextIO:
         """This rank's lock, of a run with this number of ranks."""
@@ -209,6 +244,11 @@ def exclusively(folder: Path) -> Iterator[Path]:
         file.close()
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a rank has ever begun to write; before that, a plan may be made anew."""
+    return (folder / FOLDER / _WORLD).exists()
+
+
 def check_open(folder: Path) -> None:
     """Raise a FinishedError where the folder's manifest is there."""
     if (folder / FILE).exists():
@@ -243,20 +283,62 @@ def _locked(path: Path, wait: bool) -> TextIO | None:
         file.close()
 
 
-def read_records(folder: Path) -> tuple[list[ShardInfo], set[int], list[Rejected]]:
-    """The shards, done videos and bad files of all ranks so far, shards in the order of their names."""
-    home = folder / FOLDER
-    shards: list[ShardInfo] = []
-    done: set[int] = set()
-    rejected: list[Rejected] = []
+def _write_record(
+    home: Path,
+    rank: int,
+    number: int,
+    shard: ShardInfo | None,
+    rows: Sequence[int],
+    rejected: Sequence[Rejected],
+    cut: Sequence[Cut],
+) -> None:
+    content = {
+        "shard": shard.to_json() if shard else None,
+        "rows": list(rows),
+        "rejected": [asdict(entry) for entry in rejected],
+        "cut": [asdict(entry) for entry in cut],
+    }
+    path = home / f"record-{rank:03d}-{number:05d}.json"
+    with naming(path):
+        write_bytes(path, json.dumps(content).encode())
+
+
+def read_records(folder: Path) -> Records:
+    """The records of all ranks so far."""
+    home, records = folder / FOLDER, Records()
     for name in sorted(_names(home)):
         if _RECORD.fullmatch(name):
             raw: dict[str, Any] = json.loads((home / name).read_text(encoding="utf-8"))
             if raw["shard"] is not None:
-                shards.append(ShardInfo.parse(raw["shard"], home / name, "shard."))
-            done.update(raw["rows"])
-            rejected += [Rejected(**entry) for entry in raw["rejected"]]
-    return shards, done, rejected
+                records.shards.append(ShardInfo.parse(raw["shard"], home / name, "shard."))
+            records.done.update(raw["rows"])
+            records.rejected += [Rejected(**entry) for entry in raw["rejected"]]
+            records.cut += [Cut(**entry) for entry in raw.get("cut", [])]
+    records.shards.sort(key=lambda shard: shard.file)
+    return records
+
+
+def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
+    """Make a finished folder one that is under way again, inside `exclusively`: all of it is recorded, nothing moved.
+
+    The manifest goes last and stays in the journal: a kill before that leaves a finished folder.
+
+    Args:
+        folder: of the shards.
+        plan: what it is going to hold, more rows than there were.
+        manifest: of what it holds.
+        done: how many rows of the plan are done.
+        rejected: the bad files among them.
+    """
+    home = folder / FOLDER
+    for path in home.iterdir():
+        if path.name != _LOCK:  # what a kill left there after the folder was finished
+            path.unlink()
+    for number, shard in enumerate(manifest.shards):
+        _write_record(home, 0, number, shard, [], [], [])
+    _write_record(home, 0, len(manifest.shards), None, range(done), rejected, [])
+    plan.save(home)
+    (folder / FILE).rename(home / FILE)
 
 
 def check_unique(folder: Path, shards: Sequence[ShardInfo]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,20 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.files import write_bytes
-from data.prepare.sources import Condition, Video, parse_conditions, ranked, read_source, split_conditions
+from data.prepare.conditions import Condition
+from data.prepare.scaling import Size, nearest_size
+from data.prepare.selection import Candidates
+from data.prepare.sources import Video
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
+
+
+class Aside(Enum):
+    """Why a video is neither chosen nor bad."""
+
+    UNFIT = "does not meet the conditions, or is too short"
+    MISSING = "is not on disk"
 
 
 @dataclass(frozen=True)
@@ -37,15 +49,39 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a video has to be to be chosen.
+
+    Attributes:
+        fps, frames, clips: pace and length of a clip, and the most from one video (None: all).
+        sizes: the buckets.
+        upscale: take videos that are smaller than their bucket, enlarged.
+        min_fps: take no video of fewer frames a second; None takes all, their frames repeated.
+        top: how many videos; None takes all.
+    """
+
+    fps: float
+    frames: int
+    clips: int | None
+    sizes: Sequence[Size]
+    upscale: bool
+    min_fps: float | None
+    top: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The chosen videos, numbered by their place, and the bad files that were met while choosing.
+    """The chosen videos, numbered by their place, and what was met while choosing.
 
     Attributes:
         arguments: what decides the contents of the folder; a folder is only continued with the same.
         root: the folder that the listed paths are relative to.
         rows: the chosen videos.
         rejected: bad files.
-        passed: videos that do not meet the conditions or are too short.
+        passed: how many videos do not meet the conditions or are too short.
+        missing: how many are not on disk.
+        unfit: those of `passed` whose headers were read: they are not read again when the list is compared.
+        told: what is to be said of the choice, in lines.
     """
 
     arguments: dict[str, Any]
@@ -53,148 +89,192 @@ class Plan:
     rows: list[Row]
     rejected: list[Rejected]
     passed: int
+    missing: int = 0
+    unfit: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def path(self, row: int) -> Path:
         """Where a chosen video lies."""
         return Path(self.root) / self.rows[row].path
 
+    def to_json(self) -> bytes:
+        """The plan as it stands in a file."""
+        return json.dumps(asdict(self)).encode()
+
     def save(self, folder: Path) -> None:
         """Write plan.json into `folder`, atomically."""
-        write_bytes(folder / FILE, json.dumps(asdict(self)).encode())
+        write_bytes(folder / FILE, self.to_json())
 
     @classmethod
-    def load(cls, folder: Path) -> Plan | None:
+    def load(cls, folder: Path, name: str = FILE) -> Plan | None:
         """The plan in `folder`, or None where there is none yet."""
         try:
-            raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            raw = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         rows, rejected = [Row(**row) for row in raw["rows"]], [Rejected(**entry) for entry in raw["rejected"]]
-        return cls(raw["arguments"], raw["root"], rows, rejected, raw["passed"])
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The listed videos that meet the conditions on the list's columns, the best first.
-
-    Attributes:
-        about: the list and the conditions, as they are named in errors.
-        root: the folder that the listed paths are relative to.
-        listed: how many videos the list has.
-        matching: those that are left.
-        probed: conditions on what the videos' headers say.
-    """
-
-    about: str
-    root: str
-    listed: int
-    matching: list[Video]
-    probed: list[Condition]
-
-
-def select(
-    *,
-    source: Path,
-    videos: Path | None,
-    path_column: str | None,
-    caption_column: str | None,
-    where: str | None,
-    sort: str | None,
-) -> Candidates:
-    """Read the list and choose by its columns; no video is opened.
-
-    Args:
-        source, path_column, caption_column: as in `read_source`.
-        videos: the folder that the paths are relative to; None is the source's own.
-        where: conditions, as `parse_conditions` takes them.
-        sort: as `ranked` takes it; None keeps the order of the list.
-
-    Raises:
-        DataError: as `read_source`, `parse_conditions` and `ranked`.
-    """
-    listed, columns = read_source(source, path_column, caption_column)
-    own, probed = split_conditions(parse_conditions(where) if where else [], columns)
-    matching = [video for video in listed if all(condition.holds(video.columns) for condition in own)]
-    if sort is not None:
-        matching = ranked(matching, sort, columns)
-    root = (videos or (source if source.is_dir() else source.parent)).absolute()
-    return Candidates(f"{source} with where={where or ''}", str(root), len(listed), matching, probed)
+        return cls(**{**raw, "rows": rows, "rejected": rejected})
 
 
 def make_plan(
     arguments: dict[str, Any],
     candidates: Candidates,
+    wanted: Wanted,
     *,
-    top: int | None,
-    fps: float,
-    frames: int,
-    clips: int | None,
+    before: Plan | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Choose the first `top` candidates that hold a clip and meet the conditions on their headers.
+    """Choose the first candidates that hold a clip and meet the conditions on their headers.
 
-    Headers are read from the best video down, and only until `top` are found. Where bad files are all there is, the
+    Headers are read from the best video down, and only until enough are found. Where bad files are all there is, the
     plan has no rows.
 
     Args:
         arguments: kept in the plan.
         candidates: from `select`.
-        top: how many videos; None takes all.
-        fps, frames, clips: pace and length of a clip, and the most from one video.
+        wanted: what a video has to be.
+        before: an earlier plan of the same arguments: the videos that it knows are judged as they were.
         progress: show a progress bar on stderr.
 
     Raises:
         DataError: no video is left, and none is bad.
     """
-    matching, probed, root = candidates.matching, candidates.probed, Path(candidates.root)
+    matching = candidates.matching
     rows: list[Row] = []
     rejected: list[Rejected] = []
-    wanted = len(matching) if top is None else top
-    passed = candidates.listed - len(matching)
-    with ThreadPoolExecutor(16) as pool, tqdm(total=min(wanted, len(matching)), disable=not progress) as bar:
+    unfit: list[str] = []
+    lost: list[str] = []
+    compromises = _Compromises(wanted)
+    most = len(matching) if wanted.top is None else wanted.top
+    with tqdm(total=min(most, len(matching)), disable=not progress) as bar:
         bar.set_description("choosing")
-        for start in range(0, len(matching), 64):
-            if len(rows) == wanted:
+        for video, found in _judged(candidates, wanted, before):
+            if len(rows) == most:
                 break
-            group = matching[start : start + 64]
-            for video, info in zip(group, pool.map(lambda video: _probed(root, video), group), strict=True):
-                if len(rows) == wanted:
-                    break
-                if isinstance(info, str) or video.caption is None:
-                    reason = info if isinstance(info, str) else video.uncaptioned
-                    rejected.append(Rejected(video.path, reason))
-                    continue
-                count = _clips_in(info, fps, frames, clips)
-                if count == 0 or not all(condition.holds(_columns(info, fps)) for condition in probed):
-                    passed += 1
-                    continue
-                rows.append(Row(video.path, video.caption, count))
+            if isinstance(found, VideoInfo):
+                compromises.add(video.path, found)
+                found = _row(video, found, wanted, candidates.probed)
+            if isinstance(found, Row):
+                rows.append(found)
                 bar.update()
+            elif isinstance(found, Rejected):
+                rejected.append(found)
+            else:
+                (unfit if found is Aside.UNFIT else lost).append(video.path)
+    passed = candidates.listed - len(matching) + len(unfit)
+    told = list(candidates.told)
+    if lost:
+        some = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        told.append(f"{len(lost)} of the listed videos are not in {candidates.root}, such as {some}")
     if not rows and not rejected:
+        hint = "; correct videos= or download them" if lost else ""
         raise DataError(
-            f"{candidates.about}: no video of {frames} frames at {fps:g} fps is left of {candidates.listed}: {passed} "
-            "are too short or do not meet the conditions, none is bad"
+            f"{candidates.about}: no video of {wanted.frames} frames at {wanted.fps:g} fps is left of "
+            f"{candidates.listed}: {passed} are too short or do not meet the conditions, {len(lost)} are not on disk "
+            f"in {candidates.root}, none is bad{hint}"
         )
-    return Plan(arguments, str(root), rows, rejected, passed)
+    told += compromises.told({row.path for row in rows})
+    return Plan(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 
-def _probed(root: Path, video: Video) -> VideoInfo | str:
-    """The video's header, or why it has none that can be used."""
+def _judged(
+    candidates: Candidates, wanted: Wanted, before: Plan | None
+) -> Iterator[tuple[Video, VideoInfo | Row | Rejected | Aside]]:
+    """Each candidate with its header, with what an earlier plan made of it, with why it is bad, or is left out."""
+    known: dict[str, Row | Aside] = {}
+    if before is not None:
+        # Bad files are looked at again: they may have been mended, or got a caption.
+        known = {**dict.fromkeys(before.unfit, Aside.UNFIT), **{row.path: row for row in before.rows}}
+    root = Path(candidates.root)
+
+    def judge(video: Video) -> VideoInfo | Row | Rejected | Aside:
+        there = known.get(video.path)
+        if isinstance(there, Row):
+            return Row(video.path, video.caption or "", there.clips)
+        return _probed(root, video) if there is None else there
+
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(candidates.matching), 64):
+            group = candidates.matching[start : start + 64]
+            yield from zip(group, pool.map(judge, group), strict=True)
+
+
+def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
+    """The video's header, why it has none that can be used, or that it is not on disk."""
     try:
         video.path.encode()  # it becomes part of the shards
     except UnicodeEncodeError:
-        return "file name is not UTF-8; rename it"
+        return Rejected(video.path, "file name is not UTF-8; rename it")
+    if not video.path:
+        return Rejected(video.path, video.problem or "no path")
     try:
-        return probe(root / video.path)
+        (root / video.path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Aside.MISSING
+    except (OSError, ValueError) as error:
+        return Rejected(video.path, getattr(error, "strerror", None) or str(error))
+    try:
+        info = probe(root / video.path)
     except DataError as error:
-        return str(error)
+        return Rejected(video.path, str(error))
+    return info if video.problem is None else Rejected(video.path, video.problem)
 
 
-def _clips_in(info: VideoInfo, fps: float, frames: int, most: int | None) -> int:
-    available = info.frames_at(fps)
+def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Aside:
+    """The video as a row of the plan, or that it does not qualify."""
+    available = info.frames_at(wanted.fps)
     # A header without a length: decoding tells.
-    count = 1 if available is None else available // frames
-    return count if most is None else min(count, most)
+    count = 1 if available is None else available // wanted.frames
+    count = count if wanted.clips is None else min(count, wanted.clips)
+    slow = wanted.min_fps is not None and info.fps is not None and info.fps < wanted.min_fps
+    small = not wanted.upscale and enlargement(info, wanted.sizes) > 1
+    fits = all(condition.holds(_columns(info, wanted.fps)) for condition in probed)
+    if count == 0 or slow or small or not fits or video.caption is None:
+        return Aside.UNFIT
+    return Row(video.path, video.caption, count)
+
+
+def enlargement(info: VideoInfo, sizes: Sequence[Size]) -> float:
+    """By how much a video's sides grow to cover its bucket; below 1 where they shrink."""
+    height, width = nearest_size(info.height, info.width, sizes)
+    return max(height / info.height, width / info.width)
+
+
+class _Compromises:
+    """Chosen videos that the clips show worse than a model expects: enlarged ones, and those with repeated frames."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._enlarged: dict[str, tuple[float, str]] = {}
+        self._slow: dict[str, float] = {}
+
+    def add(self, path: str, info: VideoInfo) -> None:
+        scale = enlargement(info, self._wanted.sizes)
+        if scale > 1:
+            height, width = nearest_size(info.height, info.width, self._wanted.sizes)
+            self._enlarged[path] = (scale, f"{info.height}x{info.width} to {height}x{width}")
+        # Rates are averages: one of 15.98 for 16 repeats a frame in a minute.
+        if info.fps is not None and info.fps < 0.99 * self._wanted.fps:
+            self._slow[path] = info.fps
+
+    def told(self, chosen: set[str]) -> list[str]:
+        """What is to be said of the chosen ones, in lines."""
+        lines = []
+        enlarged = {path: found for path, found in self._enlarged.items() if path in chosen}
+        if enlarged:
+            path, (scale, sides) = max(enlarged.items(), key=lambda entry: entry[1][0])
+            lines.append(
+                f"videos that are enlarged: {len(enlarged)}, {path} the most ({sides}, {scale:.2f} times); "
+                "upscale=false leaves them out"
+            )
+        slow = {path: fps for path, fps in self._slow.items() if path in chosen}
+        if slow:
+            path, fps = min(slow.items(), key=lambda entry: entry[1])
+            lines.append(
+                f"videos whose frames are repeated, of fewer than {self._wanted.fps:g} a second: {len(slow)}, {path} "
+                f"has the fewest ({fps:.4g}); min_fps={self._wanted.fps:g} leaves them out"
+            )
+        return lines
 
 
 def _columns(info: VideoInfo, fps: float) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from data.prepare.plan import Wanted
 from data.prepare.scaling import Size
+from data.prepare.selection import Candidates, select
 from data.prepare.video import DECODING
 
 
@@ -30,6 +32,10 @@ class Rank:
         return cls(0, 1, 0)
 
 
+YOUNGER = {"upscale": True, "min_fps": None}
+"""Arguments that folders of earlier versions do not know, with what they were made with."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to make: the arguments of the command line, in the types that the work needs.
@@ -39,11 +45,12 @@ class Recipe:
         family: of the model, a key of `data.encoders.FAMILIES`.
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
-        selection: the arguments of `data.prepare.plan.select`, and `top`, as they are.
+        selection: the arguments of `data.prepare.selection.select`, and `top`, as they are.
+        upscale, min_fps: as in `data.prepare.plan.Wanted`.
         image_to_video: write the first frame's conditions.
         device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
         workers: decoding processes.
-        shard_bytes: of a tar, at most.
+        shard_bytes, shard_seconds: of a tar, at most, and after which it is finished.
         bad_share: the share of bad files above which the run counts as failed.
     """
 
@@ -55,13 +62,25 @@ class Recipe:
     sizes: list[Size]
     clips: int | None
     selection: dict[str, Any]
+    upscale: bool
+    min_fps: float | None
     image_to_video: bool
     device: str | None
     vae_dtype: torch.dtype
     text_dtype: torch.dtype
     workers: int
     shard_bytes: int
+    shard_seconds: float
     bad_share: float
+
+    def wanted(self) -> Wanted:
+        """What a video has to be to be chosen."""
+        top = self.selection["top"]
+        return Wanted(self.fps, self.frames, self.clips, self.sizes, self.upscale, self.min_fps, top)
+
+    def select(self) -> Candidates:
+        """The candidates of the list."""
+        return select(**{name: value for name, value in self.selection.items() if name != "top"})
 
     def arguments(self) -> dict[str, Any]:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""
@@ -73,6 +92,8 @@ class Recipe:
             "frames": self.frames,
             "sizes": [list(size) for size in self.sizes],
             "clips": self.clips,
+            "upscale": self.upscale,
+            "min_fps": self.min_fps,
             "image_to_video": self.image_to_video,
             "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
             "text_dtype": str(self.text_dtype).removeprefix("torch."),

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from data.begun import refuse_shards
 from data.encoders import encoder_class, fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
-from data.errors import DataError
+from data.errors import DataError, naming
 from data.files import write_bytes
 from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
-from data.prepare.journal import FinishedError, Journal
-from data.prepare.plan import Candidates, Plan, Rejected, make_plan, select
+from data.prepare.finished import LIST, check_same, revisit, same
+from data.prepare.journal import Cut, FinishedError, Journal
+from data.prepare.plan import FILE as PLAN
+from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.recipe import Rank, Recipe
 from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
@@ -45,15 +47,24 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     if recipe.out.exists() and not recipe.out.is_dir():
         raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
-    try:
-        journal.check_open(recipe.out)
-        # A mistake in the list is told before weights are loaded.
-        listed = _select(recipe) if Plan.load(recipe.out / journal.FOLDER) is None else None
-        encoder = _load(recipe, rank)
-        planned = _plan(recipe, rank, arguments, listed)
-        records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes)
-    except FinishedError:
-        return _already_there(recipe, rank, arguments)
+    device = find_device(recipe.device, rank.local)
+    while True:
+        try:
+            # What is wrong with the list is told before weights are loaded.
+            planned = _plan(recipe, rank, arguments)
+            encoder = _load(recipe, rank, device)
+            records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes, recipe.shard_seconds)
+            break
+        except FinishedError:
+            if not (recipe.out / FILE).exists():
+                _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
+                return 1
+            manifest = revisit(recipe, arguments, lambda line: _say(rank, line))
+            if manifest is not None:
+                return _code(recipe, manifest)
+    if records.strays:
+        some = ", ".join(records.strays[:3]) + (", …" if len(records.strays) > 3 else "")
+        _say(rank, f"{recipe.out}: nothing says where {some} are from: they are left as they are, and not counted")
     with Stopping() as stopping:
         try:
             _encode_all(recipe, rank, planned, encoder, records, stopping)
@@ -64,66 +75,33 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
                     records.flush()
                 finally:
                     records.close()
-    return _finish(recipe, rank, planned, encoder, arguments["encoder"])
+    return _finish(recipe, rank, planned, encoder)
 
 
-def _already_there(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> int:
-    """The exit code of the run that ended before this one."""
-    if not (recipe.out / FILE).exists():
-        _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
-        return 1
-    manifest = Manifest.load(recipe.out)
-    _check_same(recipe.out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
-    journal.remove(recipe.out)
-    _say(rank, f"{recipe.out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there")
-    return _code(recipe, manifest)
-
-
-def _load(recipe: Recipe, rank: Rank) -> Encoder:
-    if recipe.weights is not None and not recipe.weights.is_dir():
-        raise DataError(f"weights is {recipe.weights}, expected a diffusers folder; download it first")
-    device = find_device(recipe.device, rank.local)
+def _load(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
     _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     return load_encoder(recipe.family, settings)
 
 
-def _select(recipe: Recipe) -> Candidates:
-    return select(**{name: value for name, value in recipe.selection.items() if name != "top"})
-
-
-def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any], listed: Candidates | None) -> Plan:
+def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
     """The folder's plan; the rank that comes first makes it, and the others wait for it."""
+    journal.check_open(recipe.out)
     with journal.exclusively(recipe.out) as home:
-        journal.check_open(recipe.out)  # it was long ago that this was asked
+        journal.check_open(recipe.out)
         found = Plan.load(home)
-        if found is None:
-            found = make_plan(
-                arguments,
-                listed or _select(recipe),
-                top=recipe.selection["top"],
-                fps=recipe.fps,
-                frames=recipe.frames,
-                clips=recipe.clips,
-                progress=True,
-            )
-            found.save(home)
+        if found is None or not (same(found.arguments, arguments) or journal.is_claimed(recipe.out)):
+            refuse_shards(recipe.out)
+            found = make_plan(arguments, recipe.select(), recipe.wanted(), progress=True)
+            with naming(home / PLAN):
+                found.save(home)
+    for line in found.told:
+        _say(rank, line)
+    missing = f", {found.missing} are not on disk" if found.missing else ""
     bad = f"{len(found.rejected)} files are bad"
-    _say(rank, f"{len(found.rows)} videos chosen, {found.passed} do not qualify, {bad}")
-    _check_same(recipe.out, found.arguments, arguments)
+    _say(rank, f"{len(found.rows)} videos chosen, {found.passed} do not qualify{missing}, {bad}")
+    check_same(recipe.out, found.arguments, arguments)
     return found
-
-
-def _check_same(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    before, now = there.get("decoding", 1), asked["decoding"]
-    if there.get("made_by") == asked["made_by"] and before != now:
-        raise DataError(
-            f"{out}: its videos were decoded by version {before}, this is version {now}, which gives other pixels: "
-            "choose another out= or delete it"
-        )
-    other = [f"{name}={there.get(name)} (asked: {value})" for name, value in asked.items() if there.get(name) != value]
-    if other:
-        raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")
 
 
 def _encode_all(
@@ -161,7 +139,9 @@ def _encode_all(
             row, clip = event
             try:
                 if row != captioned:
-                    prompt, captioned = encoder.prompt(planned.rows[row].caption), row
+                    caption = planned.rows[row].caption
+                    prompt, captioned = encoder.prompt(caption), row
+                    records.cut(planned.rows[row].path, encoder.tokens(caption))
                 sample = make_sample(encoder, recipe, planned, row, clip, prompt)
                 with stopping.held():
                     records.write(sample)
@@ -213,13 +193,13 @@ def _too_large(planned: Plan, row: int, clip: Clip, error: Exception) -> str:
     )
 
 
-def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
+def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
     try:
         with journal.exclusively(recipe.out):
             journal.check_begun(recipe.out)
             try:
-                return _merge(recipe, rank, planned, encoder, encoder_id)
+                return _merge(recipe, rank, planned, encoder)
             except FileNotFoundError:
                 journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
                 raise
@@ -227,17 +207,19 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder
         return 0  # another rank has merged
 
 
-def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_id: str) -> int:
-    shards, done, rejected = journal.read_records(recipe.out)
+def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+    records = journal.read_records(recipe.out)
     journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
-    if len(done) < len(planned.rows):
-        left = len(planned.rows) - len(done)
+    if len(records.done) < len(planned.rows):
+        left = len(planned.rows) - len(records.done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
         return 0
+    shards = records.shards
     journal.check_unique(recipe.out, shards)
     remove_leftovers(recipe.out)
-    rejected = planned.rejected + sorted(rejected, key=lambda entry: entry.path)
-    write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
+    rejected = planned.rejected + sorted(records.rejected, key=lambda entry: entry.path)
+    with naming(recipe.out / REJECTED):
+        write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
     files = len(planned.rows) + len(planned.rejected)
     if not shards:
         journal.remove(recipe.out)
@@ -251,20 +233,37 @@ def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, encoder_
     manifest = Manifest(
         shards=tuple(shards),
         fps=recipe.fps,
-        encoder=encoder_id,
+        encoder=planned.arguments["encoder"],
         latent=encoder.latent_is,
         text=encoder.text_is,
         arguments={name: value for name, value in planned.arguments.items() if name != "encoder"},
         videos=files,
         rejected=len(rejected),
     )
+    with naming(recipe.out / LIST):
+        write_bytes(recipe.out / LIST, planned.to_json())
     finish_folder(recipe.out, manifest, encoder.prompt(""))
     journal.remove(recipe.out)
     print(
         f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(planned.rows)} videos, "
         f"{len(rejected)} bad files"
     )
+    for line in _cuts(records.cut):
+        print(line)
     return _code(recipe, manifest)
+
+
+def _cuts(cut: list[Cut]) -> list[str]:
+    """How many captions each text encoder cut, and the longest; none where none was cut."""
+    lines = []
+    for encoder in sorted({entry.encoder for entry in cut}):
+        longest = {entry.path: entry for entry in cut if entry.encoder == encoder}
+        most = max(longest.values(), key=lambda entry: entry.tokens)
+        lines.append(
+            f"{len(longest)} captions are longer than the {most.used} tokens that {encoder} takes, and are cut there; "
+            f"the longest is that of {most.path}, {most.tokens} tokens"
+        )
+    return lines
 
 
 def _code(recipe: Recipe, manifest: Manifest) -> int:

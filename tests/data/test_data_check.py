@@ -201,7 +201,7 @@ def test_latents_are_decoded_by_the_vae_that_made_them(tmp_path: Path) -> None:
     assert prepare([f"source={tmp_path / 'videos'}", f"out={out}", f"weights={weights}", "frames=9", "size=32x48"]) == 0
     assert main([str(out), "--contact-sheet", f"png={png}", f"weights={weights}", "pictures=2"]) == 0
     assert Image.open(png).size == (484, 176)
-    with pytest.raises(DataError, match=r"was made with wan:vae-\w+\+text-\w+, expected wan:vae-"):
+    with pytest.raises(DataError, match=r"was made with wan:vae-\w+\+text-\w+\+ids-\w+, expected wan:vae-"):
         main([str(out), "--contact-sheet", f"weights={other}"])
     with pytest.raises(DataError, match="weights is not set, model=wan needs"):
         main([str(out), "--contact-sheet"])

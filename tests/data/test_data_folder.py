@@ -198,6 +198,9 @@ def test_killed_writer_leaves_no_manifest_and_no_half_file(tmp_path: Path, renam
             assert len(tar.getnames()) == 4
     (tmp_path / "shard-00007.tar").touch()
     (tmp_path / "mine.tar").touch()
+    assert write(0) == 1, "a shard that no writer began is nobody's to remove"
+    assert sorted(tmp_path.glob("shard-*.tar")) == [*whole, tmp_path / "shard-00007.tar"]
+    (tmp_path / "shard-00007.tar").unlink()
 
     assert write(0) == 0
     assert [info.key for info in Manifest.load(tmp_path).samples] == ["k0", "k1", "k2", "k3"]

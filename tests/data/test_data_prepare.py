@@ -110,7 +110,10 @@ def test_bad_files_are_listed_and_fail_the_run_above_their_share(
     }
     assert set(rejected) == {"empty.mp4", "sound.mp4", "uncaptioned.mp4", "v6.mp4"}
     reasons = [rejected[name]["reason"] for name in ("sound.mp4", "uncaptioned.mp4")]
-    assert reasons == ["no video stream", "caption is not UTF-8"]
+    assert reasons == [
+        "no video stream",
+        "caption cannot be used: is not in UTF-8 (unexpected end of data, byte 3); save it as UTF-8",
+    ]
     kept = rejected["v6.mp4"]["kept"]
     assert 1 <= kept <= 4
     check_complete(out, {**LENGTHS, "v6.mp4": kept})
@@ -194,8 +197,13 @@ def test_each_rank_takes_its_own_gpu(tmp_path: Path, videos: Path, monkeypatch: 
     assert taken == ["cuda:0", "cuda:3", "cuda:2", "cuda:1", "cpu"]
     with pytest.raises(DataError, match="there is no column 'scor'"):
         (tmp_path / "list.csv").write_text("path,caption,score\nv0.mp4,a,1\n", encoding="utf-8")
-        main([f"source={tmp_path / 'list.csv'}", f"out={tmp_path / 'out'}", *FAST, "sort=scor"])
-    assert len(taken) == 5 and not (tmp_path / "out").exists(), "told before weights are loaded"
+        main([f"source={tmp_path / 'list.csv'}", f"out={tmp_path / 'other'}", *FAST, "sort=scor"])
+    with pytest.raises(DataError, match="no video of 900 frames at 16 fps is left of 6: 6 are too short"):
+        main([f"source={videos}", f"out={tmp_path / 'other'}", "model=pixels", "frames=900"])
+    assert len(taken) == 5 and not (tmp_path / "other").exists(), "told before weights are loaded"
+    with pytest.raises(DataError, match="enough"):
+        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, "clips=1"])
+    assert len(taken) == 6, "a plan that nothing was written of is made anew"
 
 
 def test_wan_end_to_end(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from data.writer import TarShards
 def run_and_kill(words: Sequence[str], out: Path, shards: int) -> None:
     """Start a run and kill it, without a word, once so many shards are recorded."""
     process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list((out / ".prepare").glob("record-*"))) < shards and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -45,8 +45,8 @@ def test_a_killed_run_goes_on_without_a_clip_twice_or_lost(tmp_path: Path, video
     for shards in (1, 3):
         run_and_kill([*words, f"out={out}"], out, shards)
         assert len(list((out / ".prepare").glob("record-*"))) >= shards and not (out / "manifest.json").exists()
-    (out / "shard-000-00077.tar").write_bytes(b"of a run that was killed before its record")
-    finished = {path: path.read_bytes() for path in out.glob("shard-*") if "77" not in path.name}
+    (out / "shard-000-00077.tar").write_bytes(b"somebody's")
+    finished = {path: path.read_bytes() for path in out.glob("shard-*")}
     assert main([*words, f"out={out}"]) == 0
     kept = {
         line["path"]: line["kept"]
@@ -121,8 +121,8 @@ def test_a_stopped_run_keeps_what_it_encoded(
     with pytest.raises(raised):
         main([f"source={videos}", f"out={out}", *FAST])
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    ((shard,), done, _) = journal.read_records(out)
-    assert len(shard.samples) == 3 + writing and done == {0, 1}
+    records = journal.read_records(out)
+    assert [len(shard.samples) for shard in records.shards] == [3 + writing] and records.done == {0, 1}
     assert main([f"source={videos}", f"out={out}", *FAST]) == 0
     check_complete(out)
     assert interrupted.clips == 13 + (not writing), "nothing is encoded twice but what was in work"
@@ -142,7 +142,7 @@ def test_too_little_memory_is_no_bad_file(tmp_path: Path, videos: Path, monkeypa
     message = r"v2.mp4: the clip at 0.00 s, 10 frames of 16x32, does not fit .* \(CUDA out of memory\); .*device="
     with pytest.raises(DataError, match=message):
         main([f"source={videos}", f"out={out}", *FAST])
-    assert len(journal.read_records(out)[0][0].samples) == 3
+    assert len(journal.read_records(out).shards[0].samples) == 3
     assert main([f"source={videos}", f"out={out}", *FAST]) == 0
     check_complete(out)
 
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_costs_only_the_shard_in_work(
     monkeypatch.setattr(writer._OpenShard, "write", write_five)
     with pytest.raises(OSError, match="No space left"):
         main(words)
-    assert sum(len(shard.samples) for shard in journal.read_records(out)[0]) in (4, 5)
+    assert sum(len(shard.samples) for shard in journal.read_records(out).shards) in (4, 5)
     assert main(words) == 0
     check_complete(out)
 
@@ -174,7 +174,7 @@ def test_a_rank_that_ends_after_the_merge_leaves_the_manifest_alone(tmp_path: Pa
     assert main(words) == 0
     manifest = (out / "manifest.json").read_bytes()
     recipe, rank = SimpleNamespace(out=out), Rank(1, 2, 1)
-    assert run._finish(recipe, rank, SimpleNamespace(rows=[]), None, "") == 0  # type: ignore[arg-type]
+    assert run._finish(recipe, rank, SimpleNamespace(rows=[]), None) == 0  # type: ignore[arg-type]
     assert (out / "manifest.json").read_bytes() == manifest
 
 
@@ -220,7 +220,7 @@ def test_ranks_come_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> No
 def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:
     out, words = tmp_path / "out", [f"source={videos}", *FAST, "shard_gb=0.00003"]
     started = ranks([*words, f"out={out}"], 3)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list((out / ".prepare").glob("record-*"))) < 2:
         assert time.monotonic() < deadline and any(process.poll() is None for process in started)
         time.sleep(0.01)

@@ -15,8 +15,16 @@ from pyarrow import parquet
 from data.cli import parse
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
-from data.prepare.plan import select
-from data.prepare.sources import Video, number, parse_conditions, ranked, read_source, split_conditions
+from data.prepare.conditions import number, parse_conditions, split_conditions
+from data.prepare.selection import select
+from data.prepare.sources import Listed, Video, ranked
+from data.prepare.sources import read_source as read
+
+
+def read_source(*arguments: Any) -> tuple[list[Video], list[str]]:
+    found: Listed = read(*arguments)
+    return found.videos, found.columns
+
 
 ROWS: list[dict[str, Any]] = [
     {"video": "a.mp4", "caption": "first, with a comma", "aesthetic score": 5.5, "motion": 1.0, "camera": "static"},
@@ -81,7 +89,11 @@ def test_a_folder_is_searched_for_videos_and_captions(tmp_path: Path) -> None:
         (tmp_path / f"{name}.mp4").touch()
         (tmp_path / f"{name}.txt").write_text("caf\u00e9", encoding=coding)
     videos, columns = read_source(tmp_path)
-    assert [v.uncaptioned for v in videos if v.caption is None] == ["no caption", "caption is not UTF-8", "no caption"]
+    assert [v.problem for v in videos if v.caption is None] == [
+        "no caption, a.txt is empty",
+        "caption cannot be used: is not in UTF-8 (unexpected end of data, byte 3); save it as UTF-8",
+        "no caption, expected c.txt beside it",
+    ]
     assert columns == [] and [(v.path, v.caption) for v in videos] == [
         ("a.webm", None), ("b.mp4", "caption of b"), ("d.mp4", "caf\u00e9"), ("e.mp4", None), ("sub/c.MKV", None),
     ]  # fmt: skip
@@ -93,8 +105,9 @@ def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
     videos, _ = read_source(tmp_path / "list.jsonl")
     assert [video.caption for video in videos] == [None] * 5 + ["\u20ac"]
-    assert [video.uncaptioned for video in videos[:5]] == [
-        "caption is of type list, expected text", "no caption", "no caption", "caption is of type int, expected text",
+    assert [video.problem for video in videos[:5]] == [
+        "caption is of type list, expected text", "no caption in the column caption, line 2",
+        "no caption in the column caption, line 3", "caption is of type int, expected text",
         "caption has half a character (a lone surrogate)",
     ]  # fmt: skip
 
@@ -181,7 +194,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
             r"more.csv: line 5 has 5 fields, the first line names 3 columns; put .* a comma",
         ),
         ("fewer.tsv", "fewer.tsv: line 2 has 1 field, the first line names 2 columns; put what holds a tab"),
-        ("latin.csv", "cannot be read as csv .*utf-8"),
+        ("latin.csv", "latin.csv: is not in UTF-8 .*; save it as UTF-8"),
         ("bad.parquet", "cannot be read as parquet"),
         ("folder", "no videos in this folder"),
     ]:

@@ -24,16 +24,23 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-WORDS = ["a", "red", "ball", "moving", "bar", "clip", "video", "of", "the", "and", "&"]
+from data.encoders.hunyuan import CROPPED, TEMPLATE
+from data.encoders.tokens import PLAIN
+
+WORDS = ["a", "red", "ball", "moving", "bar", "clip", "video", "of", "the", "and", "&", *PLAIN.split()]
 
 
-def _tokenizer(length: int, side: str = "right") -> Any:
-    """Words of letters; pad 0, end 1, unknown 2, start 3."""
+def _tokenizer(length: int, side: str = "right", prefix: tuple[str, int] | None = None) -> Any:
+    """Words of letters; pad 0, end 1, unknown 2, start 3; no end where a `prefix` has to have so many tokens."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<s>", *dict.fromkeys(WORDS)])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    if prefix is not None:
+        words.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+        starts = "<s> " * (prefix[1] - len(words.encode(prefix[0], add_special_tokens=False)))
+        words.post_processor = processors.TemplateProcessing(single=f"{starts}$A", special_tokens=[("<s>", 3)])
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>",
         model_max_length=length, padding_side=side,
@@ -108,7 +115,7 @@ def save_hunyuan(folder: Path, seed: int = 0) -> Path:
     _random(vae).save_pretrained(folder / "vae")
     _random(LlamaModel(llama)).save_pretrained(folder / "text_encoder")
     _random(CLIPTextModel(clip)).save_pretrained(folder / "text_encoder_2")
-    _tokenizer(512).save_pretrained(folder / "tokenizer")
+    _tokenizer(512, prefix=(TEMPLATE.partition("{}")[0], CROPPED)).save_pretrained(folder / "tokenizer")
     _tokenizer(77).save_pretrained(folder / "tokenizer_2")
     return folder
 

@@ -1,0 +1,131 @@
+"""A folder that is finished, and the same command again: what differs, and appending what was added to the list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.encoders import same_encoder
+from data.errors import DataError
+from data.manifest import FILE, REJECTED, Manifest
+from data.prepare import journal
+from data.prepare.plan import Plan, Rejected, Row, make_plan
+from data.prepare.recipe import YOUNGER, Recipe
+
+LIST = "videos.json"
+"""The plan of a finished folder."""
+
+
+def _others(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Each argument, the encoder among them, that is another."""
+    other = []
+    for name, value in asked.items():
+        found = there.get(name, YOUNGER.get(name))
+        if not (same_encoder(found, value) if name == "encoder" and found else found == value):
+            other.append(f"{name}={found} (asked: {value})")
+    return other
+
+
+def same(there: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a folder was begun with these arguments."""
+    return not _others(there, asked)
+
+
+def check_same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise a DataError that names each argument with which a folder was begun otherwise."""
+    before, now = there.get("decoding", 1), asked["decoding"]
+    if there.get("made_by") == asked["made_by"] and before != now:
+        raise DataError(
+            f"{out}: its videos were decoded by version {before}, this is version {now}, which gives other pixels: "
+            "choose another out= or delete it"
+        )
+    other = _others(there, asked)
+    if other:
+        raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")
+
+
+def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Manifest | None:
+    """The manifest of a finished folder that holds what is asked for, or None: it is under way again.
+
+    Videos that were added to the list since are put into the folder's plan, behind the others, and its manifest is
+    taken away until they are there too. Clips of videos that have gone from the list stay.
+
+    Args:
+        recipe: what is asked for.
+        arguments: of the recipe, with the encoder's fingerprint.
+        say: is told in lines what differs.
+
+    Raises:
+        DataError: other arguments, changed captions, or more videos than `top` allows.
+    """
+    out = recipe.out
+    with journal.exclusively(out):
+        if not (out / FILE).exists():
+            return None  # another rank has reopened it
+        manifest = Manifest.load(out)
+        check_same(out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
+        there = f"{out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there"
+        before, source = Plan.load(out, LIST), recipe.selection["source"]
+        if before is None or not source.exists():
+            why = f"it has no {LIST}" if before is None else f"{source} is gone"
+            say(f"{there}; it was not compared with the list of videos, as {why}")
+            journal.remove(out)
+            return manifest
+        now = make_plan(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True)
+        added, changed, gone = _differences(before, now)
+        _check_appendable(recipe, before, added, changed, gone)
+        if not added:
+            note = f"; {len(gone)} of its videos are no longer listed, such as {gone[0]}" if gone else ""
+            say(f"{there}{note}")
+            journal.remove(out)
+            return manifest
+        say(
+            f"{there}; {_some([row.path for row in added])} added to the list: appending, without a manifest until then"
+        )
+        known = {row.path for row in before.rows}
+        late = [entry for entry in _rejected(out) if entry.path in known]
+        plan = replace(now, rows=[*before.rows, *added])
+        journal.reopen(out, plan, manifest, len(before.rows), late)
+        return None
+
+
+def _differences(before: Plan, now: Plan) -> tuple[list[Row], list[str], list[str]]:
+    """Added rows, the paths of those with another caption, and of those that are no longer chosen."""
+    old, new = ({row.path: row for row in plan.rows} for plan in (before, now))
+    added = [row for path, row in new.items() if path not in old]
+    changed = [path for path, row in new.items() if path in old and row.caption != old[path].caption]
+    return added, changed, [path for path in old if path not in new]
+
+
+def _check_appendable(recipe: Recipe, before: Plan, added: list[Row], changed: list[str], gone: list[str]) -> None:
+    """Raise a DataError where the folder cannot become what is asked for by appending."""
+    differs = []
+    if changed:
+        differs.append(f"{_some(changed, 'has', 'have')} another caption now")
+    top = recipe.selection["top"]
+    full = top is not None and len(before.rows) + len(added) > top
+    if added and (changed or full):
+        differs.append(f"{_some([row.path for row in added])} added to the list")
+    if full and added and gone:
+        differs.append(f"{_some(gone)} displaced by them from the best {top}")
+    if differs:
+        raise DataError(
+            f"{recipe.out}: is finished, but {', '.join(differs)}; what is encoded stays as it is: choose another out= "
+            "to make the clips anew, or give the list as it was"
+        )
+
+
+def _some(paths: list[str], one: str = "was", more: str = "were") -> str:
+    return f"1 video ({paths[0]}) {one}" if len(paths) == 1 else f"{len(paths)} videos (such as {paths[0]}) {more}"
+
+
+def _rejected(out: Path) -> list[Rejected]:
+    """The bad files that a finished folder lists."""
+    try:
+        text = (out / REJECTED).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [Rejected(**json.loads(line)) for line in text.split("\n") if line]

@@ -176,6 +176,8 @@ def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4,
     """
     from PIL import Image
 
+    from data.animation import save_gif
+
     check_preview(Path(path))
     clips = [((sample.latent.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for sample in samples]
     gap = torch.nn.ConstantPad2d((1, 1, 1, 1), 255)
@@ -183,8 +185,7 @@ def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4,
     clips += [torch.full_like(clips[0], 255)] * (-len(clips) % columns)
     rows = [torch.cat(clips[i : i + columns], dim=3) for i in range(0, len(clips), columns)]
     grid = torch.cat(rows, dim=2).permute(1, 2, 3, 0).contiguous().numpy()
-    images = [Image.fromarray(frame) for frame in grid]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / FPS), loop=0)
+    save_gif([Image.fromarray(frame) for frame in grid], path, round(1000 / FPS))
 
 
 def main(words: list[str]) -> int:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.animation import save_gif
 from train.charts import smoothed
 from train.metrics import read_metrics
 
@@ -59,8 +60,8 @@ def animate(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
             top = _MARGIN + row * (height + _MARGIN)
             draw.text((8, top + 2), label, fill="black", font=font)
             canvas.paste(frames[index], (8, top + _MARGIN))
-        images.append(canvas.quantize(128))
-    images[0].save(picture, save_all=True, append_images=images[1:], duration=100, loop=0)
+        images.append(canvas)
+    save_gif(images, picture, 100)
 
 
 def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_header_says_how_to_run_it(trained):
     with safe_open(run / "export" / "diffusers" / "pytorch_lora_weights.safetensors", "pt") as file:
         header = file.metadata()
     assert {key.removeprefix("radial."): value for key, value in header.items() if key != "format"} == {
-        "base_model": Path(config.model.path).name, "family": "wan", "rope": "default", "expert": "None",
+        "base_model": Path(config.model.path).name, "family": "wan", "rope": config.model.rope, "expert": "None",
         "rank": "4", "shift": str(config.shift()), "fp8": "False", "step": "3", "version": __version__,
         "pattern": "released", "rule": "wan", "decay": str(config.attention.decay),
         "block": str(config.attention.block), "dense_layers": str(config.attention.dense_layers),

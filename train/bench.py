@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from radial import make_pattern
 from train.build import chosen_policies, resolve_precision, set_memory_policy
 from train.cli import guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
@@ -217,7 +216,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     x, target = noised(latent, noise, sigma)
     attention = config.attention
     plan = AttentionPlan.of(
-        make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+        config.pattern(),
         adapter.grid(x),
         block=attention.block,
         dense_layers=attention.dense_layers,

@@ -8,13 +8,12 @@ import torch
 
 from data.manifest import Manifest
 from data.synth import synthesize
-from radial import make_pattern
 from train.compiler import compile_blocks
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
-from train.flow import SigmaSchedule
 from train.fp8 import use_fp8
 from train.initial import read_initial
+from train.levels import clip_levels, levels_by_size
 from train.lora import inject_lora, start_from
 from train.memory import block_runner, call_block, chunk_tokens, mixed_runner
 from train.models import ModelAdapter
@@ -125,13 +124,13 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
     attention, objective, optim = config.attention, config.objective, config.optim
     return LengthExtensionModule(
         adapter,
-        pattern=make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+        pattern=config.pattern(),
         block=attention.block,
         dense_layers=attention.dense_layers,
-        dense_sigma=attention.dense_sigma,
         backend=attention.backend,
-        schedule=SigmaSchedule(config.shift(), objective.density, objective.mean, objective.std),
-        caption_dropout=objective.caption_dropout,
+        schedule=clip_levels(config).schedule,
+        levels=levels_by_size(config),
+        caption_dropout=config.caption_dropout(),
         first_frame=objective.first_frame,
         empty_prompt=shards.load_empty_prompt(),
         guidance=objective.guidance,

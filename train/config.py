@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from radial import VideoGrid
+from radial import Pattern, VideoGrid, make_pattern
 from train.errors import UserError
 
 ROPE_KINDS = ("default", "riflex", "interpolate")
@@ -35,10 +35,12 @@ class ModelConfig:
     rope: str = "default"  # temporal positions past that length (`train.models.rope`); rope=... sets it
     boundary: float | None = None  # of two experts: the noise level from which on the first one runs
     expert: str | None = None  # of two experts, whom to train: both, high, low
+    rule: str = "wan"  # of the released mask: the one that the family's public inference runs
     shifts: dict[int, float] = field(default_factory=dict)  # its noise shift, by the short side (pixels) from which on
     native_size: list[int] | None = None  # (height, width) in pixels of what its authors generate
     steps: int | None = None  # denoising steps that its authors generate with
     guidance: list[float] | None = None  # their weight of guidance; of two experts each one's, high noise levels first
+    caption_dropout: float = 0.1  # what it is trained with; guidance-distilled models have no negative prompt to learn
 
     def shift_at(self, height: int, width: int) -> float | None:
         """Its own noise shift for clips of this size in pixels; None where it has none."""
@@ -60,11 +62,12 @@ class AttentionConfig:
     """What replaces self-attention (`radial.patterns`, `train.plan`)."""
 
     pattern: str = "released"  # released, paper, dense
-    rule: str = "wan"  # of released: wan, hunyuan, ports
+    rule: str | None = None  # of released: wan, hunyuan, ports; null: the model's own (model.rule)
     decay: float = 1.0  # of released: below 1 is sparser
     block: int = 128  # tokens
     dense_layers: int = 2  # the first blocks, which stay dense
-    dense_sigma: float | None = None  # steps at noise levels from here up run dense
+    dense_steps: int = 0  # so many of the model's sampling steps, the noisiest, run dense (`train.levels`)
+    dense_sigma: float | None = None  # instead of dense_steps: the noise level itself; runs of before have it
     backend: str | None = None  # an attention backend by name; null picks the fastest
 
 
@@ -83,12 +86,12 @@ class LoraSettings:
 class ObjectiveConfig:
     """The flow-matching objective (`train.flow`)."""
 
-    shift: float | None = None  # moves noise levels towards 1; null: the model's own for the clip (`RunConfig.shift`)
+    shift: float | None = None  # moves noise levels towards 1; null: the model's own for each clip (`RunConfig.shift`)
     shift_with_length: bool = False  # the model's own times sqrt(the clip's length / the native one)
     density: str = "uniform"  # uniform, logit_normal
     mean: float = 0.0
     std: float = 1.0
-    caption_dropout: float = 0.1  # share of samples that train with the empty prompt
+    caption_dropout: float | None = None  # share of samples that train with the empty prompt; null: the model's own
     first_frame: float = 0.0  # share of steps whose clips go on from their own first frame (TI2V-5B)
     guidance: float = 1.0  # the weight that a guidance-distilled model (Hunyuan) is told
 
@@ -232,25 +235,47 @@ class RunConfig:
             patch=(patch[0], patch[1], patch[2]),
         )
 
-    def shift(self) -> float:
-        """The shift of the noise levels: ``objective.shift``, or the model's own at the clip's resolution.
+    def pattern(self) -> Pattern:
+        """Which blocks attention keeps.
+
+        Raises:
+            RadialError: an unknown name, or a value that it refuses.
+        """
+        attention = self.attention
+        return make_pattern(attention.pattern, decay=attention.decay, rule=self.rule())
+
+    def rule(self) -> str:
+        """The released mask's rule: ``attention.rule``, or the one that the family's public inference runs."""
+        return self.attention.rule or self.model.rule
+
+    def caption_dropout(self) -> float:
+        """The share of samples that train with the empty prompt: ``objective.caption_dropout``, or the model's own."""
+        given = self.objective.caption_dropout
+        return self.model.caption_dropout if given is None else given
+
+    def shift(self, clip: ClipConfig | None = None) -> float:
+        """The shift of a clip's noise levels: ``objective.shift``, or the model's own at the clip's resolution.
 
         With ``objective.shift_with_length`` the model's own grows with the clip as it would with a frame's area: the
         square root of the ratio of sizes keeps what noise leaves to be seen (arXiv 2403.03206, eq. 23).
+
+        Args:
+            clip: by default the configured one; shards may hold others.
 
         Raises:
             UserError: neither is there.
         """
         if self.objective.shift is not None:
             return self.objective.shift
-        shift = self.model.shift_at(self.clip.height, self.clip.width)
+        clip = clip or self.clip
+        shift = self.model.shift_at(clip.height, clip.width)
         if shift is None:
             raise UserError("objective.shift is not set, and the model has none of its own (model.shifts): set it")
         if not self.objective.shift_with_length:
             return shift
         if self.model.native_frames is None:
             raise UserError("objective.shift_with_length needs model.native_frames, it is not set")
-        return shift * math.sqrt(self.clip.frames / self.model.native_frames)
+        return shift * math.sqrt(clip.frames / self.model.native_frames)
 
 
 def structured(config: RunConfig) -> DictConfig:

@@ -100,8 +100,7 @@ def _pattern_plan(
     module: LengthExtensionModule, latent: Tensor, sigma: float, pattern: Pattern | None = None
 ) -> AttentionPlan:
     """What the model was trained with, dense at noise levels from ``dense_sigma`` up; or another pattern instead."""
-    all_dense = module.dense_sigma is not None and sigma >= module.dense_sigma
-    return module.plan(latent, all_dense=all_dense, pattern=pattern)
+    return module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma), pattern=pattern)
 
 
 def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from data.batch import Batch
 from data.sample import Prompt
 from radial import Pattern
 from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
+from train.levels import ClipLevels
 from train.lora import load_parameters, lora_parameters
 from train.models import Conditions, ModelAdapter
 from train.plan import AttentionPlan
@@ -44,8 +46,9 @@ class LengthExtensionModule(L.LightningModule):
 
     Args:
         adapter: the model with our attention installed.
-        pattern, block, dense_layers, dense_sigma, backend: the attention (`train.config.AttentionConfig`).
-        schedule: the distribution of noise levels.
+        pattern, block, dense_layers, backend: the attention (`train.config.AttentionConfig`).
+        schedule: the distribution of the noise levels of the run's clip; of two experts, each step's is drawn by it.
+        levels: of clips of a latent size (frames, height, width).
         caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
         first_frame: share of micro-batches whose clips go on from their own first latent frame.
         empty_prompt: the empty prompt's embedding.
@@ -67,9 +70,9 @@ class LengthExtensionModule(L.LightningModule):
         pattern: Pattern,
         block: int,
         dense_layers: int,
-        dense_sigma: float | None,
         backend: str | None,
         schedule: SigmaSchedule,
+        levels: Callable[[Sequence[int]], ClipLevels],
         caption_dropout: float,
         first_frame: float = 0.0,
         empty_prompt: Prompt,
@@ -90,8 +93,8 @@ class LengthExtensionModule(L.LightningModule):
         self.adapter = adapter
         self.transformer = adapter.transformer
         self.pattern, self.block, self.backend = pattern, block, backend
-        self.dense_layers, self.dense_sigma = dense_layers, dense_sigma
-        self.schedule = schedule
+        self.dense_layers = dense_layers
+        self.schedule, self.levels = schedule, levels
         self.caption_dropout, self.empty_prompt = caption_dropout, empty_prompt
         self.guidance, self.first_frame = guidance, first_frame
         self.seed = seed
@@ -134,8 +137,9 @@ class LengthExtensionModule(L.LightningModule):
         within = self.adapter.sigma_range
         if self.adapter.boundary is not None:
             within = expert_range(self.seed, self._step, self.schedule, self.adapter.boundary)
-        draw = StepDraw.of(self.seed, batch.step, self.schedule, self.dense_sigma, within)
-        sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, self.schedule) for key in batch.keys])
+        own = self.levels(batch.latent.shape[2:])
+        draw = StepDraw.of(self.seed, batch.step, own.schedule, own.dense_sigma, within)
+        sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, own.schedule) for key in batch.keys])
         levels = sigma.tolist()  # read before it is on the device, which would have to be waited for
         sigma = sigma.to(batch.latent.device)
         noise = torch.stack(

@@ -148,7 +148,7 @@ class Samples(Callback):
             self.watchdog.progress()
             if self.stop.agree(trainer):
                 raise _Asked
-            return module.plan(shape, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
+            return module.plan(shape, all_dense=module.levels(shape.shape[2:]).dense(sigma))
 
         made = sample(
             module.adapter,

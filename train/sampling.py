@@ -51,8 +51,10 @@ def sample(
         least, end = adapter.sigma_range
         raise UserError(f"the model is an expert for noise levels {least:g} to {end:g}: sample with model.expert=both")
     x = noise.float()
-    for timestep in tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True, disable=quiet):
-        level = (timestep / scheduler.config.num_train_timesteps).float()
+    for step, timestep in enumerate(
+        tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True, disable=quiet)
+    ):
+        level = scheduler.sigmas[step].float()
         sigma = level.expand(len(x))
         adapter.set_plan(plan(level.item()))
         velocity = adapter.velocity(x, sigma, conditions)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from radial import RadialError, make_pattern
+from radial import RadialError
 from radial.backends import BACKENDS
 from train.config import ROPE_KINDS, RunConfig
 from train.errors import UserError
@@ -24,6 +24,7 @@ _CHOICES = {
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "attention.dense_layers": 0,
+    "attention.dense_steps": 0,
     "lora.rank": 1,
     "data.batch_size": 1,
     "data.workers": 0,
@@ -52,6 +53,7 @@ _AT_LEAST: dict[str, float] = {
     "report.short_frames": 0,
     "model.text_tokens": 1,
     "model.native_frames": 1,
+    "model.steps": 1,
     "optim.weight_decay": 0,
 }
 _POSITIVE = (
@@ -93,6 +95,7 @@ def validate(config: RunConfig) -> None:
             raise UserError(f"{key} is {value(key)}, expected a positive number")
     for key, low, high in (
         ("objective.caption_dropout", 0, 1),
+        ("model.caption_dropout", 0, 1),
         ("objective.first_frame", 0, 1),
         ("attention.dense_sigma", 0, 1),
     ):
@@ -154,9 +157,25 @@ def validate(config: RunConfig) -> None:
     config.shift()
     attention = config.attention
     try:
-        make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule)
+        config.pattern()
     except RadialError as error:
         raise UserError(f"attention.{error}") from error
+    if attention.dense_sigma is not None and attention.dense_steps:
+        raise UserError(
+            f"attention.dense_steps is {attention.dense_steps} and attention.dense_sigma {attention.dense_sigma}, "
+            "expected one: set attention.dense_steps=0 or attention.dense_sigma=null"
+        )
+    steps = config.model.steps
+    if attention.dense_steps and steps is None:
+        raise UserError(
+            f"attention.dense_steps is {attention.dense_steps}, and the model has no sampling steps of its own "
+            "(model.steps): set model.steps, or attention.dense_steps=0"
+        )
+    if steps is not None and attention.dense_steps >= steps:
+        raise UserError(
+            f"attention.dense_steps is {attention.dense_steps}, expected fewer than the model's sampling steps "
+            f"(model.steps={steps}); attention=dense makes all of them dense"
+        )
     if attention.block < 16 or attention.block & (attention.block - 1):
         raise UserError(f"attention.block is {attention.block}, expected a power of two such as 64 or 128")
     try:

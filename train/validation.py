@@ -118,7 +118,7 @@ class Validation(Callback):
         level = torch.tensor([sigma], device=latent.device)
         noise = noise_like(latent, self.seed, "validation", clip.key, length)
         x, target = noised(latent, noise, level)
-        plan = module.plan(latent, all_dense=module.dense_sigma is not None and sigma >= module.dense_sigma)
+        plan = module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma))
         module.adapter.set_plan(plan)
         conditions = Conditions.of(batch, module.guidance).first_frames(length)
         velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)

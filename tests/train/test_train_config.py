@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from data.errors import DataError
@@ -12,6 +13,7 @@ from launch import doctor
 from train.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.errors import UserError
 from train.folder import going_on, write_config
+from train.levels import clip_levels, levels_by_size
 from train.models import family_of
 from train.preflight import check_heads, preflight
 
@@ -46,17 +48,68 @@ def test_the_published_recipe(name, tokens, steps):
         assert config.lora.rank == 128
         assert config.attention.dense_layers == 2
         assert config.trainer.steps == steps
-        assert config.attention.dense_sigma is not None
+        assert config.attention.dense_steps == 2
+        assert config.rule() == ("hunyuan" if name.startswith("hunyuan") else "wan")
+        assert config.caption_dropout() == (0.0 if name.startswith("hunyuan") else 0.1)
         assert config.clips_at_once() * config.optim.accumulate == (8 if name.startswith("wan") else 1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip.height": "480", "clip.width": "832"},
+        {"objective.shift_with_length": "true"},
+        {"model.steps": "30"},
+        {"objective.shift": "3"},
+        {"attention.dense_steps": "5"},
+    ],
+)
 @pytest.mark.parametrize("name", [name for name in run_names() if not name.startswith("shapes")])
-def test_the_first_two_sampling_steps_are_dense_and_the_third_is_not(name):
-    """With as many steps as the model is sampled with."""
-    config = finish(compose_run({"conf": name}))
-    assert config.model.steps is not None and config.attention.dense_sigma is not None
-    second, third = family_of(config.model).noise_levels(config.model.steps, config.shift())[1:3]
-    assert third < config.attention.dense_sigma <= second
+def test_the_first_sampling_steps_are_dense_and_the_next_is_not(name, settings):
+    """With as many steps as the model is sampled with, whatever the clip, the shift and the steps."""
+    config = finish(compose_run({"conf": name, **settings}))
+    count = config.attention.dense_steps
+    assert config.model.steps is not None and count == int(settings.get("attention.dense_steps", 2))
+    levels = family_of(config.model).noise_levels(config.model.steps, config.shift())
+    dense = [clip_levels(config).dense(level) for level in levels]
+    assert dense == [True] * count + [False] * (len(levels) - count)
+
+
+def test_a_run_of_before_keeps_its_noise_level(tmp_path):
+    """Its config.yaml has attention.dense_sigma, and neither dense_steps nor a rule of the model."""
+    config = finish(compose_run({"conf": "hunyuan_4x", "attention.dense_steps": "0", "attention.dense_sigma": "0.996"}))
+    write_config(config, tmp_path)
+    file = tmp_path / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["attention"]["dense_steps"], written["model"]["rule"], written["model"]["caption_dropout"]
+    written["attention"]["rule"], written["objective"]["caption_dropout"] = "wan", 0.1
+    file.write_text(yaml.safe_dump(written))
+    again = read_config(tmp_path)
+    assert clip_levels(again).dense_sigma == 0.996
+    assert (again.rule(), again.caption_dropout()) == ("wan", 0.1)
+    assert change_config(again, {"trainer.keep": "3"}).attention == again.attention
+
+
+def test_clips_of_mixed_sizes_have_their_own_shift_and_dense_level():
+    config = finish(compose_run({"conf": "wan_i2v_2x"}))
+    levels = levels_by_size(config)
+    large, small = levels((41, 90, 160)), levels((41, 60, 104))
+    assert (large.schedule.shift, small.schedule.shift) == (5.0, 3.0)
+    assert large == clip_levels(config)
+    alone = finish(compose_run({"conf": "wan_i2v_2x", "clip.height": "480", "clip.width": "832"}))
+    assert small == clip_levels(alone)
+    assert small.dense_sigma is not None and large.dense_sigma is not None and small.dense_sigma < large.dense_sigma
+
+
+@pytest.mark.parametrize(
+    ("model", "at_480p", "at_720p", "guidance"),
+    [("wan_14b", 5, 5, [5]), ("wan_1.3b", 8, 8, [6]), ("wan_i2v_14b", 3, 5, [5]), ("wan_i2v_14b_480p", 3, 5, [5])],
+)
+def test_the_shifts_are_those_of_wans_own_generator(model, at_480p, at_720p, guidance):
+    config = finish(compose_run({"conf": "wan_4x", "model": model}))
+    assert (config.model.shift_at(480, 832), config.model.shift_at(720, 1280)) == (at_480p, at_720p)
+    assert config.model.guidance == guidance
 
 
 def test_the_shift_follows_resolution_and_length():
@@ -64,7 +117,7 @@ def test_the_shift_follows_resolution_and_length():
         return finish(compose_run({key.replace("__", "."): value for key, value in settings.items()})).shift()
 
     assert shift(conf="wan_4x") == 5.0
-    assert shift(conf="wan_4x", clip__height="480", clip__width="832") == 3.0
+    assert shift(conf="wan_i2v_2x", clip__height="480", clip__width="832") == 3.0
     assert shift(conf="wan_4x", objective__shift="7") == 7.0
     assert shift(conf="wan_4x", objective__shift_with_length="true") == pytest.approx(5 * (321 / 81) ** 0.5)
     assert shift(conf="wan_4x", model__shifts="{0: 2, 400: 4}") == 4.0
@@ -86,6 +139,13 @@ def test_the_shift_follows_resolution_and_length():
         (["attention.pattern=spiral"], "attention.pattern is 'spiral'"),
         (["attention.decay=-1"], "attention.decay is -1.0"),
         (["attention.rule=mochi"], "attention.rule is 'mochi'"),
+        (["attention.dense_steps=-1"], "attention.dense_steps is -1, expected at least 0"),
+        (["attention.dense_steps=2"], r"dense_steps is 2, and the model has no sampling steps .*set model.steps, or"),
+        (["conf=wan_4x", "attention.dense_steps=50"], r"dense_steps is 50, expected fewer .*model.steps=50"),
+        (
+            ["conf=wan_4x", "attention.dense_sigma=0.99"],
+            "dense_steps is 2 and attention.dense_sigma 0.99, expected one",
+        ),
         (["trainer.precision=fp16"], "trainer.precision is 'fp16', expected one of bf16, fp32, auto"),
         (["objective.caption_dropout=2"], "objective.caption_dropout is 2.0"),
         (["model.vae=[1,2]"], r"model.vae is \[1, 2\], expected three sizes"),
@@ -142,7 +202,7 @@ def test_values_are_taken_as_typed(tmp_path):
     assert config.lora.targets == "x,y|z"
     assert config.optim.lr == 5e-5
     assert config.optim.betas == [0.8, 0.95]
-    assert finish(compose_run({"attention.dense_sigma": "null", "conf": "wan_4x"})).attention.dense_sigma is None
+    assert finish(compose_run({"attention.backend": "null", "conf": "wan_4x"})).attention.backend is None
     assert finish(compose_run({"lora": "null"})).lora is None
 
 

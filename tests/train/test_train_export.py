@@ -95,7 +95,8 @@ def test_the_header_says_how_to_run_it(trained):
         "rank": "4", "shift": str(config.shift()), "fp8": "False", "step": "3", "version": __version__,
         "pattern": "released", "rule": "wan", "decay": str(config.attention.decay),
         "block": str(config.attention.block), "dense_layers": str(config.attention.dense_layers),
-        "dense_sigma": "None", "frames": "8", "height": str(config.clip.height), "width": str(config.clip.width),
+        "dense_sigma": "None", "dense_steps": "0", "sampling_steps": "None",
+        "frames": "8", "height": str(config.clip.height), "width": str(config.clip.width),
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from data.sample import Prompt, TextTokens
 from radial import Dense
 from train.errors import UserError
 from train.flow import SigmaSchedule, noised
+from train.levels import ClipLevels
 from train.lora import inject_lora
 from train.models import Conditions
 from train.models.hunyuan import HunyuanAdapter
@@ -126,9 +127,9 @@ def test_a_dropped_caption_takes_the_empty_prompts_pooled_vector_along():
     batch = Batch(latent, dict(seen.text), dict(seen.pooled), {}, ["a", "b"], ["x", "y"], 0)
     empty = Prompt({"text": TextTokens(torch.ones(2, 24), torch.ones(2, dtype=torch.bool))}, {"clip": torch.ones(12)})
     module = LengthExtensionModule(
-        adapter, pattern=Dense(), block=16, dense_layers=0, dense_sigma=None, backend=None, schedule=SigmaSchedule(),
-        caption_dropout=1.0, empty_prompt=empty, guidance=2.0, seed=0, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0,
-        warmup=0, decay="constant", steps=1, lora=True,
+        adapter, pattern=Dense(), block=16, dense_layers=0, backend=None, schedule=SigmaSchedule(),
+        levels=lambda size: ClipLevels(SigmaSchedule()), caption_dropout=1.0, empty_prompt=empty, guidance=2.0,
+        seed=0, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup=0, decay="constant", steps=1, lora=True,
     )  # fmt: skip
     perfect = Perfect(adapter, latent)
     module.training_step(batch, 0)

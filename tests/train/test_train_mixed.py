@@ -5,14 +5,22 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from faults import losses
 from tiny import run_config
 
+from data.batch import collate
+from data.manifest import Manifest
 from data.stream import read_samples
 from data.synth import synthesize
 from data.writer import ShardWriter
+from train.build import build_module
+from train.config import ClipConfig
 from train.errors import UserError
+from train.flow import StepDraw
 from train.folder import RunFolder
+from train.levels import clip_levels
+from train.models import load_adapter
 from train.preflight import preflight
 from train.run import resume, train
 
@@ -54,6 +62,26 @@ def test_each_step_has_one_shape_and_a_resumed_run_the_same_steps(tmp_path, shar
     shutil.rmtree(again / "checkpoints" / "step-000009")
     resume(again, config)
     assert losses(again) == losses(whole)
+
+
+def test_each_clip_has_the_noise_levels_of_its_own_size(tmp_path, shards):
+    own = {"objective__shift": "null", "objective__shift_with_length": "true", "attention__dense_steps": 9}
+    config = config_of(tmp_path, shards, **own, model__steps=20)
+    manifest = Manifest.load(shards)
+    module = build_module(config, load_adapter(config.model, torch.float32, 0), manifest)
+    sides = set()
+    for step, sample in enumerate(read_samples(manifest)):
+        module.training_step(collate([sample], step), 0)
+        frames, height, width = sample.latent.shape[1:]
+        levels = clip_levels(config, ClipConfig(frames, height, width))
+        assert levels.schedule.shift == pytest.approx(3 * (frames / 16) ** 0.5)
+        draw = StepDraw.of(config.seed, step, levels.schedule, levels.dense_sigma)
+        assert [seen.sigma for seen in module.seen][-1] == pytest.approx(
+            draw.sigma(config.seed, step, sample.key, levels.schedule), abs=1e-6
+        )
+        assert module.current_plan.all_dense == draw.dense
+        sides.add((frames, draw.dense))
+    assert sides == {(frames, dense) for frames in (4, 8) for dense in (True, False)}
 
 
 def test_the_clip_is_the_largest_of_them(tmp_path, shards):

@@ -13,6 +13,7 @@ from test_train_sample import close, latent
 from tiny_pipelines import save_lora, save_pipeline, words
 
 from train.errors import UserError
+from train.levels import dense_level
 from train.models import family_of
 from train.sample.__main__ import main
 from train.sample.generate import Generator
@@ -65,6 +66,14 @@ def stock(folder, changes):
         output_type="latent",
         **more,
     ).frames
+
+
+def test_two_of_fifty_steps_are_dense_in_bf16(folders):
+    """HunyuanVideo's pipeline rounds the timestep to bf16, where the third step's 0.99408 is 0.996."""
+    folder, changes = settings(folders, "hunyuan")
+    level = dense_level(parse_settings(words(folder, **changes))[1], 2, 7.0)
+    changes |= {"frames": 5, "steps": 50, "dtype": "bf16", "dense_sigma": level}
+    assert latent(folder, **changes).dense == [True] * 2 + [False] * 48
 
 
 @pytest.mark.parametrize(("family", "image"), [

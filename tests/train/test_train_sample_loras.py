@@ -5,16 +5,20 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from stock_models import TARGETS, random_lora
 from test_train_sample import close, generator, latent, stock
 from tiny_pipelines import HEADER, save_lora, save_pipeline, words
 
+from train.compose import compose_run, finish
+from train.config import ClipConfig
 from train.errors import UserError
 from train.export.base import stand_in
 from train.export.merge import merge
 from train.export.reading import Lora
-from train.export.run import _fold
+from train.export.run import _fold, _header
+from train.levels import clip_levels
 from train.sample.__main__ import main
 from train.sample.settings import jobs, parse_settings, slots
 
@@ -30,7 +34,7 @@ def two(tmp_path_factory):
 
 
 def test_a_loras_header_sets_everything_up(wan, tmp_path):
-    file = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
+    file = save_lora(wan, tmp_path / "mine.safetensors", header={**HEADER, "radial.shift": "3.0"})
     unset = dict.fromkeys(("frames", "height", "width", "block"))
     settings, _ = parse_settings(words(wan, lora=file, **unset))
     assert (settings.frames, settings.height, settings.width, settings.block) == (33, 32, 48, 16)
@@ -42,6 +46,42 @@ def test_a_loras_header_sets_everything_up(wan, tmp_path):
     assert parse_settings(words(wan, lora=sigma))[0].dense_sigma == 0.9
     assert parse_settings(words(wan, lora=sigma))[0].dense_steps is None
     assert parse_settings(words(wan, lora=sigma, dense_steps=1))[0].dense_sigma is None
+    both = {"radial.dense_sigma": "0.9", "radial.dense_steps": "3"}
+    counted = save_lora(wan, tmp_path / "counted.safetensors", header={**HEADER, **both})
+    got = parse_settings(words(wan, lora=counted, steps=10))[0]
+    assert (got.dense_steps, got.dense_sigma) == (None, 0.9)  # the trained level, whatever the steps
+    got = parse_settings(words(wan, lora=counted, dense_sigma=0.7))[0]
+    assert (got.dense_steps, got.dense_sigma) == (None, 0.7)
+    none = save_lora(wan, tmp_path / "none.safetensors", header={**HEADER, "radial.dense_steps": "0"})
+    assert parse_settings(words(wan, lora=none))[0].dense_steps == 0
+
+
+def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp_path):
+    """A run on 480p and 720p clips trained each at its own shift; the header has the largest's."""
+    config = finish(compose_run({"conf": "wan_i2v_2x", "model.path": "base"}))
+    trained, small = clip_levels(config), clip_levels(config, ClipConfig(161, 480, 832))
+    file, image = tmp_path / "mine.safetensors", tmp_path / "image.png"
+    save_file({"x": torch.zeros(1)}, file, _header(config, 1))
+    Image.new("RGB", (8, 8)).save(image)
+
+    def settings(*words):
+        return parse_settings(["model=wan_i2v_14b", "prompt=x", f"lora={file}", f"image={image}", *words])[0]
+
+    got = settings()
+    assert (got.shift, got.dense_steps, got.dense_sigma) == (5.0, None, trained.dense_sigma)
+    got = settings("height=480", "width=832", "steps=20")
+    assert (got.shift, got.dense_steps, got.dense_sigma) == (3.0, None, small.dense_sigma)
+    got = settings("height=480", "width=832", "shift=4")
+    assert (got.shift, got.dense_sigma) == (4.0, trained.dense_sigma)
+    save_file({"x": torch.zeros(1)}, file, _header(config, 1) | {"radial.shift": "7.0"})  # the run's own
+    got = settings("height=480", "width=832")
+    assert (got.shift, got.dense_sigma) == (7.0, trained.dense_sigma)
+
+
+def test_the_rule_is_the_models_own():
+    assert parse_settings(["model=hunyuan", "prompt=x"])[0].rule == "hunyuan"
+    assert parse_settings(["model=wan_14b", "prompt=x"])[0].rule == "wan"
+    assert parse_settings(["model=hunyuan", "prompt=x", "rule=ports"])[0].rule == "ports"
 
 
 @pytest.mark.parametrize(
@@ -214,8 +254,8 @@ def test_another_lora_in_an_export_folder_is_noticed(wan, tmp_path):
     ("model", "changes", "expected"),
     [
         ("wan_14b", {}, (720, 1280, 50, 5.0, None, 5.0)),
-        ("wan_14b", {"height": 480, "width": 832}, (480, 832, 50, 5.0, None, 3.0)),
-        ("wan_1.3b", {}, (480, 832, 50, 5.0, None, 3.0)),
+        ("wan_14b", {"height": 480, "width": 832}, (480, 832, 50, 5.0, None, 5.0)),
+        ("wan_1.3b", {}, (480, 832, 50, 6.0, None, 8.0)),
         ("wan_i2v_14b_480p", {}, (480, 832, 40, 5.0, None, 3.0)),
         ("wan22_t2v_a14b", {}, (720, 1280, 40, 4.0, 3.0, 12.0)),
         ("wan22_t2v_a14b", {"guidance": 2, "shift": 5}, (720, 1280, 40, 2.0, None, 5.0)),

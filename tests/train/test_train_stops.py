@@ -216,7 +216,7 @@ def test_a_run_is_as_patient_as_its_longest_step(tmp_path, monkeypatch):
     monkeypatch.setattr("train.watchdog.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
     config = finish(compose_run({"conf": "wan_4x"}))
     assert 0.8 < patience(config) / (3 * 40 * 13.9) < 1.25
-    shorter = {"clip.frames": "81", "attention.dense_sigma": "null"}
+    shorter = {"clip.frames": "81", "attention.dense_steps": "0"}
     assert patience(finish(compose_run({"conf": "wan_4x", **shorter}))) == config.trainer.timeout
     monkeypatch.undo()
     assert patience(run_config(tmp_path, trainer__timeout=7)) == 7

@@ -30,12 +30,12 @@ HEADER = {
     f"radial.{key}": str(value)
     for key, value in {
         "pattern": "released", "rule": "wan", "decay": 0.4, "block": 16, "dense_layers": 1, "dense_sigma": None,
-        "frames": 33, "height": 32, "width": 48, "shift": 3.0, "rank": 3, "base_model": "base",
+        "frames": 33, "height": 32, "width": 48, "shift": 5.0, "rank": 3, "base_model": "base",
     }.items()
 }  # fmt: skip
 """What a LoRA's file says of how it was trained."""
 WAN_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-WAN_SHIFTS = {"wan_a14b": 12.0, "wan_5b": 5.0}  # the models' own; the others' at less than 720 lines is 3
+WAN_SHIFTS = {"wan": 5.0, "wan_i2v": 3.0, "wan_a14b": 12.0, "wan_5b": 5.0}  # the models' own at less than 720 lines
 
 
 def _transformer(family: str, **changes: Any) -> Any:
@@ -73,7 +73,7 @@ def _wan(family: str, parts: Path) -> Any:
         "tokenizer": _part(AutoTokenizer, parts, "tokenizer"),
         "text_encoder": _part(UMT5EncoderModel, parts, "text_encoder"),
         "vae": _part(diffusers.AutoencoderKLWan, parts, "vae"),
-        "scheduler": diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER, flow_shift=WAN_SHIFTS.get(family, 3.0)),
+        "scheduler": diffusers.UniPCMultistepScheduler(**WAN_SCHEDULER, flow_shift=WAN_SHIFTS.get(family)),
     }
     if family == "wan_i2v":
         # 16 latent channels, 4 of the mask, 16 of the condition; 17 image tokens of width 32

@@ -5,7 +5,7 @@
         comfyui/<conf>.safetensors
         kohya/<conf>.safetensors
         peft/adapter_config.json, adapter_model.safetensors
-        released/lora_config.json, ...                          of HunyuanVideo
+        released/lora_config.json, flags.txt, ...               of HunyuanVideo; flags: the script's arguments
         merged/                                                 the base model with the LoRA in its weights (merge=true)
 
 A run of two experts (Wan2.2-A14B) has each one's adapters in ``high_noise/`` and ``low_noise/``; diffusers takes those
@@ -35,7 +35,9 @@ from train.export.base import public_name, stand_in, transformer_folder
 from train.export.formats import FORMATS, Adapter, check_formats, formats_of
 from train.export.merge import merge
 from train.export.reading import Lora, Pairs, read_lora
+from train.export.tools import differences, script_flags
 from train.export.verify import verify
+from train.levels import clip_levels
 from train.models import load_adapter
 from train.sample.loras import check_file
 
@@ -192,7 +194,10 @@ def _save_adapters(
     said = []
     for name in chosen:
         FORMATS[name](adapter, out / name)
-        said += [f"{name}  {line}" for line in verify(name, adapter, base, out / name)]
+        if name == "released":
+            (out / name / "flags.txt").write_text(script_flags(config), encoding="utf-8")
+        lines = [*verify(name, adapter, base, out / name), *differences(config, name)]
+        said += [f"{name}  {line}" for line in lines]
     return said
 
 
@@ -222,9 +227,13 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
     """How the LoRA was trained: enough to set up inference from the file alone. Safetensors headers hold strings."""
     assert config.lora is not None
     attention: dict[str, Any] = {
-        name: getattr(config.attention, name)
-        for name in ("pattern", "rule", "decay", "block", "dense_layers", "dense_sigma")
+        name: getattr(config.attention, name) for name in ("pattern", "decay", "block", "dense_layers")
     }
+    attention["rule"] = config.rule()
+    # the level that training changed sides at, and the steps that it came from: of so many of the model's own
+    attention["dense_sigma"] = clip_levels(config).dense_sigma
+    attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None
+    attention["sampling_steps"] = config.model.steps
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
     about = {
         "base_model": public_name(config.model),

@@ -64,10 +64,6 @@ class MochiAdapter(ModelAdapter):
         return rf"(?!transformer_blocks\.{last}\.attn1\.add_q_proj$)({super().targets(text=text)})"
 
     @classmethod
-    def noise_level(cls, timestep: Tensor) -> float:
-        return 1 - super().noise_level(timestep)  # its time runs from noise to data
-
-    @classmethod
     def encode_prompt(
         cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
     ) -> dict[str, Tensor | None]:

@@ -8,9 +8,6 @@ import diffusers
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
-"""Of every family's timesteps."""
-
 
 class PipelineTraits:
     """What `train.models.base.ModelAdapter` says of the pipeline; a family without one trains, and cannot generate."""
@@ -46,11 +43,6 @@ class PipelineTraits:
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:
         """Of the VAE, beside a transformer of ``dtype``."""
         return torch.bfloat16 if cls.vae_in_bf16 and dtype == torch.bfloat16 else torch.float32
-
-    @classmethod
-    def noise_level(cls, timestep: Tensor) -> float:
-        """The noise level in (0, 1] of a timestep as the pipeline gives it, (batch,) or a time for each token."""
-        return timestep.max().item() / TRAIN_STEPS
 
     @classmethod
     def encode_prompt(

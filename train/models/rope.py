@@ -3,9 +3,9 @@
 Pair j of a token in latent frame p turns by the angle p theta_j. For a clip of F frames and a model trained on N < F:
 
     default       p theta_j           the model's own table, which goes on past the positions of its training
-    riflex        p theta'_j          theta'_k = 0.9 x 2 pi / F: the intrinsic frequency, number k counted from 1, goes
-                                      round less than once in the clip, so that motion does not repeat; the others stay
-                                      (arXiv 2502.15894, eq. 8, with the 0.9 of its authors' code)
+    riflex        p theta'_j          theta'_k = min(theta_k, 0.9 x 2 pi / F): the intrinsic frequency, number k counted
+                                      from 1, goes round less than once in the clip, so that motion does not repeat; the
+                                      others stay (arXiv 2502.15894, eq. 8, with the 0.9 of its authors' code)
     interpolate   p (N - 1) / (F - 1) theta_j          all positions lie where training had them (arXiv 2306.15595)
 
 Clips of up to N frames keep the model's own positions. The angles are a function of F alone, the same for training and
@@ -71,7 +71,7 @@ class TemporalRope:
             if self.intrinsic > len(own):
                 raise UserError(f"rope=riflex slows frequency {self.intrinsic} of {len(own)} that the model has")
             own = own.clone()
-            own[self.intrinsic - 1] = 0.9 * 2 * math.pi / frames
+            own[self.intrinsic - 1].clamp_(max=0.9 * 2 * math.pi / frames)  # it is slowed, never quickened
         return own
 
     def angles(self, own: Tensor, frames: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from data.sample import TextTokens
 from radial import VideoGrid
 from train.errors import UserError
+from train.flow import shifted
 from train.models.base import ModelAdapter, PlannedAttention
 from train.models.conditions import Conditions
 from train.models.rope import geometric
@@ -168,6 +169,11 @@ class WanAdapter(ModelAdapter):
             if self.transformer.config.image_dim is not None:
                 clip = conditions.named("image", "clip").to(dtype)
         return self.transformer(x.to(dtype), timestep, text.to(dtype), clip, return_dict=False)[0].float()
+
+    @classmethod
+    def noise_levels(cls, steps: int, shift: float) -> list[float]:
+        # of the UniPC sampler of its pipelines
+        return [shifted(1 - 0.999 * step / steps, shift) for step in range(steps)]
 
     def random_conditions(self, latent: Tensor) -> Conditions:
         batch, config, device = len(latent), self.transformer.config, latent.device

@@ -84,7 +84,7 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
     config = case_of(config, result["pattern"])
     config = replace(
         config,
-        attention=replace(config.attention, dense_sigma=None),
+        attention=replace(config.attention, dense_steps=0, dense_sigma=None),
         parallel=replace(config.parallel, sequence=ranks),
         optim=replace(config.optim, accumulate=1),
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.flow import SigmaSchedule
+from train.levels import clip_levels
 from train.models import sigma_range
 from train.planning import calibration
 from train.planning.budget import Budget
@@ -36,12 +36,13 @@ class Duration:
     @property
     def dense_share(self) -> float:
         """Share of the steps at noise levels that run dense."""
-        objective, attention = self.budget.config.objective, self.budget.config.attention
-        if attention.dense_sigma is None or attention.pattern == "dense":
+        config = self.budget.config
+        levels = clip_levels(config)
+        if levels.dense_sigma is None or config.attention.pattern == "dense":
             return 0.0
-        schedule = SigmaSchedule(self.budget.config.shift(), objective.density, objective.mean, objective.std)
-        low, high = sigma_range(self.budget.config.model)
-        share = [schedule.share_above(sigma) for sigma in (low, min(max(attention.dense_sigma, low), high), high)]
+        low, high = sigma_range(config.model)
+        edge = min(max(levels.dense_sigma, low), high)
+        share = [levels.schedule.share_above(sigma) for sigma in (low, edge, high)]
         return (share[1] - share[2]) / (share[0] - share[2])
 
     @property

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from radial import VideoGrid, build_layout, make_pattern
+from radial import VideoGrid, build_layout
 from train.config import ModelConfig, RunConfig
 from train.models import ModelAdapter, architecture_of, family_of
 from train.models.weights import settle
@@ -134,8 +134,6 @@ def _largest_block(transformer: nn.Module) -> int:
 
 
 def _density(config: RunConfig, grid: VideoGrid) -> float:
-    attention = config.attention
-    if attention.pattern == "dense":
+    if config.attention.pattern == "dense":
         return 1.0
-    pattern = make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule)
-    return build_layout(pattern, grid, attention.block).density
+    return build_layout(config.pattern(), grid, config.attention.block).density

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from train.levels import clip_levels
 from train.planning import calibration
 from train.planning.advice import Setting
 from train.planning.budget import GIB, Budget
@@ -46,7 +47,7 @@ def plan_table(budget: Budget) -> str:
     notes = []
     if durations[0].dense_share:
         notes.append(
-            f"{durations[0].dense_share:.1%} of the steps, at noise levels from {config.attention.dense_sigma}, "
+            f"{durations[0].dense_share:.1%} of the steps, at noise levels from {clip_levels(config).dense_sigma:.4f}, "
             "run dense: times are the mean"
         )
     if config.attention.dense_layers and config.attention.pattern != "dense":

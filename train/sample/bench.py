@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from radial import make_pattern
 from train.build import resolve_precision
 from train.cli import flag, guarded, json_file, whole_number
 from train.compiler import compile_blocks
@@ -141,7 +140,7 @@ class Bench:
         conditions = self.adapter.random_conditions(latent)
         sigma = torch.tensor([0.6], device=self.device)
         plan = AttentionPlan.of(
-            make_pattern(attention.pattern, decay=attention.decay, rule=attention.rule),
+            config.pattern(),
             self.adapter.grid(latent),
             block=attention.block,
             dense_layers=attention.dense_layers,

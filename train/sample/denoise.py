@@ -1,8 +1,9 @@
 """What happens in each denoising step of a stock pipeline: its attention, its share of several GPUs, its time.
 
-The pipeline calls its transformer as always; the call goes through `Denoiser`, which knows the step by its noise level,
-gives the step's attention to the transformer, and splits the work as `train.sample.ranks` says. Both branches'
-predictions are exchanged, so that every rank goes on with the same latent.
+The pipeline calls its transformer as always; the call goes through `Denoiser`, which counts the steps, gives the step's
+attention to the transformer, and splits the work as `train.sample.ranks` says. Both branches' predictions are
+exchanged, so that every rank goes on with the same latent. A step's noise level is the scheduler's own, in float32: the
+timestep that the transformer is given may be rounded to bf16 or to a whole number.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Denoiser:
     Attributes:
         adapters: our attention on each of the pipeline's transformers.
         attention: of the clip.
+        level: the noise level in (0, 1] of a step, by its number.
         split: of the ranks.
         negative: the inputs that the negative prompt has instead of the prompt's, where the pipeline asks for both one
             after the other.
@@ -63,6 +65,7 @@ class Denoiser:
 
     adapters: list[ModelAdapter]
     attention: Attention
+    level: Callable[[int], float]
     split: Split = field(default_factory=Split)
     negative: Mapping[str, Tensor] = field(default_factory=dict)
     bring: Callable[[Any], None] = lambda transformer: None
@@ -100,15 +103,15 @@ class Denoiser:
         assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
         if self._new_step:
             self._new_step, self._ahead = False, None
-            self._set_plan(adapter.noise_level(kwargs["timestep"]), kwargs["hidden_states"])
+            self._set_plan(kwargs["hidden_states"])
         elif self._ahead is not None:
             return (self._ahead,)  # the negative prompt's, which the other branch has computed
         self.bring(adapter.transformer)
         return (self._predict(adapter, inner, kwargs),)
 
-    def _set_plan(self, level: float, latent: Tensor) -> None:
-        attention = self.attention
-        self.dense.append(attention.dense(len(self.dense), level))
+    def _set_plan(self, latent: Tensor) -> None:
+        attention, step = self.attention, len(self.dense)
+        self.dense.append(attention.dense(step, self.level(step)))
         for adapter in self.adapters:
             adapter.set_plan(
                 AttentionPlan.of(

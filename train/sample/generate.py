@@ -35,6 +35,7 @@ from train.sample.pipeline import (
     load_loras,
     load_pipeline,
     make_adapter,
+    noise_level,
     pipeline_class,
     pipeline_folder,
     release,
@@ -157,7 +158,7 @@ class Generator:
             settings.dense_sigma,
             settings.backend,
         )
-        self.denoiser = Denoiser(adapters, self.attention, split, bring=self._bring)
+        self.denoiser = Denoiser(adapters, self.attention, self._level, split, bring=self._bring)
         # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
         # forward that they found once the first pass has told them the order of the blocks
         for transformer in self.transformers if settings.offload == "block" else ():
@@ -190,6 +191,9 @@ class Generator:
                 except OSError as error:
                     place = self._rescue(job, known, clips)
                     raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error
+
+    def _level(self, step: int) -> float:
+        return noise_level(self.pipeline.scheduler, step)
 
     def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
         """The latent of a job with an attention; every rank must call it."""

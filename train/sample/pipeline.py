@@ -179,6 +179,12 @@ def load_pipeline(
     return pipeline
 
 
+def noise_level(scheduler: Any, step: int) -> float:
+    """The noise level in (0, 1] at which a pipeline's scheduler takes a step, in float32."""
+    sigma: float = scheduler.sigmas[step].item()
+    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma  # Mochi's time runs from noise to data
+
+
 def _taken(cls: Any, names: Sequence[str]) -> list[str]:
     """Those of the parts that a pipeline's class takes."""
     known = inspect.signature(cls.__init__).parameters

@@ -18,7 +18,7 @@ from radial.backends import BACKENDS
 from train.compose import compose_run
 from train.config import ROPE_KINDS, ModelConfig
 from train.errors import UserError
-from train.sample import loras
+from train.sample import levels, loras
 
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
@@ -46,12 +46,14 @@ class Settings:
     add: Place | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
     add_2: Place | None = setting("the same for the expert for low noise levels", None)
     pattern: str | None = setting("attention: released, paper, dense (the LoRA's, else released)", None)
-    rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else wan)", None)
+    rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else the model's)", None)
     decay: float | None = setting("of released (the LoRA's, else 1)", None)
     block: int | None = setting("tokens of a block (the LoRA's, else 128)", None)
     dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
     dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
-    dense_sigma: float | None = setting("noise level from which on steps stay dense (the LoRA's, else 2 steps)", None)
+    dense_sigma: float | None = setting(
+        "noise level from which on steps stay dense (the LoRA's, whatever the steps; else 2 steps)", None
+    )
     rope: str | None = setting(
         "temporal positions past the native length (the LoRA's, else the model's own)", None, ROPE_KINDS
     )
@@ -129,10 +131,6 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     found = slots(settings, model)
     loras.check(found, model)
     told = loras.told(found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model)
-    if settings.dense_steps is None and settings.dense_sigma is None and told.get("dense_sigma") is None:
-        told["dense_steps"] = 2
-    if settings.dense_steps is not None:
-        told.pop("dense_sigma", None)
     from train.models import family_of  # takes seconds to import
 
     family = family_of(model)
@@ -149,13 +147,17 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "guidance": guidance[0] if guidance else None,
         "guidance_2": guidance[1] if len(guidance) == 2 else None,
         "pattern": "released",
-        "rule": "wan",
+        "rule": model.rule,
         "decay": 1.0,
         "block": 128,
         "dense_layers": 2,
         "rope": model.rope,
         "tiled": family.decodes_tiled,
     }
+    if settings.shift is None:
+        height, width = (getattr(settings, n) or told.get(n) or fallback[n] for n in ("height", "width"))
+        told |= levels.at_size(loras.told(found, levels.TRAINED, model), height, width, model)
+    told |= levels.dense_side({name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, told)
     filled = {
         f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
     }

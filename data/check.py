@@ -1,12 +1,17 @@
 """Is a folder of shards what its manifest says: `python -m data.check SHARDS`.
 
 Every byte of every shard is read: its size and SHA-256 are compared, its tar is walked, and every sample is decoded and
-held to the schema. What is wrong is listed line by line, and the exit code is 1.
+held to the schema and to its CRC-32. What is wrong is listed line by line, and the exit code is 1.
+
+Training reads without that CRC-32, so that a flipped bit inside a latent shows here alone: zlib's takes 12 ms of a
+sample of 41.5 MB, 43 % of the time that reading takes at 1.5 GB/s, xxHash's XXH3 would take 14 % (a core of an Intel
+Xeon).
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +134,11 @@ def _check_shard(
                 sample = decode(content, info)
             except DataError as error:
                 findings.problems.append(f"{url}: {error}")
+                continue
+            crc32 = zlib.crc32(content.numpy().data)
+            if info.crc32 not in (None, crc32):
+                found = f"CRC-32 is {crc32:08x}, the manifest says {info.crc32:08x}"
+                findings.problems.append(f"{url}: sample {info.key}: {found}; copy the shard again, or make it anew")
                 continue
             findings.whole.append(number)
             findings.shapes[info.shape] += 1

@@ -32,16 +32,21 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included."""
+    """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included.
+
+    `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions.
+    """
 
     key: str
     shape: Shape
     offset: int
     bytes: int
+    crc32: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as it stands in a manifest."""
-        return {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
+        raw = {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
+        return raw if self.crc32 is None else {**raw, "crc32": self.crc32}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class ShardInfo:
             offset, size = (_get(sample, name, int, path, inner) for name in ("offset", "bytes"))
             if offset < 0 or size < 1:
                 raise DataError(f"{path}: {inner}offset is {offset} and bytes {size}, expected a place in the shard")
-            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size))
+            crc32 = _get(sample, "crc32", int, path, inner) if "crc32" in sample else None
+            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size, crc32))
         name = _get(raw, "file", str, path, where)
         size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
         # Both become parts of paths and of `pipe:` commands.

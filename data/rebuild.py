@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ def _read(path: Path) -> tuple[ShardInfo, Counter[tuple[str, float]]]:
                 entry = {part: content[first - start : last - start] for part, (first, last) in parts.items()}
                 sample = Sample.from_entry({"__key__": key, **entry})
                 channels, frames, height, width = sample.latent.shape
-                samples.append(SampleInfo(key, (channels, frames, height, width), start, end - start))
+                crc32 = zlib.crc32(content.numpy().data)
+                samples.append(SampleInfo(key, (channels, frames, height, width), start, end - start, crc32))
                 encoder, fps = sample.meta.get("encoder"), sample.meta.get("fps")
                 if not isinstance(encoder, str) or not isinstance(fps, int | float):
                     raise DataError(f"sample {key} does not tell its encoder and fps, as those of data.prepare do")

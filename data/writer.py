@@ -14,6 +14,7 @@ import math
 import re
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -34,15 +35,17 @@ PARTS = ("json", "safetensors")
 
 
 class _Hashed:
-    """A file that is written in one pass, its SHA-256 and size taken on the way."""
+    """A file that is written in one pass: its SHA-256 and size on the way, and the CRC-32 since that was set to 0."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
         self.size = 0
+        self.crc32 = 0
 
     def write(self, content: bytes) -> int:
         self.digest.update(content)
+        self.crc32 = zlib.crc32(content, self.crc32)
         self.size += len(content)
         return self.file.write(content)
 
@@ -68,14 +71,14 @@ class _OpenShard:
         return math.ceil(size / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
     def write(self, sample: Sample, entry: dict[str, Any]) -> None:
-        start = self._hashed.size
+        start, self._hashed.crc32 = self._hashed.size, 0
         for part in PARTS:
             member = tarfile.TarInfo(f"{entry['__key__']}.{part}")
             member.size, member.mode, member.uname, member.gname = len(entry[part]), 0o444, "data", "data"
             self._tar.addfile(member, io.BytesIO(entry[part]))
         channels, frames, height, width = sample.latent.shape
-        length = self._hashed.size - start
-        self.samples.append(SampleInfo(sample.key, (channels, frames, height, width), start, length))
+        shape, length = (channels, frames, height, width), self._hashed.size - start
+        self.samples.append(SampleInfo(sample.key, shape, start, length, self._hashed.crc32))
 
     def finish(self) -> ShardInfo:
         self._tar.close()

@@ -97,6 +97,39 @@ def test_damage_is_found(shards: Manifest, spoil: Any, capsys: pytest.CaptureFix
     assert damaged and message in " ".join(damaged)
 
 
+def test_a_flipped_bit_in_a_latent_names_its_sample(shards: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which no rule of a sample's form sees."""
+    info = shards.shards[0].samples[1]
+    path = shards.folder / shards.shards[0].file
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"\x80", info.offset, info.offset + info.bytes)  # of a value that stays finite
+    content[last] ^= 1
+    path.write_bytes(bytes(content))
+    found = check(shards)
+    assert found.whole == [0, 2, 3]
+    assert f"sample {info.key}: CRC-32 is " in found.problems[0]
+    assert f", the manifest says {info.crc32:08x}; copy the shard again" in found.problems[0]
+    assert "SHA-256 is" in found.problems[1] and len(found.problems) == 2
+    assert main([shards.home]) == 1
+    assert "3 of 4 whole" in capsys.readouterr().out
+
+
+def test_manifests_without_checksums_of_samples_are_read(shards: Manifest) -> None:
+    raw = json.loads((shards.folder / FILE).read_text(encoding="utf-8"))
+    for shard in raw["shards"]:
+        for sample in shard["samples"]:
+            del sample["crc32"]
+    (shards.folder / FILE).write_text(json.dumps(raw), encoding="utf-8")
+    earlier = Manifest.load(shards.home)
+    assert {info.crc32 for info in earlier.samples} == {None}
+    found = check(earlier)
+    assert found.whole == [0, 1, 2, 3] and not found.problems
+    raw["shards"][1]["samples"][0]["crc32"] = "abc"
+    (shards.folder / FILE).write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(DataError, match=r"shards\[1\].samples\[0\].crc32 is 'abc', expected int"):
+        Manifest.load(shards.home)
+
+
 @pytest.mark.parametrize("frames", ["ten", None, [1], -1, 10])
 def test_the_hours_of_strangers_samples(make_folder: Any, make_sample: Any, tmp_path: Path, frames: Any) -> None:
     """What their meta calls frames need not be a number; the latent's length stands in."""

@@ -6,6 +6,7 @@ A log that fails (a full disk, a dead service, no network) says so once and neve
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
         return []
     text = file.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdigit()]
 
 

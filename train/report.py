@@ -262,7 +262,7 @@ def _warnings(folder: Path) -> str:
         return ""
     found = [
         line
-        for line in file.read_text(errors="replace", encoding="utf-8").splitlines()
+        for line in file.read_text(errors="replace", encoding="utf-8").split("\n")
         if " WARNING " in line or " ERROR " in line
     ]
     if not found:

@@ -221,8 +221,16 @@ def test_files_of_prompts(tmp_path):
 
     (job,) = prompts("\ufeffa café\n".encode())
     assert (job.prompt, job.out.relative_to(tmp_path).as_posix()) == ("a café", "clips_2.1/0001-a-café.mp4")
-    with pytest.raises(UserError, match="prompts.txt is not in UTF-8 .*: save it as such"):
+    with pytest.raises(UserError, match=r"prompts .*prompts.txt: is not in UTF-8 .*; save it as UTF-8"):
         prompts("a café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="prompts.txt: line 1 holds a zero byte, as UTF-16 does; save it as UTF-8"):
+        prompts("a ball\n".encode("utf-16-le"))
+    odd = "one\u2028two\u2029three\x85four\vfive\fsix"
+    found = prompts(f"{odd}\r\n\nlast".encode())
+    assert [job.prompt for job in found] == [odd, "last"] and found[1].out.name == "0002-last.mp4"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one\u2028two"}\n\n{"image": "x"}', encoding="utf-8")
+    with pytest.raises(UserError, match="prompts.jsonl:3: expected an object with prompt"):
+        prompts(b"", prompts=tmp_path / "prompts.jsonl")
     with pytest.raises(UserError, match="clips.mp4, expected a folder for the videos of many prompts"):
         prompts(b"a", out="clips.mp4")
 
@@ -350,3 +358,18 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "train.sample", "prompt=a, b's", "stpes=3"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (2, "error: stpes is not a known key; did you mean steps?\n")
+
+
+@pytest.mark.parametrize(("model", "prefix"), [
+    ("wan_14b", ""), ("wan_i2v_14b", "镜头晃动，"), ("wan_i2v_14b_480p", "镜头晃动，"), ("wan22_i2v_a14b", ""),  # noqa: RUF001
+    ("wan22_5b", ""),
+])  # fmt: skip
+def test_the_negative_prompt_is_that_of_the_model_s_own_configs(tmp_path, model, prefix):
+    """`wan/configs/wan_i2v_14B.py` of Wan2.1 begins with the shaking camera, no config of Wan2.2 does."""
+    given = ["prompt=a", f"model={model}", "frames=81", "height=480", "width=832", "out=a.mp4"]
+    if "i2v" in model:
+        (tmp_path / "first.png").touch()
+        given.append(f"image={tmp_path / 'first.png'}")
+    found = parse_settings(given)[0].negative
+    assert found is not None
+    assert found.startswith(f"{prefix}色调艳丽，过曝，静态") and found.endswith("背景人很多，倒着走")  # noqa: RUF001

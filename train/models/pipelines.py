@@ -8,6 +8,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from train.config import ModelConfig
+
 
 class PipelineTraits:
     """What `train.models.base.ModelAdapter` says of the pipeline; a family without one trains, and cannot generate."""
@@ -33,6 +35,11 @@ class PipelineTraits:
         name = cls.image_pipeline_name if image else cls.pipeline_name
         assert name is not None, f"{cls.__name__} names no pipeline"
         return getattr(diffusers, name)
+
+    @classmethod
+    def negative_of(cls, model: ModelConfig) -> str:
+        """The negative prompt that the model's authors give it."""
+        return cls.negative_prompt
 
     @classmethod
     def takes_negative(cls, guidance: float) -> bool:

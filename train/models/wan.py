@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from data.sample import TextTokens
 from radial import VideoGrid
+from train.config import ModelConfig
 from train.errors import UserError
 from train.flow import shifted
 from train.models.base import ModelAdapter, PlannedAttention
@@ -76,6 +77,8 @@ class WanAdapter(ModelAdapter):
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001
         "杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
     )
+    shaky_camera = "镜头晃动，"  # noqa: RUF001
+    """What Wan2.1's image-to-video models have before it (`wan/configs/wan_i2v_14B.py`), and Wan2.2's have not."""
     model_class = WanTransformer3DModel
     processor_class = WanSelfAttention
     lora_targets = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
@@ -90,6 +93,11 @@ class WanAdapter(ModelAdapter):
         "num_layers": 3,
     }
     riflex = 6  # as RIFLEx's authors found it for Wan2.1: github.com/thu-ml/RIFLEx, issue 8
+
+    @classmethod
+    def negative_of(cls, model: ModelConfig) -> str:
+        """Wan2.1's image-to-video models, which read the first frame with an image encoder, have a word more."""
+        return (cls.shaky_camera if (model.dimensions or {}).get("image_dim") else "") + cls.negative_prompt
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         """Raises a UserError for a model of the class that is none of these."""

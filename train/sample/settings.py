@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 from data.cli import Place, parse, setting
 from data.encoders import encoder_class
+from data.errors import DataError
+from data.lines import lines_of, read_utf8
 from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
 from train.compose import compose_run
@@ -167,7 +169,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
             raise UserError(f"{name} is not set, and the model has none of its own (model.{name}): set it")
     if settings.negative is None:
         guided = family.takes_negative(settings.guidance or 1.0)
-        settings = replace(settings, negative=family.negative_prompt if guided else "")
+        settings = replace(settings, negative=family.negative_of(model) if guided else "")
     if settings.shift is None:
         assert settings.height and settings.width
         settings = replace(settings, shift=model.shift_at(settings.height, settings.width))
@@ -263,24 +265,24 @@ def jobs(settings: Settings) -> list[Job]:
             raise UserError(f"out is {settings.out}, expected a video's name that ends in .mp4")
         return [Job(settings.prompt, settings.negative, settings.image, settings.out)]
     try:
-        text = settings.prompts.read_text(encoding="utf-8-sig")
+        text = read_utf8(settings.prompts)
     except OSError as error:
         raise UserError(f"prompts {settings.prompts} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts {settings.prompts} is not in UTF-8 ({error}): save it as such") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except DataError as error:
+        raise UserError(f"prompts {error}") from error
+    lines = [(place, line.strip()) for place, line in enumerate(lines_of(text), 1) if line.strip()]
     if not lines:
         raise UserError(f"prompts {settings.prompts} is empty, expected a prompt a line")
     if settings.out.suffix.lower() == ".mp4":
         raise UserError(f"out is {settings.out}, expected a folder for the videos of many prompts")
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, (place, line) in enumerate(lines, 1):
         given: Mapping[str, Any] = {"prompt": line}
         if settings.prompts.suffix == ".jsonl":
-            given = _json_line(line, f"{settings.prompts}:{number}")
+            given = _json_line(line, f"{settings.prompts}:{place}")
         image = Path(given["image"]).expanduser() if given.get("image") else settings.image
         if image is not None and not image.is_file():
-            raise UserError(f"{settings.prompts}:{number}: image {image} is missing")
+            raise UserError(f"{settings.prompts}:{place}: image {image} is missing")
         name = "".join(c if c.isalnum() else "-" for c in given["prompt"].lower())[:48].strip("-")
         negative = given.get("negative", settings.negative)
         found.append(Job(given["prompt"], negative, image, settings.out / f"{number:04d}-{name}.mp4"))

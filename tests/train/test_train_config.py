@@ -81,10 +81,10 @@ def test_a_run_of_before_keeps_its_noise_level(tmp_path):
     config = finish(compose_run({"conf": "hunyuan_4x", "attention.dense_steps": "0", "attention.dense_sigma": "0.996"}))
     write_config(config, tmp_path)
     file = tmp_path / "config.yaml"
-    written = yaml.safe_load(file.read_text())
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
     del written["attention"]["dense_steps"], written["model"]["rule"], written["model"]["caption_dropout"]
     written["attention"]["rule"], written["objective"]["caption_dropout"] = "wan", 0.1
-    file.write_text(yaml.safe_dump(written))
+    file.write_text(yaml.safe_dump(written), encoding="utf-8")
     again = read_config(tmp_path)
     assert clip_levels(again).dense_sigma == 0.996
     assert (again.rule(), again.caption_dropout()) == ("wan", 0.1)

@@ -13,7 +13,9 @@ from PIL import Image, ImageSequence
 
 from data.prepare.video import read_clips
 from data.synth import make_clip, write_preview
+from train.errors import UserError
 from train.pictures import animate, film_strip
+from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 
 COLOURS = np.array([(30, 200, 30), (200, 30, 90), (20, 40, 220), (240, 220, 20), (128, 128, 128), (0, 0, 0),
@@ -115,3 +117,19 @@ def test_the_synthetic_preview_shows_its_colours(tmp_path: Path) -> None:
             left = 258 * i + 1
             error = np.abs(image[1 : 1 + 128, left : left + 256] - wanted.permute(1, 2, 0).numpy())
             assert error.max() <= 3, (k, i)
+
+
+@pytest.mark.parametrize("name", ["v.png", "v.tiff", "v.pgm"])
+def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path: Path, name: str) -> None:
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint16)[None], (32, 256))
+    Image.fromarray(ramp * 257).save(tmp_path / name)
+    with Image.open(tmp_path / name) as file:
+        assert file.mode.startswith("I")
+    assert np.array_equal(np.asarray(first_frame(tmp_path / name, 256, 32)), np.stack([ramp] * 3, -1))
+
+
+def test_a_picture_of_32_bits_is_refused(tmp_path: Path) -> None:
+    for values in (np.ones((8, 8), np.float32), np.full((8, 8), 2**20, np.int32)):
+        Image.fromarray(values).save(tmp_path / "v.tiff")
+        with pytest.raises(UserError, match=r"v.tiff has pixels of 32 bits, expected 8 or 16; save it as PNG or JPEG"):
+            first_frame(tmp_path / "v.tiff", 8, 8)

@@ -96,7 +96,7 @@ def lpips(one: np.ndarray, other: np.ndarray) -> tuple[float | None, str]:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:  # missing, or built for another torch
-        return None, f"needs torchvision ({error})"
+        return None, f"needs torchvision, pip install torchvision ({error})"
     file = Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_WEIGHTS
     if not file.is_file():
         return None, f"needs {file}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -155,7 +156,13 @@ def first_frame(file: Path, width: int, height: int) -> Image.Image:
         UserError: it is none.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(file))
+        deep = picture.mode.startswith("I")  # 16 bits, which Pillow would cut off at 255
+        if picture.mode == "F" or (deep and not 0 <= np.min(picture) <= np.max(picture) < 2**16):
+            raise UserError(f"image {file} has pixels of 32 bits, expected 8 or 16; save it as PNG or JPEG")
+        if deep:
+            picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
+        picture = picture.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"image {file} is not readable: {error}") from error
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)  # what diffusers scales by

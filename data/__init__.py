@@ -5,3 +5,11 @@ Commands: `data.prepare` turns videos into shards, `data.check` verifies them, `
 holds, `data.manifest` for what a folder says about itself, `data.writer` to write one, `data.encoders` for the model
 families, `data.order` for which samples a step gets, `data.stream` to read them, `data.remote` for where from.
 """
+
+import logging
+
+# diffusers imports transformers' CLIPImageProcessor, which warns where torchvision is missing, though its replacement
+# serves as well: a line before each command's own.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision (not installed)" not in record.getMessage()
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +305,10 @@ def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> No
         fingerprint("wan", broken)
     with pytest.raises(DataError, match="model is 'flux'"):
         fingerprint("flux", tmp_path)
+
+
+def test_a_mistake_is_one_line_without_torchvision_too() -> None:
+    """transformers' warning that another class serves in place of torchvision's would be a second one."""
+    words = ["source=s", "out=o", "model=wan", "weights=nowhere"]
+    ran = subprocess.run([sys.executable, "-m", "data.prepare", *words], capture_output=True, encoding="utf-8")
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1, ran.stderr

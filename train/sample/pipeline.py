@@ -158,7 +158,7 @@ def first_frame(file: Path, width: int, height: int) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(Image.open(file))
         deep = picture.mode.startswith("I")  # 16 bits, which Pillow would cut off at 255
-        if picture.mode == "F" or (deep and not 0 <= np.min(picture) <= np.max(picture) < 2**16):
+        if picture.mode == "F" or (deep and not 0 <= np.asarray(picture).min() <= np.asarray(picture).max() < 2**16):
             raise UserError(f"image {file} has pixels of 32 bits, expected 8 or 16; save it as PNG or JPEG")
         if deep:
             picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))

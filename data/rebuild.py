@@ -23,7 +23,7 @@ from data.encoders.base import EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
 from data.errors import DataError
 from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
-from data.prepare.journal import FOLDER
+from data.prepare.records import FOLDER
 from data.sample import Prompt, Sample
 from data.writer import PARTS, finish_folder
 

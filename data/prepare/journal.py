@@ -15,15 +15,13 @@ no locks, ranks may do the same at the same time: the same plan and the same man
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from data.begun import Begun, shards_in
 from data.errors import DataError, naming
@@ -32,39 +30,18 @@ from data.locks import Lock, say_no_locks, take
 from data.manifest import FILE, Manifest, ShardInfo
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected
+from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
 from data.sample import Sample
 from data.writer import TarShards
 
-FOLDER = ".prepare"
 _LOCK = "plan.lock"
 _WORLD = "world"
-_RECORD = re.compile(r"record-(\d{3,})-(\d{5})\.json")
 _BEGUN = re.compile(r"begun-(\d{3,})\.txt")
 _SHARD = re.compile(r"shard-(\d{3,})-(\d{5})\.tar")
 
 
 class FinishedError(Exception):
     """Another rank has ended the run: the manifest is there, or no clip came out."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A caption that is longer than a text encoder takes: its video, the encoder, its tokens, those that are used."""
-
-    path: str
-    encoder: str
-    tokens: int
-    used: int
-
-
-@dataclass
-class Records:
-    """What all ranks have done so far: shards in the order of their names, done videos, bad files, cut captions."""
-
-    shards: list[ShardInfo] = field(default_factory=list)
-    done: set[int] = field(default_factory=set)
-    rejected: list[Rejected] = field(default_factory=list)
-    cut: list[Cut] = field(default_factory=list)
 
 
 class Journal:
@@ -111,7 +88,7 @@ class Journal:
         self.rejected = len(records.rejected)
         recorded = {shard.file for shard in records.shards}
         named = set(recorded)
-        for match in filter(None, map(_BEGUN.fullmatch, _names(self._home))):
+        for match in filter(None, map(_BEGUN.fullmatch, names_in(self._home))):
             begun = Begun(self._home / match[0])
             # What ranks of an earlier, larger world left is rank 0's to clear.
             if int(match[1]) == rank or (rank == 0 and int(match[1]) >= world):
@@ -120,7 +97,7 @@ class Journal:
         there = shards_in(folder)
         self.strays = [name for name in there if name not in named]
         shards = [int(m[2]) for m in map(_SHARD.fullmatch, there) if m and int(m[1]) == rank]
-        numbers = [int(m[2]) for m in map(_RECORD.fullmatch, _names(self._home)) if m and int(m[1]) == rank]
+        numbers = [int(m[2]) for m in map(RECORD.fullmatch, names_in(self._home)) if m and int(m[1]) == rank]
         self._next = max(numbers, default=-1) + 1
         first = max([*numbers, *shards], default=-1) + 1
         self._rows: list[int] = []
@@ -178,7 +155,7 @@ class Journal:
         self._lock.close()
 
     def _record(self, shard: ShardInfo | None) -> None:
-        _write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut)
+        write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut)
         self._next += 1
         self._rows, self._bad, self._cut = [], [], []
 
@@ -234,7 +211,7 @@ def exclusively(folder: Path) -> Iterator[Path]:
     except BaseException:
         # Nothing was begun: leave no trace.
         with contextlib.suppress(OSError):
-            if _names(home) == [_LOCK]:
+            if names_in(home) == [_LOCK]:
                 (home / _LOCK).unlink()
                 home.rmdir()
             if made:
@@ -283,41 +260,6 @@ def _locked(path: Path, wait: bool) -> TextIO | None:
         file.close()
 
 
-def _write_record(
-    home: Path,
-    rank: int,
-    number: int,
-    shard: ShardInfo | None,
-    rows: Sequence[int],
-    rejected: Sequence[Rejected],
-    cut: Sequence[Cut],
-) -> None:
-    content = {
-        "shard": shard.to_json() if shard else None,
-        "rows": list(rows),
-        "rejected": [asdict(entry) for entry in rejected],
-        "cut": [asdict(entry) for entry in cut],
-    }
-    path = home / f"record-{rank:03d}-{number:05d}.json"
-    with naming(path):
-        write_bytes(path, json.dumps(content).encode())
-
-
-def read_records(folder: Path) -> Records:
-    """The records of all ranks so far."""
-    home, records = folder / FOLDER, Records()
-    for name in sorted(_names(home)):
-        if _RECORD.fullmatch(name):
-            raw: dict[str, Any] = json.loads((home / name).read_text(encoding="utf-8"))
-            if raw["shard"] is not None:
-                records.shards.append(ShardInfo.parse(raw["shard"], home / name, "shard."))
-            records.done.update(raw["rows"])
-            records.rejected += [Rejected(**entry) for entry in raw["rejected"]]
-            records.cut += [Cut(**entry) for entry in raw.get("cut", [])]
-    records.shards.sort(key=lambda shard: shard.file)
-    return records
-
-
 def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
     """Make a finished folder one that is under way again, inside `exclusively`: all of it is recorded, nothing moved.
 
@@ -335,29 +277,12 @@ def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Se
         if path.name != _LOCK:  # what a kill left there after the folder was finished
             path.unlink()
     for number, shard in enumerate(manifest.shards):
-        _write_record(home, 0, number, shard, [], [], [])
-    _write_record(home, 0, len(manifest.shards), None, range(done), rejected, [])
+        write_record(home, 0, number, shard, [], [], [])
+    write_record(home, 0, len(manifest.shards), None, range(done), rejected, [])
     plan.save(home)
     (folder / FILE).rename(home / FILE)
-
-
-def check_unique(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """Raise a DataError where two samples have one key: the folder was written by what knows no locks."""
-    home: dict[str, str] = {}
-    for shard in shards:
-        for sample in shard.samples:
-            if sample.key in home:
-                raise DataError(
-                    f"{folder}: sample {sample.key} is in {home[sample.key]} and in {shard.file}; were two runs at it "
-                    "that do not see each other's locks? Delete the folder and make it anew"
-                )
-            home[sample.key] = shard.file
 
 
 def remove(folder: Path) -> None:
     """Remove the journal of a folder that is finished."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
-
-
-def _names(folder: Path) -> Collection[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []

@@ -19,10 +19,11 @@ from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.finished import LIST, check_same, revisit, same
-from data.prepare.journal import Cut, FinishedError, Journal
+from data.prepare.journal import FinishedError, Journal
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.recipe import Rank, Recipe
+from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
 from data.sample import Prompt, Sample
@@ -208,14 +209,14 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
 
 
 def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
-    records = journal.read_records(recipe.out)
+    records = read_records(recipe.out)
     journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
     if len(records.done) < len(planned.rows):
         left = len(planned.rows) - len(records.done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
         return 0
     shards = records.shards
-    journal.check_unique(recipe.out, shards)
+    check_unique(recipe.out, shards)
     remove_leftovers(recipe.out)
     rejected = planned.rejected + sorted(records.rejected, key=lambda entry: entry.path)
     with naming(recipe.out / REJECTED):

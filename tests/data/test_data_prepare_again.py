@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.prepare import journal, run
 from data.prepare.__main__ import main
+from data.prepare.records import read_records
 from data.sample import Prompt
 from data.writer import ShardWriter, TarShards
 
@@ -154,7 +155,7 @@ def test_a_kill_while_appending_loses_nothing(
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
         patched.setattr(TarShards, "write", dies)
         main(words)
-    assert not (out / FILE).exists() and len(journal.read_records(out).done) == 6
+    assert not (out / FILE).exists() and len(read_records(out).done) == 6
     assert main(words) == 0
     check_complete(out, {**LENGTHS, "v6.mp4": 2})
 

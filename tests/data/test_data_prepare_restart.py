@@ -24,6 +24,7 @@ from data.manifest import Manifest
 from data.prepare import journal, run
 from data.prepare.__main__ import main
 from data.prepare.recipe import Rank
+from data.prepare.records import read_records
 from data.stream import read_samples
 from data.writer import TarShards
 
@@ -121,7 +122,7 @@ def test_a_stopped_run_keeps_what_it_encoded(
     with pytest.raises(raised):
         main([f"source={videos}", f"out={out}", *FAST])
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    records = journal.read_records(out)
+    records = read_records(out)
     assert [len(shard.samples) for shard in records.shards] == [3 + writing] and records.done == {0, 1}
     assert main([f"source={videos}", f"out={out}", *FAST]) == 0
     check_complete(out)
@@ -142,7 +143,7 @@ def test_too_little_memory_is_no_bad_file(tmp_path: Path, videos: Path, monkeypa
     message = r"v2.mp4: the clip at 0.00 s, 10 frames of 16x32, does not fit .* \(CUDA out of memory\); .*device="
     with pytest.raises(DataError, match=message):
         main([f"source={videos}", f"out={out}", *FAST])
-    assert len(journal.read_records(out).shards[0].samples) == 3
+    assert len(read_records(out).shards[0].samples) == 3
     assert main([f"source={videos}", f"out={out}", *FAST]) == 0
     check_complete(out)
 
@@ -163,7 +164,7 @@ def test_a_disk_that_is_full_costs_only_the_shard_in_work(
     monkeypatch.setattr(writer._OpenShard, "write", write_five)
     with pytest.raises(OSError, match="No space left"):
         main(words)
-    assert sum(len(shard.samples) for shard in journal.read_records(out).shards) in (4, 5)
+    assert sum(len(shard.samples) for shard in read_records(out).shards) in (4, 5)
     assert main(words) == 0
     check_complete(out)
 

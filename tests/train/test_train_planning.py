@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import run_config
 from traced import step_memory, with_parallel
@@ -164,6 +164,8 @@ def test_rates_between_measured_lengths():
 
 @settings(max_examples=40, deadline=None)
 @given(memory=st.floats(20, 300), cpu=st.integers(8, 512), sequence=st.sampled_from([1, 2, 4, 8]), dense=st.booleans())
+@example(memory=265, cpu=8, sequence=1, dense=False)
+@example(memory=250, cpu=8, sequence=1, dense=False)
 def test_chosen_policies_fit_wherever_any_do(memory, cpu, sequence, dense):
     config = planned_config(sequence)
     gpu = replace(GPUS["h200"], memory=memory * GIB)
@@ -176,8 +178,10 @@ def test_chosen_policies_fit_wherever_any_do(memory, cpu, sequence, dense):
     )
     if frugal.misfit is None:
         assert budget.misfit is None
-    if budget.misfit is not None:
+    if budget.gpu_memory > budget.usable + 1:
         assert set(names) == {"full"}
+    elif budget.misfit is not None:  # the CPU's memory is too small for the process itself, whatever blocks keep
+        assert budget.offloaded == 0 and budget.cpu_parts["processes"] > budget.cpu_usable
     ranks = [order.index(name) for name in names[0 if dense else 2 :]]
     assert ranks == sorted(ranks)  # the last blocks keep the most
     larger = replace(budget, machine=replace(budget.machine, gpu=replace(gpu, memory=2 * gpu.memory)))

@@ -8,6 +8,10 @@ dropped or repeated, whatever the batch.
 
 Nothing here knows of workers, and ranks only take parts of a batch that is the same for all, so any number of either
 sees the same steps.
+
+Where training stands is, for each shape, how many of its samples it has had: batches take them in their order, whatever
+the size of a batch. So an order can begin there with batches of another size, and no sample of the epoch is left out or
+comes twice.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import itertools
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data.errors import DataError
 
@@ -33,13 +37,22 @@ class BatchOrder:
         global_batch: samples a step, over all data-parallel ranks (a micro-batch under gradient accumulation).
         shuffle_window: how many consecutive samples are permuted among each other, in samples; 1 leaves them in the
             order of their shard.
+        taken: of each shape how many samples went before; none for shapes that it lacks.
+        first: the number of the step that comes after them, from where on there are batches.
 
     Raises:
         DataError: when a number is below 1 or there are no samples.
     """
 
     def __init__(
-        self, shapes: Sequence[Sequence[Sequence[int]]], *, seed: int, global_batch: int, shuffle_window: int
+        self,
+        shapes: Sequence[Sequence[Sequence[int]]],
+        *,
+        seed: int,
+        global_batch: int,
+        shuffle_window: int,
+        taken: Mapping[tuple[int, ...], int] | None = None,
+        first: int = 0,
     ) -> None:
         for name, value in (("global_batch", global_batch), ("shuffle_window", shuffle_window)):
             if value < 1:
@@ -52,6 +65,8 @@ class BatchOrder:
         if not self._flat:
             raise DataError("the manifest lists no samples, expected at least one; make more clips")
         self._counts = Counter(self._flat)
+        self._taken = {shape: (taken or {}).get(shape, 0) for shape in self._counts}
+        self.first = first
         self._starts = list(itertools.accumulate((len(shard) for shard in self.shapes), initial=0))
         self._lines: dict[int, list[int]] = {}
         self._memo: tuple[int, list[list[int]]] | None = None
@@ -71,11 +86,17 @@ class BatchOrder:
 
     def first_step(self, epoch: int) -> int:
         """The first global step that an epoch's samples complete: where the epoch begins."""
-        return sum(epoch * count // self.global_batch for count in self._counts.values())
+        return self.first + sum(
+            max(0, epoch * count - self._taken[shape]) // self.global_batch for shape, count in self._counts.items()
+        )
 
     def epoch_of(self, step: int) -> int:
-        """The epoch whose samples complete global step `step` (from 0)."""
-        epoch = step * self.global_batch // len(self._flat)  # not above it, as halves of buckets only delay steps
+        """The epoch whose samples complete global step `step` (from `first`)."""
+        # not above it, as halves of buckets only delay steps
+        epoch = max(
+            (step - self.first) * self.global_batch // len(self._flat),
+            min(self._taken[shape] // count for shape, count in self._counts.items()),
+        )
         while self.first_step(epoch + 1) <= step:
             epoch += 1
         return epoch
@@ -91,13 +112,25 @@ class BatchOrder:
         return self._memo[1]
 
     def batch(self, step: int) -> tuple[int, list[int]]:
-        """The epoch that completes global step `step` (from 0), and its batch."""
+        """The epoch that completes global step `step` (from `first`), and its batch."""
         epoch = self.epoch_of(step)
         return epoch, self.epoch(epoch)[step - self.first_step(epoch)]
 
     def part(self, step: int, rank: int, world: int) -> list[int]:
         """The samples of one data-parallel rank: every `world`-th of the global batch, from `rank` on."""
         return self.batch(step)[1][rank::world]
+
+    def taken(self, step: int) -> dict[tuple[int, ...], int]:
+        """Of each shape how many samples come before global step `step` (from `first`): where another order goes on."""
+        epoch = self.epoch_of(step)
+        found = {
+            shape: self._taken[shape]
+            + max(0, epoch * count - self._taken[shape]) // self.global_batch * self.global_batch
+            for shape, count in self._counts.items()
+        }
+        for batch in self.epoch(epoch)[: step - self.first_step(epoch)]:
+            found[self._flat[batch[0]]] += self.global_batch
+        return found
 
     def next_alike(self, sample: int) -> int:
         """The next sample of the same shape in the numbering, from the last on to the first: what stands in for it."""
@@ -106,8 +139,12 @@ class BatchOrder:
 
     def _batches(self, epoch: int) -> list[list[int]]:
         buckets = {shape: self._left_over(shape, epoch) for shape in self._counts}
+        gone = {shape: max(0, self._taken[shape] - epoch * count) for shape, count in self._counts.items()}
         batches = []
         for sample in self._line(epoch):
+            if gone[self._flat[sample]]:
+                gone[self._flat[sample]] -= 1
+                continue
             bucket = buckets[self._flat[sample]]
             bucket.append(sample)
             if len(bucket) == self.global_batch:
@@ -117,7 +154,7 @@ class BatchOrder:
 
     def _left_over(self, shape: tuple[int, ...], epoch: int) -> list[int]:
         """The samples of a shape that wait in its bucket when an epoch begins, in their order."""
-        waiting = epoch * self._counts[shape] % self.global_batch
+        waiting = max(0, epoch * self._counts[shape] - self._taken[shape]) % self.global_batch
         found: list[int] = []
         while len(found) < waiting:
             epoch -= 1

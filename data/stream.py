@@ -46,7 +46,7 @@ class LatentStream(Iterable[Batch]):
         source: the manifest, or what `Manifest.load` takes.
         order: made from the same manifest's `shapes()`.
         rank, world: the data-parallel rank, which all ranks of a sequence-parallel group share, and their number.
-        start_step: the global step to start with: 0, or the number of steps that training has consumed.
+        start_step: the global step to start with: the order's first, or the number of steps that training has consumed.
         num_steps: how many steps to yield; None goes on without end.
         cache: a folder that keeps whole remote shards; None for no cache.
         max_bad: more damaged samples than this, over all workers of this rank, stop the run.
@@ -65,7 +65,7 @@ class LatentStream(Iterable[Batch]):
         *,
         rank: int = 0,
         world: int = 1,
-        start_step: int = 0,
+        start_step: int | None = None,
         num_steps: int | None = None,
         cache: str | Path | None = None,
         max_bad: int = 16,
@@ -80,9 +80,10 @@ class LatentStream(Iterable[Batch]):
         if order.global_batch % world:
             hint = f"choose a multiple of {world}"
             raise DataError(f"global batch {order.global_batch} cannot be split over {world} ranks evenly; {hint}")
-        if min(start_step, num_steps or 0, max_bad, workers) < 0:
+        start_step = order.first if start_step is None else start_step
+        if min(start_step - order.first, num_steps or 0, max_bad, workers) < 0:
             numbers = f"start_step is {start_step}, num_steps {num_steps}, max_bad {max_bad} and workers {workers}"
-            raise DataError(f"{numbers}, expected none below 0")
+            raise DataError(f"{numbers}, expected none below 0, and no step before the order's first, {order.first}")
         self.order = order
         self.rank = rank
         self.world = world
@@ -106,6 +107,11 @@ class LatentStream(Iterable[Batch]):
                 if batch is None:
                     return
                 yield batch
+
+    def taken(self, step: int) -> dict[tuple[int, ...], int]:
+        """As `BatchOrder.taken`, beside the workers."""
+        with self._lock:
+            return self.order.taken(step)
 
     def _batches(self, worker: int, workers: int) -> Iterator[Batch]:
         """The batches that one worker makes."""

@@ -15,7 +15,7 @@ from data.order import BatchOrder
 from data.stream import LatentStream
 from train.build import build_module, resolve_precision, synthetic_shards
 from train.callbacks import StepCheckpoints
-from train.checkpoint import FolderCheckpointIO
+from train.checkpoint import FolderCheckpointIO, Place
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
@@ -36,22 +36,24 @@ from train.validation import Validation, lengths_of
 from train.watchdog import Watchdog
 
 
-def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: int) -> LatentStream:
-    """This rank's batches, from micro-batch ``start`` on."""
+def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place) -> LatentStream:
+    """This rank's batches, from where the training stands to its end."""
     sequence = config.parallel.sequence  # ranks that get the same samples
     order = BatchOrder(
         shards.shapes(),
         seed=config.seed,
         global_batch=int(config.clips_at_once()),
         shuffle_window=config.data.shuffle_window,
+        taken=start.taken,
+        first=0 if start.taken is None else start.position,
     )
     return LatentStream(
         shards,
         order,
         rank=trainer.global_rank // sequence,
         world=trainer.world_size // sequence,
-        start_step=start,
-        num_steps=config.trainer.steps * config.optim.accumulate - start,
+        start_step=start.position,
+        num_steps=(config.trainer.steps - start.step) * config.optim.accumulate,
         cache=config.data.cache,
         max_bad=config.data.max_bad,
         workers=config.data.workers,

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,37 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"position", "global_step"} <= state.keys():
         raise UserError(f"{file} is no readable part of a checkpoint (it has no position)")
     return state
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the training of a checkpoint stands.
+
+    Attributes:
+        step: optimizer steps that are done.
+        position: micro-batches that were trained on.
+        taken: of each shape of latents how many samples they had; None in a checkpoint of a version that counted
+            micro-batches alone.
+    """
+
+    step: int = 0
+    position: int = 0
+    taken: dict[tuple[int, ...], int] | None = None
+
+
+def place_of(path: str | Path) -> Place:
+    """Where the training of a checkpoint folder stands, without reading its tensors.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = Path(path) / STATE
+    try:
+        state = dict(json.loads(file.read_text(encoding="utf-8"))["$dict"])
+        taken = None if "taken" not in state else {tuple(shape): int(count) for shape, count in state["taken"]}
+        return Place(int(state["global_step"]), int(state["position"]), taken)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no readable part of a checkpoint ({error!r})") from error
 
 
 def last_checkpoint(run: str | Path) -> Path:

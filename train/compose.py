@@ -8,6 +8,7 @@ quoting rules: a value is read by the type of its key, so that a prompt may hold
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -139,9 +140,9 @@ def read_config(run: Path) -> RunConfig:
 
 FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep",
         "trainer.compile", "trainer.check_memory", "trainer.timeout", "trainer.max_skipped", "data.batch_size",
-        "data.workers", "data.cache", "data.max_bad")  # fmt: skip
+        "data.workers", "data.cache", "data.max_bad", "optim.accumulate", "runs")  # fmt: skip
 FREE_SECTIONS = ("parallel", "log", "validation", "report")
-"""With `FREE`: what may change on resume, as the steps stay the same."""
+"""With `FREE`: what may change on resume, as long as a step keeps its number of clips."""
 
 
 def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
@@ -151,8 +152,8 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
         settings: what changes; ``override=true`` lets keys in that change the results.
 
     Raises:
-        UserError: a key that changes the results without ``override=true``, naming the differences; or a layout that
-            takes another number of samples at once, for which there is no place in the data to go on from.
+        UserError: keys that change the results, or the number of clips in a step, without ``override=true``, naming
+            the differences; or the name of the run file.
     """
     settings = dict(settings)
     override = flag("override", settings.pop("override", "false"))
@@ -160,19 +161,34 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
     for key, text in settings.items():
         _assign(typed, key, text)
     changed = finish(typed)
-    matter = [line for key, line in differences(config, changed).items() if not _free(key)]
-    if matter and not override:
+    found = differences(config, changed)
+    if "conf" in found:
+        raise UserError(f"{found['conf']}: a run keeps its run file; start a new run with conf={changed.conf}")
+    if override:
+        return changed
+    matter = [line for key, line in found.items() if not _free(key)]
+    if matter:
         raise UserError(
             f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
             "or start a new run"
         )
-    before, now = config.clips_at_once(), changed.clips_at_once()
-    if now != before:
+    before, now = config.clips_a_step(), changed.clips_a_step()
+    if now != before and changed.clips_at_once().is_integer():  # else preflight says what is wrong
         raise UserError(
-            f"data.batch_size x trainer.nodes x trainer.devices / parallel.sequence is {now:g}, the run was started "
-            f"with {before:g}: set data.batch_size"
+            f"a step would have {now} clips over all GPUs, it had {before}: {_as_many(before, changed)}add "
+            f"override=true to go on with {now}"
         )
     return changed
+
+
+def _as_many(clips: int, config: RunConfig) -> str:
+    """What makes a step of so many clips with the layout of ``config``, in words; empty where nothing does."""
+    share, rest = divmod(clips, int(config.clips_at_once()) // config.data.batch_size)
+    if rest:
+        return ""
+    batch = math.gcd(config.data.batch_size, share)
+    size = "" if batch == config.data.batch_size else f"data.batch_size={batch} "
+    return f"set {size}optim.accumulate={share // batch} to keep them, or "
 
 
 def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:

@@ -219,6 +219,10 @@ class RunConfig:
         """Clips in a micro-batch of all devices together."""
         return self.data.batch_size * self.trainer.nodes * self.trainer.devices / self.parallel.sequence
 
+    def clips_a_step(self) -> int:
+        """Clips in an optimizer step of all devices together."""
+        return int(self.clips_at_once()) * self.optim.accumulate
+
     def latent_size(self) -> tuple[int, int, int]:
         """Frames, height and width of the configured clip in latent cells."""
         frames, height, width = self.model.vae

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.sample import Prompt
+from data.stream import LatentStream
 from radial import Pattern
+from train.errors import UserError
 from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
 from train.levels import ClipLevels
 from train.lora import load_parameters, lora_parameters
@@ -203,6 +205,23 @@ class LengthExtensionModule(L.LightningModule):
     def on_train_start(self) -> None:
         self._step = self.trainer.global_step
 
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """With the last of the data Lightning would take a step of the micro-batches that there are."""
+        last = self.trainer.global_step + 1 == self.trainer.max_steps and (batch_index + 1) % self.accumulate == 0
+        if self.trainer.is_last_batch and not last:
+            self._data_ended()
+
+    def on_train_epoch_end(self) -> None:
+        """Without any data Lightning would begin again, without end."""
+        if self.trainer.global_step < self.trainer.max_steps and not self.trainer.should_stop:
+            self._data_ended()
+
+    def _data_ended(self) -> NoReturn:
+        raise UserError(
+            f"the data end in step {self.trainer.global_step + 1} of trainer.steps={self.trainer.max_steps}: the run "
+            "goes on from its last checkpoint, with data for all steps that are left"
+        )
+
     def cpu(self) -> LengthExtensionModule:
         """Nothing: Lightning calls it after training, when it would copy the whole model on every rank."""
         return self
@@ -235,6 +254,9 @@ class LengthExtensionModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_weights()
         checkpoint["position"] = self.position
+        stream = self.trainer.train_dataloader
+        assert isinstance(stream, LatentStream)
+        checkpoint["taken"] = [[list(shape), count] for shape, count in stream.taken(self.position).items()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.load_trained_weights(checkpoint["state_dict"])

@@ -15,6 +15,7 @@ from data.manifest import Manifest
 from data.remote import scheme_of
 from data.stream import read_samples
 from train.checkpoint import checkpoints_of, weight_shapes
+from train.compose import read_config
 from train.config import RunConfig
 from train.errors import UserError
 from train.folder import going_on
@@ -22,6 +23,7 @@ from train.initial import check_initial
 from train.lora import check_saved, inject_lora, lora_parameters
 from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
+from train.resuming import check_changes
 
 _FULL = "out of memory"
 
@@ -99,8 +101,10 @@ def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False
         What it goes on with (`train.folder.going_on`).
 
     Raises:
-        UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained.
+        UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained, or cannot follow
+            what has changed (`train.resuming.check_changes`).
     """
+    check_changes(read_config(folder), config, folder)
     config = going_on(config, folder)
     preflight(config, elsewhere=elsewhere, offline=offline)
     adapter, saved = describe_model(config.model), checkpoints_of(folder / "checkpoints")
@@ -129,7 +133,7 @@ def check_memory(config: RunConfig) -> None:
     budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
     if budget is None or budget.misfit is None:
         return
-    clips = config.clips_at_once() * config.optim.accumulate
+    clips = config.clips_a_step()
     here = best(budget, clips)
     fixes = [f"here: {' '.join(here.keys)}"] if here is not None else []
     raise UserError(
@@ -283,7 +287,7 @@ def cheapest(config: RunConfig) -> list[str]:
     # it fitted by the plan and did not in truth: look for what fits well below both
     room = 0.9 * min(machine.gpu.memory, budget.gpu_memory)
     tighter = replace(budget, machine=replace(machine, gpu=replace(machine.gpu, memory=room)))
-    clips = config.clips_at_once() * config.optim.accumulate
+    clips = config.clips_a_step()
     here = best(tighter, clips)
     found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
     for remedy in remedies(tighter, clips):

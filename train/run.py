@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from data.manifest import Manifest
 from train.assembly import assemble, held_out, loader
 from train.build import training_shards
-from train.checkpoint import FolderCheckpointIO, last_good_checkpoint, load_state, remove_leftovers
+from train.checkpoint import FolderCheckpointIO, Place, last_good_checkpoint, place_of, remove_leftovers
 from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
@@ -115,12 +115,9 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
         check_shapes(config, shards)
-        start, resumed_step = 0, 0
-        if folder.checkpoint is not None:
-            state = load_state(folder.checkpoint)
-            start, resumed_step = state["position"], state["global_step"]
-        unfinished = resumed_step < config.trainer.steps
-        trainer, module = assemble(config, folder, shards, resumed_step, control, stop, watchdog)
+        start = Place() if folder.checkpoint is None else place_of(folder.checkpoint)
+        unfinished = start.step < config.trainer.steps
+        trainer, module = assemble(config, folder, shards, start.step, control, stop, watchdog)
         with watchdog.over(trainer):
             if unfinished:
                 trainer.fit(module, loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -69,6 +70,45 @@ def test_parts_of_any_number_of_ranks_partition_the_batch(order: BatchOrder, ste
     parts = [order.part(step, rank, world) for rank in range(world)]
     assert sorted(sample for part in parts for sample in part) == sorted(order.batch(step)[1])
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(orders(), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=4))
+def test_another_size_of_batches_goes_on_where_the_last_one_was(order: BatchOrder, changes: list[Any]) -> None:
+    """Whatever sizes follow each other, each shape's samples come in the order that batches of one have."""
+    flat = [shape for shard in order.shapes for shape in shard]
+    about: dict[str, Any] = {"seed": order.seed, "shuffle_window": order.shuffle_window}
+    seen: dict[Any, list[int]] = {shape: [] for shape in flat}
+    step = 0
+    for steps, size in changes:
+        order = BatchOrder(order.shapes, **about, global_batch=size, taken=order.taken(step), first=step)
+        for number in range(step, step + steps):
+            batch = order.batch(number)[1]
+            assert len(batch) == size
+            seen[flat[batch[0]]] += batch
+        step += steps
+    assert order.taken(step) == {shape: len(line) for shape, line in seen.items()}
+    one = BatchOrder(order.shapes, **about, global_batch=1)
+    singly: dict[Any, list[int]] = {shape: [] for shape in flat}
+    for number in itertools.count():
+        if all(len(singly[shape]) >= len(line) for shape, line in seen.items()):
+            break
+        (sample,) = one.batch(number)[1]
+        singly[flat[sample]].append(sample)
+    assert all(singly[shape][: len(line)] == line for shape, line in seen.items())
+
+
+@given(orders(), st.integers(0, 30), st.integers(0, 10))
+def test_going_on_with_the_same_size_changes_nothing(order: BatchOrder, first: int, more: int) -> None:
+    again = BatchOrder(
+        order.shapes,
+        seed=order.seed,
+        global_batch=order.global_batch,
+        shuffle_window=order.shuffle_window,
+        taken=order.taken(first),
+        first=first,
+    )
+    assert again.batch(first + more) == order.batch(first + more)
+    assert again.taken(first + more) == order.taken(first + more)
 
 
 @given(orders())

@@ -272,7 +272,7 @@ def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
     assert change_config(config, {"optim.lr": "1", "override": "true"}).optim.lr == 1
     assert change_config(config, {"log.every": "5", "trainer.keep": "9"}).log.every == 5
     assert change_config(config, {"validation.every": "5", "trainer.timeout": "900"}).trainer.timeout == 900
-    with pytest.raises(UserError, match="/ parallel.sequence is 1, .* started with 2: set data"):
+    with pytest.raises(UserError, match="a step would have 1 clips .* it had 2: set optim.accumulate=2 to keep"):
         change_config(config, {"trainer.devices": "1"})
 
 

@@ -1,19 +1,27 @@
 """What a resume changes, it changes from its first step on, under every strategy; what it cannot change, it refuses."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from faults import Run, run
+from faults import Run, equal_checkpoints, losses, run
 from tiny import run_config
 
+from data.order import BatchOrder
+from train.__main__ import main
+from train.assembly import loader
+from train.build import training_shards
 from train.checkpoint import load_state, load_weights
 from train.compose import change_config
-from train.folder import write_config
+from train.errors import UserError
+from train.folder import get_state, write_config
 from train.lora import inject_lora, lora_parameters
 from train.metrics import read_metrics
 from train.models import describe_model
+from train.module import LengthExtensionModule
 from train.run import resume
 
 ON_CPU = Path(__file__).parent / "zero_on_cpu.py"
@@ -113,3 +121,115 @@ def test_a_row_has_the_learning_rate_of_its_own_step(whole):
     config, folder = whole
     rates = [float(row["lr"]) for row in read_metrics(folder / "metrics.csv")]
     assert rates == pytest.approx([config.optim.lr * (step + 1) / 6 for step in range(4)], rel=1e-12)
+
+
+# ---- other numbers of clips at once
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """Grows by (optimizer steps before, keys) of each micro-batch that is trained on."""
+    seen, step = [], LengthExtensionModule.training_step
+
+    def watched(module, batch, index):
+        seen.append((module.trainer.global_step, batch.keys))
+        return step(module, batch, index)
+
+    monkeypatch.setattr(LengthExtensionModule, "training_step", watched)
+    return seen
+
+
+def keys_in_order(config, count):
+    """The first clips that a run trains on."""
+    shards = training_shards(config)
+    window = config.data.shuffle_window
+    order = BatchOrder(shards.shapes(), seed=config.seed, global_batch=1, shuffle_window=window)
+    return [shards.samples[order.batch(step)[1][0]].key for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "batch"), [(1, 4), (4, 1), pytest.param(1, 3, marks=pytest.mark.slow), (3, 2), (1, 2)]
+)
+def test_other_micro_batches_go_on_with_the_next_clip(whole, tmp_path, trained_on, accumulate, batch):
+    """Two steps of 2 x 2 clips, then two of others: each step has its clips, and none is left out or comes twice."""
+    folder = copy_until(whole, 2, tmp_path)
+    changes = {"optim.accumulate": str(accumulate), "data.batch_size": str(batch), "override": "true"}
+    config = change_config(whole[0], changes)
+    resume(folder, config)
+    assert [step for step, _ in trained_on] == [2] * accumulate + [3] * accumulate
+    assert [key for _, keys in trained_on for key in keys] == keys_in_order(config, 8 + 2 * accumulate * batch)[8:]
+    state = load_state(folder / "checkpoints" / "step-000004")
+    assert state["position"] == 4 + 2 * accumulate
+    assert state["taken"] == [[[3, 8, 32, 64], 8 + 2 * accumulate * batch]]
+    assert state["optimizer_states"][0]["state"][0]["step"] == 4
+
+
+def test_a_step_keeps_its_clips_unless_it_is_overridden(whole):
+    config, _ = whole
+    for changes, now, remedy in (
+        ({"trainer.devices": "2"}, 8, {"optim.accumulate": "1"}),
+        ({"trainer.devices": "4"}, 16, {"data.batch_size": "1", "optim.accumulate": "1"}),
+        ({"data.batch_size": "1"}, 2, {"optim.accumulate": "4"}),
+        ({"optim.accumulate": "3"}, 6, {"optim.accumulate": "2"}),
+        ({"trainer.devices": "3"}, 12, None),
+    ):
+        with pytest.raises(UserError, match=f"a step would have {now} clips over all GPUs, it had 4: ") as error:
+            change_config(config, changes)
+        found = re.search(r": set (.*) to keep them, or add override=true", str(error.value))
+        assert (found and dict(word.split("=") for word in found[1].split())) == remedy
+        if remedy is not None:
+            assert change_config(config, changes | remedy).clips_a_step() == 4
+        assert change_config(config, {**changes, "override": "true"}).clips_a_step() == now
+
+
+@pytest.mark.parametrize(("missing", "step"), [(1, 4), (2, 3), (4, 3)])
+def test_data_that_end_before_the_training_are_an_error(whole, tmp_path, monkeypatch, missing, step):
+    def cut(*arguments):
+        stream = loader(*arguments)
+        stream.num_steps -= missing
+        return stream
+
+    monkeypatch.setattr("train.run.loader", cut)
+    folder = copy_until(whole, 2, tmp_path)
+    with pytest.raises(UserError, match=f"the data end in step {step} of trainer.steps=4: "):
+        resume(folder, whole[0])
+    assert get_state(folder)[0] == "failed"
+    monkeypatch.undo()
+    resume(folder, whole[0])
+    assert losses(folder) == losses(whole[1])
+
+
+def without_clips(folder):
+    """Makes a run folder's checkpoints those of a version that counted micro-batches alone."""
+    for state in (folder / "checkpoints").glob("*/state.json"):
+        pairs = json.loads(state.read_text())["$dict"]
+        assert "taken" in dict(pairs)
+        state.write_text(json.dumps({"$dict": [pair for pair in pairs if pair[0] != "taken"]}))
+
+
+def test_a_checkpoint_that_counts_micro_batches_goes_on_as_it_was(whole, tmp_path):
+    config, undisturbed = whole
+    folder = copy_until(whole, 2, tmp_path)
+    without_clips(folder)
+    with pytest.raises(UserError, match=r"clips at once, they took 2: the newest checkpoint is of a version"):
+        main([f"resume={folder}", "data.batch_size=4", "optim.accumulate=1"])
+    resume(folder, config)
+    assert losses(folder) == losses(undisturbed)
+    ends = (path / "checkpoints" / "step-000004" for path in (folder, undisturbed))
+    assert equal_checkpoints(*ends)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("conf=wan_4x", "conf was shapes_4x, now wan_4x: a run keeps its run file"),
+        ("trainer.steps=1", "trainer.steps is 1, but the run has made 2: give at least as many"),
+        ("lora.init=some.safetensors", "lora.init is some.safetensors, but the run has trained its LoRA for 2 steps"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(whole, tmp_path, setting, said):
+    folder = copy_until(whole, 2, tmp_path)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=said):
+        main([f"resume={folder}", setting, "override=true"])
+    assert (folder / "config.yaml").read_text() == before

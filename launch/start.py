@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.queue import check_not_queued
-from train.cli import whole_number
+from train.cli import flag, whole_number
 from train.compose import change_config, compose_run, finish, read_config
 from train.config import RunConfig
 from train.errors import UserError
@@ -53,7 +53,8 @@ def prepare(
         folder = Path(settings.pop("resume"))
         check_not_queued(folder, recorded(folder).get("job"))
         config = change_config(read_config(folder), settings)
-        preflight_resume(config, folder, elsewhere=elsewhere, offline=offline)
+        override = flag("override", settings.get("override", "false"))
+        preflight_resume(config, folder, elsewhere=elsewhere, offline=offline, override=override)
         with held(folder):  # not under a run that reads it
             write_config(config, folder)
         return RunFolder(folder), config

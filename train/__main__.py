@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from train.cli import guarded
+from train.cli import flag, guarded
 from train.compose import (
     CONF,
     DEFAULT_RUN,
@@ -91,6 +91,7 @@ def main(arguments: list[str]) -> None:
 def _resume(folder: Path, settings: dict[str, str], show: bool) -> None:
     before = read_config(folder)
     changed = change_config(before, settings)
+    override = flag("override", settings.get("override", "false"))
     if show:
         print(OmegaConf.to_yaml(structured(changed)), end="")
         return
@@ -99,7 +100,7 @@ def _resume(folder: Path, settings: dict[str, str], show: bool) -> None:
     from train.ranks import global_rank
     from train.run import resume
 
-    config = preflight_resume(changed, folder)
+    config = preflight_resume(changed, folder, override=override)
     changes = differences(before, changed)
     if changes and global_rank() == 0:
         with held(folder):

@@ -20,9 +20,11 @@ from train.config import RunConfig
 from train.errors import UserError
 from train.folder import going_on
 from train.initial import check_initial
+from train.inputs import hold_inputs
 from train.lora import check_saved, inject_lora, lora_parameters
 from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
+from train.ranks import global_rank
 from train.resuming import check_changes
 
 _FULL = "out of memory"
@@ -94,15 +96,21 @@ def remote_shards(config: RunConfig) -> dict[str, str]:
     return {key: url for key, url in named.items() if url is not None and scheme_of(url) != "file"}
 
 
-def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False, offline: bool = False) -> RunConfig:
+def preflight_resume(
+    config: RunConfig, folder: Path, *, elsewhere: bool = False, offline: bool = False, override: bool = False
+) -> RunConfig:
     """Stops a run that cannot go on with ``config``, before anything of its folder is changed.
+
+    Args:
+        elsewhere, offline: as `preflight`.
+        override: shards, base weights and an initial LoRA may be others than the run was started with.
 
     Returns:
         What it goes on with (`train.folder.going_on`).
 
     Raises:
         UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained, or cannot follow
-            what has changed (`train.resuming.check_changes`).
+            what has changed (`train.resuming.check_changes`); or what it reads was replaced (`train.inputs`).
     """
     check_changes(read_config(folder), config, folder)
     config = going_on(config, folder)
@@ -117,8 +125,15 @@ def preflight_resume(config: RunConfig, folder: Path, *, elsewhere: bool = False
         try:
             shapes = weight_shapes(saved[-1])
         except UserError:
-            return config  # damaged: one before it is taken
-        check_saved(trained, shapes)
+            shapes = None  # damaged: one before it is taken
+        if shapes is not None:
+            check_saved(trained, shapes)
+    seen = config.data.shards is not None and not (offline and "data.shards" in remote_shards(config))
+    shards = Manifest.load(config.data.shards) if seen and config.data.shards is not None else None
+    first = global_rank() == 0
+    for line in hold_inputs(config, folder, shards, accept=override, write=override and first):
+        if first:
+            print(f"replaced since the run was started: {line}")
     return config
 
 

@@ -28,6 +28,7 @@ from train.errors import UserError
 from train.export.run import export_run
 from train.folder import RunFolder, command, get_state, gpus_given, held, set_state
 from train.held_out import write_report
+from train.inputs import hold_inputs
 from train.loggers import wandb_closed
 from train.module import LengthExtensionModule
 from train.preflight import check_shapes, is_out_of_memory, out_of_memory
@@ -118,6 +119,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
         start = Place() if folder.checkpoint is None else place_of(folder.checkpoint)
         unfinished = start.step < config.trainer.steps
         trainer, module = assemble(config, folder, shards, start.step, control, stop, watchdog)
+        hold_inputs(config, folder.path, shards, write=rank == 0)  # by now weights of the hub are here
         with watchdog.over(trainer):
             if unfinished:
                 trainer.fit(module, loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from faults import Run, equal_checkpoints, losses, run
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import run_config
 
 from data.order import BatchOrder
@@ -15,7 +17,7 @@ from train.__main__ import main
 from train.assembly import loader
 from train.build import training_shards
 from train.checkpoint import load_state, load_weights
-from train.compose import change_config
+from train.compose import change_config, read_config
 from train.errors import UserError
 from train.folder import get_state, write_config
 from train.lora import inject_lora, lora_parameters
@@ -233,3 +235,64 @@ def test_what_would_change_nothing_is_refused(whole, tmp_path, setting, said):
     with pytest.raises(UserError, match=said):
         main([f"resume={folder}", setting, "override=true"])
     assert (folder / "config.yaml").read_text() == before
+
+
+# ---- what a run reads
+
+
+@pytest.fixture
+def on_shards(whole, tmp_path):
+    """A run of two steps of four on shards and from a LoRA of its own; and where these lie."""
+    shards = shutil.copytree(training_shards(whole[0]).folder, tmp_path / "shards")
+    model = shutil.copytree(whole[0].model.path, tmp_path / "base")
+    start = tmp_path / "start.safetensors"
+    shutil.copy(whole[1] / "export" / "comfyui" / "shapes_4x.safetensors", start)
+    changes = {"data__shards": shards, "data__synthetic_clips": 0, "model__path": model, "lora__init": start}
+    folder = run(run_config(tmp_path, **changes, trainer__steps=1, optim__lr=1e-4))
+    return folder, {"shards": shards, "weights": model, "lora": start}
+
+
+def replaced(what, place):
+    """Puts another file where a run's input lies: of the same names, shapes and sizes."""
+    if what == "shards":
+        manifest = place / "manifest.json"
+        text = manifest.read_text()
+        digest = re.search(r'"sha256": "([0-9a-f]{64})"', text)[1]
+        manifest.write_text(text.replace(digest, "0" * 64))
+        return
+    (file,) = [place] if place.is_file() else place.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        about, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    last = max(tensors)
+    save_file(tensors | {last: tensors[last] + 1}, file, about)
+
+
+@pytest.mark.parametrize(("what", "key"), [("shards", "data.shards"), ("weights", "model.path"), ("lora", "lora.init")])
+def test_replaced_inputs_are_refused_unless_overridden(on_shards, what, key):
+    folder, places = on_shards
+    if what == "lora":  # with a checkpoint it is read no more
+        shutil.rmtree(folder / "checkpoints" / "step-000001")
+    places["shards"].rename(places["shards"].with_name("moved"))
+    (places["shards"]).symlink_to("moved")
+    goes_on = [f"resume={folder}", "trainer.steps=2"]
+    assert set(json.loads((folder / "inputs.json").read_text())) == {"shards", "weights", "lora"}
+    replaced(what, places[what])
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=rf"^{key} was .* now .*: it was replaced since the run was started"):
+        resume(folder, read_config(folder))
+    with pytest.raises(UserError, match=rf"{key} was .* now .*: it was replaced .* add override=true"):
+        main([f"resume={folder}"])
+    assert (folder / "config.yaml").read_text() == before
+    main([*goes_on, "override=true"])
+    assert get_state(folder)[0] == "done" and len(losses(folder)) == 2
+    main([f"resume={folder}"])  # what was accepted is the run's
+
+
+def test_inputs_that_no_version_has_noted_are_noted(on_shards):
+    folder, places = on_shards
+    noted = json.loads((folder / "inputs.json").read_text())
+    (folder / "inputs.json").unlink()
+    places["lora"].unlink()
+    main([f"resume={folder}"])
+    del noted["lora"]
+    assert json.loads((folder / "inputs.json").read_text()) == noted

@@ -32,7 +32,8 @@ class Aside(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """A chosen video: the path as listed, its caption, and how many clips its header promises."""
+    """A chosen video: the path as listed, its caption, and how many clips its header promises; 0 where it may be a
+    little too short, which decoding decides."""
 
     path: str
     caption: str
@@ -229,7 +230,7 @@ def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Conditi
     slow = wanted.min_fps is not None and info.fps is not None and info.fps < wanted.min_fps
     small = not wanted.upscale and enlargement(info, wanted.sizes) > 1
     fits = all(condition.holds(_columns(info, wanted.fps)) for condition in probed)
-    if count == 0 or slow or small or not fits or video.caption is None:
+    if not info.may_hold(wanted.frames, wanted.fps) or slow or small or not fits or video.caption is None:
         return Aside.UNFIT
     return Row(video.path, video.caption, count)
 

@@ -127,7 +127,12 @@ def _encode_all(
             bar.set_postfix(bad=bad, refresh=False)
             if isinstance(event, End):
                 kept += len(records.present.get(event.row, ()))
-                reason = event.reason or failed or (None if kept else f"ends before {recipe.frames} frames")
+                promised = planned.rows[event.row].clips
+                reason = event.reason or failed
+                if not (kept or reason) and promised:
+                    reason = f"ends before {recipe.frames} frames"
+                elif not (kept or reason):
+                    bar.write(f"too short after all: {planned.rows[event.row].path}", file=sys.stderr)
                 rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
                 with stopping.held():
                     records.finish_row(event.row, rejected)

@@ -30,6 +30,7 @@ _TICK = 0.002  # seconds by which a timestamp may be off: Matroska counts millis
 _JUMP = 5.0  # seconds from one frame to the next above which the clock is broken, or ten times the usual
 _REORDER = 16  # frames that a codec may show in another order than it stores them, and so times that may be mixed up
 _SLACK = 0.5  # seconds by which a stream may end before its header says
+_SHORT = 1.0  # seconds by which it may go on after that: MPEG program streams are a group of pictures longer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class VideoInfo:
     def frames_at(self, fps: float) -> int | None:
         """How many frames there are at a pace; None where the length is unknown."""
         return None if self.seconds is None else math.floor((self.seconds + _TICK) * fps)
+
+    def may_hold(self, frames: int, fps: float) -> bool:
+        """Whether so many frames at a pace may be there: a header can be short by a second or a quarter of the clip."""
+        return self.seconds is None or self.seconds + min(_SHORT, frames / fps / 4) + _TICK >= frames / fps
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data.errors import DataError
 from data.manifest import FILE, Manifest
 from data.prepare import run
 from data.prepare.__main__ import PUBLISHED_TOP, USAGE, main
-from data.prepare.video import DECODING
+from data.prepare.video import DECODING, probe
 from data.stream import read_samples
 
 
@@ -57,6 +57,22 @@ def test_shards_of_an_earlier_decoding_are_not_gone_on_with(tmp_path: Path, vide
     path.write_text(json.dumps(about), encoding="utf-8")
     with pytest.raises(DataError, match=rf"decoded by version 1, this is version {DECODING}, which gives other pixels"):
         main(words)
+
+
+def test_decoding_decides_where_a_header_may_be_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The length that a program stream's header tells lacks up to a group of pictures."""
+    videos = tmp_path / "videos"
+    for name, frames in (("long.mpg", 123), ("short.mpg", 112)):  # 5.125 s and 4.67 s; a clip is 81 / 16 = 5.06 s
+        write_video(videos / name, frames, fps=24, codec="mpeg2video", options={"g": "12", "bf": "2"}, caption="a clip")
+    seconds = {path.name: probe(path).seconds for path in videos.glob("*.mpg")}
+    assert max(seconds.values()) < 81 / 16, seconds
+    out = tmp_path / "out"
+    words = [word for word in FAST if not word.startswith("frames=")]
+    assert main([f"source={videos}", f"out={out}", "frames=81", *words]) == 0
+    assert [sample.meta["source"] for sample in read_samples(out)] == ["long.mpg"]
+    shown = capsys.readouterr()
+    assert "too short after all: short.mpg" in shown.err
+    assert "1 clips in 1 shards from 2 videos, 0 bad files" in shown.out
 
 
 def test_selection_reaches_the_shards(tmp_path: Path, videos: Path) -> None:

@@ -82,7 +82,7 @@ def _is_text(call: ast.Call) -> bool:
     name = function.rpartition(".")[2]
     if function.startswith("subprocess.") and any(word.arg == "text" for word in call.keywords):
         return True
-    if name == "open" and not function.startswith(("fsspec.", "tarfile.")):
+    if name == "open" and not function.startswith(("fsspec.", "tarfile.", "os.")):
         modes = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
         return not modes or (isinstance(modes[0], ast.Constant) and "b" not in str(modes[0].value))
     return name in ("read_text", "write_text", "FileHandler", "TextIOWrapper")

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_counts_micro_batches_goes_on_as_it_was(whole, tmp_pat
 )
 def test_what_would_change_nothing_is_refused(whole, tmp_path, setting, said):
     folder = copy_until(whole, 2, tmp_path)
-    before = (folder / "config.yaml").read_text()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=said):
         main([f"resume={folder}", setting, "override=true"])
     assert (folder / "config.yaml").read_text() == before

@@ -89,7 +89,7 @@ def test_an_euler_step_of_the_stock_scheduler_returns_the_clean_latent():
 
 def test_the_single_blocks_o_projection_is_in_proj_out():
     adapter = build("hunyuan")
-    names = inject_lora(adapter.transformer, 4, 4, adapter.targets(encoding="utf-8"), seed=0)
+    names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=True), seed=0)
     double = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     assert set(names) == {
         *(f"transformer_blocks.{n}.attn.{layer}" for n in range(2) for layer in double),

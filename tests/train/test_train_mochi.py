@@ -85,7 +85,7 @@ def test_an_euler_step_of_the_stock_scheduler_returns_the_clean_latent():
 
 def test_the_last_block_has_no_text_output():
     adapter = build("mochi")
-    names = inject_lora(adapter.transformer, 4, 4, adapter.targets(encoding="utf-8"), seed=0)
+    names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=True), seed=0)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     expected = {f"transformer_blocks.{n}.attn1.{layer}" for n in range(3) for layer in layers}
     assert set(names) == expected - {f"transformer_blocks.2.attn1.{layer}" for layer in ("to_add_out", "add_q_proj")}

@@ -24,7 +24,7 @@ from train.folder import RunFolder
 from train.guard import BadSteps
 from train.held_out import draw_mask
 from train.loggers import loggers_of, note_once
-from train.models import load_adapter, sigma_range
+from train.models import load_adapter
 from train.module import LengthExtensionModule
 from train.ranks import global_rank, slurm_tasks
 from train.samples import Samples
@@ -32,7 +32,7 @@ from train.stop import StopSignals
 from train.strategy import trainer_plan
 from train.terminal import Progress
 from train.throughput import Throughput
-from train.validation import Validation, lengths_of
+from train.validation import Validation, lengths_of, validation_levels
 from train.watchdog import Watchdog
 
 
@@ -123,12 +123,11 @@ def _callbacks(
     word of a step."""
     throughput = Throughput()
     bad = BadSteps(config.trainer.max_skipped, control)
-    low, high = sigma_range(config.model)
     validation = Validation(
         config.validation.every,
         _validation_shards(config),
         config.validation.clips,
-        [sigma for sigma in config.validation.sigmas if low <= sigma < high],
+        validation_levels(config) if config.validation.every else {},
         lengths_of(config.grid().frames * config.model.patch[0]),
         config.seed,
         control,

@@ -103,11 +103,13 @@ class StepCheckpoints(Callback):
 
     def _tidy(self, trainer: L.Trainer, newest: Path) -> None:
         loss = self.figures.row.get(VALIDATION)
-        best = best_checkpoint(self.folder)
+        measured = sorted(key for key in self.figures.row if key.startswith("validation/"))
+        best = best_checkpoint(self.folder, measured)
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             temporary = self.folder / f".{BEST}"
             try:
-                temporary.write_text(json.dumps({"checkpoint": newest.name, "loss": loss}) + "\n", encoding="utf-8")
+                about = {"checkpoint": newest.name, "loss": loss, "measured": measured}
+                temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
                 temporary.replace(self.folder / BEST)
             except OSError as error:  # on this rank alone: raised, it would leave the others waiting
                 trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
@@ -120,10 +122,18 @@ class StepCheckpoints(Callback):
                 trainer.strategy.remove_checkpoint(old)
 
 
-def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the least validation loss, and that; None before the first that is a number."""
+def best_checkpoint(folder: Path, measured: list[str] | None = None) -> tuple[Path, float] | None:
+    """The checkpoint with the least validation loss, and that; None before the first that is a number.
+
+    Args:
+        folder: of the run's checkpoints.
+        measured: names of a validation's figures; None too where the loss is not a mean of such, as a resumed run may
+            validate at other noise levels and lengths. Empty or None takes any.
+    """
     try:
         noted = json.loads((folder / BEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    if measured and noted.get("measured", measured) != measured:
         return None
     return (folder / noted["checkpoint"], noted["loss"]) if math.isfinite(noted["loss"]) else None

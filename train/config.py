@@ -166,7 +166,7 @@ class ValidationConfig:
         None  # held-out clips, as data.shards; null: new synthetic ones where data.synthetic_clips is set
     )
     clips: int = 8  # the first of them
-    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    sigmas: list[float] | None = None  # noise levels; null: quantiles of those that the run trains at
     samples_every: int = 0  # optimizer steps between the prompts' clips; 0: none
     prompts: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)  # a first frame for each prompt, for models that take one

@@ -186,7 +186,7 @@ def _check_validation(config: RunConfig, adapter: ModelAdapter | None, seen: boo
     """Raise a UserError unless losses on held-out clips can be measured, with shards that can be `seen`."""
     given = config.validation
     low, high = sigma_range(config.model)
-    if not any(low <= sigma < high for sigma in given.sigmas):
+    if given.sigmas is not None and not any(low <= sigma < high for sigma in given.sigmas):
         raise UserError(
             f"validation.sigmas {given.sigmas} has no noise level of model.expert={config.model.expert}, "
             f"{low:g} to {high:g}: give some"

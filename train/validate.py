@@ -101,7 +101,7 @@ def validate(config: RunConfig) -> None:
     ):
         if value(key) is not None and not low <= value(key) <= high:
             raise UserError(f"{key} is {value(key)}, expected a number from {low} to {high}")
-    for sigma in config.validation.sigmas:
+    for sigma in config.validation.sigmas or []:
         if not 0 < sigma < 1:
             raise UserError(f"validation.sigmas has {sigma}, expected noise levels between 0 and 1")
     if 0 < config.report.clips < 12:

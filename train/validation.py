@@ -1,5 +1,9 @@
 """The loss on held-out clips while training: fixed clips, noise levels and noise, at several clip lengths.
 
+The noise levels are quantiles of those that the run trains at, so that the mean looks where training is: with Wan's
+shift of 5, half of it lies above 0.83. Of two experts each has the quantiles of its own levels, and its share of the
+mean. Attention at a level is the run's own there: dense from the level on from which training is.
+
 A shorter clip is the beginning of a longer one: the VAEs are causal in time, so its latents are the longer's first.
 """
 
@@ -7,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -19,15 +24,41 @@ from data.batch import collate
 from data.manifest import Manifest
 from data.sample import Sample
 from data.stream import read_samples
+from train.config import RunConfig
 from train.control import ControlGroup
 from train.figures import VALIDATION
 from train.flow import noise_like, noised
-from train.models import Conditions
+from train.levels import clip_levels
+from train.models import Conditions, sigma_range
 from train.module import LengthExtensionModule
 from train.sequence import flow_loss
 from train.stop import StopSignals
 from train.throughput import Throughput
 from train.watchdog import Watchdog
+
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def validation_levels(config: RunConfig) -> dict[float, float]:
+    """The noise levels at which a run is validated, from low to high, and the share that each has of the mean.
+
+    They are ``validation.sigmas`` where these are set, without those of an expert that the run does not train.
+    """
+    low, high = sigma_range(config.model)
+    if config.validation.sigmas is not None:
+        given = sorted({sigma for sigma in config.validation.sigmas if low <= sigma < high})
+        return {sigma: 1 / len(given) for sigma in given}
+    schedule = clip_levels(config).schedule
+    edges = [low, high]
+    if config.model.expert == "both":
+        assert config.model.boundary is not None
+        edges.insert(1, config.model.boundary)
+    below = [1 - schedule.share_above(edge) for edge in edges]
+    found: dict[float, float] = {}
+    for start, end in pairwise(below):
+        share = (end - start) / (below[-1] - below[0]) / len(QUANTILES)
+        found |= {schedule.at_quantile(start + quantile * (end - start)): share for quantile in QUANTILES}
+    return found
 
 
 class Validation(Callback):
@@ -37,7 +68,7 @@ class Validation(Callback):
         every: optimizer steps; 0: never.
         shards: held-out clips.
         count: how many of them, the first.
-        sigmas: noise levels.
+        levels: noise levels, each with its share of the mean (`validation_levels`).
         lengths: in latent frames; each at most the clips'.
 
     Attributes:
@@ -50,7 +81,7 @@ class Validation(Callback):
         every: int,
         shards: Manifest | None,
         count: int,
-        sigmas: Sequence[float],
+        levels: Mapping[float, float],
         lengths: Sequence[int],
         seed: int,
         control: ControlGroup,
@@ -58,7 +89,7 @@ class Validation(Callback):
         throughput: Throughput,
         stop: StopSignals,
     ) -> None:
-        self.every, self.sigmas, self.lengths, self.seed = every, list(sigmas), sorted(lengths), seed
+        self.every, self.levels, self.lengths, self.seed = every, dict(levels), sorted(lengths), seed
         self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
         self.shards, self.count = shards, count
         self.row: dict[str, float] = {}
@@ -89,7 +120,7 @@ class Validation(Callback):
         self._clips = self._clips or list(read_samples(self.shards, self.count))
         sharing = module.sequence_size
         group, groups = self.control.rank // sharing, self.control.world // sharing
-        sums = torch.zeros(len(self.lengths), len(self.sigmas), 2, dtype=torch.float64)
+        sums = torch.zeros(len(self.lengths), len(self.levels), 2, dtype=torch.float64)
         with trainer.precision_plugin.forward_context():
             # every rank makes as many forward passes, so that none waits for another's
             for turn in range(math.ceil(len(self._clips) / groups)):
@@ -97,7 +128,7 @@ class Validation(Callback):
                 counts = number < len(self._clips)
                 clip = self._clips[number % len(self._clips)]
                 for i, length in enumerate(self.lengths):
-                    for j, sigma in enumerate(self.sigmas):
+                    for j, sigma in enumerate(self.levels):
                         loss = self._loss(module, clip, length, sigma)
                         sums[i, j] += counts * torch.tensor([loss / sharing, 1 / sharing])
                         self.watchdog.progress()
@@ -108,8 +139,8 @@ class Validation(Callback):
         row: dict[str, float] = {}
         for length, losses in zip(self.lengths, table.tolist(), strict=True):
             name = f"validation/{length}_frames"
-            row |= {f"{name}/sigma_{sigma:g}": loss for sigma, loss in zip(self.sigmas, losses, strict=True)}
-            row[name] = sum(losses) / len(losses)
+            row |= {f"{name}/sigma_{sigma:.4g}": loss for sigma, loss in zip(self.levels, losses, strict=True)}
+            row[name] = sum(share * loss for share, loss in zip(self.levels.values(), losses, strict=True))
         return {**row, VALIDATION: row[f"validation/{self.lengths[-1]}_frames"]}
 
     def _loss(self, module: LengthExtensionModule, clip: Sample, length: int, sigma: float) -> float:

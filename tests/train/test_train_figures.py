@@ -15,12 +15,15 @@ from data.stream import read_samples
 from train.build import build_module, training_shards
 from train.callbacks import best_checkpoint
 from train.checkpoint import checkpoints_of, load_weights
+from train.compose import compose_run, finish
 from train.figures import lora_norms
 from train.folder import RunFolder
+from train.levels import clip_levels
 from train.metrics import read_metrics
 from train.models import load_adapter
+from train.module import LengthExtensionModule
 from train.run import resume, train
-from train.validation import lengths_of
+from train.validation import Validation, lengths_of, validation_levels
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,12 @@ def test_every_log_has_the_same_keys_and_numbers(logged):
     rows = read_metrics(folder / "metrics.csv")
     keys = rows[0].keys() - {"step"}
     assert {"loss", "grad_norm", "lr", "sigma", "skipped", "tokens_per_second", "memory_gib", "data_wait"} < keys
-    assert {"loss_frames/8", "lora_norm/blocks_00", "validation/loss", "validation/4_frames/sigma_0.5"} < keys
+    assert {
+        "loss_frames/8",
+        "lora_norm/blocks_00",
+        "validation/loss",
+        "validation/4_frames/sigma_0.8571",
+    } < keys  # the median
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) - {"epoch", "hp_metric"} == keys
@@ -128,6 +136,68 @@ def test_validation_disturbs_nothing(logged, tmp_path):
     other = RunFolder.create(plain)
     train(plain, other)
     assert losses(other.path) == losses(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"conf": "wan_4x"}, [0.357, 0.682, 0.833, 0.921, 0.978]),  # shift 5
+        ({"conf": "wan_4x", "objective.shift": "1"}, [0.1, 0.3, 0.5, 0.7, 0.9]),
+        ({"conf": "wan_4x", "validation.sigmas": "[0.7, 0.2]"}, [0.2, 0.7]),
+    ],
+)
+def test_validation_is_at_quantiles_of_the_runs_own_noise_levels(changes, expected):
+    levels = validation_levels(finish(compose_run(changes)))
+    assert list(levels) == pytest.approx(expected, abs=5e-4)
+    assert list(levels.values()) == pytest.approx([1 / len(expected)] * len(expected))
+
+
+@pytest.mark.parametrize("expert", ["both", "high", "low"])
+def test_each_expert_is_validated_at_quantiles_of_its_own_noise_levels(expert):
+    config = finish(compose_run({"conf": "wan22_2x", "model.expert": expert}))
+    schedule, boundary = clip_levels(config).schedule, config.model.boundary
+    levels = validation_levels(config)
+    assert sum(levels.values()) == pytest.approx(1) and list(levels) == sorted(levels)
+    high = {sigma: share for sigma, share in levels.items() if sigma >= boundary}
+    low = {sigma: share for sigma, share in levels.items() if sigma < boundary}
+    above = schedule.share_above(boundary)
+    assert (len(high), len(low)) == {"both": (5, 5), "high": (5, 0), "low": (0, 5)}[expert]
+    if expert == "both":
+        assert sum(high.values()) == pytest.approx(above)
+    quantiles = [0.1, 0.3, 0.5, 0.7, 0.9]
+    if high:
+        assert [1 - schedule.share_above(sigma) / above for sigma in high] == pytest.approx(quantiles)
+    if low:
+        assert [(1 - schedule.share_above(sigma)) / (1 - above) for sigma in low] == pytest.approx(quantiles)
+
+
+def test_validation_runs_each_level_as_training_does_and_weighs_it(tmp_path, monkeypatch):
+    """Levels of the dense side run dense; the mean has each level's share."""
+    seen, loss, plan = [], Validation._loss, LengthExtensionModule.plan
+
+    def told(validation, module, clip, length, sigma):
+        seen.append([sigma, None, loss(validation, module, clip, length, sigma)])
+        seen[-1][1] = planned[-1]
+        return seen[-1][2]
+
+    planned = []
+
+    def planning(module, latent, *, all_dense, **more):
+        planned.append(all_dense)
+        return plan(module, latent, all_dense=all_dense, **more)
+
+    monkeypatch.setattr(Validation, "_loss", told)
+    monkeypatch.setattr(LengthExtensionModule, "plan", planning)
+    monkeypatch.setattr("train.validation.QUANTILES", (0.2, 0.9))
+    given = {"objective__shift": 3, "attention__dense_sigma": 0.85, "trainer__steps": 1}
+    config = run_config(tmp_path, **given, validation__every=1, validation__clips=1)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    assert [dense for _, dense, _ in seen] == [False, True] * 3
+    assert sorted({sigma for sigma, _, _ in seen}) == pytest.approx([3 * 0.2 / 1.4, 2.7 / 2.8])
+    row = read_metrics(folder.path / "metrics.csv")[0]
+    assert float(row["validation/loss"]) == pytest.approx(sum(value for *_, value in seen[-2:]) / 2)
+    assert float(row["validation/8_frames/sigma_0.9643"]) == seen[-1][2]
 
 
 @pytest.mark.slow

@@ -165,6 +165,12 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
     assert found == [None, *[(tmp_path / "step-000001", 2.0)] * 3]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003"]
     assert "step-000002 is the best, but best.json could not be written" in capsys.readouterr().out
+    # a loss at other noise levels is no smaller or larger than these
+    (tmp_path / ".best.json").rmdir()
+    figures.row = {"validation/loss": 9.0, "validation/8_frames/sigma_0.9": 9.0}
+    (tmp_path / "step-000004").mkdir()
+    saves._tidy(trainer, tmp_path / "step-000004")
+    assert best_checkpoint(tmp_path) == (tmp_path / "step-000004", 9.0)
 
 
 # ---- numbers that are not finite

@@ -15,7 +15,7 @@ from train.folder import command, get_state, holder, set_state
 
 USAGE = """python -m launch cancel RUN [now=true]
 
-Asks a run to finish its step, save a checkpoint and end; it is not queued again. A waiting job leaves the queue.
+Asks a run to save a checkpoint and end; it is not queued again. A waiting job leaves the queue.
 With now=true it ends at once and keeps its last checkpoint.
 """
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
         if starting:
             set_state(folder, "stopped", "its job was cancelled before it had begun")
-        print(f"job {job} {'is cancelled' if now or waiting else 'finishes its step, saves a checkpoint and ends'}")
+        print(f"job {job} {'is cancelled' if now or waiting else 'saves a checkpoint and ends'}")
     elif who is None:
         raise UserError(f"{folder}: nothing runs there")
     elif who["host"] != socket.gethostname():
@@ -53,5 +53,5 @@ def main(arguments: list[str]) -> None:
             os.kill(who["pid"], signal.SIGKILL if now else signal.SIGINT)
         except OSError as error:  # another user's, or it has ended in this moment
             raise UserError(f"{folder}: process {who['pid']}: {error.strerror}") from error
-        print(f"process {who['pid']} {'is killed' if now else 'finishes its step, saves a checkpoint and ends'}")
+        print(f"process {who['pid']} {'is killed' if now else 'saves a checkpoint and ends'}")
     print(f"{command('train resume=', folder)} goes on")

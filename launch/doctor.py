@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import MISTAKES, flag
+from train.clips import micro_batches
 from train.compose import compose_run, finish, read_config, split_arguments
 from train.config import RunConfig
 from train.environment import backends, driver, environment, gpus, nccl, read_speed
@@ -172,10 +173,10 @@ def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
         return
     try:
         speed, size = read_speed(config.data.shards)
+        per_step = size * config.data.batch_size * micro_batches(config)
     except MISTAKES as error:
         yield Finding("missing", "data", str(error))
         return
-    per_step = size * config.data.batch_size * config.optim.accumulate
     yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
 
 

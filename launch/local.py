@@ -15,7 +15,7 @@ USAGE = """python -m launch local conf=RUN [gpus=N] [key=value ...]
 python -m launch local resume=<run folder> [gpus=N]
 
 Makes the run's folder, stores its plan there, and trains with N processes, one a GPU.
-Ctrl-C once: the step is finished, a checkpoint saved, and the same with resume= goes on; twice: at once.
+Ctrl-C once: a checkpoint is saved, and the same with resume= goes on; twice: at once.
 
   gpus=N         1 by default; on a machine without GPUs, N processes on its CPU
   key=value      of the run, as for python -m train

@@ -34,7 +34,6 @@ GPUs, the fewest GPUs that do, and what to change where nothing fits. Needs neit
 
 Other keys are those of the run: conf=wan_4x clip.frames=161 parallel.sequence=2 trainer.compile=true"""
 CPU_GIB = 128  # for each GPU of a node
-_BATCH_KEYS = ("optim.accumulate", "data.batch_size", "trainer.nodes", "trainer.devices", "parallel.sequence")
 
 
 def main(arguments: list[str]) -> None:
@@ -45,38 +44,35 @@ def main(arguments: list[str]) -> None:
     config = finish(compose_run(settings))
     nodes, gpus = given.get("nodes", config.trainer.nodes), given.get("gpus", config.trainer.devices)
     gib = given.get("cpu_memory", gpus * CPU_GIB)
-    recipe = config.clips_at_once() * config.optim.accumulate  # the global batch of the run file
     machine = Machine(gpu, gpus, nodes, gib * GIB)
     budget = Budget.of(config, machine)
     if budget is None:
         raise UserError(f"the dimensions of {config.model.path} are not known: give model.path=<local folder>")
-    if any(key in settings for key in _BATCH_KEYS):
-        recipe = Duration(budget).clips_a_step
-    print("\n".join(plan_lines(budget, recipe)))
+    print("\n".join(plan_lines(budget)))
 
 
-def show_plan(folder: Path, config: RunConfig, machine: Machine) -> None:
-    """Prints the plan of a run and keeps it in its folder, for the report to set beside what is measured."""
+def show_plan(folder: Path, config: RunConfig, machine: Machine) -> Budget | None:
+    """Prints the plan of a run and keeps it in its folder, for the report to set beside what is measured.
+
+    Returns:
+        What was planned; None where the model's dimensions are not known yet.
+    """
     budget = Budget.of(config, machine)
     if budget is None:
         print(f"no plan: the dimensions of {config.model.path} are not known before its weights are there\n")
-        return
-    text = "\n".join(plan_lines(budget, config.clips_at_once() * config.optim.accumulate))
+        return None
+    text = "\n".join(plan_lines(budget))
     print(f"{text}\n")
     store_plan(folder, budget, text)
+    return budget
 
 
-def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:
-    """The table, whether the run fits as it is, and the settings that do.
-
-    Args:
-        clips_a_step: the global batch that suggested settings keep.
-    """
-    shared = budget.machine.gpus % budget.sequence == 0  # otherwise there is nothing to tabulate
-    lines = [plan_table(budget), ""] if shared else []
+def plan_lines(budget: Budget) -> list[str]:
+    """The table, whether the run fits as it is, and the settings that do, with as many clips a step."""
+    clips_a_step = _clips_a_step(budget)
+    # otherwise there is nothing to tabulate
+    lines = [plan_table(budget), ""] if budget.unshared is None else []
     lines.append("fits as it is" if budget.misfit is None else f"does not fit as it is: {budget.misfit}")
-    if shared and (planned := Duration(budget).clips_a_step) != clips_a_step:
-        lines.append(f"{planned:g} clips a step on these GPUs; the settings below keep the run file's {clips_a_step:g}")
     here = best(budget, clips_a_step)
     if here is None:
         lines += ["no setting fits these GPUs; what would:"]
@@ -87,3 +83,11 @@ def plan_lines(budget: Budget, clips_a_step: float) -> list[str]:
     if fewer is not None and fewer.budget.machine.world < budget.machine.world:
         lines += setting_lines("fewest GPUs", fewer)
     return lines
+
+
+def _clips_a_step(budget: Budget) -> float:
+    """What the run asks for, which these GPUs may be unable to share."""
+    optim = budget.config.optim
+    if optim.accumulate is None and optim.global_batch is not None:
+        return float(optim.global_batch)
+    return Duration(budget).clips_a_step

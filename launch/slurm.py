@@ -39,7 +39,8 @@ from the last checkpoint.
   key=value          of the run, as for python -m train
 
 example:
-  python -m launch slurm conf=wan_4x nodes=4 gpus=8 partition=h200 time=1-00:00:00 model.path=... data.shards=...
+  python -m launch slurm conf=wan_4x nodes=4 gpus=8 parallel.sequence=4 partition=h200 time=1-00:00:00 model.path=... \
+      data.shards=...
 """
 SCRIPT = "job.sbatch"
 _MARK = "# ---- the run"  # the template from here on is the same for every run

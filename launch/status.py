@@ -7,10 +7,10 @@ from pathlib import Path
 
 from launch.queue import slurm_state
 from launch.start import job_of, run_argument
-from train.checkpoint import checkpoints_of
+from train.checkpoint import checkpoints_of, how_to_go_on
 from train.compose import read_config
 from train.errors import UserError
-from train.folder import CONFIG, command, get_state, holder
+from train.folder import CONFIG, get_state, holder
 from train.metrics import METRICS, read_metrics
 
 USAGE = """python -m launch status [RUN]
@@ -55,7 +55,7 @@ def standing(folder: Path) -> tuple[str, str]:
         text = f"process {who['pid']} on {who['host']}{job} since {who['since']}"
         return "running", text if who["certain"] else f"{text}, by its own word{_last_sign(folder)}"
     if word == "running":
-        return "killed", f"{command('train resume=', folder)} goes on from the last checkpoint"
+        return "killed", how_to_go_on(folder)
     return word, why
 
 

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from data.manifest import Manifest
 from data.order import BatchOrder
 from data.stream import LatentStream
-from train.build import build_module, resolve_precision, synthetic_shards
+from train.build import build_module, synthetic_shards
 from train.callbacks import StepCheckpoints
 from train.checkpoint import FolderCheckpointIO, Place
+from train.clips import clips_in_words, micro_batches
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
@@ -26,6 +27,7 @@ from train.held_out import draw_mask
 from train.loggers import loggers_of, note_once
 from train.models import load_adapter
 from train.module import LengthExtensionModule
+from train.planning import resolve_precision
 from train.ranks import global_rank, slurm_tasks
 from train.samples import Samples
 from train.stop import StopSignals
@@ -53,7 +55,7 @@ def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place
         rank=trainer.global_rank // sequence,
         world=trainer.world_size // sequence,
         start_step=start.position,
-        num_steps=(config.trainer.steps - start.step) * config.optim.accumulate,
+        num_steps=(config.trainer.steps - start.step) * micro_batches(config),
         cache=config.data.cache,
         max_bad=config.data.max_bad,
         workers=config.data.workers,
@@ -94,7 +96,7 @@ def assemble(
             compiled=config.trainer.compile,
         ),
         max_steps=config.trainer.steps,
-        accumulate_grad_batches=config.optim.accumulate,
+        accumulate_grad_batches=micro_batches(config),
         gradient_clip_val=config.optim.clip,
         logger=loggers,
         callbacks=_callbacks(config, folder.path, control, stop, watchdog),
@@ -197,6 +199,7 @@ def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"{config.conf}: {folder.path}{goes_on}")
     print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")
     print(f"  clip       {grid.frames} latent frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
+    print(f"  clips      {clips_in_words(config)}")
     print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.build import chosen_policies, resolve_precision, set_memory_policy
+from train.build import chosen_policies, set_memory_policy
 from train.cli import guarded, json_file, whole_number
 from train.compose import compose_run, finish, split_arguments
 from train.config import RunConfig
@@ -33,7 +33,7 @@ from train.lora import inject_lora
 from train.models import benchmark_adapter
 from train.models.weights import settle
 from train.plan import AttentionPlan
-from train.planning import cpu_memory
+from train.planning import cpu_memory, resolve_precision
 from train.planning.policies import BlockPolicies
 from train.planning.sizes import Sizes
 from train.preflight import check_heads

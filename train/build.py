@@ -8,6 +8,7 @@ import torch
 
 from data.manifest import Manifest
 from data.synth import synthesize
+from train.clips import micro_batches
 from train.compiler import compile_blocks
 from train.config import ParallelConfig, RunConfig
 from train.errors import UserError
@@ -24,15 +25,6 @@ from train.planning.policies import BlockPolicies, configured
 from train.preflight import check_heads
 from train.ranks import global_rank
 from train.zero import call_gathered, forward_alone, gather_whole
-
-
-def resolve_precision(name: str) -> str:
-    """``bf16`` or ``fp32``; ``auto`` is bf16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def training_shards(config: RunConfig) -> Manifest:
@@ -141,7 +133,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         warmup=optim.warmup,
         decay=optim.decay,
         steps=config.trainer.steps,
-        accumulate=optim.accumulate,
+        accumulate=micro_batches(config),
         lora=config.lora is not None,
         sequence_size=config.parallel.sequence,
         policies=policies,

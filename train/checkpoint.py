@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data.files import rename, sync_file, sync_folder
 from train.errors import UserError
+from train.folder import command
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -207,6 +208,13 @@ def last_good_checkpoint(run: str | Path) -> tuple[Path | None, list[str]]:
     if problems:
         raise UserError("; ".join(problems))
     return None, []
+
+
+def how_to_go_on(run: Path) -> str:
+    """Which command takes a run up again, and where that begins."""
+    found = checkpoints_of(run / "checkpoints")
+    where = f"goes on from {found[-1].name}" if found else "begins anew, as there is no checkpoint yet"
+    return f"{command('train resume=', run)} {where}"
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

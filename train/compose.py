@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data.cli import expanded
 from train.cli import flag
+from train.clips import clips_a_step
 from train.config import RunConfig, literal, structured
 from train.errors import UserError
 from train.validate import validate
@@ -97,9 +98,15 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
     return config
 
 
+def run_file(run: str) -> dict[str, Any]:
+    """What ``conf/<run>.yaml`` says itself, without its groups; empty where this version has no such run."""
+    file = CONF / f"{run}.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _override(run: str, group: str, option: str) -> str:
     """Hydra's override; a group that the run file leaves at the schema's defaults is added with ``+``."""
-    defaults = yaml.safe_load((CONF / f"{run}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    defaults = run_file(run).get("defaults", [])
     listed = any(isinstance(entry, dict) and group in entry for entry in defaults)
     return f"{'' if listed else '+'}{group}={option}"
 
@@ -140,7 +147,7 @@ def read_config(run: Path) -> RunConfig:
 
 FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep",
         "trainer.compile", "trainer.check_memory", "trainer.timeout", "trainer.max_skipped", "data.batch_size",
-        "data.workers", "data.cache", "data.max_bad", "optim.accumulate", "runs")  # fmt: skip
+        "data.workers", "data.cache", "data.max_bad", "optim.accumulate", "optim.global_batch", "runs")  # fmt: skip
 FREE_SECTIONS = ("parallel", "log", "validation", "report")
 """With `FREE`: what may change on resume, as long as a step keeps its number of clips."""
 
@@ -172,8 +179,10 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
             f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
             "or start a new run"
         )
-    before, now = config.clips_a_step(), changed.clips_a_step()
-    if now != before and changed.clips_at_once().is_integer():  # else preflight says what is wrong
+    if not changed.clips_at_once().is_integer():
+        return changed  # preflight says what is wrong
+    before, now = int(clips_a_step(config)), int(clips_a_step(changed))
+    if now != before:
         raise UserError(
             f"a step would have {now} clips over all GPUs, it had {before}: {_as_many(before, changed)}add "
             f"override=true to go on with {now}"

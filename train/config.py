@@ -119,7 +119,8 @@ class OptimConfig:
     warmup: int = 50  # optimizer steps
     decay: str = "constant"  # after the warm-up: constant, cosine
     clip: float = 1.0  # gradient norm
-    accumulate: int = 1  # micro-batches a step
+    global_batch: int | None = None  # clips a step of all devices; null: those of one micro-batch
+    accumulate: int | None = None  # micro-batches a step; null: as many as global_batch needs (`train.clips`)
 
 
 @dataclass
@@ -218,10 +219,6 @@ class RunConfig:
     def clips_at_once(self) -> float:
         """Clips in a micro-batch of all devices together."""
         return self.data.batch_size * self.trainer.nodes * self.trainer.devices / self.parallel.sequence
-
-    def clips_a_step(self) -> int:
-        """Clips in an optimizer step of all devices together."""
-        return int(self.clips_at_once()) * self.optim.accumulate
 
     def latent_size(self) -> tuple[int, int, int]:
         """Frames, height and width of the configured clip in latent cells."""

@@ -19,6 +19,7 @@ from data.reader import SampleReader
 from radial import Released, VideoGrid, build_layout
 from radial.backends import BACKENDS, AttentionCall
 from train.errors import UserError
+from train.planning import cpu_memory
 
 PACKAGES = ("torch", "lightning", "diffusers", "peft", "deepspeed", "transformers", "wandb", "flash-attn-4")
 _READ_SECONDS = 3.0
@@ -32,11 +33,12 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    versions["torch"] = str(torch.__version__)  # a package's metadata may lack the +cu130 that tells builds apart
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "memory_gib": cpu_memory() / 2**30,  # of the container or the job
         "gpus": gpus(),
         "driver": driver(),
         "cuda": torch.version.cuda,

@@ -114,8 +114,8 @@ class LengthExtensionModule(L.LightningModule):
         """The samples of the step in work."""
         self._step = 0
         self._seen_at = -1
-        self.position = 0
-        """Micro-batches that training has consumed: where the data goes on after a resume."""
+        self.position = self._read = 0
+        """Micro-batches of the finished steps: where the data goes on after a resume."""
 
     def setup(self, stage: str) -> None:
         self.sequence = SequenceGroup.of(self.sequence_size)
@@ -135,7 +135,7 @@ class LengthExtensionModule(L.LightningModule):
         )
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        self.position = batch.step + 1  # checkpoints are taken after the step
+        self._read = batch.step + 1
         within = self.adapter.sigma_range
         if self.adapter.boundary is not None:
             within = expert_range(self.seed, self._step, self.schedule, self.adapter.boundary)
@@ -200,7 +200,8 @@ class LengthExtensionModule(L.LightningModule):
         return self._gradient_norm
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        self._step = self.trainer.global_step
+        if self.trainer.global_step != self._step:
+            self._step, self.position = self.trainer.global_step, self._read
 
     def on_train_start(self) -> None:
         self._step = self.trainer.global_step
@@ -253,10 +254,12 @@ class LengthExtensionModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_weights()
-        checkpoint["position"] = self.position
+        # of a step that ends in this moment; in the middle of one the run goes on from its start
+        position = self._read if checkpoint["global_step"] != self._step else self.position
+        checkpoint["position"] = position
         stream = self.trainer.train_dataloader
         assert isinstance(stream, LatentStream)
-        checkpoint["taken"] = [[list(shape), count] for shape, count in stream.taken(self.position).items()]
+        checkpoint["taken"] = [[list(shape), count] for shape, count in stream.taken(position).items()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.load_trained_weights(checkpoint["state_dict"])

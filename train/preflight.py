@@ -15,6 +15,7 @@ from data.manifest import Manifest
 from data.remote import scheme_of
 from data.stream import read_samples
 from train.checkpoint import checkpoints_of, weight_shapes
+from train.clips import clips_a_step, micro_batches
 from train.compose import read_config
 from train.config import RunConfig
 from train.errors import UserError
@@ -148,7 +149,7 @@ def check_memory(config: RunConfig) -> None:
     budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
     if budget is None or budget.misfit is None:
         return
-    clips = config.clips_a_step()
+    clips = clips_a_step(config)
     here = best(budget, clips)
     fixes = [f"here: {' '.join(here.keys)}"] if here is not None else []
     raise UserError(
@@ -302,7 +303,7 @@ def cheapest(config: RunConfig) -> list[str]:
     # it fitted by the plan and did not in truth: look for what fits well below both
     room = 0.9 * min(machine.gpu.memory, budget.gpu_memory)
     tighter = replace(budget, machine=replace(machine, gpu=replace(machine.gpu, memory=room)))
-    clips = config.clips_a_step()
+    clips = clips_a_step(config)
     here = best(tighter, clips)
     found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
     for remedy in remedies(tighter, clips):
@@ -319,6 +320,7 @@ def _check_parallel(config: RunConfig, elsewhere: bool) -> None:
         raise UserError(
             f"parallel.sequence is {parallel.sequence}, expected a divisor of trainer.devices={devices}: {sizes}"
         )
+    micro_batches(config)
     if config.model.expert == "both" and parallel.strategy != "ddp":
         raise UserError(
             f"parallel.strategy is {parallel.strategy}, which steps on all weights, but model.expert=both leaves one "

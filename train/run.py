@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from data.manifest import Manifest
 from train.assembly import assemble, held_out, loader
 from train.build import training_shards
-from train.checkpoint import FolderCheckpointIO, Place, last_good_checkpoint, place_of, remove_leftovers
+from train.checkpoint import FolderCheckpointIO, Place, how_to_go_on, last_good_checkpoint, place_of, remove_leftovers
 from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
@@ -69,9 +69,9 @@ def train(config: RunConfig, folder: RunFolder) -> None:
         if rank:
             return
         if asked:
-            why = f"{command('train resume=', folder.path)} goes on"
+            why = how_to_go_on(folder.path)
             set_state(folder.path, WORDS[asked], why)
-            print(f"\nstopped, with a checkpoint; {why}")
+            print(f"\nstopped; {why}")
             raise SystemExit(EXIT_CODES[asked])
         set_state(folder.path, "done")
         with _room(folder.path):

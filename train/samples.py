@@ -21,7 +21,6 @@ from data.encoders import load_encoder
 from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.sample import Sample
-from train.build import resolve_precision
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.errors import UserError
@@ -29,6 +28,7 @@ from train.flow import noise_like
 from train.metrics import Forgiving
 from train.models import Conditions, family_of
 from train.module import LengthExtensionModule
+from train.planning import resolve_precision
 from train.preflight import encoder_of
 from train.sample.decode import decode_frames
 from train.sample.pipeline import first_frame

@@ -1,11 +1,13 @@
-"""Signals: a run that is asked to stop finishes its step, saves a checkpoint and says whether it wants to go on.
+"""Signals: a run that is asked to stop ends after its micro-batch, saves a checkpoint and says whether it goes on.
 
     SIGINT                  stop: checkpoint and exit; a second one exits at once
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
     SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
-Signals reach ranks at different moments, so all ranks agree at the end of every step whether this one was the last, and
-at every forward pass of what takes long beside the steps: a validation, the prompts' clips. These are then left.
+Signals reach ranks at different moments, so all ranks agree at the end of every micro-batch whether this one was the
+last, and at every forward pass of what takes long beside the steps: a validation, the prompts' clips. These are then
+left. So are the gradients of a step that lacks micro-batches: its checkpoint is of the step before, and the resumed run
+computes them anew, the same, since data and noise are functions of seed, place in the data and sample.
 They are taken by a thread: Python's own handlers wait for the main thread, which may wait for another rank in C.
 """
 
@@ -23,6 +25,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from train.checkpoint import how_to_go_on
 from train.control import ControlGroup
 from train.family import end_now
 from train.folder import set_state
@@ -40,13 +43,12 @@ class StopSignals(Callback):
 
     Attributes:
         asked: what this process was asked, 0 for nothing.
-        agreed: what the ranks have agreed to do after the last step, the same on all; 0 for going on.
+        agreed: what the ranks have agreed to do after the last micro-batch, the same on all; 0 for going on.
     """
 
     def __init__(self, folder: Path, rank: int, control: ControlGroup) -> None:
         self.folder, self.rank, self.control = folder, rank, control
         self.asked = self.agreed = 0
-        self._step = -1
         self._taken = tuple(n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
     @contextmanager
@@ -82,28 +84,24 @@ class StopSignals(Callback):
         if self.asked == 0 and self.rank == 0:
             again = "; again: at once" if number == signal.SIGINT else ""
             with suppress(OSError):  # the terminal may be what is gone
-                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
+                os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint and stopping{again}\n".encode())
         # who asks to stop does not want it started again
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
 
     def _exit_now(self) -> None:
         if self.rank == 0:
-            set_state(self.folder, WORDS[STOP], "interrupted twice: it goes on from its last checkpoint")
+            set_state(self.folder, WORDS[STOP], f"interrupted twice; {how_to_go_on(self.folder)}")
         end_now(EXIT_CODES[STOP])
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._take_over()  # Lightning has put its own SIGTERM handler there, which starts a collective at any moment
-        self._step = trainer.global_step
         self.control.open(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            return  # a micro-batch that was only accumulated
-        self._step = trainer.global_step
         self.agree(trainer)
 
     def agree(self, trainer: L.Trainer) -> bool:
-        """Whether this step is the last, as a rank was asked to stop until now. Every rank must call it."""
+        """Whether this micro-batch is the last, as a rank was asked to stop until now. Every rank must call it."""
         stop, requeue = self.control.any([self.asked == STOP, self.asked == REQUEUE])
         self.agreed = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
         if self.agreed:

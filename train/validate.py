@@ -33,6 +33,7 @@ _AT_LEAST: dict[str, float] = {
     "data.synthetic_clips": 0,
     "optim.warmup": 0,
     "optim.accumulate": 1,
+    "optim.global_batch": 1,
     "trainer.steps": 1,
     "trainer.nodes": 1,
     "trainer.devices": 1,

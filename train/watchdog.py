@@ -27,11 +27,12 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from train.checkpoint import how_to_go_on
 from train.cli import MISTAKES
 from train.config import RunConfig
 from train.control import ControlGroup
 from train.family import end_now
-from train.folder import command, get_state, set_state
+from train.folder import get_state, set_state
 from train.planning import Budget, Duration, this_machine
 from train.preflight import is_out_of_memory
 from train.ranks import global_rank, slurm_tasks
@@ -259,8 +260,7 @@ class Watchdog(Callback):
         told = get_state(self.folder)[0] in _TOLD
         if speak and not told:
             set_state(self.folder, "died", why)
-            again = f"the run goes on from its last checkpoint: {command('train resume=', self.folder)}"
-            print(f"\nerror: {why}\n{again}", file=sys.stderr, flush=True)
+            print(f"\nerror: {why}\n{how_to_go_on(self.folder)}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the one that speaks comes first
         end_now(2 if told else EXIT_CODE)

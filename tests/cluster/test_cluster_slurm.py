@@ -101,7 +101,7 @@ def test_a_preempted_run_ends_with_the_losses_of_an_undisturbed_one(slurm, undis
     starts_again(slurm, folder, job)
     slurm.wait(job, "COMPLETED", "FAILED", seconds=300)
     text = output(folder)
-    assert "SIGTERM: stopping after this step" in text and "start 2, on n[1-2]" in text, text
+    assert "SIGTERM: saving a checkpoint and stopping" in text and "start 2, on n[1-2]" in text, text
     assert losses(folder) == losses(undisturbed)
 
 
@@ -122,7 +122,7 @@ def test_a_cancelled_run_goes_on_when_it_is_submitted_again(slurm, undisturbed, 
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, slurm.environment[name])
     cancel.main([str(folder)])  # in this process: another takes longer to start than the run to end
-    assert "finishes its step" in capsys.readouterr().out
+    assert "saves a checkpoint and ends" in capsys.readouterr().out
     slurm.wait(job, "COMPLETED", "FAILED", seconds=60)
     assert launch(slurm, "status", folder).startswith(f"{folder}: stopped")
     launch(slurm, "slurm", f"resume={folder}", "nodes=2", "processes=2", "cpus=1")

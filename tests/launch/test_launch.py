@@ -176,7 +176,12 @@ def test_a_folder_is_held_by_one(folder):
 def test_status_tells_a_killed_run_from_a_stopped_one(folder):
     assert status.standing(folder)[0] == "new"
     set_state(folder, "running")
-    assert status.standing(folder) == ("killed", f"python -m train resume={folder} goes on from the last checkpoint")
+    assert status.standing(folder) == (
+        "killed",
+        f"python -m train resume={folder} begins anew, as there is no checkpoint yet",
+    )
+    (folder / "checkpoints" / "step-000010").mkdir(parents=True)
+    assert status.standing(folder) == ("killed", f"python -m train resume={folder} goes on from step-000010")
     set_state(folder, "stopped", "by hand")
     assert status.standing(folder) == ("stopped", "by hand")
     assert get_state(folder) == ("stopped", "by hand")
@@ -205,7 +210,7 @@ def test_a_run_folder_may_have_any_name(tmp_path, capsys):
     status.main([str(folder)])
     assert "no step of 4 yet" in capsys.readouterr().out
     set_state(folder, "running")
-    assert status.standing(folder)[1].startswith(f"python -m train resume='{folder}' goes on")
+    assert status.standing(folder)[1].startswith(f"python -m train resume='{folder}' begins")
     (folder / "log.txt").write_text("one\ntwo\n", encoding="utf-8")
     logs.main([str(folder), "lines=1"])
     assert capsys.readouterr().out == "two\n"
@@ -406,12 +411,12 @@ def test_a_local_run_is_stopped_by_cancel_and_goes_on(tmp_path):
             time.sleep(0.1)
         (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
         assert "running: process" in launch("status", folder).stdout
-        assert "finishes its step" in launch("cancel", folder).stdout
+        assert "saves a checkpoint and ends" in launch("cancel", folder).stdout
         assert process.wait(60) == 130
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert process.stdout is not None and "stopped, with a checkpoint" in process.stdout.read()
+    assert process.stdout is not None and " goes on from step-" in process.stdout.read()
     assert status.standing(folder)[0] == "stopped"
     last = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
     resumed = [sys.executable, "-m", "train", f"resume={folder}", f"trainer.steps={last + 2}", "override=true"]

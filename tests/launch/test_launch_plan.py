@@ -58,6 +58,17 @@ def test_groups_that_do_not_divide_a_node_are_told_with_those_that_do(capsys):
     assert not any(line.startswith("memory of a GPU") for line in output)
 
 
+def test_gpus_that_cannot_share_the_clips_of_a_step_are_told_how_they_can(capsys):
+    output = lines(capsys, "conf=wan_4x", "nodes=4", "gpus=8")
+    assert output[0].startswith("does not fit as it is: optim.global_batch is 8 clips a step over all GPUs, but ")
+    best = next(n for n, line in enumerate(output) if line.startswith("fastest here (32 GPUs)"))
+    assert re.search(r"parallel.sequence=[48]\b", output[best + 1]) and "accumulate" not in output[best + 1]
+    shared = lines(capsys, "conf=wan_4x", "nodes=4", "gpus=8", "parallel.sequence=4")
+    assert "clips: 8 a step: 1 x 32 processes / 4 a clip, 1 micro-batch" in shared
+    more = lines(capsys, "conf=wan_4x", "gpus=8", "optim.global_batch=16")
+    assert "clips: 16 a step: 1 x 8 processes, 2 micro-batches; conf/wan_4x.yaml has 8 a step" in more
+
+
 def test_where_nothing_fits(capsys):
     text = "\n".join(lines(capsys, "conf=wan_4x", "gpu=rtx5090", "gpus=2", "cpu_memory=64"))
     assert "no setting fits these GPUs; what would:" in text

@@ -1,7 +1,9 @@
 """Configs: every run file composes; mistakes are one line with the key's full name and exit code 2."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from omegaconf import OmegaConf
 
 from data.errors import DataError
 from launch import doctor
+from train.clips import clips_a_step, clips_in_words, micro_batches
 from train.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.errors import UserError
 from train.folder import going_on, write_config
@@ -51,7 +54,7 @@ def test_the_published_recipe(name, tokens, steps):
         assert config.attention.dense_steps == 2
         assert config.rule() == ("hunyuan" if name.startswith("hunyuan") else "wan")
         assert config.caption_dropout() == (0.0 if name.startswith("hunyuan") else 0.1)
-        assert config.clips_at_once() * config.optim.accumulate == (8 if name.startswith("wan") else 1)
+        assert clips_a_step(config) == (8 if name.startswith("wan") else 1)
 
 
 @pytest.mark.parametrize(
@@ -294,3 +297,53 @@ def test_the_command_line(tmp_path):
     assert wrong.stderr.count("\n") == 1
     assert wrong.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [
+        ({}, 8),
+        ({"trainer.devices": "2"}, 4),
+        ({"trainer.devices": "8"}, 1),
+        ({"trainer.devices": "8", "parallel.sequence": "4"}, 4),
+        ({"trainer.devices": "8", "trainer.nodes": "4", "parallel.sequence": "4"}, 1),
+        ({"data.batch_size": "4"}, 2),
+    ],
+)
+def test_the_clips_a_step_stay_those_of_the_run_file_whatever_the_gpus(given, times):
+    config = finish(compose_run({"conf": "wan_4x", **given}))
+    assert (micro_batches(config), clips_a_step(config)) == (times, 8)
+    assert clips_in_words(config).startswith("8 a step: ") and "conf/" not in clips_in_words(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"trainer.devices": "8", "optim.accumulate": "4"}, "32 a step: 1 x 8 processes, 4 micro-batches; "),
+        ({"optim.global_batch": "16"}, "16 a step: 1 x 1 process, 16 micro-batches; "),
+        ({"trainer.devices": "2", "parallel.sequence": "2", "optim.accumulate": "1"},
+         "1 a step: 1 x 2 processes / 2 a clip, 1 micro-batch; "),
+    ],
+)  # fmt: skip
+def test_a_run_of_other_clips_a_step_says_both(given, words):
+    config = finish(compose_run({"conf": "wan_4x", **given}))
+    assert clips_in_words(config) == f"{words}conf/wan_4x.yaml has 8 a step"
+
+
+@pytest.mark.parametrize(
+    ("given", "remedies"),
+    [
+        ({"trainer.devices": "8", "trainer.nodes": "4"}, "parallel.sequence=4 or 8 (GPUs that share a clip), or optim"),
+        ({"trainer.devices": "3"}, "parallel.sequence=3 (GPUs that share a clip), or optim"),
+        ({"data.batch_size": "3"}, "optim"),
+    ],
+)
+def test_gpus_that_cannot_share_the_clips_a_step_are_told_what_can(given, remedies):
+    config = finish(compose_run({"conf": "wan_4x", **given}))
+    at_once = f"{config.clips_at_once():g}"
+    said = f"takes {at_once} at once, expected a divisor of 8: set {remedies}.global_batch to a multiple of {at_once}"
+    with pytest.raises(UserError, match=f"optim.global_batch is 8 clips a step .*{re.escape(said)}$"):
+        micro_batches(config)
+    placed = replace(config, model=replace(config.model, path="hub:a/b"))
+    with pytest.raises(UserError, match="optim.global_batch is 8 clips a step"):
+        preflight(placed, elsewhere=True)

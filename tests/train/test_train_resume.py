@@ -17,6 +17,7 @@ from train.__main__ import main
 from train.assembly import loader
 from train.build import training_shards
 from train.checkpoint import load_state, load_weights
+from train.clips import clips_a_step
 from train.compose import change_config, read_config
 from train.errors import UserError
 from train.folder import get_state, write_config
@@ -180,8 +181,8 @@ def test_a_step_keeps_its_clips_unless_it_is_overridden(whole):
         found = re.search(r": set (.*) to keep them, or add override=true", str(error.value))
         assert (found and dict(word.split("=") for word in found[1].split())) == remedy
         if remedy is not None:
-            assert change_config(config, changes | remedy).clips_a_step() == 4
-        assert change_config(config, {**changes, "override": "true"}).clips_a_step() == now
+            assert clips_a_step(change_config(config, changes | remedy)) == 4
+        assert clips_a_step(change_config(config, {**changes, "override": "true"})) == now
 
 
 @pytest.mark.parametrize(("missing", "step"), [(1, 4), (2, 3), (4, 3)])

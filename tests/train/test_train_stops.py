@@ -27,6 +27,7 @@ from faults import (
     run,
 )
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.callbacks import Callback
 from tiny import run_config, words
 
 from train.build import training_shards
@@ -184,6 +185,32 @@ def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path,
     assert losses(folder) == losses(plain)
 
 
+@pytest.mark.parametrize(("micro_batch", "saved"), [(0, []), (4, ["step-000001"])], ids=["first step", "second step"])
+def test_a_stop_between_accumulated_micro_batches_loses_nothing(tmp_path, monkeypatch, micro_batch, saved):
+    given = {"optim__accumulate": 3, "trainer__steps": 3, "trainer__checkpoint_every": 100}
+    plain = run(run_config(tmp_path, runs=tmp_path / "plain", **given))
+    config = run_config(tmp_path, **given)
+
+    class Signal(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, *_):
+            assert batch.step <= micro_batch
+            if batch.step == micro_batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.assembly.Progress", lambda figures: Signal())
+        with pytest.raises(SystemExit) as end:
+            run(config)
+    folder = only_run(tmp_path / "runs")
+    assert end.value.code == 75 and [path.name for path in checkpoints_of(folder / "checkpoints")] == saved
+    assert get_state(folder)[1].endswith("goes on from step-000001" if saved else "as there is no checkpoint yet")
+    assert not saved or load_state(folder / "checkpoints" / saved[0])["position"] == 3
+    resume(folder, config)
+    assert losses(folder) == losses(plain)
+    assert equal_checkpoints(*(path / "checkpoints" / "step-000003" for path in (folder, plain)))
+
+
 def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
     def command(arguments):
         raise KeyboardInterrupt
@@ -206,7 +233,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     os.kill(process.process.pid, signal.SIGINT)
     text = process.end(240)
     assert process.process.returncode == 130
-    assert "SIGINT: stopping after this step; again: at once" in text and "Traceback" not in text
+    assert "SIGINT: saving a checkpoint and stopping; again: at once" in text and "Traceback" not in text
     assert get_state(folder)[0] == "stopped"
     assert gone(frozen)
 
@@ -335,7 +362,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_exactly(two_ranks, tmp_path,
         time.sleep(0.2)
     assert "Traceback" not in text and "TCPStore" not in text, text
     assert ("error: rank 0 was killed" if rank == 0 else "error: rank 1 (process ") in text, text
-    assert f"the run goes on from its last checkpoint: python -m train resume={folder}" in text
+    assert f"python -m train resume={folder} goes on from step-" in text
     same_as(folder, two_ranks)
 
 

@@ -71,10 +71,10 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(tmp_path, monkeypatch, capsy
         config = replace(config, runs=str(tmp_path / "disk" / "runs"))
 
         class Fault(Callback):
-            def on_train_batch_end(self, trainer, module, *_):
-                if module.position == 2:
+            def on_train_batch_end(self, trainer, module, outputs, batch, *_):
+                if batch.step == 1:
                     fill(tmp_path / "disk")
-                if module.position == 9:
+                if batch.step == 8:
                     (tmp_path / "disk" / "filler").unlink()
 
         monkeypatch.setattr("train.assembly.Progress", lambda figures: Fault())

@@ -8,7 +8,7 @@ best(budget, clips_a_step=8)
 from train.planning.advice import Setting, best, fewest, remedies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
-from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, this_machine
+from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, resolve_precision, this_machine
 from train.planning.stored import store_plan, stored_plan
 from train.planning.table import plan_table, setting_lines
 
@@ -26,6 +26,7 @@ __all__ = [
     "gpu_named",
     "plan_table",
     "remedies",
+    "resolve_precision",
     "setting_lines",
     "store_plan",
     "stored_plan",

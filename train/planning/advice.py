@@ -139,12 +139,11 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
                     offload_parameters=False,
                     ffn_chunk=chunk,
                 )
-                config = replace(
-                    given,
-                    parallel=parallel,
-                    optim=replace(given.optim, accumulate=int(accumulate)),
-                    trainer=replace(given.trainer, nodes=machine.nodes, devices=machine.gpus, compile=compiled),
-                )
+                trainer = replace(given.trainer, nodes=machine.nodes, devices=machine.gpus, compile=compiled)
+                config = replace(given, parallel=parallel, trainer=trainer)
+                follows = (given.optim.global_batch or config.clips_at_once()) == clips_a_step
+                if given.optim.accumulate is not None or not follows:
+                    config = replace(config, optim=replace(given.optim, accumulate=int(accumulate)))
                 yield Setting(_keys(given, config), replace(budget, config=config))
 
 

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from train.clips import micro_batches
 from train.config import RunConfig
+from train.errors import UserError
 from train.planning import calibration
 from train.planning.calibration import BlockCosts
 from train.planning.hardware import Machine
@@ -43,10 +45,7 @@ class Budget:
     @classmethod
     def of(cls, config: RunConfig, machine: Machine, layers: int | None = None) -> Budget | None:
         """The budget of a run; None where the model's dimensions are not known without downloading it."""
-        precision = config.trainer.precision
-        if precision == "auto":
-            precision = "fp32" if machine.is_cpu else "bf16"
-        sizes = Sizes.of(config, precision, layers)
+        sizes = Sizes.of(config, machine.precision(config.trainer.precision), layers)
         return None if sizes is None else cls(config, machine, sizes)
 
     def dense(self) -> Budget:
@@ -54,6 +53,12 @@ class Budget:
         attention = replace(self.config.attention, pattern="dense", dense_layers=0, dense_steps=0, dense_sigma=None)
         config = replace(self.config, attention=attention)
         return replace(self, config=config, sizes=replace(self.sizes, density=1.0))
+
+    @property
+    def placed(self) -> RunConfig:
+        """The run with as many nodes and GPUs as the machine has."""
+        trainer = replace(self.config.trainer, nodes=self.machine.nodes, devices=self.machine.gpus)
+        return replace(self.config, trainer=trainer)
 
     @property
     def clips(self) -> int:
@@ -248,12 +253,23 @@ class Budget:
         return self.cpu_usable / self.machine.gpus - others
 
     @property
-    def misfit(self) -> str | None:
-        """Why the run cannot work there, in words; None if it can."""
+    def unshared(self) -> str | None:
+        """Why these GPUs cannot share the clips of a step among them, in words; None if they can."""
         if self.machine.gpus % self.sequence:
             gpus = self.machine.gpus
             sizes = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
             return f"parallel.sequence is {self.sequence}, expected a divisor of a node's {gpus} GPUs: {sizes}"
+        try:
+            micro_batches(self.placed)
+        except UserError as error:
+            return str(error)
+        return None
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the run cannot work there, in words; None if it can."""
+        if self.unshared is not None:
+            return self.unshared
         if self.gpu_memory > self.usable + 1:  # a byte, for rounding
             where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
             return f"a step needs {self.gpu_memory / GIB:.1f} GiB a rank, {where} {self.usable / GIB:.1f} GiB for it"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from train.clips import clips_a_step, micro_batches
 from train.levels import clip_levels
 from train.models import sigma_range
 from train.planning import calibration
@@ -26,12 +27,12 @@ class Duration:
     @property
     def clips_at_once(self) -> float:
         """Clips in a micro-batch of all ranks."""
-        return self.budget.clips * self.budget.machine.world / self.budget.sequence
+        return self.budget.placed.clips_at_once()
 
     @property
     def clips_a_step(self) -> float:
         """The global batch."""
-        return self.clips_at_once * self.budget.config.optim.accumulate
+        return clips_a_step(self.budget.placed)
 
     @property
     def dense_share(self) -> float:
@@ -63,9 +64,10 @@ class Duration:
         if self.budget.machine.gpu.flops is None:
             return None
         parts: dict[str, float] = {}
+        times = micro_batches(self.budget.placed)
         for dense, share in self._sides:
             for name, seconds in self._micro_step(dense).items():
-                parts[name] = parts.get(name, 0.0) + share * self.budget.config.optim.accumulate * seconds
+                parts[name] = parts.get(name, 0.0) + share * times * seconds
         parts["communication"] += self._reduction()
         parts["other"] += self._update()
         return parts

@@ -25,6 +25,7 @@ class Gpu:
         bandwidth: bytes a second of its memory.
         link: bytes a second, each way, to another GPU of its node.
         sparse_kernel: the backend that radial attention takes there (`radial.backends`).
+        bf16: whether it multiplies bfloat16 natively, as a V100, a T4 and most CPUs do not.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Gpu:
     bandwidth: float = 0.0
     link: float = 0.0
     sparse_kernel: str = "flex"
+    bf16: bool = True
 
 
 def _gpu(name: str, gib: float, bandwidth: float, link: float, sparse_kernel: str = "flex") -> Gpu:
@@ -69,6 +71,12 @@ class Machine:
         """Whether it trains without a GPU: weights and activations then lie in CPU memory, of one for all ranks."""
         return self.gpu.name == "cpu"
 
+    def precision(self, name: str) -> str:
+        """``bf16`` or ``fp32`` of ``trainer.precision``; ``auto`` is bf16 where the hardware multiplies it natively."""
+        if name != "auto":
+            return name
+        return "bf16" if self.gpu.bf16 else "fp32"
+
 
 def gpu_named(word: str) -> Gpu:
     """The GPU that ``gpu=`` names.
@@ -85,11 +93,19 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
     """The machine that this process runs on, with ``devices`` of its GPUs; without CUDA its CPU."""
     memory = cpu_memory()
     if not torch.cuda.is_available():
-        return Machine(Gpu("cpu", memory / devices), devices, nodes, memory)
+        cpu = Gpu("cpu", memory / devices, bf16=torch.cpu._is_amx_tile_supported())
+        return Machine(cpu, devices, nodes, memory)
     found = torch.cuda.get_device_properties(0)
     known = next((gpu for gpu in GPUS.values() if found.name.startswith(gpu.name)), None)
     known = known or Gpu(found.name, 0.0, None)
-    return Machine(replace(known, name=found.name, memory=float(found.total_memory)), devices, nodes, memory)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    here = replace(known, name=found.name, memory=float(found.total_memory), bf16=bf16)
+    return Machine(here, devices, nodes, memory)
+
+
+def resolve_precision(name: str) -> str:
+    """`Machine.precision` of this machine."""
+    return this_machine(1).precision(name)
 
 
 def _group_limits() -> Iterator[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from train.clips import clips_in_words
 from train.levels import clip_levels
 from train.planning import calibration
 from train.planning.advice import Setting
@@ -62,6 +63,7 @@ def plan_table(budget: Budget) -> str:
     head = [
         f"{config.conf} on {_machine(budget)}",
         f"{clip.frames} frames of {clip.height} x {clip.width}: {tokens}",
+        f"clips: {clips_in_words(budget.placed)}",
         f"{_how(budget)}",
         "",
     ]

@@ -11,7 +11,7 @@ from train.compose import split_arguments
 from train.errors import UserError
 from train.planning import this_machine
 
-USAGE = """python -m launch local conf=RUN [gpus=N] [key=value ...]
+USAGE = """python -m launch local [conf=RUN] [gpus=N] [key=value ...]
 python -m launch local resume=<run folder> [gpus=N]
 
 Makes the run's folder, stores its plan there, and trains with N processes, one a GPU.

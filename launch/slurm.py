@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from launch.containers import folders_of
+from launch.job import Job
 from launch.plan import CPU_GIB, show_plan
 from launch.start import layout, prepare, record, recorded
 from train.cli import flag, whole_number
-from train.compose import read_config, split_arguments
+from train.compose import read_config, run_names, split_arguments
+from train.config import RunConfig
 from train.errors import UserError
-from train.planning import GIB, Machine, gpu_named, this_machine
+from train.planning import GIB, Budget, Duration, Machine, gpu_named, this_machine
 from train.preflight import remote_shards
 
 USAGE = """python -m launch slurm conf=RUN nodes=N gpus=N [partition=P] [time=D-HH:MM:SS] [option=value ...]
@@ -31,9 +32,11 @@ from the last checkpoint.
   processes=N        instead of gpus, on a cluster without GPUs: processes a node
   partition=, account=, qos=, time=, memory=    as sbatch has them; memory is a node's
   cpus=N             CPU cores a process; default: its loader workers and two
-  grace=SECONDS      before the end of the time, to finish a step and save; default 600, at most a quarter of time
+  grace=SECONDS      before the end of the time, to finish a micro-batch and save; default: what the plan gives two
+                     micro-batches and 300, at least 600, at most a quarter of time
   container=IMAGE    a .sif image runs in Apptainer, any other through srun's --container-image (Pyxis)
-  mounts=A,B         folders that the container needs besides this one
+  mounts=A,B         folders that the container needs besides this one and those of the run's keys
+  modules=A,B        are loaded before the run: module load A B
   sbatch=WORDS       further options of sbatch, such as sbatch='--constraint=h200 --exclusive'
   dry_run=true       makes the folder and the script, and submits nothing
   key=value          of the run, as for python -m train
@@ -43,93 +46,9 @@ example:
       data.shards=...
 """
 SCRIPT = "job.sbatch"
-_MARK = "# ---- the run"  # the template from here on is the same for every run
+_LEAST_GRACE, _TO_SAVE = 600, 300  # seconds
 _WAITS_FOR_EVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidQOS",
                    "InvalidAccount")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the head of the script says."""
-
-    name: str
-    folder: Path
-    nodes: int
-    tasks: int  # processes a node
-    gpus: int  # of each node, 0 on a cluster without
-    cpus: int  # cores a process
-    grace: int  # seconds
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    memory: str | None = None
-    container: str | None = None
-    mounts: str | None = None
-    sbatch: Sequence[str] = ()
-
-    def script(self) -> str:
-        """The whole sbatch file."""
-        options = {
-            "job-name": self.name,
-            "nodes": self.nodes,
-            "ntasks-per-node": self.tasks,
-            "gpus-per-node": self.gpus or None,
-            "cpus-per-task": self.cpus,
-            "mem": self.memory,
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "time": self.time,
-            "signal": f"USR1@{self.grace}",
-            "requeue": "",
-            "open-mode": "append",
-            "chdir": Path.cwd(),
-            "output": self.folder / "slurm-%j.out",
-        }
-        why = {
-            "ntasks-per-node": "one a GPU" if self.gpus else "one a process",
-            "signal": "seconds before the time is up, every rank is told to checkpoint",
-            "requeue": "a node that dies, or a preemption, puts the job back into the queue",
-            "open-mode": "and its output goes on in the same file",
-        }
-        words = " ".join(shlex.join(sys.argv[2:]).splitlines())  # a line of its own would be run, and end the options
-        head = ["#!/bin/bash", f"# Written by: python -m launch slurm {words}"]
-        for key, value in options.items():
-            if value is not None:
-                word = f"--{key}={value}" if value != "" else f"--{key}"
-                line = f"#SBATCH {_as_sbatch_reads(word)}"
-                head.append(f"{line:<40}  # {why[key]}" if key in why else line)
-        head += [f"#SBATCH {_as_sbatch_reads(word)}" for word in self.sbatch]
-        prefix, srun = self._container()
-        head += [
-            f"RUN={shlex.quote(str(self.folder))}",
-            f"PYTHON={shlex.quote('python' if self.container else sys.executable)}",
-            f"CONTAINER=({shlex.join(prefix)})",
-            f"SRUN=({shlex.join(srun)})",
-        ]
-        template = Path(__file__).with_name("template.sbatch").read_text(encoding="utf-8")
-        return "\n".join(head) + "\n\n" + template[template.index(_MARK) :]
-
-    def _container(self) -> tuple[list[str], list[str]]:
-        """What stands before the command, and options of srun."""
-        if self.container is None:
-            return [], []
-        mounts = [str(Path.cwd()), *(self.mounts or "").split(",")]
-        bound = ",".join(f"{each}:{each}" for each in mounts if each)
-        if self.container.endswith(".sif"):
-            return ["apptainer", "exec", "--nv", "--bind", bound, "--pwd", str(Path.cwd()), self.container], []
-        workdir = f"--container-workdir={Path.cwd()}"
-        return [], [f"--container-image={self.container}", f"--container-mounts={bound}", workdir]
-
-
-def _as_sbatch_reads(word: str) -> str:
-    """An option with its value in quotes where it needs them: ``--comment=a b`` as ``--comment="a b"``."""
-    name, equals, value = word.partition("=")
-    if not re.search(r"""[\s#"'\\]""", value):
-        return word
-    escaped = re.sub(r'(["\\])', r"\\\1", value)
-    return f'{name}{equals}"{escaped}"'
 
 
 def _sbatch_words(text: str) -> list[str]:
@@ -155,22 +74,24 @@ def main(arguments: list[str]) -> None:
     nodes, tasks, gpus = _layout(settings)
     gpu = gpu_named(settings.pop("gpu", "h200"))
     time_limit = settings.pop("time", None)
-    grace = whole_number("grace", settings.pop("grace", "600"))
-    if time_limit is not None:
-        grace = min(grace, seconds_of(time_limit) // 4)
+    seconds = None if time_limit is None else seconds_of(time_limit)
+    grace = whole_number("grace", settings.pop("grace")) if "grace" in settings else None
     cpus = whole_number("cpus", settings.pop("cpus")) if "cpus" in settings else None
     words = {key: settings.pop(key, None) for key in
-             ("partition", "account", "qos", "memory", "container", "mounts")}  # fmt: skip
+             ("partition", "account", "qos", "memory", "container", "mounts", "modules")}  # fmt: skip
     more = _sbatch_words(settings.pop("sbatch", ""))
     for key, word in [*words.items(), *(("sbatch", word) for word in more)]:
         if word is not None and "\n" in word:
             raise UserError(f"{key} is {word!r}, expected no line break: a job's script cannot have one there")
     if words["mounts"] is not None and words["container"] is None:
         raise UserError(f"mounts is {words['mounts']}, it needs container=IMAGE")
+    if not {"conf", "resume"} & settings.keys():
+        raise UserError(f"conf is not set, give conf=RUN, one of {', '.join(run_names())}, or resume=<run folder>")
     folder, config = prepare(settings, nodes, tasks, elsewhere=True, offline=dry)
     machine = Machine(gpu, gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
-    show_plan(folder.path, config, machine)
+    budget = show_plan(folder.path, config, machine)
     path = folder.path.resolve()
+    asked, modules = words.pop("mounts"), words.pop("modules") or ""
     job = Job(
         config.conf,
         path,
@@ -178,9 +99,11 @@ def main(arguments: list[str]) -> None:
         tasks,
         gpus,
         cpus or config.data.workers + 2,
-        grace,
+        _grace(grace, seconds, budget),
         time=time_limit,
         sbatch=more,
+        mounts=_mounts(asked, config) if words["container"] else (),
+        modules=modules.replace(",", " ").split(),
         **words,
     )
     script = path / SCRIPT
@@ -199,6 +122,29 @@ def main(arguments: list[str]) -> None:
     print(f"follow it  python -m launch logs {run} follow=true")
     print(f"           python -m launch status {run}")
     print(f"stop it    python -m launch cancel {run}")
+
+
+def _grace(given: int | None, limit: int | None, budget: Budget | None) -> int:
+    """Seconds from SLURM's signal to the end of the time; says so where the plan needs more."""
+    slowest = (Duration(budget).slowest_micro_step if budget is not None else None) or 0.0
+    needed = math.ceil(2 * slowest + _TO_SAVE)
+    grace = max(_LEAST_GRACE, needed) if given is None else given
+    if limit is not None:
+        grace = min(grace, max(1, limit // 4))
+    if grace < needed and slowest:
+        print(
+            f"warning: the signal comes {grace} s before the end of the time, and the plan gives a micro-batch "
+            f"{slowest:,.0f} s: {needed} s are needed to end one and save; set a longer time=, or grace={needed}"
+        )
+    return grace
+
+
+def _mounts(given: str | None, config: RunConfig) -> list[str | Path]:
+    """What the container sees beside the current folder: of the run's keys, and as it was asked for."""
+    found, absent = folders_of(config)
+    for key, text in absent.items():
+        print(f"warning: {key} is {text}, which is not on this machine: if it is on the nodes, add it to mounts=")
+    return [*found, *(each for each in (given or "").split(",") if each)]
 
 
 def _layout(settings: dict[str, str]) -> tuple[int, int, int]:

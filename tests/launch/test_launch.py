@@ -15,14 +15,17 @@ import pytest
 from tiny import run_config, words
 
 from launch import cancel, doctor, local, logs, status
+from launch.containers import folders_of
+from launch.job import Job
 from launch.logs import _has_reader
-from launch.slurm import Job, main, seconds_of
+from launch.slurm import _grace, _mounts, main, seconds_of
 from launch.start import record, run_argument
 from train.build import training_shards
-from train.compose import read_config
+from train.compose import compose_run, finish, read_config
 from train.environment import git_revision, read_speed
 from train.errors import UserError
 from train.folder import RunFolder, get_state, held, set_state
+from train.planning import GIB, GPUS, Budget, Machine
 from train.run import resume
 
 
@@ -101,11 +104,67 @@ def test_the_template_for_hand_use_is_readable_bash():
 
 def test_containers_run_through_apptainer_or_pyxis():
     here = Path.cwd()
-    apptainer = job(container="image.sif", mounts="/data").script()
+    apptainer = job(container="image.sif", mounts=["/data"]).script()
     assert f"CONTAINER=(apptainer exec --nv --bind {here}:{here},/data:/data --pwd {here} image.sif)" in apptainer
     assert "PYTHON=python\n" in apptainer
     pyxis = job(container="nvcr.io#nvidia/pytorch:25.01-py3").script()
     assert "SRUN=('--container-image=nvcr.io#nvidia/pytorch:25.01-py3' --container-mounts=" in pyxis
+
+
+def test_a_container_sees_what_the_run_reads_and_writes(tmp_path, monkeypatch, capsys):
+    here, away = tmp_path / "checkout", tmp_path / "away"
+    for folder in (here, away / "weights", away / "blobs", away / "runs", here / "shards"):
+        folder.mkdir(parents=True)
+    (away / "blobs" / "1").write_text("a tensor", encoding="utf-8")
+    (away / "weights" / "model.safetensors").symlink_to("../blobs/1")
+    (here / "weights").symlink_to(away / "weights")
+    monkeypatch.chdir(here)
+    given = {"model.path": "weights", "data.shards": "shards", "data.cache": "/nowhere/cache", "runs": away / "runs"}
+    config = finish(compose_run({"conf": "wan_4x", **{key: str(value) for key, value in given.items()}}))
+    found, absent = folders_of(config)
+    assert found == [away / name for name in ("blobs", "runs", "weights")]
+    assert absent == {"data.cache": "/nowhere/cache"}
+    assert _mounts("/data", config) == [*found, "/data"]
+    assert "data.cache is /nowhere/cache, which is not on this machine" in capsys.readouterr().out
+    script = job(container="image.sif", mounts=found).script()
+    assert f"--bind {here}:{here},{away}/blobs:{away}/blobs,{away}/runs:{away}/runs," in script
+
+
+def test_modules_are_loaded_before_the_run_and_must_be_there(tmp_path):
+    script = job(modules=["cuda/13.0", "gcc"]).script()
+    file = tmp_path / "job.sbatch"
+    file.write_text(script, encoding="utf-8")
+    module = "module() { echo loads $@; [ $1 = load ]; }; export -f module; "
+    found = subprocess.run(["bash", "-c", f"{module} bash {file}"], capture_output=True, encoding="utf-8")
+    assert found.stdout == "loads load cuda/13.0 gcc\n" and "SLURM_JOB_ID: unbound" in found.stderr  # the line after
+    none = subprocess.run(["bash", "-c", f"module() {{ false; }}; export -f module; bash {file}"], capture_output=True)
+    assert (none.returncode, none.stdout) == (2, b"module load cuda/13.0 gcc failed\n")
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm():
+    script = job(folder=Path("/runs/50%j%%")).script()
+    assert "#SBATCH --output=/runs/50%%j%%%%/slurm-%j.out\n" in script and "RUN=/runs/50%j%%\n" in script
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "seconds", "warned"),
+    [
+        (None, None, 2 * 550 + 300, False),  # the plan's, about
+        (None, 86400, 2 * 550 + 300, False),
+        (None, 3600, 900, True),
+        (60, None, 60, True),
+    ],
+)
+def test_the_signal_comes_as_early_as_the_plan_needs(capsys, given, limit, seconds, warned):
+    """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward."""
+    budget = Budget.of(finish(compose_run({"conf": "wan_4x"})), Machine(GPUS["h200"], 1, 1, 128 * GIB))
+    assert _grace(given, limit, budget) == pytest.approx(seconds, rel=0.2 if seconds > 900 else 0)
+    assert ("warning: the signal comes" in capsys.readouterr().out) == warned
+
+
+def test_a_plan_without_times_asks_for_ten_minutes(capsys):
+    assert (_grace(None, None, None), _grace(None, 600, None)) == (600, 150)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +181,8 @@ def test_containers_run_through_apptainer_or_pyxis():
         (["gpus=1", "account=a\nb"], "account is 'a\\nb', expected no line break"),
         (["gpus=1", "trainer.devices=2"], "gpus is 1 and trainer.devices is 2, expected the same number"),
         (["nodes=1", "gpus=1", "trainer.nodes=2"], "nodes is 1 and trainer.nodes is 2, expected the same number"),
-        (["gpus=1", "partitoin=x"], "partitoin is not a known key"),
+        (["gpus=1", "conf=shapes_4x", "partitoin=x"], "partitoin is not a known key"),
+        (["gpus=1"], "conf is not set, give conf=RUN, one of "),
         (["gpus=1", "resume=/nowhere"], "/nowhere has no config.yaml"),
     ],
 )

@@ -205,9 +205,9 @@ def test_data_that_end_before_the_training_are_an_error(whole, tmp_path, monkeyp
 def without_clips(folder):
     """Makes a run folder's checkpoints those of a version that counted micro-batches alone."""
     for state in (folder / "checkpoints").glob("*/state.json"):
-        pairs = json.loads(state.read_text())["$dict"]
+        pairs = json.loads(state.read_text(encoding="utf-8"))["$dict"]
         assert "taken" in dict(pairs)
-        state.write_text(json.dumps({"$dict": [pair for pair in pairs if pair[0] != "taken"]}))
+        state.write_text(json.dumps({"$dict": [pair for pair in pairs if pair[0] != "taken"]}), encoding="utf-8")
 
 
 def test_a_checkpoint_that_counts_micro_batches_goes_on_as_it_was(whole, tmp_path):
@@ -235,7 +235,7 @@ def test_what_would_change_nothing_is_refused(whole, tmp_path, setting, said):
     before = (folder / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=said):
         main([f"resume={folder}", setting, "override=true"])
-    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
 # ---- what a run reads
@@ -257,9 +257,9 @@ def replaced(what, place):
     """Puts another file where a run's input lies: of the same names, shapes and sizes."""
     if what == "shards":
         manifest = place / "manifest.json"
-        text = manifest.read_text()
+        text = manifest.read_text(encoding="utf-8")
         digest = re.search(r'"sha256": "([0-9a-f]{64})"', text)[1]
-        manifest.write_text(text.replace(digest, "0" * 64))
+        manifest.write_text(text.replace(digest, "0" * 64), encoding="utf-8")
         return
     (file,) = [place] if place.is_file() else place.glob("*.safetensors")
     with safe_open(file, "pt") as opened:
@@ -276,14 +276,14 @@ def test_replaced_inputs_are_refused_unless_overridden(on_shards, what, key):
     places["shards"].rename(places["shards"].with_name("moved"))
     (places["shards"]).symlink_to("moved")
     goes_on = [f"resume={folder}", "trainer.steps=2"]
-    assert set(json.loads((folder / "inputs.json").read_text())) == {"shards", "weights", "lora"}
+    assert set(json.loads((folder / "inputs.json").read_text(encoding="utf-8"))) == {"shards", "weights", "lora"}
     replaced(what, places[what])
-    before = (folder / "config.yaml").read_text()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=rf"^{key} was .* now .*: it was replaced since the run was started"):
         resume(folder, read_config(folder))
     with pytest.raises(UserError, match=rf"{key} was .* now .*: it was replaced .* add override=true"):
         main([f"resume={folder}"])
-    assert (folder / "config.yaml").read_text() == before
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
     main([*goes_on, "override=true"])
     assert get_state(folder)[0] == "done" and len(losses(folder)) == 2
     main([f"resume={folder}"])  # what was accepted is the run's
@@ -291,9 +291,9 @@ def test_replaced_inputs_are_refused_unless_overridden(on_shards, what, key):
 
 def test_inputs_that_no_version_has_noted_are_noted(on_shards):
     folder, places = on_shards
-    noted = json.loads((folder / "inputs.json").read_text())
+    noted = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
     (folder / "inputs.json").unlink()
     places["lora"].unlink()
     main([f"resume={folder}"])
     del noted["lora"]
-    assert json.loads((folder / "inputs.json").read_text()) == noted
+    assert json.loads((folder / "inputs.json").read_text(encoding="utf-8")) == noted

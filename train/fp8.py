@@ -78,9 +78,9 @@ def use_fp8(blocks: Sequence[nn.Module]) -> int:
         blocks: after the LoRA's injection, their weights on the device where they stay.
 
     Raises:
-        UserError: a device, or a torch, without such products.
+        UserError: as `check_fp8`.
     """
-    _check_device(next(blocks[0].parameters()).device)
+    check_fp8(next(blocks[0].parameters()).device)
     exchanged = 0
     for parent in [module for block in blocks for module in block.modules()]:
         for name, child in list(parent.named_children()):
@@ -90,17 +90,28 @@ def use_fp8(blocks: Sequence[nn.Module]) -> int:
     return exchanged
 
 
-def _check_device(device: torch.device) -> None:
+def check_fp8(device: torch.device) -> None:
+    """Raises a UserError for a device, or a torch, without such products."""
+    reason = why_not(device)
+    if reason is not None:
+        raise UserError(f"trainer.fp8 is true, but {reason}")
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why a device, with this torch, has no such products, in words; None where it has."""
     square = torch.ones(_STEP, _STEP, device=device)
     rounded, scale = to_fp8(square)
     try:
         _multiply(square, rounded.view(torch.uint8), scale.t().contiguous(), None)
     except RuntimeError as error:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-        raise UserError(
-            f"trainer.fp8 is true, but torch {torch.__version__} has no float8 products with a scale for each row on "
-            f"{name} ({str(error).splitlines()[0]}): expected compute capability 8.9 (Ada, Hopper) or later"
-        ) from error
+        name, wanted = "the CPU", "torch 2.13, which has them there, or a GPU"
+        if device.type == "cuda":
+            name, wanted = torch.cuda.get_device_name(device), "compute capability 8.9 (Ada, Hopper) or later"
+        return (
+            f"torch {torch.__version__} has no float8 products with a scale for each row on {name} "
+            f"({str(error).splitlines()[0]}): expected {wanted}"
+        )
+    return None
 
 
 def _fits(layer: nn.Linear) -> bool:

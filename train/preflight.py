@@ -20,6 +20,7 @@ from train.compose import read_config
 from train.config import RunConfig
 from train.errors import UserError
 from train.folder import going_on
+from train.fp8 import check_fp8
 from train.initial import check_initial
 from train.inputs import hold_inputs
 from train.lora import check_saved, inject_lora, lora_parameters
@@ -314,6 +315,8 @@ def cheapest(config: RunConfig) -> list[str]:
 
 
 def _check_parallel(config: RunConfig, elsewhere: bool) -> None:
+    if config.trainer.fp8 and not elsewhere and not torch.cuda.is_available():
+        check_fp8(torch.device("cpu"))
     parallel, devices = config.parallel, config.trainer.devices
     if devices % parallel.sequence:
         sizes = ", ".join(str(size) for size in range(1, devices + 1) if devices % size == 0)

@@ -8,9 +8,13 @@ from torch import nn
 from train.compose import compose_run, finish
 from train.errors import UserError
 from train.flow import noised
-from train.fp8 import Fp8Linear, to_fp8, use_fp8
+from train.fp8 import Fp8Linear, to_fp8, use_fp8, why_not
 from train.models import Conditions
 from train.plan import AttentionPlan
+from train.preflight import preflight
+
+_WHY_NOT = why_not(torch.device("cpu"))
+needs_products = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -27,6 +31,7 @@ def test_rounding_keeps_three_bits_whatever_the_row():
     assert ((back - matrix).abs() <= matrix.abs() / 16 * 1.001)[large].all()
 
 
+@needs_products
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_those_of_the_rounded_operands(bias, dtype):
@@ -53,6 +58,7 @@ def test_products_are_those_of_the_rounded_operands(bias, dtype):
     assert 1e-2 < relative(dx, grad.double() @ weight.double()) < 6e-2
 
 
+@needs_products
 def test_a_model_trains_its_lora_over_rounded_weights():
     def run(fp8: bool):
         adapter = tiny_adapter()
@@ -86,5 +92,10 @@ def test_a_device_without_float8_is_named(monkeypatch):
         raise RuntimeError("only per-tensor scaling here\nand more")
 
     monkeypatch.setattr(torch, "_scaled_mm", refuses)
-    with pytest.raises(UserError, match=r"no float8 products .* on the CPU \(only per-tensor scaling here\)"):
+    said = r"no float8 products .* on the CPU \(only per-tensor scaling here\): expected torch 2.13"
+    with pytest.raises(UserError, match=said):
         use_fp8(tiny_adapter().blocks())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = finish(compose_run({"conf": "wan_4x", "trainer.fp8": "true", "model.path": "hub:a/b"}))
+    with pytest.raises(UserError, match=said):  # before anything is loaded
+        preflight(config)

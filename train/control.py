@@ -30,6 +30,15 @@ class ControlGroup:
         if self.world > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
+    def first(self, count: int) -> ControlGroup:
+        """The group of the first ``count`` ranks, for these alone to use. Every rank must call it."""
+        if self._group is None or count >= self.world:
+            return self
+        part = ControlGroup()
+        part.rank, part.world = self.rank, count
+        part._group = dist.new_group(list(range(count)), backend="gloo", timeout=_PATIENCE)
+        return part
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' CPU tensors."""
         if self._group is not None:

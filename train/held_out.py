@@ -25,6 +25,7 @@ from train.pictures import animate, draw_loss, film_strip
 from train.plan import AttentionPlan
 from train.results import Row, write_results
 from train.sampling import sample
+from train.unfinished import Unfinished
 
 
 def write_report(
@@ -34,12 +35,17 @@ def write_report(
     shards: Manifest,
     held_out: Callable[[int, int], Manifest],
     precision: Callable[[], AbstractContextManager[None]],
+    parts: Unfinished,
 ) -> None:
     """Draws the loss curve; with ``report.clips`` also evaluates, prints the table and animates.
 
     Args:
         held_out: gives the shards of that many held-out clips of that many latent frames.
         precision: the autocast context that training ran in.
+        parts: of the table and the animation that were finished before, and what asks for a stop.
+
+    Raises:
+        Asked: the run was asked to stop.
     """
     if (folder / "metrics.csv").exists():
         draw_loss(folder / "metrics.csv", folder / "loss.png")
@@ -50,9 +56,9 @@ def write_report(
     short = list(read_samples(held_out(count, short_frames))) if module.lora and short_frames else []
     module.transformer.eval()
     with precision():
-        rows = _measure(config, module, clips, short)
+        rows = _measure(config, module, clips, short, parts)
         write_results(rows, folder)
-        _show(config, module, clips[0], folder)
+        _show(config, module, clips[0], folder, parts)
 
 
 def draw_mask(module: LengthExtensionModule, shards: Manifest, folder: Path) -> None:
@@ -62,12 +68,22 @@ def draw_mask(module: LengthExtensionModule, shards: Manifest, folder: Path) -> 
     draw_layout(layout, folder / "mask.png")
 
 
-def _measure(config: RunConfig, module: LengthExtensionModule, clips: list[Sample], short: list[Sample]) -> list[Row]:
+def _measure(
+    config: RunConfig, module: LengthExtensionModule, clips: list[Sample], short: list[Sample], parts: Unfinished
+) -> list[Row]:
     adapter = module.adapter
     shape = adapter.attention_shape
 
     def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], AttentionPlan]) -> Row:
-        losses = clip_losses(adapter, of, plan, module.schedule, seed=config.seed, label=name)
+        def watched(latent: Tensor, sigma: float) -> AttentionPlan:
+            parts.check()
+            return plan(latent, sigma)
+
+        def measure() -> Tensor:
+            losses = clip_losses(adapter, of, watched, module.schedule, seed=config.seed, label=name)
+            return torch.tensor(losses, dtype=torch.float64)
+
+        losses = parts.part(f"row {name}", measure).tolist()
         flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
         return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
 
@@ -103,7 +119,7 @@ def _pattern_plan(
     return module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma), pattern=pattern)
 
 
-def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path) -> None:
+def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path, parts: Unfinished) -> None:
     """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
     device = next(module.transformer.parameters()).device
     batch = collate([clip], 0).to(device)
@@ -112,17 +128,24 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     noise = noise_like(batch.latent, config.seed, "animation")
 
     def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
-        return sample(
-            module.adapter,
-            noise,
-            conditions,
-            empty,
-            functools.partial(plan, module, noise),
-            steps=config.report.sampling_steps,
-            shift=config.shift(),
-            guidance=config.report.guidance,
-            label=label,
-        )[0].cpu()
+        def watched(sigma: float) -> AttentionPlan:
+            parts.check()
+            return plan(module, noise, sigma)
+
+        def make() -> Tensor:
+            return sample(
+                module.adapter,
+                noise,
+                conditions,
+                empty,
+                watched,
+                steps=config.report.sampling_steps,
+                shift=config.shift(),
+                guidance=config.report.guidance,
+                label=label,
+            )[0].cpu()
+
+        return parts.part(label, make)
 
     frames = clip.latent.shape[1]
     name = module.pattern.name

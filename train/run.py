@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import lightning as L
@@ -34,8 +34,9 @@ from train.module import LengthExtensionModule
 from train.preflight import check_shapes, is_out_of_memory, out_of_memory
 from train.ranks import global_rank
 from train.report import write_page
-from train.stop import EXIT_CODES, WORDS, StopSignals
+from train.stop import EXIT_CODES, WORDS, Asked, StopSignals
 from train.terminal import collected
+from train.unfinished import Unfinished
 from train.watchdog import Watchdog, patience
 
 
@@ -127,7 +128,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
                 assert folder.checkpoint is not None
                 module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
             if not stop.agreed:
-                _finish(config, folder.path, trainer, module, shards)
+                _finish(config, folder.path, trainer, module, shards, stop)
     return stop.agreed
 
 
@@ -147,16 +148,27 @@ def _told(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Ite
 
 
 def _finish(
-    config: RunConfig, folder: Path, trainer: L.Trainer, module: LengthExtensionModule, shards: Manifest
+    config: RunConfig,
+    folder: Path,
+    trainer: L.Trainer,
+    module: LengthExtensionModule,
+    shards: Manifest,
+    stop: StopSignals,
 ) -> None:
-    """The export, and what the run shows on held-out clips."""
-    if trainer.is_global_zero:
-        export_run(folder)
+    """The export, and what the run shows on held-out clips; both are left when the run is asked to stop."""
     # all ranks of the first group share the report's clips; under stage 3 all ranks hold a part of every weight
-    if trainer.global_rank < config.parallel.sequence or config.parallel.strategy == "zero3":
-        context = trainer.precision_plugin.forward_context
-        with _report_folder(folder, trainer.global_rank) as out:
-            write_report(config, module, out, shards, functools.partial(held_out, config), context)
+    count = trainer.world_size if config.parallel.strategy == "zero3" else config.parallel.sequence
+    group = stop.control.first(count)
+    if trainer.is_global_zero:
+        with suppress(Asked):
+            export_run(folder, check=stop.check)
+    if trainer.global_rank >= count or stop.agree_in(group):
+        return
+    context = trainer.precision_plugin.forward_context
+    parts = Unfinished(folder, config, module.position, stop, group)
+    with _report_folder(folder, trainer.global_rank) as out, suppress(Asked):
+        write_report(config, module, out, shards, functools.partial(held_out, config), context, parts)
+        parts.done()
 
 
 def resume(folder: Path, config: RunConfig) -> None:

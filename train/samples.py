@@ -34,15 +34,11 @@ from train.sample.decode import decode_frames
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 from train.sampling import sample
-from train.stop import StopSignals
+from train.stop import Asked, StopSignals
 from train.throughput import Throughput
 from train.watchdog import Watchdog
 
 FOLDER = "samples"
-
-
-class _Asked(Exception):
-    """The run was asked to stop while clips were made."""
 
 
 class Samples(Callback):
@@ -98,7 +94,7 @@ class Samples(Callback):
             assert isinstance(module, LengthExtensionModule)
             start = time.perf_counter()
             module.transformer.eval()
-            with suppress(_Asked):
+            with suppress(Asked):
                 self.generate(trainer, module)
             module.transformer.train()
             if torch.cuda.is_available():
@@ -110,7 +106,7 @@ class Samples(Callback):
         """All prompts' clips with the weights of now. Every rank must call it.
 
         Raises:
-            _Asked: on every rank, when the run is asked to stop meanwhile.
+            Asked: on every rank, when the run is asked to stop meanwhile.
         """
         sharing = module.sequence_size
         group, groups = self.control.rank // sharing, self.control.world // sharing
@@ -147,7 +143,7 @@ class Samples(Callback):
         def plan(sigma: float) -> Any:
             self.watchdog.progress()
             if self.stop.agree(trainer):
-                raise _Asked
+                raise Asked
             return module.plan(shape, all_dense=module.levels(shape.shape[2:]).dense(sigma))
 
         made = sample(

@@ -5,8 +5,8 @@
     SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
 Signals reach ranks at different moments, so all ranks agree at the end of every micro-batch whether this one was the
-last, and at every forward pass of what takes long beside the steps: a validation, the prompts' clips. These are then
-left. So are the gradients of a step that lacks micro-batches: its checkpoint is of the step before, and the resumed run
+last, and at every forward pass of what takes long beside the steps: a validation, the prompts' clips, and after training
+the held-out clips and what is generated of them. These are then left. So are the gradients of a step that lacks micro-batches: its checkpoint is of the step before, and the resumed run
 computes them anew, the same, since data and noise are functions of seed, place in the data and sample.
 They are taken by a thread: Python's own handlers wait for the main thread, which may wait for another rank in C.
 """
@@ -36,6 +36,10 @@ WORDS = {STOP: "stopped", REQUEUE: "requeue"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODES = {STOP: 130, REQUEUE: 75}
 """Of rank 0: as after Ctrl-C, and EX_TEMPFAIL."""
+
+
+class Asked(Exception):
+    """The run was asked to stop, in the middle of what can be left."""
 
 
 class StopSignals(Callback):
@@ -102,10 +106,23 @@ class StopSignals(Callback):
 
     def agree(self, trainer: L.Trainer) -> bool:
         """Whether this micro-batch is the last, as a rank was asked to stop until now. Every rank must call it."""
-        stop, requeue = self.control.any([self.asked == STOP, self.asked == REQUEUE])
-        self.agreed = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
-        if self.agreed:
+        if self.agree_in(self.control):
             trainer.should_stop = True
+        return self.agreed != 0
+
+    def check(self) -> None:
+        """For what one rank does alone.
+
+        Raises:
+            Asked: it was asked to stop.
+        """
+        if self.asked:
+            raise Asked
+
+    def agree_in(self, group: ControlGroup) -> bool:
+        """Whether a rank of the group was asked to stop until now. Every rank of it must call it."""
+        stop, requeue = group.any([self.asked == STOP, self.asked == REQUEUE])
+        self.agreed = STOP if stop else REQUEUE if requeue else 0  # of two wishes the user's, to stop, wins
         return self.agreed != 0
 
     def _take_over(self) -> None:

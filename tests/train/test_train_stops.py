@@ -28,6 +28,7 @@ from faults import (
 )
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from tiny import run_config, words
 
 from train.build import training_shards
@@ -209,6 +210,66 @@ def test_a_stop_between_accumulated_micro_batches_loses_nothing(tmp_path, monkey
     resume(folder, config)
     assert losses(folder) == losses(plain)
     assert equal_checkpoints(*(path / "checkpoints" / "step-000003" for path in (folder, plain)))
+
+
+REPORT = {"trainer__steps": 2, "report__clips": 12, "report__short_frames": 0, "report__sampling_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """An undisturbed run of two steps with a table and an animation."""
+    return run(run_config(tmp_path_factory.mktemp("reported"), **REPORT))
+
+
+def interrupting(what, at, signal_number):
+    """``what`` that asks the run to stop at its call number ``at``, and a list that grows with each call."""
+    calls = []
+
+    def called(*arguments, **named):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal_number)
+            time.sleep(0.2)
+        return what(*arguments, **named)
+
+    return called, calls
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "left", "code"),
+    [
+        ("train.evaluate.noise_like", 15, 36, 75),  # the third clip of the second of four rows: three are left
+        ("train.held_out.sample", 2, 2, 130),  # the second of three clips
+        ("train.export.run.verify", 2, 4, 75),  # the second of four formats
+    ],
+    ids=["table", "animation", "export"],
+)
+def test_a_signal_after_training_leaves_what_is_not_finished_to_the_resume(
+    reported, tmp_path, monkeypatch, name, at, left, code
+):
+    config = run_config(tmp_path, **REPORT)
+    module, _, function = name.rpartition(".")
+    real = getattr(sys.modules[module], function)
+    number = signal.SIGINT if code == 130 else signal.SIGTERM
+    with monkeypatch.context() as patch:
+        called, calls = interrupting(real, at, number)
+        patch.setattr(name, called)
+        with pytest.raises(SystemExit) as end:
+            run(config)
+    folder = only_run(tmp_path / "runs")
+    assert end.value.code == code and len(calls) == at
+    assert get_state(folder)[0] == ("stopped" if code == 130 else "requeue")
+    assert (folder / "export").exists() == ("export" not in name)
+    assert not (folder / "clips.gif").exists() and not list(folder.glob("**/*.tmp*"))
+    called, calls = interrupting(real, 0, number)
+    monkeypatch.setattr(name, called)
+    resume(folder, config)
+    assert len(calls) == left
+    assert get_state(folder)[0] == "done" and not (folder / ".unfinished").exists()
+    for file in ("report.json", "clips.gif"):
+        assert (folder / file).read_bytes() == (reported / file).read_bytes(), file
+    one, other = (load_file(path / "export" / "comfyui" / "shapes_4x.safetensors") for path in (folder, reported))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_an_interrupt_before_a_run_listens_is_a_line(capsys):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,7 @@ def export_run(
     strength: float = 1.0,
     add: Sequence[tuple[Path, float]] = (),
     add_2: Sequence[tuple[Path, float]] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Writes the export folder of a run, loads it again as its users will, and returns a line for each part.
 
@@ -74,6 +75,7 @@ def export_run(
         strength: of the run's LoRA in the merged model.
         add: further LoRA files that are merged too, with their strengths; of two experts into the first.
         add_2: those of the expert for low noise levels.
+        check: called before each part; what it raises ends the export.
 
     Raises:
         UserError: no run, no checkpoint, settings or weights that do not fit the run or its base model.
@@ -99,6 +101,7 @@ def export_run(
     weights = load_weights(checkpoint)
     with _replaced(out) as temporary:
         if config.lora is None:
+            check()
             said = _save_model(config, weights, DTYPES[dtype or "fp32"], temporary / "model")
         else:
             step, said = load_state(checkpoint)["global_step"], []
@@ -107,7 +110,7 @@ def export_run(
                 base = transformer_folder(part.model, whole=merged)
                 header, name = _header(part, step), "_".join(filter(None, (config.conf, kind)))
                 lines = _save_adapters(
-                    part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name
+                    part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check
                 )
                 said += [str(Path(kind) / line) for line in lines]
                 if config.trainer.fp8:
@@ -184,6 +187,7 @@ def _save_adapters(
     dtype: torch.dtype,
     out: Path,
     file: str,
+    check: Callable[[], None],
 ) -> list[str]:
     model = stand_in(base)
     _check_fit(pairs, model)
@@ -193,6 +197,7 @@ def _save_adapters(
     adapter = Adapter(pairs, model, header, public_name(config.model), file)
     said = []
     for name in chosen:
+        check()
         FORMATS[name](adapter, out / name)
         if name == "released":
             (out / name / "flags.txt").write_text(script_flags(config), encoding="utf-8")

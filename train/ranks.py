@@ -23,3 +23,16 @@ def global_rank() -> int:
     if slurm_tasks() > 1:
         return int(os.environ["SLURM_PROCID"])
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def world_size() -> int:
+    """Processes over all nodes that srun or torchrun started; 1 for one that was started by itself."""
+    tasks = slurm_tasks()
+    return tasks if tasks > 1 else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """The rank among its node's processes."""
+    if slurm_tasks() > 1:
+        return int(os.environ["SLURM_LOCALID"])
+    return int(os.environ.get("LOCAL_RANK", 0))

@@ -70,6 +70,11 @@ class Encoder(ABC):
         """Load the weights."""
 
     @classmethod
+    def size_of(cls, folder: Path | None) -> tuple[int, int]:
+        """(height, width) of a clip for the model in a diffusers folder, unless told otherwise."""
+        return cls.size
+
+    @classmethod
     def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:
         """What identifies VAE and encoders, see `data.encoders.fingerprint`."""
         if folder is None:

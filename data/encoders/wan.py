@@ -8,6 +8,8 @@ grow with the clip's length and the latent is that of the whole clip.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from data.errors import DataError
 from data.sample import Prompt, TextTokens
 
 TEXT_TOKENS = 512
+HEADS_OF_1_3B = 12
 
 
 class WanEncoder(Encoder):
@@ -65,6 +68,15 @@ class WanEncoder(Encoder):
             self.images = WanImageToVideoPipeline(
                 tokenizer, text_encoder, self.vae, None, processor, image_encoder, transformer=None
             )
+
+    @classmethod
+    def size_of(cls, folder: Path | None) -> tuple[int, int]:
+        """720p, and 480p of the 1.3B, which is made for that; a folder without a transformer may be of either."""
+        file = folder / "transformer" / "config.json" if folder is not None else None
+        if file is None or not file.is_file():
+            return cls.size
+        heads = json.loads(file.read_text(encoding="utf-8")).get("num_attention_heads")
+        return (480, 832) if heads == HEADS_OF_1_3B else cls.size
 
     @classmethod
     def check_image_to_video(cls) -> None:

@@ -94,7 +94,7 @@ def main(words: list[str]) -> int:
         weights=given.weights,
         fps=given.fps or family.fps,
         frames=_frames(given.frames, family),
-        sizes=[family.size] if given.size is None else _sizes(given.size),
+        sizes=[family.size_of(given.weights)] if given.size is None else _sizes(given.size),
         clips=given.clips,
         selection={
             "source": given.source,

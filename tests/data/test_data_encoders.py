@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
 from torch.nn import functional as F
 
-from data.encoders import fingerprint, load_encoder, mochi
+from data.encoders import encoder_class, fingerprint, load_encoder, mochi
 from data.encoders.base import Encoder, EncoderSettings, to_frames, to_video
 from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
@@ -312,3 +312,12 @@ def test_a_mistake_is_one_line_without_torchvision_too() -> None:
     words = ["source=s", "out=o", "model=wan", "weights=nowhere"]
     ran = subprocess.run([sys.executable, "-m", "data.prepare", *words], capture_output=True, encoding="utf-8")
     assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+@pytest.mark.parametrize(("heads", "size"), [(12, (480, 832)), (40, (720, 1280)), (None, (720, 1280))])
+def test_clips_of_the_1_3b_are_of_480p_unless_told_otherwise(tmp_path: Path, heads: int | None, size: Any) -> None:
+    if heads is not None:
+        (tmp_path / "transformer").mkdir()
+        (tmp_path / "transformer" / "config.json").write_text(f'{{"num_attention_heads": {heads}}}', encoding="utf-8")
+    assert encoder_class("wan").size_of(tmp_path) == size
+    assert encoder_class("hunyuan").size_of(tmp_path) == encoder_class("hunyuan").size

@@ -231,6 +231,11 @@ def test_files_of_prompts(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "one\u2028two"}\n\n{"image": "x"}', encoding="utf-8")
     with pytest.raises(UserError, match="prompts.jsonl:3: expected an object with prompt"):
         prompts(b"", prompts=tmp_path / "prompts.jsonl")
+    for key in ("prompt", "negative"):
+        line = json.dumps({"prompt": "a \U0001f98a", key: "a fox \ud83e"})
+        (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a boat"}}\n{line}\n', encoding="utf-8")
+        with pytest.raises(UserError, match=rf"prompts.jsonl:2: {key} has half a character \(\\ud83e\), expected"):
+            prompts(b"", prompts=tmp_path / "prompts.jsonl")
     with pytest.raises(UserError, match="clips.mp4, expected a folder for the videos of many prompts"):
         prompts(b"a", out="clips.mp4")
 

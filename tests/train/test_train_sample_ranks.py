@@ -1,5 +1,9 @@
 """Several processes generate the clip that one generates, whichever way they share the work."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import sample_ranks
@@ -38,6 +42,20 @@ def compare(family, world, changes, shares, tmp_path_factory):
     assert [(rank["branch"], rank["share"]) for rank in ranks] == shares
     for rank in ranks:
         np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tasks_of_an_srun_are_one_run():
+    """With what SLURM sets for two tasks of a step, and nothing of torchrun's."""
+    program = "from train.sample.ranks import Ranks; r = Ranks.join(); print(r.world, r.rank, r.share(f'of {r.rank}'))"
+    bare = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
+    started = []
+    for task in ("0", "1"):
+        environment = {**bare, **step, "SLURM_PROCID": task, "SLURM_LOCALID": task}
+        started.append(
+            subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
+        )
+    assert [process.communicate(timeout=300)[0] for process in started] == ["2 0 of 0\n", "2 1 of 0\n"]
 
 
 @pytest.mark.parametrize(

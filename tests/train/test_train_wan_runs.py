@@ -153,3 +153,10 @@ def test_shards_that_do_not_fit_the_model_stop_the_run(tmp_path, made):
     wan.model("5b").save_pretrained(bare / "transformer")
     with pytest.raises(UserError, match="latents have 16 channels, the model takes 48: they were made by another VAE"):
         preflight(config_of(tmp_path, "wan_2x", bare, plain, (32, 48)))
+
+
+def test_image_to_video_with_shards_of_text_to_video_names_what_makes_them():
+    with pytest.raises(UserError, match=r"hold image \[\], expected 'condition': make them with .* --image-to-video"):
+        Conditions({}).named("image", "condition")
+    with pytest.raises(UserError, match=r"hold text \[\], expected 'text': were they made for this model"):
+        Conditions({}).named("text", "text")

@@ -49,9 +49,10 @@ class Conditions:
         """
         found = getattr(self, kind)
         if name not in found:
-            raise UserError(
-                f"the shards hold {kind} {sorted(found)}, expected {name!r}: were they made for this model?"
-            )
+            remedy = "were they made for this model?"
+            if kind == "image" and not found:
+                remedy = "make them with python -m data.prepare --image-to-video"
+            raise UserError(f"the shards hold {kind} {sorted(found)}, expected {name!r}: {remedy}")
         return found[name]
 
     def packed_text(self, name: str, length: int) -> tuple[Tensor, Tensor]:

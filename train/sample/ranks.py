@@ -1,4 +1,4 @@
-"""The processes that torchrun started, and how they share a clip.
+"""The processes that torchrun or srun started, and how they share a clip.
 
 W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt, or the
                                     other way round where the pipeline has both in one batch (Mochi), in that order;
@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from train.errors import UserError
+from train.ranks import global_rank, local_rank, slurm_tasks, world_size
 from train.sequence import SequenceGroup
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started."""
+    """This process among those that torchrun or srun started."""
 
     world: int
     rank: int
@@ -31,12 +33,16 @@ class Ranks:
     def join(cls) -> Ranks:
         """Joins the other processes, if there are any."""
         cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        # srun may give each task a GPU that is the only one it sees
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if world_size() > 1 and not dist.is_initialized():
+            if slurm_tasks() > 1:
+                _meet_at_first_node()
             # the first rank decodes and writes while the others wait
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+            backend, patience = "nccl" if cuda else "gloo", timedelta(hours=12)
+            dist.init_process_group(backend, rank=global_rank(), world_size=world_size(), timeout=patience)
         if not dist.is_initialized():
             return cls(1, 0, device)
         return cls(dist.get_world_size(), dist.get_rank(), device)
@@ -48,6 +54,14 @@ class Ranks:
         box = [item]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+def _meet_at_first_node() -> None:
+    """Where the tasks of an srun meet, unless the job's script says it: on a port of the step's own."""
+    first = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
+    os.environ.setdefault("MASTER_ADDR", first)
+    step = int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,14 @@ def jobs(settings: Settings) -> list[Job]:
     """The videos to make.
 
     Raises:
-        UserError: a file of prompts that is missing, empty or not readable; or an ``out`` that is no place for videos.
+        UserError: a file of prompts that is missing, empty or not readable; a text with half a character; or an ``out``
+            that is no place for videos.
     """
     assert settings.negative is not None and settings.out is not None
     if settings.prompts is None:
         assert settings.prompt is not None
+        _check_whole(settings.prompt, "prompt")
+        _check_whole(settings.negative, "negative")
         if settings.out.suffix.lower() != ".mp4":
             raise UserError(f"out is {settings.out}, expected a video's name that ends in .mp4")
         return [Job(settings.prompt, settings.negative, settings.image, settings.out)]
@@ -280,6 +283,8 @@ def jobs(settings: Settings) -> list[Job]:
         given: Mapping[str, Any] = {"prompt": line}
         if settings.prompts.suffix == ".jsonl":
             given = _json_line(line, f"{settings.prompts}:{place}")
+            for key, text in given.items():
+                _check_whole(text, f"{settings.prompts}:{place}: {key}")
         image = Path(given["image"]).expanduser() if given.get("image") else settings.image
         if image is not None and not image.is_file():
             raise UserError(f"{settings.prompts}:{place}: image {image} is missing")
@@ -289,6 +294,17 @@ def jobs(settings: Settings) -> list[Job]:
     if len({job.image is None for job in found}) > 1:
         raise UserError(f"prompts {settings.prompts}: some have an image and some have none")
     return found
+
+
+def _check_whole(text: str, where: str) -> None:
+    """Raises a UserError for half a surrogate pair, such as ``\\ud83d`` in JSON, of which no file can be made."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise UserError(
+            f"{where} has half a character ({half}), expected text in UTF-8, or both halves where it is written as \\u…"
+        ) from error
 
 
 def _json_line(line: str, where: str) -> dict[str, Any]:

@@ -5,9 +5,10 @@
     SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
 Signals reach ranks at different moments, so all ranks agree at the end of every micro-batch whether this one was the
-last, and at every forward pass of what takes long beside the steps: a validation, the prompts' clips, and after training
-the held-out clips and what is generated of them. These are then left. So are the gradients of a step that lacks micro-batches: its checkpoint is of the step before, and the resumed run
-computes them anew, the same, since data and noise are functions of seed, place in the data and sample.
+last, and at every forward pass of what takes long beside the steps: a validation, the prompts' clips, and after
+training the held-out clips and what is made of them. These are then left. So are the gradients of a step that lacks
+micro-batches: its checkpoint is of the step before, and the resumed run computes them anew, the same, since data and
+noise are functions of seed, place in the data and sample.
 They are taken by a thread: Python's own handlers wait for the main thread, which may wait for another rank in C.
 """
 

@@ -272,6 +272,23 @@ def test_a_signal_after_training_leaves_what_is_not_finished_to_the_resume(
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_so_it_does_where_ranks_work_together(tmp_path, sharing):
+    """The signal reaches the first rank alone, which tells the one that shares its clips."""
+    given = {**REPORT, "trainer__devices": 2, "parallel__sequence": sharing, "report__clips": 200}
+    process = Run(*words(tmp_path, **given))
+    process.wait_for(lambda: bool(list(tmp_path.glob("runs/shapes_4x/*/.unfinished/*.safetensors"))))
+    os.kill(process.process.pid, signal.SIGTERM)
+    text = process.end(240)
+    assert process.process.returncode == 75 and "Traceback" not in text, text
+    folder = only_run(tmp_path / "runs")
+    assert get_state(folder)[0] == "requeue" and not (folder / "report.json").exists()
+    text = Run(f"resume={folder}").end(240)
+    assert get_state(folder)[0] == "done" and not re.search(r"(?m)^base, dense:", text), text
+    assert (folder / "report.json").exists() and not (folder / ".unfinished").exists()
+
+
 def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
     def command(arguments):
         raise KeyboardInterrupt

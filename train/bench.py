@@ -119,13 +119,16 @@ def main(arguments: list[str]) -> None:
 
 
 def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
-    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself."""
+    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself.
+
+    Its steps are those at noise levels where the pattern runs: it has no dense ones.
+    """
     settings = split_arguments(arguments)
     model, frames = ({} if "conf" in settings else _MODEL), settings.pop("frames", None)
     if frames is not None:
         settings["clip.frames"] = frames
     ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    config = finish(compose_run({"parallel.activations": "full", **model, **settings}))
+    config = finish(compose_run({"parallel.activations": "full", "attention.dense_steps": "0", **model, **settings}))
     return config, {**ours, "model": settings.get("model", config.conf)}
 
 

@@ -151,7 +151,9 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
     _, run = trained
     main([f"run={run}", f"out={tmp_path / 'out'}", "dtype=bf16", "format=comfyui,peft", "merge=true"])
     lines = [line.removeprefix(f"{tmp_path}/out/") for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
+    other = [line for line in lines if "runs other attention than the LoRA was trained with" in line]
+    assert other  # blocks of 64, which no tool runs under this rule (`test_train_export_tools`)
+    assert [line for line in lines if line not in other] == [
         "comfyui  names and shapes of the original checkpoint: 24 tensors",
         "comfyui  WanPipeline.load_lora_weights: 24 tensors, all equal",
         "peft  PeftModel.from_pretrained: 24 tensors, all equal",

@@ -30,7 +30,7 @@ from train.run import resume
 ON_CPU = Path(__file__).parent / "zero_on_cpu.py"
 CHANGES = {
     "adamw": {"optim.lr": "3e-3", "optim.weight_decay": "20", "optim.betas": "[0.5, 0.8]", "optim.warmup": "1"},
-    "decay": {"optim.decay": "cosine", "optim.warmup": "0"},
+    "decay": {"optim.decay": "constant", "optim.warmup": "0"},
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -138,10 +138,14 @@ def read_config(run: Path) -> RunConfig:
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml, expected a run folder such as runs/shapes_4x/<time>")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file)))
+        stored = OmegaConf.load(file)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), stored))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{file} does not fit this version: {str(error).splitlines()[0]}") from error
     assert isinstance(config, RunConfig)
+    if OmegaConf.select(stored, "attention.dense_steps") is None:  # of a version with one shift for clips of all sizes
+        objective = replace(config.objective, shift=config.shift(), shift_with_length=False)
+        config = replace(config, objective=objective)
     return config
 
 
@@ -179,7 +183,8 @@ def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
             f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
             "or start a new run"
         )
-    if not changed.clips_at_once().is_integer():
+    ranks = changed.trainer.nodes * changed.trainer.devices
+    if ranks % changed.parallel.sequence or not changed.clips_at_once().is_integer():
         return changed  # preflight says what is wrong
     before, now = int(clips_a_step(config)), int(clips_a_step(changed))
     if now != before:

@@ -128,7 +128,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
                 assert folder.checkpoint is not None
                 module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
             if not stop.agreed:
-                _finish(config, folder.path, trainer, module, shards, stop)
+                _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
     return stop.agreed
 
 
@@ -154,10 +154,17 @@ def _finish(
     module: LengthExtensionModule,
     shards: Manifest,
     stop: StopSignals,
+    *,
+    together: bool,
 ) -> None:
-    """The export, and what the run shows on held-out clips; both are left when the run is asked to stop."""
+    """The export, and what the run shows on held-out clips; both are left when the run is asked to stop.
+
+    Args:
+        together: the ranks have trained, so that they have their groups; otherwise rank 0 does all of it.
+    """
     # all ranks of the first group share the report's clips; under stage 3 all ranks hold a part of every weight
-    count = trainer.world_size if config.parallel.strategy == "zero3" else config.parallel.sequence
+    sharing = trainer.world_size if config.parallel.strategy == "zero3" else config.parallel.sequence
+    count = sharing if together else 1
     group = stop.control.first(count)
     if trainer.is_global_zero:
         with suppress(Asked):

@@ -92,6 +92,15 @@ def test_a_run_of_before_keeps_its_noise_level(tmp_path):
     assert clip_levels(again).dense_sigma == 0.996
     assert (again.rule(), again.caption_dropout()) == ("wan", 0.1)
     assert change_config(again, {"trainer.keep": "3"}).attention == again.attention
+    small = levels_by_size(again)((33, 60, 104))
+    assert small.schedule.shift == clip_levels(again).schedule.shift == 7.0  # one for clips of all sizes
+
+
+def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight():
+    """It has a whole number of clips at once, and none for each group of GPUs."""
+    config = finish(compose_run({"conf": "hunyuan_4x", "trainer.devices": "2", "parallel.sequence": "2",
+                                 "data.batch_size": "2", "optim.global_batch": "2"}))  # fmt: skip
+    assert change_config(config, {"trainer.devices": "1"}).trainer.devices == 1
 
 
 def test_clips_of_mixed_sizes_have_their_own_shift_and_dense_level():

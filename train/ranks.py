@@ -6,7 +6,9 @@ import os
 
 
 def slurm_tasks() -> int:
-    """Tasks of the srun that started this process; 1 outside of any."""
+    """Tasks of the srun that started this process; 1 outside of any, and where torchrun stands between."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return 1
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
 
 

@@ -66,7 +66,9 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         if not (out / FILE).exists():
             return None  # another rank has reopened it
         manifest = Manifest.load(out)
-        check_same(out, {**manifest.arguments, "encoder": manifest.encoder}, arguments)
+        found = {"decoding": 1, **manifest.arguments, "encoder": manifest.encoder}
+        # an earlier decoding is no fault of a folder that stays as it is
+        check_same(out, found, {**arguments, "decoding": found["decoding"]})
         there = f"{out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there"
         before, source = Plan.load(out, LIST), recipe.selection["source"]
         if before is None or not source.exists():
@@ -82,6 +84,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
             say(f"{there}{note}")
             journal.remove(out)
             return manifest
+        check_same(out, found, arguments)
         say(
             f"{there}; {_some([row.path for row in added])} added to the list: appending, without a manifest until then"
         )

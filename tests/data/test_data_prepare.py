@@ -55,6 +55,8 @@ def test_shards_of_an_earlier_decoding_are_not_gone_on_with(tmp_path: Path, vide
     about = json.loads(path.read_text(encoding="utf-8"))
     del about["arguments"]["decoding"]
     path.write_text(json.dumps(about), encoding="utf-8")
+    assert main(words) == 0  # nothing is to be added
+    write_video(videos / "added.mp4", 40, caption="added")
     with pytest.raises(DataError, match=rf"decoded by version 1, this is version {DECODING}, which gives other pixels"):
         main(words)
 

@@ -317,6 +317,8 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"prompt": None}, "give prompt=TEXT, or --prompts FILE"),
         ({"model": "wan_14"}, "model is 'wan_14', expected one of .*; did you mean wan_14b"),
         ({"frames": 32}, "frames is 32, expected 4 x k [+] 1"),
+        ({"frames": 0}, "frames is 0, expected at least 1"),
+        ({"width": 0}, "width is 0, expected at least 1"),
         ({"height": 40}, "height is 40, expected a multiple of 16"),
         ({"pattern": "radial"}, "pattern is 'radial', expected one of released, paper, random, dense"),
         ({"decay": 0}, "decay is 0.0, expected a positive number"),

@@ -120,6 +120,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
+    for name in ("frames", "height", "width"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise UserError(f"{name} is {value}, expected at least 1")
     if settings.dense_steps is not None and settings.dense_sigma is not None:
         raise UserError("dense_steps and dense_sigma are both set, expected one: each says which steps stay dense")
     if model.expert is None:

@@ -1,9 +1,10 @@
 """Shards of latents and text embeddings: making them from videos, checking them, streaming them in an exact order.
 
 Commands: `data.prepare` turns videos into shards, `data.check` verifies them, `data.bench` measures the loader,
-`data.synth` makes the synthetic clips of the default run. To build on them, open `data.sample` for what one entry
-holds, `data.manifest` for what a folder says about itself, `data.writer` to write one, `data.encoders` for the model
-families, `data.order` for which samples a step gets, `data.stream` to read them, `data.remote` for where from.
+`data.synth` makes the synthetic clips of the default run. To build on them, open `data.shards.sample` for what one
+entry holds, `data.shards.manifest` for what a folder says about itself, `data.shards.writer` to write one,
+`data.encoders` for the model families, `data.shards.order` for which samples a step gets, `data.shards.stream` to read
+them, `data.io.remote` for where from.
 """
 
 import logging

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from data import cli
 from data.cli import Place, setting
 from data.errors import DataError
-from data.manifest import Manifest
-from data.order import BatchOrder
-from data.remote import scheme_of
-from data.sample import Prompt, Sample, TextTokens
-from data.stream import LatentStream
-from data.writer import ShardWriter
+from data.io.remote import scheme_of
+from data.shards.manifest import Manifest
+from data.shards.order import BatchOrder
+from data.shards.sample import Prompt, Sample, TextTokens
+from data.shards.stream import LatentStream
+from data.shards.writer import ShardWriter
 
 ROUNDS = 3
 LEAST_OF_RAW = 0.8

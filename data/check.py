@@ -29,12 +29,12 @@ from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
 from data.errors import DataError
-from data.lines import lines_of
-from data.manifest import REJECTED, Manifest, ShardInfo, locate
-from data.order import BatchOrder
-from data.reader import SampleReader, decode
+from data.io.lines import lines_of
+from data.io.remote import CHUNK, open_shard, read_all
 from data.rebuild import rebuild
-from data.remote import CHUNK, open_shard, read_all
+from data.shards.manifest import REJECTED, Manifest, ShardInfo, locate
+from data.shards.order import BatchOrder
+from data.shards.reader import SampleReader, decode
 
 PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, height of a line of text
 

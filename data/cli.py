@@ -16,8 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NewType, TypeVar, get_args, get_type_hints
 
-from data.console import drop_what_cannot_be_written
 from data.errors import DataError, told
+from data.io.console import drop_what_cannot_be_written
 
 T = TypeVar("T")
 Place = NewType("Place", str)
@@ -122,7 +122,7 @@ def usage(schema: type, synopsis: str, about: str, examples: Sequence[str]) -> s
 def run(command: Callable[[list[str]], int], prog: str, help_text: str, words: list[str] | None = None) -> None:
     """Run a command line: prints `help_text` for --help, turns mistakes into one line and exit code 2.
 
-    Output that nobody takes any more ends nothing (`data.console`).
+    Output that nobody takes any more ends nothing (`data.io.console`).
 
     Args:
         command: gets the words, returns the exit code.

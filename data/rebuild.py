@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.begun import shards_in
 from data.encoders import FAMILIES, encoder_class, fingerprint, load_encoder, same_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
 from data.errors import DataError
-from data.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
 from data.prepare.records import FOLDER
-from data.sample import Prompt, Sample
-from data.writer import PARTS, finish_folder
+from data.shards.begun import shards_in
+from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
+from data.shards.sample import Prompt, Sample
+from data.shards.writer import PARTS, finish_folder
 
 MADE_BY = "data.check --rebuild"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.sample import Prompt, TextTokens
+from data.shards.sample import Prompt, TextTokens
 
 WORD = re.compile(r"[a-z0-9']+")
 

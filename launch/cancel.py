@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 
-from launch.queue import UNKNOWN, slurm_state
-from launch.start import job_of, run_argument
+from launch.slurm_state import UNKNOWN, slurm_state
+from launch.submission import job_of, run_argument
 from train.cli import flag
 from train.errors import UserError
-from train.folder import command, get_state, holder, set_state
+from train.storage.run_folder import command, get_state, holder, set_state
 
 USAGE = """python -m launch cancel RUN [now=true]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from train.compose import RUN_PATHS
-from train.config import RunConfig, structured
+from train.config.compose import RUN_PATHS
+from train.config.schema import RunConfig, structured
 
 
 def folders_of(config: RunConfig) -> tuple[list[Path], dict[str, str]]:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import MISTAKES, flag
-from train.clips import micro_batches
-from train.compose import compose_run, finish, read_config, split_arguments
-from train.config import RunConfig
-from train.environment import backends, driver, environment, gpus, nccl, read_speed
+from train.config.compose import compose_run, finish, read_config, split_arguments
+from train.config.schema import RunConfig
 from train.errors import UserError
-from train.folder import going_on, gpus_given, lacks
+from train.loggers.environment import backends, driver, environment, gpus, nccl, read_speed
+from train.parallel.batch_size import micro_batches
 from train.preflight import preflight
+from train.storage.run_folder import going_on, gpus_given, lacks
 
 USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
 python -m launch doctor run=<run folder> [quick=true]

@@ -6,8 +6,8 @@ import os
 import sys
 
 from launch.plan import show_plan
-from launch.start import layout, prepare, record
-from train.compose import split_arguments
+from launch.submission import layout, prepare, record
+from train.config.compose import split_arguments
 from train.errors import UserError
 from train.planning import this_machine
 

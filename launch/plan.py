@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from train.cli import whole_number
-from train.compose import compose_run, finish, split_arguments
-from train.config import RunConfig
+from train.config.compose import compose_run, finish, split_arguments
+from train.config.schema import RunConfig
 from train.errors import UserError
 from train.planning import (
     GIB,

@@ -12,10 +12,10 @@ from pathlib import Path
 from launch.containers import folders_of
 from launch.job import Job
 from launch.plan import CPU_GIB, show_plan
-from launch.start import layout, prepare, record, recorded
+from launch.submission import layout, prepare, record, recorded
 from train.cli import flag, whole_number
-from train.compose import read_config, run_names, split_arguments
-from train.config import RunConfig
+from train.config.compose import read_config, run_names, split_arguments
+from train.config.schema import RunConfig
 from train.errors import UserError
 from train.planning import GIB, Budget, Duration, Machine, gpu_named, this_machine
 from train.preflight import remote_shards

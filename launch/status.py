@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launch.queue import slurm_state
-from launch.start import job_of, run_argument
-from train.checkpoint import checkpoints_of, how_to_go_on
-from train.compose import read_config
+from launch.slurm_state import slurm_state
+from launch.submission import job_of, run_argument
+from train.config.compose import read_config
 from train.errors import UserError
-from train.folder import CONFIG, get_state, holder
-from train.metrics import METRICS, read_metrics
+from train.loggers.csv_file import METRICS, read_metrics
+from train.storage.checkpoints import checkpoints_of, how_to_go_on
+from train.storage.run_folder import CONFIG, get_state, holder
 
 USAGE = """python -m launch status [RUN]
 

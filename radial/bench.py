@@ -16,7 +16,7 @@ whole rows and columns issued first            0.92 / 0.89; predicted 0.93 / 0.9
 ... in patches of 3 x 14 tiles                 0.87 / 0.92
 ... in step, not in patches                    0.96 / 0.94; reads of device memory in the forward fell by 60 %, a
                                                simulation of the cache had said 42 %
-... both, as in `radial.backends.schedule`     0.97 / 0.94; on wan_2x 1.00 / 0.93, hunyuan_4x (4 heads) 0.97 / 0.94
+... both, as in `radial.backends.fa4.schedule`     0.97 / 0.94; on wan_2x 1.00 / 0.93, hunyuan_4x (4 heads) 0.97 / 0.94
 =============================================  =================================================================
 
 With 40 heads (24 for Hunyuan and Mochi) the forward reaches 0.96 to 0.97 from wan_2x on, forward and backward
@@ -64,11 +64,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radial.attention import attention_over
 from radial.backends import BACKENDS, AttentionCall
-from radial.check import sampled_errors
 from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.layout import BlockLayout, build_layout
 from radial.patterns import Dense, Released
+from radial.sampled_errors import sampled_errors
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from train.cli import flag, guarded
-from train.compose import (
+from train.config.compose import (
     CONF,
     DEFAULT_RUN,
     change_config,
@@ -20,7 +20,7 @@ from train.compose import (
     run_names,
     split_arguments,
 )
-from train.config import structured
+from train.config.schema import structured
 from train.errors import UserError
 
 
@@ -80,9 +80,9 @@ def main(arguments: list[str]) -> None:
         return
     config = finish(composed)
     # after the config is known to be right: torch and lightning take seconds to import
-    from train.folder import RunFolder
     from train.preflight import preflight
     from train.run import train
+    from train.storage.run_folder import RunFolder
 
     preflight(config)
     train(config, RunFolder.create(config))
@@ -95,10 +95,10 @@ def _resume(folder: Path, settings: dict[str, str], show: bool) -> None:
     if show:
         print(OmegaConf.to_yaml(structured(changed)), end="")
         return
-    from train.folder import held, write_config
     from train.preflight import preflight_resume
     from train.ranks import global_rank
     from train.run import resume
+    from train.storage.run_folder import held, write_config
 
     config = preflight_resume(changed, folder, override=override)
     changes = differences(before, changed)

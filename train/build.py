@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 
-from data.manifest import Manifest
-from data.synth import synthesize
-from train.clips import micro_batches
-from train.compiler import compile_blocks
-from train.config import ParallelConfig, RunConfig
+from data.shards.manifest import Manifest
+from data.synth.clips import synthesize
+from train.attention.levels import clip_levels, levels_by_size
+from train.config.schema import ParallelConfig, RunConfig
 from train.errors import UserError
-from train.fp8 import use_fp8
-from train.initial import read_initial
-from train.levels import clip_levels, levels_by_size
-from train.lora import inject_lora, start_from
-from train.memory import block_runner, call_block, chunk_tokens, mixed_runner
-from train.models import ModelAdapter
+from train.lora.initial import read_initial
+from train.lora.layers import inject_lora, start_from
+from train.memory.activations import block_runner, call_block, chunk_tokens, mixed_runner
+from train.memory.compiler import compile_blocks
+from train.memory.fp8 import use_fp8
+from train.memory.offload import Offload
+from train.models.base import ModelAdapter
 from train.module import LengthExtensionModule
-from train.offload import Offload
+from train.parallel.batch_size import micro_batches
+from train.parallel.zero import call_gathered, forward_alone, gather_whole
 from train.planning import Budget, this_machine
 from train.planning.policies import BlockPolicies, configured
 from train.preflight import check_heads
 from train.ranks import global_rank
-from train.zero import call_gathered, forward_alone, gather_whole
 
 
 def training_shards(config: RunConfig) -> Manifest:

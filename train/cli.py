@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data.console import drop_what_cannot_be_written
 from data.errors import DataError
+from data.io.console import drop_what_cannot_be_written
 from radial import RadialError
 from train.errors import UserError
 from train.ranks import speaks_for_node
@@ -20,7 +20,7 @@ MISTAKES = (UserError, DataError, RadialError)
 
 def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
     """Runs ``command``; prints ``usage`` for --help; turns mistakes into one line on stderr and exit code 2,
-    Ctrl-C into one and exit code 130. Output that nobody takes any more ends nothing (`data.console`)."""
+    Ctrl-C into one and exit code 130. Output that nobody takes any more ends nothing (`data.io.console`)."""
     drop_what_cannot_be_written()
     if any(word in ("-h", "--help") for word in arguments):
         print(usage)

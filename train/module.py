@@ -12,20 +12,21 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from data.sample import Prompt
-from data.stream import LatentStream
+from data.shards.batch import Batch
+from data.shards.sample import Prompt
+from data.shards.stream import LatentStream
 from radial import Pattern
+from train.attention.levels import ClipLevels
+from train.attention.sequence import SequenceGroup, flow_loss
+from train.attention.step_plan import AttentionPlan
 from train.errors import UserError
 from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
-from train.levels import ClipLevels
-from train.lora import load_parameters, lora_parameters
-from train.models import Conditions, ModelAdapter
-from train.plan import AttentionPlan
+from train.lora.layers import load_parameters, lora_parameters
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
+from train.parallel.zero import whole_parameter
 from train.planning.policies import BlockPolicies, check_agreement
-from train.resuming import follow_settings
-from train.sequence import SequenceGroup, flow_loss
-from train.zero import whole_parameter
+from train.storage.resuming import follow_settings
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LengthExtensionModule(L.LightningModule):
 
     Args:
         adapter: the model with our attention installed.
-        pattern, block, dense_layers, backend: the attention (`train.config.AttentionConfig`).
+        pattern, block, dense_layers, backend: the attention (`train.config.schema.AttentionConfig`).
         schedule: the distribution of the noise levels of the run's clip; of two experts, each step's is drawn by it.
         levels: of clips of a latent size (frames, height, width).
         caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.

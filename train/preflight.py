@@ -8,26 +8,29 @@ from pathlib import Path
 
 import torch
 
-from data.batch import collate
 from data.encoders import check_encoder, encoder_class
 from data.errors import DataError
-from data.manifest import Manifest
-from data.remote import scheme_of
-from data.stream import read_samples
-from train.checkpoint import checkpoints_of, weight_shapes
-from train.clips import clips_a_step, micro_batches
-from train.compose import read_config
-from train.config import RunConfig
+from data.io.remote import scheme_of
+from data.shards.batch import collate
+from data.shards.manifest import Manifest
+from data.shards.stream import read_samples
+from train.config.compose import read_config
+from train.config.schema import RunConfig
 from train.errors import UserError
-from train.folder import going_on
-from train.fp8 import check_fp8
-from train.initial import check_initial
-from train.inputs import hold_inputs
-from train.lora import check_saved, inject_lora, lora_parameters
-from train.models import Conditions, ModelAdapter, describe_model, family_of, sigma_range, temporal_rope
+from train.lora.initial import check_initial
+from train.lora.layers import check_saved, inject_lora, lora_parameters
+from train.memory.fp8 import check_fp8
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
+from train.models.families import family_of
+from train.models.loading import describe_model, sigma_range, temporal_rope
+from train.parallel.batch_size import clips_a_step, micro_batches
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
 from train.ranks import global_rank
-from train.resuming import check_changes
+from train.storage.checkpoints import checkpoints_of, weight_shapes
+from train.storage.inputs import hold_inputs
+from train.storage.resuming import check_changes
+from train.storage.run_folder import going_on
 
 _FULL = "out of memory"
 
@@ -108,11 +111,12 @@ def preflight_resume(
         override: shards, base weights and an initial LoRA may be others than the run was started with.
 
     Returns:
-        What it goes on with (`train.folder.going_on`).
+        What it goes on with (`train.storage.run_folder.going_on`).
 
     Raises:
         UserError: as `preflight`; or the newest checkpoint holds other weights than would be trained, or cannot follow
-            what has changed (`train.resuming.check_changes`); or what it reads was replaced (`train.inputs`).
+            what has changed (`train.storage.resuming.check_changes`); or what it reads was replaced
+            (`train.storage.inputs`).
     """
     check_changes(read_config(folder), config, folder)
     config = going_on(config, folder)

@@ -17,27 +17,34 @@ import lightning as L
 import torch
 from safetensors import SafetensorError
 
-from data.manifest import Manifest
-from train.assembly import assemble, held_out, loader
+from data.shards.manifest import Manifest
+from train.assemble import assemble, held_out, loader
 from train.build import training_shards
-from train.checkpoint import FolderCheckpointIO, Place, how_to_go_on, last_good_checkpoint, place_of, remove_leftovers
+from train.callbacks.progress import collected
+from train.callbacks.stop import EXIT_CODES, WORDS, Asked, StopSignals
+from train.callbacks.watchdog import Watchdog, patience
 from train.cli import MISTAKES
-from train.config import RunConfig
-from train.control import ControlGroup
+from train.config.schema import RunConfig
 from train.errors import UserError
 from train.export.run import export_run
-from train.folder import RunFolder, command, get_state, gpus_given, held, set_state
-from train.held_out import write_report
-from train.inputs import hold_inputs
-from train.loggers import wandb_closed
+from train.loggers.services import wandb_closed
 from train.module import LengthExtensionModule
+from train.parallel.control_group import ControlGroup
 from train.preflight import check_shapes, is_out_of_memory, out_of_memory
 from train.ranks import global_rank
-from train.report import write_page
-from train.stop import EXIT_CODES, WORDS, Asked, StopSignals
-from train.terminal import collected
-from train.unfinished import Unfinished
-from train.watchdog import Watchdog, patience
+from train.report.held_out import write_report
+from train.report.page import write_page
+from train.storage.checkpoints import (
+    FolderCheckpointIO,
+    Place,
+    how_to_go_on,
+    last_good_checkpoint,
+    place_of,
+    remove_leftovers,
+)
+from train.storage.inputs import hold_inputs
+from train.storage.run_folder import RunFolder, command, get_state, gpus_given, held, set_state
+from train.storage.unfinished import Unfinished
 
 
 def train(config: RunConfig, folder: RunFolder) -> None:
@@ -45,8 +52,8 @@ def train(config: RunConfig, folder: RunFolder) -> None:
 
     Raises:
         UserError: something that the user can mend, or another process runs in the folder.
-        SystemExit: the run was asked to stop (`train.stop`) and has saved a checkpoint; or, on a rank other than 0,
-            something that the user can mend, which is said once.
+        SystemExit: the run was asked to stop (`train.callbacks.stop`) and has saved a checkpoint; or, on a rank other
+            than 0, something that the user can mend, which is said once.
     """
     rank = global_rank()
     with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank), wandb_closed():

@@ -14,7 +14,7 @@ from data.errors import DataError
 
 if TYPE_CHECKING:
     from data.encoders.base import Encoder, EncoderSettings
-    from data.manifest import Manifest
+    from data.shards.manifest import Manifest
 
 __all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_encoder", "same_encoder"]
 

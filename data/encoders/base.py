@@ -17,7 +17,7 @@ from torch import Tensor
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part
 from data.errors import DataError
-from data.sample import Prompt
+from data.shards.sample import Prompt
 
 
 @dataclass(frozen=True)

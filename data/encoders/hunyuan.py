@@ -2,8 +2,8 @@
 
 The VAE has no cache to carry, so clips are encoded in tiles of 256 x 256 pixels and 64 frames, each with the frame that
 follows, which overlap by a quarter and are blended: those of HunyuanVideo's own code, whose VAE has `sample_tsize` 64,
-where diffusers' tiles have 16 frames. `tests/data/test_data_encoders.py` holds the floor for how far that is from the
-whole: a PSNR of 25 dB.
+where diffusers' tiles have 16 frames. `tests/data/encoders/test_encoders.py` says how far that is from the whole:
+a PSNR of 25 dB at least.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, LlamaModel
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
 from data.encoders.tokens import check_prefix
 from data.encoders.weights import load_part
-from data.sample import Prompt, TextTokens
+from data.shards.sample import Prompt, TextTokens
 
 _TEMPLATE: Any = DEFAULT_PROMPT_TEMPLATE
 TEMPLATE: str = _TEMPLATE["template"]

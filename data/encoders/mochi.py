@@ -2,7 +2,7 @@
 
 The encoder attends over all frames of a place, so a clip cannot be cut in time; it is encoded in square tiles that
 overlap by a quarter and are blended: of 256 pixels, and smaller ones for long clips (`tile_of`), 224 at 667 frames.
-`tests/data/test_data_encoders.py` holds the floor for how far that is from the whole: a PSNR of 35 dB.
+`tests/data/encoders/test_encoders.py` holds the floor for how far that is from the whole: a PSNR of 35 dB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import T5EncoderModel
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
 from data.encoders.weights import load_part
 from data.errors import DataError
-from data.sample import Prompt, TextTokens
+from data.shards.sample import Prompt, TextTokens
 
 # diffusers cuts a layer's input of more numbers than this in time. That is exact in layers of stride 1; in those of
 # stride 2 the frames behind a cut may be shifted by one.

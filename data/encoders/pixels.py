@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
 from data.errors import DataError
-from data.sample import Prompt
+from data.shards.sample import Prompt
 from data.text import TinyTextEncoder
 
 LATENTS = "pixels-v1"

@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
 from data.encoders.weights import load_part
 from data.errors import DataError
-from data.sample import Prompt, TextTokens
+from data.shards.sample import Prompt, TextTokens
 
 TEXT_TOKENS = 512
 HEADS_OF_1_3B = 12

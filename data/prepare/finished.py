@@ -10,10 +10,10 @@ from typing import Any
 
 from data.encoders import same_encoder
 from data.errors import DataError
-from data.manifest import FILE, REJECTED, Manifest
 from data.prepare import journal
 from data.prepare.plan import Plan, Rejected, Row, make_plan
 from data.prepare.recipe import YOUNGER, Recipe
+from data.shards.manifest import FILE, REJECTED, Manifest
 
 LIST = "videos.json"
 """The plan of a finished folder."""

@@ -23,16 +23,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from data.begun import Begun, shards_in
 from data.errors import DataError, naming
-from data.files import write_bytes
-from data.locks import Lock, say_no_locks, take
-from data.manifest import FILE, Manifest, ShardInfo
+from data.io.files import write_bytes
+from data.io.locks import Lock, say_no_locks, take
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
-from data.sample import Sample
-from data.writer import TarShards
+from data.shards.begun import Begun, shards_in
+from data.shards.manifest import FILE, Manifest, ShardInfo
+from data.shards.sample import Sample
+from data.shards.writer import TarShards
 
 _LOCK = "plan.lock"
 _WORLD = "world"

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.files import write_bytes
+from data.io.files import write_bytes
 from data.prepare.conditions import Condition
 from data.prepare.scaling import Size, nearest_size
 from data.prepare.selection import Candidates

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, naming
-from data.files import write_bytes
-from data.manifest import ShardInfo
+from data.io.files import write_bytes
 from data.prepare.plan import Rejected
+from data.shards.manifest import ShardInfo
 
 FOLDER = ".prepare"
 """Of the journal, in the folder of shards."""

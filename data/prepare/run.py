@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.begun import refuse_shards
 from data.encoders import encoder_class, fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError, naming
-from data.files import write_bytes
-from data.manifest import FILE, REJECTED, Manifest
+from data.io.files import write_bytes
 from data.prepare import journal
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.finished import LIST, check_same, revisit, same
@@ -26,8 +24,10 @@ from data.prepare.recipe import Rank, Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
-from data.sample import Prompt, Sample
-from data.writer import finish_folder, remove_leftovers
+from data.shards.begun import refuse_shards
+from data.shards.manifest import FILE, REJECTED, Manifest
+from data.shards.sample import Prompt, Sample
+from data.shards.writer import finish_folder, remove_leftovers
 
 AHEAD = 2  # decoded clips that wait in this process
 

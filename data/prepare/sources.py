@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.lines import read_utf8
+from data.io.lines import read_utf8
 from data.prepare.conditions import no_column, number
 from data.prepare.folder import SUFFIXES, search
 from data.prepare.tables import read_table

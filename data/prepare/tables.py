@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.lines import lines_of, read_utf8
+from data.io.lines import lines_of, read_utf8
 from data.prepare.folder import SUFFIXES as VIDEOS
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from radial.backends.base import AttentionCall, Backend
-from radial.backends.blocks import TorchBlocks
-from radial.backends.fa4 import Fa4
+from radial.backends.fa4.backend import Fa4
 from radial.backends.flashinfer import FlashInfer
 from radial.backends.flex import Flex
-from radial.backends.sdpa import Sdpa
+from radial.backends.torch_blocks import TorchBlocks
+from radial.backends.torch_dense import Sdpa
 from radial.errors import RadialError
 
 __all__ = ["BACKENDS", "AttentionCall", "Backend", "choose_backend"]

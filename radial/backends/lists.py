@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from radial.backends.schedule import Schedule
+from radial.backends.fa4.schedule import Schedule
 from radial.layout import BlockLayout
 
 
@@ -42,8 +42,8 @@ def block_lists(layout: BlockLayout, *, backward: bool, masks: bool, scheduled: 
         layout: of any pattern.
         backward: query blocks for each key block, not key blocks for each query block.
         masks: samples have text padding. ``masked_count`` is 0 then; `masked_counts` has each sample's.
-        scheduled: order and lists follow `radial.backends.schedule`, in the forward for a kernel that walks its lists
-            from the end; else everything ascends.
+        scheduled: order and lists follow `radial.backends.fa4.schedule`, in the forward for a kernel that walks its
+            lists from the end; else everything ascends.
     """
     blocks, complete, device = layout.blocks, layout.complete_blocks, layout.columns.device
     offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)

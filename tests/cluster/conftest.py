@@ -1,13 +1,10 @@
 """A private SLURM for the tests of this folder; they skip with the reason where none can be started."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train")]
-from slurm import Slurm, missing  # noqa: E402
+from tests.helpers.slurm import Slurm, missing
 
 
 @pytest.fixture(scope="session")

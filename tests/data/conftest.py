@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared import write_six
-from servers import Server, http_server
 
-from data import patience
-from data.manifest import Manifest
-from data.sample import Prompt, Sample, TextTokens
-from data.writer import ShardWriter
+from data.io import retry as patience
+from data.shards.manifest import Manifest
+from data.shards.sample import Prompt, Sample, TextTokens
+from data.shards.writer import ShardWriter
+from tests.helpers.prepared import write_six
+from tests.helpers.servers import Server, http_server
 
 MakeSample = Callable[..., Sample]
 MakeFolder = Callable[..., Manifest]

@@ -12,21 +12,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import run_config, words
 
 from launch import cancel, doctor, local, logs, status
 from launch.containers import folders_of
 from launch.job import Job
 from launch.logs import _has_reader
 from launch.slurm import _grace, _mounts, main, seconds_of
-from launch.start import record, run_argument
+from launch.submission import record, run_argument
+from tests.helpers.tiny import run_config, words
 from train.build import training_shards
-from train.compose import compose_run, finish, read_config
-from train.environment import git_revision, read_speed
+from train.config.compose import compose_run, finish, read_config
 from train.errors import UserError
-from train.folder import RunFolder, get_state, held, set_state
+from train.loggers.environment import git_revision, read_speed
 from train.planning import GIB, GPUS, Budget, Machine
 from train.run import resume
+from train.storage.run_folder import RunFolder, get_state, held, set_state
 
 
 def launch(*arguments, **options):
@@ -421,7 +421,7 @@ def test_a_copy_in_another_projects_checkout_has_no_revision(tmp_path, monkeypat
     copy.write_text("", encoding="utf-8")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     run(["git", *identity, "commit", "--allow-empty", "-m", "theirs"])
-    monkeypatch.setattr("train.environment.__file__", str(copy))
+    monkeypatch.setattr("train.loggers.environment.__file__", str(copy))
     assert git_revision() is None
     run(["git", "add", "environment.py"])
     assert len(git_revision()) == 41  # as of a checkout with changes

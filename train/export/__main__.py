@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from train.cli import files_with_strengths, flag, guarded, number
-from train.compose import split_arguments
+from train.config.compose import split_arguments
 from train.errors import UserError
 
 USAGE = """python -m train.export run=<run folder> [format=comfyui,...] [merge=true] [dtype=bf16] [out=<folder>]

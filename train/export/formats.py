@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.errors import UserError
-from train.export.names import TABLES, OriginalLayer, comfyui_names, original_layers
-from train.export.reading import Pairs
-from train.export.targets import weighted_layers
+from train.lora.names import TABLES, OriginalLayer, comfyui_names, original_layers
+from train.lora.reading import Pairs
+from train.lora.targets import weighted_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
@@ -61,7 +61,7 @@ class Adapter:
         """The LoRA of each layer of the original checkpoint: A (sum of ranks, in), B (all rows, sum of ranks).
 
         Raises:
-            UserError: a layer that the tables of `train.export.names` lack.
+            UserError: a layer that the tables of `train.lora.names` lack.
         """
         layers = weighted_layers(self.model)
         found = {}

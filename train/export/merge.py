@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.errors import UserError
-from train.export.base import stand_in
-from train.export.reading import Lora
+from train.lora.reading import Lora
+from train.models.pretrained import stand_in
 from train.models.weights import DTYPES
 
 _STEM = "diffusion_pytorch_model"

@@ -27,19 +27,19 @@ import torch
 from torch import Tensor
 
 from train import __version__
-from train.checkpoint import last_checkpoint, load_state, load_weights
-from train.compose import read_config
-from train.config import RunConfig
+from train.attention.levels import clip_levels
+from train.config.compose import read_config
+from train.config.schema import RunConfig
 from train.errors import UserError
-from train.export.base import public_name, stand_in, transformer_folder
 from train.export.formats import FORMATS, Adapter, check_formats, formats_of
 from train.export.merge import merge
-from train.export.reading import Lora, Pairs, read_lora
 from train.export.tools import differences, script_flags
 from train.export.verify import verify
-from train.levels import clip_levels
-from train.models import load_adapter
-from train.sample.loras import check_file
+from train.lora.files import check_file
+from train.lora.reading import Lora, Pairs, read_lora
+from train.models.loading import load_adapter
+from train.models.pretrained import public_name, stand_in, transformer_folder
+from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 _FP8 = (

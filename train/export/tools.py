@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radial import Released, build_layout
-from train.config import RunConfig
-from train.levels import clip_levels
-from train.models import family_of
+from train.attention.levels import clip_levels
+from train.config.schema import RunConfig
+from train.models.families import family_of
 
 
 @dataclass(frozen=True)

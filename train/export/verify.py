@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from train.errors import UserError
-from train.export.base import stand_in
 from train.export.formats import WEIGHTS, Adapter
-from train.export.names import MUSUBI_BLOCKS, comfyui_names
-from train.export.reading import Pairs, read_lora, trim
-from train.export.targets import weighted_layers
-from train.models import adapter_of
+from train.lora.names import MUSUBI_BLOCKS, comfyui_names
+from train.lora.reading import Pairs, read_lora, trim
+from train.lora.targets import weighted_layers
+from train.models.families import adapter_of
+from train.models.pretrained import stand_in
 
 _HUNYUAN_WIDTH = 3072  # diffusers splits HunyuanVideo's fused layers at this very width
 

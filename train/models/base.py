@@ -14,13 +14,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from radial import BlockLayout, VideoGrid
+from train.attention.sequence import SequenceShard, sharded_attention
+from train.attention.step_plan import AttentionPlan
 from train.errors import UserError
 from train.models.conditions import Conditions
 from train.models.pipelines import PipelineTraits
 from train.models.rope import TemporalRope
 from train.models.weights import check_weights
-from train.plan import AttentionPlan
-from train.sequence import SequenceShard, sharded_attention
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {}
 """Every family by its name; defining a subclass of `ModelAdapter` with a ``family`` puts it here."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.batch import Batch
-from data.sample import TextTokens
+from data.shards.batch import Batch
+from data.shards.sample import TextTokens
 from train.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """What the model sees beside the noised latent, by the names that shards have (`data.sample`).
+    """What the model sees beside the noised latent, by the names that shards have (`data.shards.sample`).
 
     Attributes:
         text: tokens (batch, L, D) and masks (batch, L), True on text.

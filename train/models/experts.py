@@ -13,9 +13,9 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
 from radial import VideoGrid
+from train.attention.step_plan import AttentionPlan
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
-from train.plan import AttentionPlan
 
 
 class Experts(nn.Module, PeftAdapterMixin):

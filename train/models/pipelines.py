@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from train.config import ModelConfig
+from train.config.schema import ModelConfig
 
 
 class PipelineTraits:

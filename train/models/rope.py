@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from radial import VideoGrid
-from train.config import ROPE_KINDS
+from train.config.schema import ROPE_KINDS
 from train.errors import UserError
 
 

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from train.clips import micro_batches
-from train.config import RunConfig
+from train.config.schema import RunConfig
 from train.errors import UserError
+from train.parallel.batch_size import micro_batches
+from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.calibration import BlockCosts
 from train.planning.hardware import Machine
 from train.planning.policies import BlockPolicies, chosen, configured
 from train.planning.sizes import Sizes
-from train.zero import REDUCE_BUCKET
 
 GIB = 2**30
 

@@ -1,7 +1,7 @@
 """What a plan cannot derive and somebody measured: one table, with its sources.
 
 Rates are of one NVIDIA H200, bf16, torch 2.11; for other GPUs they are scaled by peak FLOP/s (kernels) or by memory
-bandwidth (everything else). `python -m train.bench --json F`, then `python -m train.planning.compare F` sets a
+bandwidth (everything else). `python -m train.bench --json F`, then `python -m train.bench.compare F` sets a
 prediction beside a measurement; a number here may change only with such a file at hand.
 
 Activations are counted in hidden states: the tokens of one rank x model width x bytes of the run's precision.
@@ -60,7 +60,7 @@ class BlockCosts:
     running_modulated: float = 0.0
 
 
-# eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/test_train_planning.py
+# eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/planning/test_planning.py
 EAGER = BlockCosts(
     passes=280,
     saved=19.2,
@@ -76,7 +76,7 @@ EAGER_OF = {
     "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_selective=37.6, running_saved=4.7),
 }
 """Families whose blocks differ much from Wan's, by the same trace."""
-# compiled: tests/train/measured, where running is that of dense blocks; saved as counted on a CPU
+# compiled: tests/train/bench/measured, where running is that of dense blocks; saved as counted on a CPU
 COMPILED = BlockCosts(passes=44, saved=13.1, running=16.6, running_selective=10.5, running_saved=7.0)
 MODULATION = 6
 """Hidden states that scales, shifts and gates of each token take, which all blocks share."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.clips import clips_a_step, micro_batches
-from train.levels import clip_levels
-from train.models import sigma_range
+from train.attention.levels import clip_levels
+from train.models.loading import sigma_range
+from train.parallel.batch_size import clips_a_step, micro_batches
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS
@@ -54,7 +54,7 @@ class Duration:
 
     @property
     def flops(self) -> float:
-        """Forward and backward of one clip; what a policy computes again is not counted, as in `train.flops`."""
+        """Forward and backward of one clip; what a policy computes again is not counted (`train.planning.flops`)."""
         sizes = self.budget.sizes
         return 3.5 * self.attention_flops + (2 if self.budget.config.lora else 3) * sizes.linear + 3 * sizes.lora
 

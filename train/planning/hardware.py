@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from train.errors import UserError
-from train.flops import peak_rate
+from train.planning.flops import peak_rate
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which blocks keep what for their backward: as configured, or chosen so that a step fits and runs as little twice.
 
 A block keeps its input (``full``), its input and attention's output (``selective``), or all that autograd saves
-(``none``). What is kept lies on the GPU, or in CPU memory up to a limit, the first blocks' first (`train.offload`).
+(``none``). What is kept lies on the GPU, or in CPU memory up to a limit, the first blocks' first
+(`train.memory.offload`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.config import ParallelConfig
+from train.config.schema import ParallelConfig
 from train.errors import UserError
 
 

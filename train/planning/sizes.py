@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from radial import VideoGrid, build_layout
-from train.config import ModelConfig, RunConfig
-from train.models import ModelAdapter, architecture_of, family_of
+from train.config.schema import ModelConfig, RunConfig
+from train.models.base import ModelAdapter
+from train.models.families import family_of
+from train.models.loading import architecture_of
 from train.models.weights import settle
 
 

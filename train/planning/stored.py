@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.folder import PLAN
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
+from train.storage.run_folder import PLAN
 
 
 def store_plan(folder: Path, budget: Budget, table: str) -> None:

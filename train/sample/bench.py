@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from train.attention.step_plan import AttentionPlan
 from train.cli import flag, guarded, json_file, whole_number
-from train.compiler import compile_blocks
-from train.compose import compose_run, finish, split_arguments
-from train.config import RunConfig
+from train.config.compose import compose_run, finish, split_arguments
+from train.config.schema import RunConfig
 from train.errors import UserError
-from train.models import benchmark_adapter
+from train.memory.compiler import compile_blocks
+from train.models.loading import benchmark_adapter
 from train.models.weights import settle
-from train.plan import AttentionPlan
 from train.planning import resolve_precision
 
 USAGE = """python -m train.sample.bench [model=wan_14b] [frames=161,321] [dense_layers=0,2] [steps=1] [key=value ...]

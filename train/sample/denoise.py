@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from radial import Dense, Pattern
-from train.models import ModelAdapter
-from train.plan import AttentionPlan
+from train.attention.step_plan import AttentionPlan
+from train.models.base import ModelAdapter
 from train.sample.ranks import Split
 
 
@@ -29,7 +29,7 @@ class Attention:
     """Which attention a step runs.
 
     Attributes:
-        pattern, block, dense_layers, backend: as in `train.plan.AttentionPlan`.
+        pattern, block, dense_layers, backend: as in `train.attention.step_plan.AttentionPlan`.
         dense_steps: the first steps, which are dense; None: those at noise levels from ``dense_sigma`` up.
     """
 

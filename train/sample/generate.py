@@ -19,15 +19,15 @@ from torch import Tensor
 
 from radial import Dense, make_pattern
 from train import __version__
-from train.compiler import compile_blocks
-from train.config import ModelConfig
+from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.models import family_of
+from train.lora.files import notes
+from train.memory.compiler import compile_blocks
+from train.models.families import family_of
 from train.ranks import global_rank
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
 from train.sample.denoise import Attention, Denoiser
-from train.sample.loras import notes
 from train.sample.pipeline import (
     check_transformers,
     encode_prompts,

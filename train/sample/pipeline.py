@@ -19,22 +19,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from data.encoders.weights import load_part
-from train.config import ModelConfig
+from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.export.base import stand_in
 from train.export.formats import named_tensors
-from train.export.reading import Lora, read_lora
 from train.export.verify import compare_pairs, lora_layers
-from train.models import (
-    ADAPTERS,
-    ModelAdapter,
-    adapter_of,
-    check_pipeline,
-    family_of,
-    fetched,
-    read_json,
-    temporal_rope,
-)
+from train.lora.reading import Lora, read_lora
+from train.models.base import ModelAdapter
+from train.models.families import ADAPTERS, adapter_of, family_of
+from train.models.folders import fetched, read_json
+from train.models.loading import check_pipeline, temporal_rope
+from train.models.pretrained import stand_in
 from train.models.weights import check_weights
 from train.sample.settings import Job, Settings
 

@@ -2,7 +2,7 @@
 
 W ranks = B branches x S ranks      branch 1 computes the negative prompt while branch 0 computes the prompt, or the
                                     other way round where the pipeline has both in one batch (Mochi), in that order;
-                                    the S ranks of a branch share the tokens (`train.sequence`)
+                                    the S ranks of a branch share the tokens (`train.attention.sequence`)
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from train.attention.sequence import SequenceGroup
 from train.errors import UserError
 from train.ranks import global_rank, local_rank, slurm_tasks, world_size
-from train.sequence import SequenceGroup
 
 
 @dataclass(frozen=True)

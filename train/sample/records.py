@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train.config import ModelConfig
+from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.sample.settings import Job, Settings, slots
 
@@ -147,7 +147,7 @@ def is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
 
 def _loras(settings: Settings, model: ModelConfig) -> dict[str, str]:
     """SHA-256 of each LoRA file."""
-    from train.export.reading import find_file  # takes seconds to import
+    from train.lora.reading import find_file  # takes seconds to import
 
     found = {}
     for path, _ in (given for slot in slots(settings, model) for given in slot.files()):

@@ -14,13 +14,14 @@ from omegaconf import OmegaConf
 from data.cli import Place, parse, setting
 from data.encoders import encoder_class
 from data.errors import DataError
-from data.lines import lines_of, read_utf8
+from data.io.lines import lines_of, read_utf8
 from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
-from train.compose import compose_run
-from train.config import ROPE_KINDS, ModelConfig
+from train.config.compose import compose_run
+from train.config.schema import ROPE_KINDS, ModelConfig
 from train.errors import UserError
-from train.sample import levels, loras
+from train.lora import files as loras
+from train.sample import levels
 
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
@@ -136,7 +137,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     found = slots(settings, model)
     loras.check(found, model)
     told = loras.told(found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model)
-    from train.models import family_of  # takes seconds to import
+    from train.models.families import family_of  # takes seconds to import
 
     family = family_of(model)
     native = encoder_class(family.encoder)
@@ -190,7 +191,8 @@ def slots(settings: Settings, model: ModelConfig) -> list[loras.Slot]:
 
 def _check(settings: Settings, model: ModelConfig) -> None:
     grid(settings, model)
-    from train.models import family_of, temporal_rope  # takes seconds to import
+    from train.models.families import family_of  # takes seconds to import
+    from train.models.loading import temporal_rope  # takes seconds to import
 
     temporal_rope(replace(model, rope=str(settings.rope)))
     try:

@@ -1,0 +1,1 @@
+"""Files and bytes from wherever they lie: local, remote, locked, tried again."""

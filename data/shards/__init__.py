@@ -1,0 +1,1 @@
+"""Shards: their samples, manifest, writing, order and streaming."""

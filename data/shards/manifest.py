@@ -1,0 +1,267 @@
+"""What a folder of shards says about itself: `manifest.json`, with `empty_prompt.safetensors` beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from data.errors import DataError
+from data.io.files import write_bytes
+from data.io.remote import read_all, scheme_of
+from data.shards.sample import Prompt
+
+log = logging.getLogger(__name__)
+
+FILE = "manifest.json"
+EMPTY_PROMPT = "empty_prompt.safetensors"
+REJECTED = "rejected.jsonl"
+VERSION = 2
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included.
+
+    `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions.
+    """
+
+    key: str
+    shape: Shape
+    offset: int
+    bytes: int
+    crc32: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample as it stands in a manifest."""
+        raw = {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
+        return raw if self.crc32 is None else {**raw, "crc32": self.crc32}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard: file name inside the folder, its samples in the order of the tar, its size in bytes, its SHA-256."""
+
+    file: str
+    samples: tuple[SampleInfo, ...]
+    bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The shard as it stands in a manifest."""
+        samples = [sample.to_json() for sample in self.samples]
+        return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, "samples": samples}
+
+    @classmethod
+    def parse(cls, raw: Any, path: str | Path, where: str) -> ShardInfo:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: naming the file `path` and the field, which starts with `where`.
+        """
+        samples = []
+        for j, sample in enumerate(_get(raw, "samples", list, path, where)):
+            inner = f"{where}samples[{j}]."
+            key, shape = _get(sample, "key", str, path, inner), _get(sample, "shape", list, path, inner)
+            if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
+                raise DataError(f"{path}: {inner}shape is {shape}, expected [C, F, H, W]; make the folder anew")
+            offset, size = (_get(sample, name, int, path, inner) for name in ("offset", "bytes"))
+            if offset < 0 or size < 1:
+                raise DataError(f"{path}: {inner}offset is {offset} and bytes {size}, expected a place in the shard")
+            crc32 = _get(sample, "crc32", int, path, inner) if "crc32" in sample else None
+            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size, crc32))
+        name = _get(raw, "file", str, path, where)
+        size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
+        # Both become parts of paths and of `pipe:` commands.
+        if not _NAME.fullmatch(name):
+            raise DataError(f"{path}: {where}file is {name!r}, expected a file name of letters, digits, _, - and .")
+        if not _SHA256.fullmatch(digest):
+            raise DataError(f"{path}: {where}sha256 is {digest!r}, expected 64 hexadecimal digits")
+        return cls(name, tuple(samples), size, digest)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a folder of shards.
+
+    Attributes:
+        shards: the shards; samples are numbered through them in this order.
+        fps: frames a second of the clips, before the encoder.
+        encoder: fingerprint of what made latents and text; data of different fingerprints do not mix.
+        latent: what the latents are, in words.
+        text: what the text tensors are, in words.
+        arguments: the arguments that made the folder, as JSON.
+        videos: of how many files it was made, bad ones included; None where it was not made of files.
+        rejected: how many of them are bad; None where it was not made of files.
+        home: where it was loaded from, see `load`; not part of the file.
+        urls: where each shard is read from, see `data.io.remote`; not part of the file.
+    """
+
+    shards: tuple[ShardInfo, ...]
+    fps: float
+    encoder: str
+    latent: str
+    text: str
+    arguments: dict[str, Any]
+    videos: int | None = None
+    rejected: int | None = None
+    home: str = field(default="", compare=False)
+    urls: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder that it was loaded from."""
+        return Path(self.home)
+
+    @property
+    def samples(self) -> list[SampleInfo]:
+        """All samples in their numbering."""
+        return [sample for shard in self.shards for sample in shard.samples]
+
+    def shapes(self) -> list[list[Shape]]:
+        """For each shard the shapes of its samples: what `BatchOrder` takes."""
+        return [[sample.shape for sample in shard.samples] for shard in self.shards]
+
+    def load_empty_prompt(self) -> Prompt:
+        """The empty prompt's embedding, for caption dropout and guidance.
+
+        Raises:
+            DataError: when the file is missing or is not a prompt.
+        """
+        path = locate(self.home, EMPTY_PROMPT)
+        try:
+            tensors = safetensors.torch.load(read_all(path))
+        except (SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise DataError(f"{error}; it holds the empty prompt's embedding") from error
+            raise DataError(f"{path}: cannot be read ({error}); make the folder anew") from error
+        return Prompt.from_tensors(tensors, path)
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`, atomically, one line a shard."""
+        head = {
+            "format": "latent-shards",
+            "version": VERSION,
+            "fps": self.fps,
+            "encoder": self.encoder,
+            "latent": self.latent,
+            "text": self.text,
+            "arguments": self.arguments,
+            "samples": len(self.samples),
+            **{name: n for name, n in (("videos", self.videos), ("rejected", self.rejected)) if n is not None},
+        }
+        lines = ",\n  ".join(json.dumps(shard.to_json()) for shard in self.shards)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
+        write_bytes(folder / FILE, text.encode())
+
+    @classmethod
+    def load(cls, source: str | Path, *, missing: bool = False) -> Manifest:
+        """Read a manifest, and check that local shards are there.
+
+        Args:
+            source: the folder or the JSON file itself; or the folder's URL, which may be http(s)://, anything that
+                fsspec opens, or `pipe:` with a command that has {} for a file's name, such as
+                `pipe:aws s3 cp s3://bucket/shards/{} -`.
+            missing: local shards may be missing.
+
+        A local shard of another size than it should have is told in the log, and read as far as it goes.
+
+        Raises:
+            DataError: no manifest, not a manifest, wrong version, a bad field, or a shard missing.
+        """
+        home = str(source)
+        if not home:
+            raise DataError("the path of the shards is empty, expected a folder or URL; is a variable not set?")
+        if scheme_of(home) == "pipe" and "{}" not in home:
+            raise DataError(f"{home}: names no file, expected {{}} in the command where a file's name goes")
+        local = scheme_of(home) == "file"
+        if home.endswith(".json") and scheme_of(home) != "pipe":
+            home = home.rpartition("/")[0] or "."
+        if local:
+            # A run may change its working directory.
+            home = str(Path(home.removeprefix("file://")).absolute())
+        path = locate(home, FILE)
+        if local and not Path(path).is_file():
+            hint = "the folder is unfinished or not one of shards; make it first, or correct the path"
+            raise DataError(f"{path}: no manifest; {hint}")
+        try:
+            raw = json.loads(read_all(path))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{path}: cannot be read as JSON ({error}); make the folder anew") from error
+        manifest = cls._parse(raw, home, path)
+        for shard in manifest.shards if local else ():
+            file = Path(home) / shard.file
+            if missing and not file.exists():
+                continue
+            if not file.is_file():
+                raise DataError(f"{file}: missing, {path} lists it; copy it here or make the folder anew")
+            if file.stat().st_size != shard.bytes:
+                sizes = f"is {file.stat().st_size} bytes, {path} says {shard.bytes}"
+                log.warning("%s: %s; samples that are not whole are going to be skipped", file, sizes)
+        return manifest
+
+    @classmethod
+    def _parse(cls, raw: Any, home: str, path: str) -> Manifest:
+        if not isinstance(raw, dict) or raw.get("format") != "latent-shards":
+            raise DataError(f'{path}: not a manifest of shards, expected "format": "latent-shards"')
+        if raw.get("version") != VERSION:
+            found = raw.get("version")
+            raise DataError(f"{path}: version is {found!r}, this code reads {VERSION}; make the folder anew")
+        listed = enumerate(_get(raw, "shards", list, path))
+        shards = [ShardInfo.parse(shard, path, f"shards[{i}].") for i, shard in listed]
+        keys = [sample.key for shard in shards for sample in shard.samples]
+        if len(set(keys)) != len(keys):
+            (twice, _), *_ = Counter(keys).most_common(1)
+            raise DataError(f"{path}: key {twice} is listed twice, expected unique keys; make the folder anew")
+        if raw.get("samples", len(keys)) != len(keys):
+            raise DataError(f"{path}: samples is {raw['samples']!r}, but {len(keys)} are listed; make the folder anew")
+        fps = _get(raw, "fps", (int, float), path)
+        try:
+            check_fps(fps)
+        except DataError as error:
+            raise DataError(f"{path}: {error}; make the folder anew") from error
+        counts = {name: _get(raw, name, int, path) if name in raw else None for name in ("videos", "rejected")}
+        return cls(
+            shards=tuple(shards),
+            fps=float(fps),
+            encoder=_get(raw, "encoder", str, path),
+            latent=_get(raw, "latent", str, path),
+            text=_get(raw, "text", str, path),
+            arguments=_get(raw, "arguments", dict, path),
+            **counts,
+            home=home,
+            urls=tuple(locate(home, shard.file) for shard in shards),
+        )
+
+
+def check_fps(fps: float) -> None:
+    """Raise a DataError unless it is a pace, in frames a second."""
+    if not (math.isfinite(fps) and fps > 0):
+        raise DataError(f"fps is {fps}, expected frames a second, above 0")
+
+
+def locate(home: str, file: str) -> str:
+    """Where a file of a folder lies, `home` being the folder's path, URL or `pipe:` command with {}."""
+    return home.replace("{}", file) if scheme_of(home) == "pipe" else f"{home.rstrip('/')}/{file}"
+
+
+def _get(raw: Any, name: str, kind: type | tuple[type, ...], path: str | Path, where: str = "") -> Any:
+    """`raw[name]`, or a DataError that names the field when it is missing or of another kind."""
+    value = raw.get(name) if isinstance(raw, dict) else None
+    if not isinstance(value, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{path}: {where}{name} is {value!r}, expected {kinds}; make the folder anew")
+    return value

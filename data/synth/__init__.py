@@ -1,0 +1,1 @@
+"""Synthetic clips: ``python -m data.synth``."""

@@ -1,0 +1,135 @@
+"""flash-attn-4 (`flash_attn.cute`) on Hopper: the training default where it runs.
+
+Layouts that skip blocks go through the library's block-sparse kernels (`radial.backends.fa4.hopper`) with a schedule
+of ours (`radial.backends.fa4.schedule`); dense ones through its dense kernels. All blocks are in the library's "full"
+lists, except text columns where samples have padding: those are in its "masked" lists, with a mask function that reads
+each sample's length.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from radial.backends.base import AttentionCall
+from radial.backends.lists import Lists, block_lists, masked_counts
+from radial.backends.op import KernelBackend
+from radial.layout import BlockLayout
+
+
+class Fa4(KernelBackend):
+    """Forward and backward on compute capability 9; bf16 and fp16, head dims 64 and 128, blocks of 128."""
+
+    name = "fa4"
+    gives_lse = True
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        if call.device.type != "cuda":
+            return f"it needs a CUDA GPU, q is on {call.device.type}"
+        capability = torch.cuda.get_device_capability(call.device)
+        if capability[0] != 9:
+            return f"its schedule is for Hopper (compute capability 9.0), this GPU has {capability[0]}.{capability[1]}"
+        if call.dtype not in (torch.bfloat16, torch.float16):
+            return f"q, k and v are {call.dtype}, its kernels take bfloat16 and float16"
+        if call.head_dim not in (64, 128):
+            return f"head_dim is {call.head_dim}, expected 64 or 128"
+        # its dense kernels have no lists, but none of them masks text
+        if call.layout.block != 128 and (call.masks_text or not call.layout.is_dense):
+            return f"the layout's blocks are {call.layout.block} tokens, its tiles 128"
+        return _import_problem()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from radial.backends.fa4 import hopper
+
+        q, k, v = (_aligned(t) for t in (q, k, v))
+        if layout.is_dense and text_lengths is None:
+            return hopper.dense_forward(q, k, v, scale)
+        lists, valid = _lists(layout, text_lengths, backward=False)
+        return hopper.forward(q, k, v, lists, valid, scale)
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        _gradients(grad, q, k, v, out, lse, layout, text_lengths, scale, (dq, dk, dv))
+        return dq, dk, dv
+
+    def backward_into(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: BlockLayout,
+        text_lengths: Tensor | None,
+        scale: float,
+    ) -> None:
+        own = (_aligned(q), _aligned(k), _aligned(v))
+        _gradients(grad, *own, out, lse, layout, text_lengths, scale, own)
+        for x, gradient in zip((q, k, v), own, strict=True):
+            if gradient is not x:
+                x.copy_(gradient)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: BlockLayout,
+    text_lengths: Tensor | None,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    from radial.backends.fa4 import hopper
+
+    grad, q, k, v = (_aligned(t) for t in (grad, q, k, v))
+    if layout.is_dense and text_lengths is None:
+        hopper.dense_backward(grad, q, k, v, out, lse, scale, into)
+    else:
+        lists, valid = _lists(layout, text_lengths, backward=True)
+        hopper.backward(grad, q, k, v, out, lse, lists, valid, scale, into)
+
+
+@lru_cache(maxsize=1)
+def _import_problem() -> str | None:
+    try:
+        import radial.backends.fa4.hopper  # noqa: F401
+    except Exception as error:  # a broken installation raises anything, also from its own import-time checks
+        return f'flash-attn-4 does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
+    return None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as the kernels' bulk copies read it: head_dim contiguous, everything else in steps of 16 bytes."""
+    fits = x.stride(-1) == 1 and all(s and s % 8 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.contiguous()
+
+
+def _lists(layout: BlockLayout, text_lengths: Tensor | None, *, backward: bool) -> tuple[Lists, Tensor | None]:
+    """The lists of one direction, and each sample's valid keys where the text is masked."""
+    masks = text_lengths is not None
+    lists: Lists = layout.derived(
+        ("fa4", backward, masks), lambda: block_lists(layout, backward=backward, masks=masks, scheduled=True)
+    )
+    if text_lengths is None:
+        return lists, None
+    valid = layout.grid.video_tokens + text_lengths.int()
+    return lists._replace(masked_count=masked_counts(layout, valid, backward=backward)), valid

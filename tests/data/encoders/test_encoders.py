@@ -1,0 +1,323 @@
+"""The families' real classes, tiny, saved to disk and loaded: what they store is what their pipelines would use."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, WanImageToVideoPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from data.encoders import encoder_class, fingerprint, load_encoder, mochi
+from data.encoders.base import Encoder, EncoderSettings, to_frames, to_video
+from data.encoders.mochi import MochiEncoder
+from data.errors import DataError
+from data.shards.sample import Sample
+from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
+
+SAVE = {"wan": save_wan, "wan22_5b": save_wan_5b, "hunyuan": save_hunyuan, "mochi": save_mochi}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: save(tmp_path_factory.mktemp(family)) for family, save in SAVE.items()}
+
+
+def load(family: str, folder: Path, **more: Any) -> Encoder:
+    return load_encoder(family, EncoderSettings(folder, torch.device("cpu"), torch.float32, torch.float32, **more))
+
+
+def moving(frames: int, height: int, width: int) -> np.ndarray:
+    """A smooth random picture that slides: frames (F, H, W, 3) uint8."""
+    noise = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=torch.Generator().manual_seed(0))
+    wide = F.interpolate(noise, size=(height + 128, width + 128), mode="bicubic")[0].clamp(0, 1)
+    steps = [(t % 120, t // 2 % 120) for t in range(frames)]
+    views = [wide[:, y : y + height, x : x + width].permute(1, 2, 0) for y, x in steps]
+    return np.stack([(view * 255).byte().numpy() for view in views])
+
+
+@pytest.mark.parametrize(("family", "frames", "shape"), [
+    ("wan", 9, (16, 3, 6, 8)), ("wan22_5b", 9, (48, 3, 4, 6)), ("hunyuan", 9, (4, 3, 6, 8)),
+    ("mochi", 13, (4, 3, 6, 8)),
+])  # fmt: skip
+def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, frames: int, shape: Any) -> None:
+    encoder = load(family, folders[family])
+    cell = 16 if family == "wan22_5b" else 8
+    height, width = shape[2] * cell, shape[3] * cell
+    encoder.check(frames, [(height, width)])
+    prompt = encoder.prompt("a red ball")
+    latent = encoder.encode(moving(frames, height, width))
+    assert latent.dtype == torch.bfloat16 and latent.shape == shape
+    Sample("k", latent, prompt.text, prompt.pooled, {}, {"caption": "a red ball"}).validate()
+    assert encoder.decode(latent).shape == (frames, height, width, 3)
+    encoder.prompt("").validate("the empty prompt")
+    with pytest.raises(DataError, match=rf"frames is {frames + 1}, expected 1 \+ a multiple of"):
+        encoder.check(frames + 1, [(48, 64)])
+    expected = f"expected sides that divide by {2 * cell}, such as {height}x64"
+    with pytest.raises(DataError, match=f"size is {height}x60, {expected}"):
+        encoder.check(frames, [(height, 60)])
+
+
+def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:
+    encoder: Any = load("wan", folders["wan"])
+    text = encoder.prompt("a  red &amp; ball").text["text"]
+    padded, _ = encoder.pipeline.encode_prompt(
+        "a red & ball", do_classifier_free_guidance=False, max_sequence_length=512
+    )
+    assert len(text.tokens) == 5 and text.mask.all()
+    assert torch.equal(padded[0, :5].bfloat16(), text.tokens) and not padded[0, 5:].any()
+    assert len(encoder.prompt("red ball " * 400).text["text"].tokens) == 512
+    frames = moving(9, 48, 64)
+    mode = encoder.vae.encode(to_video(frames, torch.device("cpu"), torch.float32)).latent_dist.mode()[0]
+    mean, std = (
+        torch.tensor(v)[:, None, None, None] for v in (encoder.vae.config.latents_mean, encoder.vae.config.latents_std)
+    )
+    assert torch.equal(encoder.encode(frames), ((mode - mean) / std).bfloat16())
+
+
+@pytest.mark.parametrize(("family", "frames", "mean", "std"), [
+    ("hunyuan", 9, [0.0] * 4, [1.0] * 4), ("mochi", 13, [0.1, -0.2, 0.3, 0.0], [0.9, 1.1, 1.2, 0.8]),
+])  # fmt: skip
+def test_hunyuan_and_mochi_store_what_their_pipelines_denoise(
+    folders: dict[str, Path], family: str, frames: int, mean: list[float], std: list[float]
+) -> None:
+    """Normalised and scaled; decoding is the inverse."""
+    encoder: Any = load(family, folders[family])
+    encoder.vae.register_to_config(scaling_factor=0.5)
+    video = to_video(clip := moving(frames, 48, 64), torch.device("cpu"), torch.float32)
+    mode = encoder.vae.encode(video).latent_dist.mode()[0]
+    shift, scale = (torch.tensor(v)[:, None, None, None] for v in (mean, std))
+    latent = encoder.encode(clip)
+    torch.testing.assert_close(latent.float(), (mode - shift) / scale * 0.5, atol=1e-5, rtol=2**-8)
+    back = encoder.vae.decode((latent.float() / 0.5 * scale + shift)[None], return_dict=False)[0]
+    assert np.abs(encoder.decode(latent).astype(int) - to_frames(back)).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["wan", "wan22_5b"])
+def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[str, Path], family: str) -> None:
+    """Against the VAE's own layers over all frames at once: causal convolutions need no cache then."""
+    encoder: Any = load(family, folders[family])
+    seen: list[int] = []
+    counting = encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    video = to_video(moving(33, 64, 96), torch.device("cpu"), torch.float32)
+    found = encoder._latent(video)
+    assert found.shape[1] == 9 and max(seen) == 4 and len(seen) == 9
+    counting.remove()
+    for layer in encoder.vae.encoder.modules():
+        if getattr(layer, "mode", None) == "downsample3d":
+            # Without a cache it leaves the time as it is: the first frame stays alone, two of the others become one.
+            layer.register_forward_hook(lambda own, _, out: torch.cat([out[:, :, :1], own.time_conv(out)], dim=2))
+    size = encoder.vae.config.patch_size
+    folded = video if size is None else patchify(video, size)
+    whole = DiagonalGaussianDistribution(encoder.vae.quant_conv(encoder.vae.encoder(folded))).mode()
+    mean, std = encoder._statistics()
+    torch.testing.assert_close(found, ((whole - mean) / std)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_5b_s_first_latent_frame_is_its_image_condition(folders: dict[str, Path]) -> None:
+    """Its pipeline conditions on the latent of the first frame alone, which the clip's own latent begins with."""
+    encoder: Any = load("wan22_5b", folders["wan22_5b"])
+    pipeline: Any = WanImageToVideoPipeline(None, None, encoder.vae, None, expand_timesteps=True)
+    frames = moving(9, 64, 96)
+    first = to_video(frames[:1], torch.device("cpu"), torch.float32)[:, :, 0]
+    _, condition, mask = pipeline.prepare_latents(first, 1, 48, 64, 96, 9, torch.float32, torch.device("cpu"))
+    latent = encoder.encode(frames)
+    assert torch.equal(condition[0].bfloat16(), latent[:, :1]) and not torch.equal(latent[:, 1:2], latent[:, :1])
+    assert mask[0, 0, :, 0, 0].tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match="takes the first frame from the clip's own latent: leave it out"):
+        load("wan22_5b", folders["wan22_5b"], image_to_video=True)
+
+
+def test_the_two_vaes_of_wan_are_not_mistaken(folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="4x16x16 pixels, model=wan has 4x8x8; choose model=wan22_5b"):
+        load("wan", folders["wan22_5b"])
+    with pytest.raises(DataError, match="4x8x8 pixels, model=wan22_5b has 4x16x16; choose model=wan$"):
+        load("wan22_5b", folders["wan"])
+
+
+def test_another_hunyuan_vae_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=4, spatial_compression_ratio=4
+    )
+    other = shutil.copytree(folders["hunyuan"], tmp_path / "other")
+    vae.save_pretrained(other / "vae")
+    with pytest.raises(DataError, match="other/vae: a cell of its latents is 4x4x4 pixels, model=hunyuan has 4x8x8"):
+        load("hunyuan", other)
+
+
+def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
+    encoder: Any = load("wan", save_wan(tmp_path, image=True), image_to_video=True)
+    frames = moving(9, 48, 64)
+    found = encoder.image(frames)
+    first = to_video(frames[:1], torch.device("cpu"), torch.float32)[:, :, 0]
+    _, condition = encoder.images.prepare_latents(first, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"))
+    assert torch.equal(found["condition"], condition[0, 4:].bfloat16())
+    assert found["clip"].shape == (17, 32)
+    with pytest.raises(DataError, match="loaded without image_to_video"):
+        load("wan", tmp_path).image(frames)
+    with pytest.raises(DataError, match="model=pixels has no image-to-video encoder"):
+        load("pixels", None).image(frames)  # type: ignore[arg-type]
+
+
+def test_hunyuan_text_is_without_template_and_padding(folders: dict[str, Path]) -> None:
+    encoder: Any = load("hunyuan", folders["hunyuan"])
+    prompt = encoder.prompt("a red ball")
+    tokens, pooled, mask = encoder.pipeline.encode_prompt("a red ball", device=torch.device("cpu"))
+    assert tokens.shape[1] == 256 and 0 < mask.sum() < 256
+    assert torch.equal(prompt.text["text"].tokens, tokens[0, : int(mask.sum())].bfloat16())
+    assert torch.equal(prompt.pooled["clip"], pooled[0].bfloat16())
+
+
+def test_mochi_empty_prompt(tmp_path: Path, folders: dict[str, Path]) -> None:
+    assert load("mochi", folders["mochi"]).prompt("").text["text"].mask.tolist() == [True]
+    zeroed = load("mochi", save_mochi(tmp_path, force_zeros=True)).prompt("").text["text"]
+    assert zeroed.mask.tolist() == [False] and not zeroed.tokens.any()
+
+
+def test_mochi_tiles_are_so_small_that_no_layer_with_a_stride_in_time_is_cut(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With diffusers' threshold lowered to that of a tiny clip: cut and whole layers give one latent."""
+    encoder: Any = load("mochi", folders["mochi"])
+    clip, cut = moving(13, 32, 160), []
+    monkeypatch.setattr(mochi, "CHANNELS", 32)
+    monkeypatch.setattr(mochi, "UNCUT", 32 * 14 * 64 * 64)
+    whole, limit = encoder.encode(clip), 32 * 14 * 16 * 64  # the clip is a quarter as high as its tiles
+
+    def as_diffusers(self: Any, video: torch.Tensor) -> torch.Tensor:
+        """`CogVideoXSafeConv3d.forward` with the threshold lowered."""
+        if video.numel() <= limit:
+            return torch.nn.Conv3d.forward(self, video)
+        cut.append(self.stride)
+        parts, kernel = list(video.chunk(int(video.numel() / limit) + 1, dim=2)), self.kernel_size[0]
+        if kernel > 1:
+            parts = parts[:1] + [torch.cat((a[:, :, 1 - kernel :], b), dim=2) for a, b in itertools.pairwise(parts)]
+        return torch.cat([torch.nn.Conv3d.forward(self, part) for part in parts], dim=2)
+
+    monkeypatch.setattr(CogVideoXSafeConv3d, "forward", as_diffusers)
+    found = encoder.encode(clip)
+    assert cut and all(stride[0] == 1 for stride in cut)
+    torch.testing.assert_close(found.float(), whole.float(), atol=1e-2, rtol=2**-7)
+    encoder.vae.use_tiling = False
+    encoder.encode(clip)
+    assert (2, 2, 2) in cut, "a larger tile is cut"
+
+
+def test_mochi_tiles_follow_from_the_clip_s_length() -> None:
+    assert [mochi.tile_of(frames) for frames in (163, 331, 667, 2047)] == [256, 256, 224, 128]
+    with torch.device("meta"):
+        vae = AutoencoderKLMochi()  # the released one's layout
+    frames, side, found = 667, 224, []
+    for block in vae.encoder.down_blocks:
+        layer = block.conv_in.conv
+        if layer.stride[0] > 1:
+            found.append(layer.in_channels * (frames + layer.kernel_size[0] - 1) * side**2)
+        frames, side = (frames - 1) // layer.stride[0] + 1, side // layer.stride[1]
+    assert max(found) == mochi.CHANNELS * 668 * 112 * 112 <= mochi.UNCUT
+    MochiEncoder.check(2047, [(480, 848)])
+    with pytest.raises(DataError, match="frames is 2053, but model=mochi encodes at most 2047 in one clip"):
+        MochiEncoder.check(2053, [(480, 848)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "frames", "floor"), [("hunyuan", 33, 25.0), ("mochi", 19, 35.0)])
+def test_tiles_are_near_the_whole(folders: dict[str, Path], family: str, frames: int, floor: float) -> None:
+    """PSNR in dB over the latent's range, for random weights, whose norms know nothing of natural pictures."""
+    encoder: Any = load(family, folders[family])
+    clip = moving(frames, 288, 384)
+    tiled = encoder.encode(clip).float()
+    encoder.vae.use_tiling = encoder.vae.use_framewise_encoding = False
+    whole = encoder.encode(clip).float()
+    assert not torch.equal(tiled, whole)
+    psnr = 10 * torch.log10((whole.max() - whole.min()) ** 2 / (whole - tiled).square().mean())
+    assert psnr > floor, psnr
+
+
+def test_fingerprints_tell_weights_apart(tmp_path: Path, folders: dict[str, Path]) -> None:
+    known = fingerprint("wan", folders["wan"])
+    copy = shutil.copytree(folders["wan"], tmp_path / "copy")
+    assert fingerprint("wan", copy) == known and known.startswith("wan:vae-")
+    tensors = load_file(copy / "vae" / "diffusion_pytorch_model.safetensors")
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, copy / "vae" / f"part-{i}.safetensors")
+    assert fingerprint("wan", copy) == known, "how weights are split into files does not matter"
+    tensors[names[0]].view(-1)[-1] += 1
+    save_file({name: tensors[name] for name in names[::2]}, copy / "vae" / "part-0.safetensors")
+    other = fingerprint("wan", copy)
+    assert other.split("+")[1] == known.split("+")[1] and other.split("+")[0] != known.split("+")[0]
+    other_text = fingerprint("wan", save_wan(tmp_path / "other", seed=1))
+    assert other_text.split("+")[1] != known.split("+")[1]
+
+
+def test_image_encoders_are_told_apart(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Where image conditions are written, and only there; a folder without an image encoder has none to tell."""
+    folder = save_wan(tmp_path / "image", image=True)
+    plain, known = fingerprint("wan", folder), fingerprint("wan", folder, image_to_video=True)
+    assert known.startswith(f"{plain}+image-") and fingerprint("wan", folders["wan"], image_to_video=True) == plain
+    settings = folder / "image_processor" / "preprocessor_config.json"
+    settings.write_text(settings.read_text(encoding="utf-8").replace("0.48145466", "0.5"), encoding="utf-8")
+    assert fingerprint("wan", folder) == plain != known != fingerprint("wan", folder, image_to_video=True)
+
+
+@pytest.mark.parametrize(("part", "tensor"), [
+    ("vae", "decoder.conv_in.weight"), ("text_encoder", "encoder.block.1.layer.1.layer_norm.weight"),
+    ("text_encoder", "shared.weight"),
+])  # fmt: skip
+def test_weights_that_lack_a_tensor_or_have_it_in_another_shape_are_refused(
+    tmp_path: Path, folders: dict[str, Path], part: str, tensor: str
+) -> None:
+    broken = shutil.copytree(folders["wan"], tmp_path / "broken")
+    (file,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(file)
+    kept = tensors.pop(tensor)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DataError, match=rf"broken/{part}: missing in the weights, by its config.json: .*{tensor}"):
+        load("wan", broken)
+    save_file({**tensors, tensor: torch.cat([kept, kept])}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=rf"broken/{part}: of another shape in the weights, .*: {tensor};"):
+        load("wan", broken)
+
+
+def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"vae: missing, expected this part of a diffusers model folder"):
+        fingerprint("wan", tmp_path)
+    with pytest.raises(DataError, match="holds a AutoencoderKLMochi, expected a AutoencoderKLWan; choose the model="):
+        load("wan", folders["mochi"])
+    broken = shutil.copytree(folders["wan"], tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"vae: cannot be loaded as AutoencoderKLWan"):
+        load("wan", broken)
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"has no \*.safetensors"):
+        fingerprint("wan", broken)
+    with pytest.raises(DataError, match="model is 'flux'"):
+        fingerprint("flux", tmp_path)
+
+
+def test_a_mistake_is_one_line_without_torchvision_too() -> None:
+    """transformers' warning that another class serves in place of torchvision's would be a second one."""
+    words = ["source=s", "out=o", "model=wan", "weights=nowhere"]
+    ran = subprocess.run([sys.executable, "-m", "data.prepare", *words], capture_output=True, encoding="utf-8")
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+@pytest.mark.parametrize(("heads", "size"), [(12, (480, 832)), (40, (720, 1280)), (None, (720, 1280))])
+def test_clips_of_the_1_3b_are_of_480p_unless_told_otherwise(tmp_path: Path, heads: int | None, size: Any) -> None:
+    if heads is not None:
+        (tmp_path / "transformer").mkdir()
+        (tmp_path / "transformer" / "config.json").write_text(f'{{"num_attention_heads": {heads}}}', encoding="utf-8")
+    assert encoder_class("wan").size_of(tmp_path) == size
+    assert encoder_class("hunyuan").size_of(tmp_path) == encoder_class("hunyuan").size

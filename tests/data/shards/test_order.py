@@ -1,0 +1,166 @@
+"""The order of batches, as properties over random manifests."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.shards.order import BatchOrder
+
+A, B = (4, 3, 2, 2), (4, 6, 2, 2)
+SHARDS = st.lists(st.lists(st.sampled_from([A, B]), max_size=8), min_size=1, max_size=8)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> BatchOrder:
+    shapes = draw(SHARDS.filter(any))
+    seed, window = draw(st.integers(0, 2**40)), draw(st.integers(1, 20))
+    return BatchOrder(shapes, seed=seed, global_batch=draw(st.integers(1, 6)), shuffle_window=window)
+
+
+@given(orders())
+def test_every_sample_is_in_one_batch_an_epoch_and_none_is_dropped(order: BatchOrder) -> None:
+    """What an epoch leaves over opens the next: line up a shape's batches, and each epoch's share is a permutation."""
+    flat = [shape for shard in order.shapes for shape in shard]
+    seen: dict[Any, list[int]] = {shape: [] for shape in flat}
+    epochs = 6
+    for epoch in range(epochs):
+        batches = order.epoch(epoch)
+        assert len(batches) == order.first_step(epoch + 1) - order.first_step(epoch)
+        for batch in batches:
+            assert len(batch) == order.global_batch and len({flat[sample] for sample in batch}) == 1
+            seen[flat[batch[0]]] += batch
+    for shape, line in seen.items():
+        samples = {sample for sample, its in enumerate(flat) if its == shape}
+        waiting = epochs * len(samples) - len(line)
+        assert 0 <= waiting < order.global_batch
+        for start in range(0, len(line), len(samples)):
+            share = line[start : start + len(samples)]
+            assert len(set(share)) == len(share) and set(share) <= samples
+
+
+@given(orders(), st.integers(0, 5))
+def test_batches_appear_as_soon_as_they_are_full(order: BatchOrder, epoch: int) -> None:
+    """An epoch's own samples are permuted within their windows only, so that near steps read near shards."""
+    line = [sample for shard in order.shards(epoch) for sample in order.samples_of(shard)]
+    place = {sample: i for i, sample in enumerate(line)}
+    windows = [place[batch[-1]] // order.shuffle_window for batch in order.epoch(epoch)]
+    assert windows == sorted(windows)
+
+
+@given(orders(), st.integers(0, 40))
+def test_steps_run_through_the_epochs_and_depend_on_nothing_else(order: BatchOrder, step: int) -> None:
+    epoch, batch = order.batch(step)
+    assert order.first_step(epoch) <= step < order.first_step(epoch + 1)
+    assert order.epoch(epoch)[step - order.first_step(epoch)] == batch
+    again = BatchOrder(
+        order.shapes, seed=order.seed, global_batch=order.global_batch, shuffle_window=order.shuffle_window
+    )
+    again.batch(0)
+    assert again.batch(step) == (epoch, batch)
+
+
+@given(orders(), st.integers(0, 20), st.integers(1, 5))
+def test_parts_of_any_number_of_ranks_partition_the_batch(order: BatchOrder, step: int, world: int) -> None:
+    parts = [order.part(step, rank, world) for rank in range(world)]
+    assert sorted(sample for part in parts for sample in part) == sorted(order.batch(step)[1])
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(orders(), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=4))
+def test_another_size_of_batches_goes_on_where_the_last_one_was(order: BatchOrder, changes: list[Any]) -> None:
+    """Whatever sizes follow each other, each shape's samples come in the order that batches of one have."""
+    flat = [shape for shard in order.shapes for shape in shard]
+    about: dict[str, Any] = {"seed": order.seed, "shuffle_window": order.shuffle_window}
+    seen: dict[Any, list[int]] = {shape: [] for shape in flat}
+    step = 0
+    for steps, size in changes:
+        order = BatchOrder(order.shapes, **about, global_batch=size, taken=order.taken(step), first=step)
+        for number in range(step, step + steps):
+            batch = order.batch(number)[1]
+            assert len(batch) == size
+            seen[flat[batch[0]]] += batch
+        step += steps
+    assert order.taken(step) == {shape: len(line) for shape, line in seen.items()}
+    one = BatchOrder(order.shapes, **about, global_batch=1)
+    singly: dict[Any, list[int]] = {shape: [] for shape in flat}
+    for number in itertools.count():
+        if all(len(singly[shape]) >= len(line) for shape, line in seen.items()):
+            break
+        (sample,) = one.batch(number)[1]
+        singly[flat[sample]].append(sample)
+    assert all(singly[shape][: len(line)] == line for shape, line in seen.items())
+
+
+@given(orders(), st.integers(0, 30), st.integers(0, 10))
+def test_going_on_with_the_same_size_changes_nothing(order: BatchOrder, first: int, more: int) -> None:
+    again = BatchOrder(
+        order.shapes,
+        seed=order.seed,
+        global_batch=order.global_batch,
+        shuffle_window=order.shuffle_window,
+        taken=order.taken(first),
+        first=first,
+    )
+    assert again.batch(first + more) == order.batch(first + more)
+    assert again.taken(first + more) == order.taken(first + more)
+
+
+@given(orders())
+def test_what_stands_in_has_the_same_shape_and_goes_round(order: BatchOrder) -> None:
+    flat = [shape for shard in order.shapes for shape in shard]
+    for first in range(len(flat)):
+        shard, place = order.shard_of(first)
+        assert order.samples_of(shard)[place] == first
+        found, sample = [], order.next_alike(first)
+        while sample != first:
+            found.append(sample)
+            sample = order.next_alike(sample)
+        assert sorted([*found, first]) == [sample for sample, shape in enumerate(flat) if shape == flat[first]]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**40))
+def test_epochs_and_seeds_differ(seed: int) -> None:
+    shapes = [[A] * 10] * 4
+    order = BatchOrder(shapes, seed=seed, global_batch=4, shuffle_window=16)
+    other = BatchOrder(shapes, seed=seed + 1, global_batch=4, shuffle_window=16)
+    assert order.epoch(0) != order.epoch(1)
+    assert order.epoch(0) != other.epoch(0)
+    unshuffled = BatchOrder(shapes, seed=seed, global_batch=10, shuffle_window=1)
+    assert all(batch == list(range(batch[0], batch[0] + 10)) for batch in unshuffled.epoch(0))
+
+
+def test_the_order_is_frozen() -> None:
+    """A run must resume in the same order after an upgrade: these numbers may never change."""
+    order = BatchOrder([[A, A, B], [A, A], [B, A]], seed=3, global_batch=2, shuffle_window=4)
+    assert [order.batch(step) for step in range(7)] == [
+        (0, [1, 6]),
+        (0, [5, 2]),
+        (0, [0, 3]),
+        (1, [4, 0]),
+        (1, [5, 2]),
+        (1, [1, 6]),
+        (1, [3, 4]),
+    ]
+
+
+def test_impossible_orders_say_what_there_is() -> None:
+    with pytest.raises(DataError, match="lists no samples"):
+        BatchOrder([[]], seed=0, global_batch=1, shuffle_window=8)
+    with pytest.raises(DataError, match="global_batch is 0"):
+        BatchOrder([[A]], seed=0, global_batch=0, shuffle_window=8)
+    with pytest.raises(DataError, match="shuffle_window is 0"):
+        BatchOrder([[A]], seed=0, global_batch=1, shuffle_window=0)
+
+
+def test_a_batch_larger_than_the_folder() -> None:
+    order = BatchOrder([[A, A, A]], seed=0, global_batch=4, shuffle_window=8)
+    assert [order.first_step(epoch) for epoch in range(6)] == [0, 0, 1, 2, 3, 3]
+    line = [sample for step in range(3) for sample in order.batch(step)[1]]
+    assert [sorted(line[i : i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4

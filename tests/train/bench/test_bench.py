@@ -1,0 +1,85 @@
+"""``python -m train.bench`` on a tiny model: every figure is there, for one and for two processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from train.bench.steps import Result, _speed_up, bench_config, case_of, main
+from train.errors import UserError
+
+TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
+
+
+@pytest.mark.parametrize("counts", [[2], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_the_figures_of_a_step(tmp_path, counts):
+    file = tmp_path / "bench.json"
+    settings = [
+        *TINY,
+        "lora.rank=8",
+        f"sp={','.join(map(str, counts))}",
+        "pattern=released,dense",
+        "trainer.precision=fp32",
+    ]
+    settings += ["parallel.activations=auto", "trainer.compile=false", "--json", str(file)]
+    command = [sys.executable, "-m", "train.bench", *settings]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"faster than dense with sp=(\d) \(2 dense blocks measured\): released [\d.]+x", done.stdout) == [
+        str(count) for count in counts
+    ]
+    assert done.stdout.count("  blocks keep none\n") == len(counts)
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    assert [(row["pattern"], row["sp"]) for row in results] == [
+        (pattern, sp) for sp in counts for pattern in ("released", "dense")
+    ]
+    for row in results:
+        assert (row["tokens"], row["blocks"]) == (5 * 8 * 16, 2)
+        assert row["step"] == pytest.approx(2 * row["block"])
+        assert row["tflops"] > 0
+        chosen = {"names": ["none", "none"], "offload": 0.0}  # this machine has room for all
+        assert row["chosen"] == (chosen if row["pattern"] == "released" else None)
+        assert row["compile"] == 0
+        assert row["mfu"] is None
+        assert set(row["parts"]) == {"copies", "attention", "linear", "communication", "other", "waiting"}
+        assert row["parts"]["linear"] > 0
+        assert row["parts"]["attention"] > 0
+        assert (row["parts"]["communication"] > 0) == (row["sp"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["blocks=some"], "blocks is 'some', expected a whole number"),
+        (["frames=320"], "clip.frames is 320, expected 4 x k"),
+        (["model=shapes"], "model=shapes has no dimensions"),
+        (["conf=shapes_base"], "conf=shapes_base trains all weights"),
+        (["parallel=zero3"], "parallel=zero3: leave it out"),
+        (["--json"], "--json needs a file name"),
+        (["pattern=spiral", *TINY], "attention.pattern is 'spiral'"),
+    ],
+)
+def test_mistakes_stop_before_anything_runs(words, message):
+    with pytest.raises(UserError, match=message):
+        main(words)
+
+
+def test_the_baseline_is_dense_attention_with_full_checkpointing():
+    config, _ = bench_config(["parallel.activations=selective"])
+    dense, released = case_of(config, "dense"), case_of(config, "released")
+    assert (dense.parallel.activations, released.parallel.activations) == ("full", "selective")
+    assert dense.attention.dense_layers == released.attention.dense_layers == 0
+    assert config.attention.dense_layers == 2
+
+
+def test_the_recipes_speed_up():
+    """13.9 s and 2.6 s a block: 5.3 times faster, and 4.4 times where 2 of 40 blocks are dense."""
+    about = {"sp": 1, "tokens": 1, "device": "", "first_step": 0, "compile": 0, "parts": {}, "memory": 0, "tflops": 0}
+    dense = Result(pattern="dense", blocks=4, step=55.6, block=13.9, mfu=None, **about)
+    released = Result(pattern="released", blocks=40, step=104, block=2.6, mfu=None, **about)
+    told = _speed_up(dense, released, 2, 40)
+    assert "4 dense blocks measured" in told
+    assert "released 5.35x in every block, with 2 of 40 dense 4.39x" in told

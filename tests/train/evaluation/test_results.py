@@ -1,0 +1,66 @@
+"""The table of held-out clips: paired intervals, and sentences that follow the figures."""
+
+import math
+
+import pytest
+import torch
+
+from radial import Dense, Paper, Released, build_layout
+from train.config.compose import compose_run, finish
+from train.evaluation.losses import Interval, student_95
+from train.evaluation.results import Row, findings, read_results, write_results
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(8, 2.3060), (11, 2.2010), (15, 2.1314), (31, 2.0395), (200, 1.9719)]
+)
+def test_students_quantile_is_that_of_the_tables(freedom, quantile):
+    assert student_95(freedom) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_an_interval_holds_the_mean_in_95_of_100_draws():
+    draws = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)).tolist()
+    intervals = [Interval.of(values) for values in draws]
+    assert 0.94 < sum(abs(i.mean) <= i.half for i in intervals) / len(intervals) < 0.96
+
+
+def rows(tuned):
+    clips = [0.05 + 0.001 * math.sin(i) for i in range(16)]
+    return [
+        Row("base, dense, own length", 16, clips, 1.0),
+        Row("base, dense", 64, clips, 9.0),
+        Row("base, released", 64, [loss + 0.1 for loss in clips], 2.0),
+        Row("released + LoRA", 64, [loss + tuned for loss in clips], 2.0),
+    ]
+
+
+def test_the_sentences_follow_the_figures():
+    better, same = findings(rows(-0.01)), findings(rows(0.0))
+    assert better == [
+        "The loss of base, released is 0.1000 ± 0.0000 above that of base, dense.",
+        "Tuned, the loss of released + LoRA is 0.0100 ± 0.0000 below that of base, dense.",
+        "Tuned, the loss of released + LoRA is 0.1100 ± 0.0000 below that of base, released.",
+    ]
+    assert "not distinguishable (+0.0000 ± 0.0000) from that of base, dense" in same[1]
+
+
+def test_what_is_written_is_read_back(tmp_path, capsys):
+    assert read_results(tmp_path) == []
+    write_results(rows(-0.01), tmp_path)
+    assert read_results(tmp_path) == rows(-0.01)
+    text = (tmp_path / "report.txt").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == f"\n{text}"
+    assert [line.split()[-3:] for line in text.splitlines() if line.startswith("base, dense  ")] == [
+        ["-0.0100", "±", "0.0000"]
+    ]
+
+
+def test_the_default_runs_mask_has_windows_within_a_frame():
+    """Otherwise the decay means nothing there, and Eq. 4 of the paper is dense."""
+    config = finish(compose_run({}))
+    assert config.model.rope == "interpolate"
+    sparsities = [
+        build_layout(pattern, config.grid(), config.attention.block).sparsity
+        for pattern in (Released(0.5), Released(1.0), Paper(), Dense())
+    ]
+    assert sparsities == sorted(set(sparsities), reverse=True)

@@ -1,0 +1,89 @@
+"""What an export says of the tools that run other attention than the run was trained with."""
+
+import pytest
+import torch
+
+from tests.helpers.stock_models import TARGETS, random_lora
+from tests.helpers.tiny_pipelines import save_pipeline
+from train.config.compose import compose_run, finish
+from train.export.run import _fold, _header, _save_adapters
+from train.export.tools import differences, script_flags
+from train.models.pretrained import stand_in
+
+
+def run_of(conf, **settings):
+    return finish(compose_run({"conf": conf, **{key.replace("__", "."): value for key, value in settings.items()}}))
+
+
+def test_the_released_hunyuan_script_runs_what_hunyuan_trains_with():
+    assert differences(run_of("hunyuan_4x"), "released") == []
+    (line,) = differences(run_of("hunyuan_4x", attention__rule="wan"), "released")
+    assert line.startswith("the released HunyuanVideo script runs other attention") and "rule hunyuan, not wan" in line
+    (line,) = differences(run_of("hunyuan_4x", attention="paper"), "released")
+    assert line.endswith("the released mask, not paper")
+    (line,) = differences(run_of("hunyuan_4x", clip__frames="129", clip__height="544", clip__width="960"), "released")
+    assert line.endswith("8 of 525 query blocks see the text alone")
+    assert differences(run_of("hunyuan_4x", attention="dense"), "released") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({"conf": "wan_4x"}, "diffusers", {}),
+        (
+            {"conf": "wan_4x"},
+            "comfyui",
+            {
+                "WanVideoWrapper": "rule ports, not wan",
+                "LightX2V": "rule ports, not wan, decay 0.2, not 1, no dense layers, not 2, no dense steps, not 2",
+                "Wan2GP": "rule ports, not wan, no dense layers, not 2, no dense steps, not 2",
+            },
+        ),
+        (
+            {
+                "conf": "wan_4x",
+                "attention__rule": "ports",
+                "attention__dense_layers": "0",
+                "attention__dense_steps": "0",
+            },
+            "comfyui",
+            {"LightX2V": "decay 0.2, not 1"},
+        ),
+        (
+            {"conf": "wan22_2x"},
+            "diffusers",
+            {
+                "the released Wan2.2 script": "blocks of 64, not 128; training's fastest kernel has blocks of 128 only",
+            },
+        ),
+        ({"conf": "wan_i2v_2x"}, "diffusers", {}),
+        ({"conf": "mochi_4x"}, "diffusers", {}),
+    ],
+)
+def test_each_tool_that_differs_has_a_line(settings, kind, expected):
+    lines = differences(run_of(**settings), kind)
+    words = " runs other attention than the LoRA was trained with: "
+    assert dict(line.split(words) for line in lines) == expected
+
+
+def test_the_scripts_flags_are_the_runs():
+    flags = dict(line.split() for line in script_flags(run_of("hunyuan_4x")).splitlines())
+    assert flags == {
+        "--pattern": "radial", "--dense_layers": "2", "--dense_timesteps": "2", "--decay_factor": "1",
+        "--num_frames": "509", "--height": "720", "--width": "1280", "--num_inference_steps": "50",
+    }  # fmt: skip
+    before = run_of("hunyuan_4x", attention__dense_steps="0", attention__dense_sigma="0.99")
+    assert "--dense_timesteps 4\n" in script_flags(before)
+
+
+def test_an_export_has_flags_differences_and_both_dense_figures(tmp_path):
+    base = save_pipeline("hunyuan", tmp_path / "base") / "transformer"
+    config = run_of("hunyuan_4x", model__path=str(base.parent), attention__rule="wan")
+    pairs = _fold(random_lora(stand_in(base), TARGETS["hunyuan"], seed=0), 3)
+    header = _header(config, 7)
+    words = (["released"], torch.float32, tmp_path / "out", "mine", lambda: None)
+    said = _save_adapters(config, base, pairs, header, *words)
+    assert (tmp_path / "out" / "released" / "flags.txt").read_text(encoding="utf-8") == script_flags(config)
+    assert any("released  the released HunyuanVideo script runs other attention" in line for line in said)
+    assert (header["radial.rule"], header["radial.dense_steps"], header["radial.sampling_steps"]) == ("wan", "2", "50")
+    assert 0.99408 < float(header["radial.dense_sigma"]) < 0.99709  # the third and second of 50 levels at shift 7

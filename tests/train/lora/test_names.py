@@ -1,0 +1,131 @@
+"""The names of the original checkpoints, held to diffusers' own converters and classes, at the models' real sizes."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from torch import nn
+
+from tests.helpers.original_keys import CHECKPOINTS, original_keys
+from train.export.formats import Adapter
+from train.lora.names import comfyui_names, original_layers
+from train.lora.targets import weighted_layers
+
+WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}
+MODELS = {
+    "Wan2.1-T2V-14B": (WAN, {}),
+    "Wan2.1-T2V-1.3B": (WAN, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "Wan2.1-I2V-14B": (WAN, {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
+    "Wan2.2-T2V-A14B": (WAN, {}),
+    "Wan2.2-TI2V-5B": (
+        WAN,
+        {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+    ),
+    "HunyuanVideo": (
+        {"class": "HunyuanVideoTransformer3DModel", "convert": "convert_hunyuan_video_transformer_to_diffusers"},
+        {},
+    ),
+    "mochi-1-preview": (
+        {"class": "MochiTransformer3DModel", "convert": "convert_mochi_transformer_checkpoint_to_diffusers"},
+        {},
+    ),
+}
+ATTENTION = (".attn1.", ".attn.", "single_transformer_blocks")
+
+
+def model_of(name: str) -> nn.Module:
+    about, config = MODELS[name]
+    with torch.device("meta"):
+        config = {"in_channels": 16, "out_channels": 16, **config} if about is WAN else config
+        return getattr(diffusers, about["class"])(**config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_listed_checkpoints_are_what_diffusers_converts(name):
+    assert MODELS.keys() == CHECKPOINTS.keys()
+    checkpoint = {key: torch.empty(shape, device="meta") for key, shape in original_keys(name).items()}
+    converted = getattr(single_file_utils, MODELS[name][0]["convert"])(checkpoint)
+    expected = {key: tuple(tensor.shape) for key, tensor in model_of(name).state_dict().items()}
+    assert {key: tuple(tensor.shape) for key, tensor in converted.items()} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tables_name_every_layer(name):
+    model = model_of(name)
+    keys, layers = original_keys(name), weighted_layers(model)
+    found = original_layers(type(model).__name__, layers)
+    assert sorted(part for layer in found for part in layer.parts) == sorted(layers)
+    for layer in found:
+        shapes = [layers[part].weight.shape for part in layer.parts]
+        assert keys[f"{layer.name}.weight"] == (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    assert {key for key in keys if key.endswith(".weight")} == {f"{layer.name}.weight" for layer in found}
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "mochi-1-preview"])
+def test_stacked_and_swapped_rows_lie_where_diffusers_expects_them(name):
+    """Each layer's rows are numbered; the converter and the table must cut the same pieces out of a checkpoint."""
+    model = model_of(name)
+    layers = weighted_layers(model)
+    checkpoint = {key: torch.arange(shape[0], dtype=torch.float) for key, shape in original_keys(name).items()}
+    numbered = dict(checkpoint)
+    converted = getattr(single_file_utils, MODELS[name][0]["convert"])(checkpoint)
+    for layer in original_layers(type(model).__name__, layers):
+        rows = numbered[f"{layer.name}.weight"]
+        rows = torch.cat(rows.chunk(2)[::-1]) if layer.swapped else rows
+        pieces = rows.split([len(layers[part].weight) for part in layer.parts])
+        for part, piece in zip(layer.parts, pieces, strict=True):
+            assert torch.equal(converted[f"{part}.weight"], piece), layer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_comfyuis_rules_find_every_key_in_the_checkpoint(name):
+    """ComfyUI joins a prefix and the checkpoint's name, and adds B A to that weight."""
+    model = model_of(name)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(a in n for a in ATTENTION)}
+    pairs = {
+        n: (torch.ones(2, m.in_features, device="meta"), torch.ones(m.out_features, 2, device="meta"))
+        for n, m in linear.items()
+    }
+    keys = original_keys(name)
+    fused = Adapter(pairs, model, {}, "", "").fused()
+    assert len(fused) <= len(pairs)
+    for layer, (down, up) in fused.items():
+        assert keys[f"{layer}.weight"] == (len(up), down.shape[1])
+        assert down.shape[0] == up.shape[1]
+
+
+# HunyuanVideo's layers in ComfyUI, and the names under which its loader also takes them
+COMFYUI = {
+    "double_blocks.3.img_mod.linear": ("double_blocks.3.img_mod.lin", "double_blocks.3.img_mod.linear"),
+    "double_blocks.3.img_attn_qkv": ("double_blocks.3.img_attn.qkv", "double_blocks.3.img_attn_qkv"),
+    "double_blocks.3.txt_attn_proj": ("double_blocks.3.txt_attn.proj", "double_blocks.3.txt_attn_proj"),
+    "double_blocks.3.img_mlp.fc1": ("double_blocks.3.img_mlp.0", "double_blocks.3.img_mlp.fc1"),
+    "double_blocks.3.txt_mlp.fc2": ("double_blocks.3.txt_mlp.2", "double_blocks.3.txt_mlp.fc2"),
+    "single_blocks.39.linear1": ("single_blocks.39.linear1",),
+    "single_blocks.39.modulation.linear": ("single_blocks.39.modulation.lin", "single_blocks.39.modulation.linear"),
+    "txt_in.individual_token_refiner.blocks.1.self_attn_qkv": (
+        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv",
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv",
+    ),
+    "txt_in.individual_token_refiner.blocks.1.mlp.fc1": (
+        "txt_in.individual_token_refiner.blocks.1.mlp.0",
+        "txt_in.individual_token_refiner.blocks.1.mlp.fc1",
+    ),
+    "txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1": (
+        "txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1",
+    ),
+    "time_in.mlp.0": ("time_in.in_layer",),
+    "guidance_in.mlp.2": ("guidance_in.out_layer",),
+    "vector_in.in_layer": ("vector_in.in_layer",),
+    "txt_in.t_embedder.mlp.2": ("txt_in.t_embedder.out_layer",),
+    "txt_in.c_embedder.linear_1": ("txt_in.c_embedder.in_layer",),
+    "txt_in.input_embedder": ("txt_in.input_embedder",),
+    "final_layer.adaLN_modulation.1": ("final_layer.adaLN_modulation.1",),
+}
+
+
+def test_comfyuis_own_names_of_hunyuan_videos_layers():
+    assert COMFYUI.keys() <= {key.removesuffix(".weight") for key in original_keys("HunyuanVideo")}
+    for name, expected in COMFYUI.items():
+        assert comfyui_names("HunyuanVideoTransformer3DModel", name) == expected
+    assert comfyui_names("MochiTransformer3DModel", "t_embedder.mlp.0") == ("t_embedder.mlp.0",)

@@ -1,0 +1,220 @@
+"""Activation policies: the same gradients from less memory."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from radial.backends import BACKENDS
+from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
+from train.attention.step_plan import AttentionPlan
+from train.build import set_memory_policy
+from train.config.schema import ParallelConfig
+from train.errors import UserError
+from train.flow import noised
+from train.memory.activations import block_runner
+from train.memory.offload import Offload, Stored
+from train.models.conditions import Conditions
+from train.planning.policies import BlockPolicies
+
+CELLS = (3, 12, 20)  # 45 tokens
+
+
+def gradients(prepare=lambda adapter: None, pattern="released"):
+    """LoRA gradients of a tiny Wan after ``prepare(adapter)``."""
+    adapter = tiny_adapter()
+    prepare(adapter)
+    adapter.transformer.train()
+    x0, eps, sigma, text = clips(2, CELLS)
+    x, target = noised(x0, eps, sigma)
+    adapter.set_plan(AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16))
+    (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean().backward()
+    return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
+
+
+def policy(**settings):
+    return lambda adapter: set_memory_policy(adapter, ParallelConfig(**settings), compiled=False)
+
+
+def mixed(offload, *names, compiled=False):
+    """Each of the three blocks keeps something else."""
+    parallel, policies = ParallelConfig(activations="auto"), BlockPolicies(names, offload)
+    return lambda adapter: set_memory_policy(adapter, parallel, compiled=compiled, policies=policies)
+
+
+def with_offload(name, offload, compiled=False):
+    runner = block_runner(name, offload, compiled=compiled)
+    return lambda adapter: adapter.transformer.enable_gradient_checkpointing(runner)
+
+
+@pytest.mark.parametrize("pattern", ["released", "dense"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        policy(activations="full"),
+        policy(activations="selective"),
+        policy(activations="full", offload_activations=True),
+        policy(ffn_chunk=16),
+        policy(activations="selective", ffn_chunk=7),
+        with_offload("full", Offload(least=0)),
+        with_offload("selective", Offload(least=0)),
+        mixed(0, "full", "selective", "none"),
+        mixed(math.inf, "selective", "full", "none"),
+    ],
+)
+def test_gradients_are_those_without_a_policy(prepare, pattern):
+    for got, expected in zip(gradients(prepare, pattern), gradients(pattern=pattern), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "forwards"),
+    [
+        (policy(activations="none"), 3),
+        (policy(activations="full"), 6),
+        (policy(activations="selective"), 3),
+        (mixed(0, "full", "full", "selective"), 5),
+        (mixed(0, "full", "selective", "none"), 4),
+    ],
+)
+def test_selective_never_computes_attention_again(monkeypatch, prepare, forwards):
+    calls = []
+    kernel = type(BACKENDS["torch"])
+    whole = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
+    gradients(prepare)
+    assert len(calls) == forwards
+
+
+def test_flex_attention_in_plain_blocks_is_refused_by_selective():
+    q = torch.randn(1, 1, 16, 16)  # without a gradient, which a CPU cannot give
+    run = block_runner("selective")
+    with pytest.raises(UserError, match="add trainer.compile=true"):
+        run(lambda q: flex_attention(q, q, q), q)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prepare", "forwards"),
+    [
+        (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="full"), compiled=True), 6),
+        (lambda adapter: set_memory_policy(adapter, ParallelConfig(activations="selective"), compiled=True), 3),
+        (with_offload("selective", Offload(least=0), compiled=True), 3),
+        (mixed(0, "selective", "selective", "selective", compiled=True), 3),
+    ],
+)
+def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
+    """One graph for the first block, whose input has no gradient, one for all others, and no breaks."""
+    expected, calls = gradients(), []
+    kernel = type(BACKENDS["torch"])
+    whole = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *arguments: calls.append(1) or whole(*arguments))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    out = []
+    monkeypatch.setattr("train.memory.offload.Stored", lambda *arguments: out.append(Stored(*arguments)) or out[-1])
+    for got, want in zip(gradients(prepare), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    assert len(calls) == forwards
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    weights = {tuple(p.shape) for p in tiny_adapter().transformer.parameters()}
+    assert not {tuple(stored.like.shape) for stored in out} & weights
+
+
+@pytest.mark.slow
+def test_compiled_blocks_may_keep_different_things():
+    """One graph for each policy, and one for the first block, whose input has no gradient: no breaks."""
+    expected = gradients()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    got = gradients(mixed(math.inf, "selective", "full", "none", compiled=True))
+    for gradient, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-7)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+class Sizes(TorchDispatchMode):
+    """Records the shapes of everything that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+def test_the_wide_middle_of_a_chunked_ffn_never_exists_whole():
+    wide = 96
+
+    def longest(prepare):
+        with Sizes() as sizes:
+            gradients(prepare)
+        return max(shape[-2] for shape in sizes.shapes if len(shape) > 1 and shape[-1] == wide)
+
+    assert longest(policy()) >= 45
+    assert longest(policy(ffn_chunk=16)) <= 64  # 64 is the weight itself, (64, 96) transposed
+
+
+@pytest.mark.parametrize(("name", "kept"), [("full", 3), ("selective", 6)])
+def test_what_is_kept_goes_out_and_all_of_it_comes_back(name, kept):
+    offload = Offload(least=0)
+    put, out = offload.put, []
+
+    def counted(x):
+        stored = put(x)
+        if not isinstance(stored, torch.Tensor):
+            out.append(stored)
+        return stored
+
+    offload.put = counted
+    gradients(with_offload(name, offload))
+    assert len(out) == kept  # each block's input, and with selective attention's output; all share text and angles
+    assert not offload._stored
+    assert sum(len(buffers) for buffers in offload._free.values()) == kept
+    gradients(with_offload(name, offload))
+    assert sum(len(buffers) for buffers in offload._free.values()) == kept  # the second step used them again
+
+
+def test_what_exceeds_the_limit_stays():
+    offload = Offload(least=0, limit=100)
+    for _ in range(2):  # the same each step
+        first, second, third = (offload.put(torch.arange(n)) for n in (8, 4, 2))
+        assert [isinstance(x, torch.Tensor) for x in (first, second, third)] == [False, False, True]
+        assert [len(offload.get(x)) for x in (third, second, first)] == [2, 4, 8]
+
+
+@pytest.mark.parametrize("limit", [math.inf, 4 * 8 * 800])
+def test_buffers_of_other_clips_make_room(limit):
+    """Clips of several shapes take turns: each goes out as a whole, in no more memory than the largest needs."""
+    offload = Offload(least=0, limit=limit)
+    for size in (300, 800, 500, 800, 700, 300, 600):
+        tensors = [torch.full((size,), float(i), dtype=torch.float64) for i in range(4)]
+        stored = [offload.put(x) for x in tensors]
+        assert not any(isinstance(x, torch.Tensor) for x in stored)
+        for handle, x in zip(reversed(stored), reversed(tensors), strict=True):
+            assert torch.equal(offload.get(handle), x)
+        locked = sum(buffer.numel() for buffers in offload._free.values() for buffer in buffers)
+        assert locked == offload._locked <= 4 * 8 * 800
+
+
+def test_tensors_come_back_as_they_were_in_any_order():
+    offload = Offload(least=0)
+    tensors = [torch.randn(5, 7).t(), torch.randn(3, dtype=torch.bfloat16), torch.arange(6), torch.randn(2, 3, 4)]
+    stored = [offload.put(x) for x in tensors]
+    for index in (3, 1, 2, 0):
+        back = offload.get(stored[index])
+        assert torch.equal(back, tensors[index])
+        assert back.stride() == tensors[index].stride()
+    small = torch.ones(3)
+    assert Offload(least=13).put(small) is small

@@ -1,0 +1,1 @@
+"""Which attention a step runs, and over how many GPUs."""

@@ -1,0 +1,62 @@
+"""Which attention each layer runs in one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from radial import BlockLayout, Dense, Pattern, VideoGrid, build_layout
+from train.attention.sequence import SequenceGroup, SequenceShard
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Fixed from a micro-batch's forward until its backward has run, because checkpointing calls forward again.
+
+    Attributes:
+        pattern_layout: block lists of the configured pattern.
+        dense_layout: the full layout of the same grid.
+        dense_layers: the first blocks, which stay dense.
+        all_dense: the whole step is dense (a noise level at or above ``dense_sigma``).
+        backend: an attention backend by name, or None for the fastest.
+        shard: this rank's share of the sequence, or None where each rank holds whole samples.
+    """
+
+    pattern_layout: BlockLayout
+    dense_layout: BlockLayout
+    dense_layers: int = 0
+    all_dense: bool = False
+    backend: str | None = None
+    shard: SequenceShard | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pattern: Pattern,
+        grid: VideoGrid,
+        *,
+        block: int = 128,
+        dense_layers: int = 0,
+        all_dense: bool = False,
+        backend: str | None = None,
+        sequence: SequenceGroup | None = None,
+    ) -> AttentionPlan:
+        return cls(
+            build_layout(pattern, grid, block),
+            build_layout(Dense(), grid),
+            dense_layers,
+            all_dense,
+            backend,
+            None if sequence is None else SequenceShard(grid.video_tokens, sequence),
+        )
+
+    def layout(self, layer: int) -> BlockLayout:
+        """The layout of a layer's self-attention."""
+        return self.dense_layout if self.all_dense or layer < self.dense_layers else self.pattern_layout
+
+    def backend_of(self, layer: int) -> str | None:
+        """The configured backend where the pattern runs; layers kept dense beside it take the fastest dense kernel."""
+        return self.backend if self.layout(layer) is self.pattern_layout else None
+
+    def attention_flops(self, layers: int, heads: int, head_dim: int) -> float:
+        """Floating-point operations of self-attention in one forward of one sample."""
+        return sum(self.layout(i).flops(heads, head_dim) for i in range(layers))

@@ -1,0 +1,1 @@
+"""A training step, measured and taken apart: ``python -m train.bench``."""

@@ -1,0 +1,138 @@
+"""``python -m train.bench.compare``: what the plan says of measured steps, beside what they were.
+
+Each file is one that ``python -m train.bench --json`` wrote; its cases are planned anew for the machine that it names,
+with what blocks kept then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from train.bench.steps import bench_config, case_of
+from train.cli import guarded
+from train.errors import UserError
+from train.planning.budget import GIB, Budget
+from train.planning.duration import Duration
+from train.planning.hardware import GPUS, Gpu, Machine
+from train.planning.policies import BlockPolicies
+
+USAGE = """python -m train.bench.compare FILE [FILE ...]
+
+Predicted against measured memory and seconds a step of each case in files that python -m train.bench --json wrote"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured case and its prediction.
+
+    Attributes:
+        name: what was measured, in words.
+        memory, predicted_memory: GiB, the GPU's peak.
+        seconds, predicted_seconds: of a step.
+        parts, predicted_parts: seconds of a step by kind.
+    """
+
+    name: str
+    memory: float
+    predicted_memory: float
+    seconds: float
+    predicted_seconds: float
+    parts: dict[str, float]
+    predicted_parts: dict[str, float]
+
+    @property
+    def memory_off(self) -> float:
+        """How far the predicted memory is off, as a share of the measured."""
+        return self.predicted_memory / self.memory - 1
+
+    @property
+    def seconds_off(self) -> float:
+        """How far the predicted time is off, as a share of the measured."""
+        return self.predicted_seconds / self.seconds - 1
+
+
+def cases(file: Path) -> list[Case]:
+    """The cases of a benchmark's file that ran on GPUs that a plan knows.
+
+    Raises:
+        UserError: no file of train.bench, or nothing in it was measured on such a GPU.
+    """
+    try:
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        config, _ = bench_config(measured["arguments"])
+        found = [_case(config, result, measured) for result in measured["results"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not a file of python -m train.bench --json ({error!r})") from error
+    known = [case for case in found if case is not None]
+    if not known:
+        raise UserError(f"{file}: nothing in it was measured on a GPU of {', '.join(g.name for g in GPUS.values())}")
+    return known
+
+
+def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case | None:
+    gpu = next((gpu for gpu in GPUS.values() if result["device"].startswith(gpu.name)), None)
+    if gpu is None:
+        return None
+    ranks = result["sp"]
+    config = case_of(config, result["pattern"])
+    config = replace(
+        config,
+        attention=replace(config.attention, dense_steps=0, dense_sigma=None),
+        parallel=replace(config.parallel, sequence=ranks),
+        optim=replace(config.optim, accumulate=1),
+    )
+    budget = Budget.of(config, _machine(gpu, ranks, measured), result["blocks"])
+    assert budget is not None
+    if result.get("chosen") is not None:
+        budget = replace(budget, given=BlockPolicies(**result["chosen"]))
+    duration = Duration(budget)
+    assert duration.parts is not None and duration.step is not None
+    name = f"{result['pattern']}, {result['blocks']} blocks, {result['tokens']:,} tokens, "
+    name += f"{ranks} GPU{'s' if ranks > 1 else ''}, {budget.policies}"
+    name += ", compiled" * config.trainer.compile + ", fp8" * config.trainer.fp8
+    return Case(
+        name,
+        result["memory"],
+        budget.gpu_memory / GIB,
+        result["step"],
+        duration.step,
+        result["parts"],
+        duration.parts,
+    )
+
+
+def _machine(gpu: Gpu, ranks: int, measured: dict[str, Any]) -> Machine:
+    return Machine(gpu, ranks, 1, float(measured["cpu_memory"]))
+
+
+def comparison(found: Sequence[Case]) -> str:
+    """The cases as a table in Markdown, with the parts of a step below it."""
+    lines = ["| case | GiB | predicted | | s a step | predicted | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {c.name} | {c.memory:.1f} | {c.predicted_memory:.1f} | {c.memory_off:+.0%} "
+        f"| {c.seconds:.3g} | {c.predicted_seconds:.3g} | {c.seconds_off:+.0%} |"
+        for c in found
+    ]
+    for case in found:
+        kinds = [kind for kind in case.predicted_parts if kind in case.parts]
+        parts = ", ".join(f"{k} {case.parts[k]:.3g} ({case.predicted_parts[k]:.3g})" for k in kinds)
+        lines += ["", f"{case.name}: seconds measured (predicted): {parts}"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the comparison."""
+    if not arguments:
+        raise UserError("no file is given, expected what python -m train.bench --json FILE wrote")
+    print(comparison([case for word in arguments for case in cases(Path(word))]))
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:], USAGE)

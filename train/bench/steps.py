@@ -1,0 +1,301 @@
+"""``python -m train.bench``: one LoRA step on random weights and data of the real shapes, measured and taken apart.
+
+Every case runs in fresh processes. Kernels are sorted by their names as a profiler sees them in one step; what is left
+of the step's time is waiting. The speed of a case whose loss or gradients are not finite is not printed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.attention.sequence import SequenceGroup, flow_loss
+from train.attention.step_plan import AttentionPlan
+from train.build import chosen_policies, set_memory_policy
+from train.callbacks.throughput import compile_seconds
+from train.cli import json_file, whole_number
+from train.config.check import validate
+from train.config.compose import compose_run, finish, split_arguments
+from train.config.schema import RunConfig
+from train.errors import UserError
+from train.flow import noised
+from train.lora.layers import inject_lora
+from train.memory.fp8 import use_fp8
+from train.models.loading import benchmark_adapter
+from train.models.weights import settle
+from train.planning import cpu_memory, resolve_precision
+from train.planning.flops import SampleFlops, peak_rate
+from train.planning.policies import BlockPolicies
+from train.planning.sizes import Sizes
+from train.preflight import check_heads
+
+USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
+                      [key=value ...] [--json FILE]
+
+Measures a LoRA step of each pattern on each number of GPUs that share the clip (sp), on random weights.
+With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
+Other keys are those of a run: parallel.activations=selective trainer.compile=true lora.rank=64 clip.height=480
+
+Every block runs its case's pattern. pattern=dense is the baseline: its blocks keep their input alone
+(parallel.activations=full), and at most 4 are measured. Speed-ups are those of a block; that of the whole model with
+the run's dense layers is worked out from them.
+"""
+_MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
+_OURS = {"blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
+_MOST_DENSE = 4  # blocks of a dense case: 40 of Wan-14B at 4x take ten minutes a step
+# in the names of kernels on a GPU, and of operators on a CPU
+_KINDS = {
+    "copies": ("memcpy",),
+    "communication": ("nccl", "c10d::", "gloo:", "_c10d_functional"),
+    # what radial.backends.fa4.hopper compiles is called kernel_cutlass_kernel_...
+    "attention": ("kernel_cutlass", "flash", "fmha", "attention", "attn"),
+    "linear": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_linear"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case, of rank 0."""
+
+    pattern: str
+    sp: int
+    blocks: int
+    tokens: int
+    device: str
+    first_step: float  # seconds, compilation included
+    compile: float  # seconds of it, and of later steps, that torch.compile took
+    step: float  # seconds, median
+    block: float  # seconds of a step for each block
+    parts: dict[str, float]  # seconds of a step by kind
+    memory: float  # GiB, peak of the GPU
+    tflops: float
+    mfu: float | None
+    chosen: BlockPolicies | None = None  # what parallel.activations=auto chose
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the cases and prints a line for each."""
+    out, arguments = json_file(arguments)
+    config, ours = bench_config(arguments)
+    if config.lora is None:
+        raise UserError(f"conf={config.conf} trains all weights (lora=null), a benchmark measures a LoRA step")
+    if config.parallel.strategy != "ddp":
+        raise UserError(f"parallel={config.parallel.strategy}: leave it out, steps are measured without DeepSpeed")
+    if config.model.dimensions is None and config.model.architecture is None:
+        raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
+    blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
+    cases = [
+        (case_of(config, name), whole_number("sp", word))
+        for word in ours["sp"].split(",")
+        for name in ours["pattern"].split(",")
+    ]
+    for case, _ in cases:
+        validate(case)
+    steps, results = whole_number("steps", ours["steps"]), []
+    print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
+    for case, sp in cases:
+        results.append(run_case(case, sp, blocks, steps))
+        print(_line(results[-1]), flush=True)
+        if out is not None:  # after each case: a later one may exceed a limit of memory or time
+            about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
+            out.write_text(
+                json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
+            )
+    for dense in (result for result in results if result.pattern == "dense"):
+        for other in (result for result in results if result.pattern != "dense" and result.sp == dense.sp):
+            print(_speed_up(dense, other, config.attention.dense_layers, _layers(config)))
+
+
+def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
+    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself.
+
+    Its steps are those at noise levels where the pattern runs: it has no dense ones.
+    """
+    settings = split_arguments(arguments)
+    model, frames = ({} if "conf" in settings else _MODEL), settings.pop("frames", None)
+    if frames is not None:
+        settings["clip.frames"] = frames
+    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
+    config = finish(compose_run({"parallel.activations": "full", "attention.dense_steps": "0", **model, **settings}))
+    return config, {**ours, "model": settings.get("model", config.conf)}
+
+
+def case_of(config: RunConfig, pattern: str) -> RunConfig:
+    """The run with a pattern in every block; those with dense attention keep their input alone."""
+    case = replace(config, attention=replace(config.attention, pattern=pattern, dense_layers=0))
+    if pattern != "dense":
+        return case
+    return replace(case, parallel=replace(case.parallel, activations="full", offload_activations=False))
+
+
+def _layers(config: RunConfig) -> int:
+    sizes = Sizes.of(config, "bf16")
+    assert sizes is not None  # its dimensions are known
+    return sizes.layers
+
+
+def _speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:
+    mixed = dense_layers * dense.block + (layers - dense_layers) * other.block
+    recipe = f", with {dense_layers} of {layers} dense {layers * dense.block / mixed:.2f}x" if dense_layers else ""
+    return (
+        f"faster than dense with sp={dense.sp} ({dense.blocks} dense blocks measured): "
+        f"{other.pattern} {dense.block / other.block:.2f}x in every block{recipe}"
+    )
+
+
+def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
+    """Measures ``steps`` steps of one clip on ``sp`` new processes.
+
+    Raises:
+        UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
+    """
+    if config.attention.pattern == "dense":
+        blocks = min(_layers(config) if blocks is None else blocks, _MOST_DENSE)
+    if torch.cuda.is_available() and sp > torch.cuda.device_count():
+        raise UserError(f"sp is {sp}, but there are {torch.cuda.device_count()} GPUs")
+    context = multiprocessing.get_context("spawn")  # libraries start CUDA when they are imported
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
+        store = f"file://{folder}/store"
+        tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps) for rank in range(sp)]
+        results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
+    return results[0]
+
+
+def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None, steps: int) -> Result:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would announce each start and stop
+    torch.set_num_threads(max(1, torch.get_num_threads() // sp))
+    if cuda:
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=sp)
+    try:
+        return _measure(config, device, sp, blocks, steps)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
+    dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
+    torch.manual_seed(config.seed)
+    adapter = benchmark_adapter(config.model, blocks, dtype, device)
+    layers, heads, _ = adapter.attention_shape
+    check_heads(sp, heads)
+    assert config.lora is not None
+    targets = config.lora.targets or adapter.targets(text=config.lora.text)
+    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
+    for transformer in adapter.transformers:
+        settle(transformer, dtype, device)
+    if config.trainer.fp8:
+        use_fp8(adapter.blocks())
+    on_all = replace(config.trainer, devices=sp)
+    policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), blocks)
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
+    adapter.transformer.train()
+    trained = [p for p in adapter.transformer.parameters() if p.requires_grad]
+    for parameter in trained:  # B starts at zero: A would have no gradient
+        torch.nn.init.normal_(parameter, std=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    latent, noise = (torch.randn(1, adapter.latent_channels, *config.latent_size(), device=device) for _ in range(2))
+    conditions = adapter.random_conditions(latent)
+    if config.objective.first_frame > 0:  # the heavier of the two kinds of steps: each token has its own timestep
+        conditions = replace(conditions, image={**conditions.image, "first_frame": latent[:, :, :1]})
+    given = adapter.given_frames(conditions)
+    sigma = torch.tensor([0.6], device=device)
+    x, target = noised(latent, noise, sigma)
+    attention = config.attention
+    plan = AttentionPlan.of(
+        config.pattern(),
+        adapter.grid(x),
+        block=attention.block,
+        dense_layers=attention.dense_layers,
+        backend=attention.backend if attention.pattern != "dense" else None,
+        sequence=SequenceGroup.of(sp),
+    )
+    adapter.set_plan(plan)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, plan.shard, adapter.patch, given)
+        loss.backward()
+        for parameter in trained if sp > 1 else ():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        optimizer.zero_grad()
+        if not torch.isfinite(loss + norm) or norm == 0:
+            raise UserError(f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: no speed to tell")
+        return loss.item()
+
+    first = _timed(step)
+    seconds = statistics.median(_timed(step) for _ in range(steps))
+    flops = SampleFlops.of(adapter, plan).step / sp
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_rate(name)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    return Result(
+        pattern=attention.pattern,
+        sp=sp,
+        blocks=layers,
+        tokens=plan.pattern_layout.grid.tokens,
+        device=name,
+        first_step=first,
+        compile=compile_seconds(),
+        step=seconds,
+        block=seconds / layers,
+        parts=_parts(step, device, seconds),
+        memory=memory,
+        tflops=flops / seconds / 1e12,
+        mfu=flops / seconds / peak if peak else None,
+        chosen=policies,
+    )
+
+
+def _timed(step: Any) -> float:
+    start = time.perf_counter()
+    step()  # ends by reading the loss, that is, with all work done
+    return time.perf_counter() - start
+
+
+def _parts(step: Any, device: torch.device, seconds: float) -> dict[str, float]:
+    """Seconds of one step by kind of kernel; ``waiting`` is what none but copies, which run beside, accounts for."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+    parts = dict.fromkeys([*_KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        name = event.key.lower()
+        kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+        parts[kind] += spent
+    return {**parts, "waiting": max(0.0, seconds - sum(parts.values()) + parts["copies"])}
+
+
+def _line(result: Result) -> str:
+    parts = "  ".join(f"{kind} {seconds:.3f}" for kind, seconds in result.parts.items())
+    rest = f"{result.memory:.1f} GiB  {result.tflops:.1f} TFLOP/s" + (f"  MFU {result.mfu:.1%}" if result.mfu else "")
+    return (
+        f"{result.pattern:<10} {result.sp:>2} {result.blocks:>6} {result.step:>8.3f} {result.block:>8.3f}   "
+        f"{parts}  |  {rest}  first step {result.first_step:.1f} s"
+        + (f", {result.compile:.1f} s of it compiling" if result.compile else "")
+        + (_kept(result.chosen) if result.chosen else "")
+    )
+
+
+def _kept(chosen: BlockPolicies) -> str:
+    moved = f", {chosen.offload / 2**30:.1f} GiB in CPU memory" if chosen.offload else ""
+    return f"  blocks keep {chosen}{moved}"

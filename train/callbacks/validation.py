@@ -1,0 +1,163 @@
+"""The loss on held-out clips while training: fixed clips, noise levels and noise, at several clip lengths.
+
+The noise levels are quantiles of those that the run trains at, so that the mean looks where training is: with Wan's
+shift of 5, half of it lies above 0.83. Of two experts each has the quantiles of its own levels, and its share of the
+mean. Attention at a level is the run's own there: dense from the level on from which training is.
+
+A shorter clip is the beginning of a longer one: the VAEs are causal in time, so its latents are the longer's first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from data.shards.batch import collate
+from data.shards.manifest import Manifest
+from data.shards.sample import Sample
+from data.shards.stream import read_samples
+from train.attention.levels import clip_levels
+from train.attention.sequence import flow_loss
+from train.callbacks.metrics import VALIDATION
+from train.callbacks.stop import StopSignals
+from train.callbacks.throughput import Throughput
+from train.callbacks.watchdog import Watchdog
+from train.config.schema import RunConfig
+from train.flow import noise_like, noised
+from train.models.conditions import Conditions
+from train.models.loading import sigma_range
+from train.module import LengthExtensionModule
+from train.parallel.control_group import ControlGroup
+
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def validation_levels(config: RunConfig) -> dict[float, float]:
+    """The noise levels at which a run is validated, from low to high, and the share that each has of the mean.
+
+    They are ``validation.sigmas`` where these are set, without those of an expert that the run does not train.
+    """
+    low, high = sigma_range(config.model)
+    if config.validation.sigmas is not None:
+        given = sorted({sigma for sigma in config.validation.sigmas if low <= sigma < high})
+        return {sigma: 1 / len(given) for sigma in given}
+    schedule = clip_levels(config).schedule
+    edges = [low, high]
+    if config.model.expert == "both":
+        assert config.model.boundary is not None
+        edges.insert(1, config.model.boundary)
+    below = [1 - schedule.share_above(edge) for edge in edges]
+    found: dict[float, float] = {}
+    for start, end in pairwise(below):
+        share = (end - start) / (below[-1] - below[0]) / len(QUANTILES)
+        found |= {schedule.at_quantile(start + quantile * (end - start)): share for quantile in QUANTILES}
+    return found
+
+
+class Validation(Callback):
+    """Measures every ``every`` steps and at the end, on all ranks together; the random state stays as it is.
+
+    Args:
+        every: optimizer steps; 0: never.
+        shards: held-out clips.
+        count: how many of them, the first.
+        levels: noise levels, each with its share of the mean (`validation_levels`).
+        lengths: in latent frames; each at most the clips'.
+
+    Attributes:
+        row: the last figures: ``validation/<length>_frames/sigma_<level>``, ``validation/<length>_frames``, and
+            ``validation/loss`` for the longest.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        shards: Manifest | None,
+        count: int,
+        levels: Mapping[float, float],
+        lengths: Sequence[int],
+        seed: int,
+        control: ControlGroup,
+        watchdog: Watchdog,
+        throughput: Throughput,
+        stop: StopSignals,
+    ) -> None:
+        self.every, self.levels, self.lengths, self.seed = every, dict(levels), sorted(lengths), seed
+        self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
+        self.shards, self.count = shards, count
+        self.row: dict[str, float] = {}
+        self._step = -1
+        self._clips: list[Sample] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.control.open(trainer)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.row = {}
+        if trainer.global_step == self._step or not self.every or self.shards is None:
+            return
+        self._step = trainer.global_step
+        if self._step % self.every == 0 or self._step == trainer.max_steps:
+            assert isinstance(module, LengthExtensionModule)
+            start = time.perf_counter()
+            module.transformer.eval()
+            self.row = self.measure(trainer, module)
+            module.transformer.train()
+            self.throughput.leave_out(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def measure(self, trainer: L.Trainer, module: LengthExtensionModule) -> dict[str, float]:
+        """The figures now; none when the run is asked to stop meanwhile. Every rank must call it."""
+        assert self.shards is not None
+        self._clips = self._clips or list(read_samples(self.shards, self.count))
+        sharing = module.sequence_size
+        group, groups = self.control.rank // sharing, self.control.world // sharing
+        sums = torch.zeros(len(self.lengths), len(self.levels), 2, dtype=torch.float64)
+        with trainer.precision_plugin.forward_context():
+            # every rank makes as many forward passes, so that none waits for another's
+            for turn in range(math.ceil(len(self._clips) / groups)):
+                number = turn * groups + group
+                counts = number < len(self._clips)
+                clip = self._clips[number % len(self._clips)]
+                for i, length in enumerate(self.lengths):
+                    for j, sigma in enumerate(self.levels):
+                        loss = self._loss(module, clip, length, sigma)
+                        sums[i, j] += counts * torch.tensor([loss / sharing, 1 / sharing])
+                        self.watchdog.progress()
+                        if self.stop.agree(trainer):
+                            return {}
+        sums = self.control.sum(sums)
+        table = sums[..., 0] / sums[..., 1]
+        row: dict[str, float] = {}
+        for length, losses in zip(self.lengths, table.tolist(), strict=True):
+            name = f"validation/{length}_frames"
+            row |= {f"{name}/sigma_{sigma:.4g}": loss for sigma, loss in zip(self.levels, losses, strict=True)}
+            row[name] = sum(share * loss for share, loss in zip(self.levels.values(), losses, strict=True))
+        return {**row, VALIDATION: row[f"validation/{self.lengths[-1]}_frames"]}
+
+    def _loss(self, module: LengthExtensionModule, clip: Sample, length: int, sigma: float) -> float:
+        batch = collate([clip], 0).to(module.device)
+        latent = batch.latent[:, :, :length]
+        level = torch.tensor([sigma], device=latent.device)
+        noise = noise_like(latent, self.seed, "validation", clip.key, length)
+        x, target = noised(latent, noise, level)
+        plan = module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma))
+        module.adapter.set_plan(plan)
+        conditions = Conditions.of(batch, module.guidance).first_frames(length)
+        velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)
+        loss: Tensor = flow_loss(velocity, target, plan.shard, module.adapter.patch, given)
+        return loss.item()
+
+
+def lengths_of(latent_frames: int) -> list[int]:
+    """A clip's own length, its half and its quarter: 4x, 2x and 1x of a native clip, in latent frames."""
+    return sorted({(latent_frames - 1) // part + 1 for part in (1, 2, 4)})

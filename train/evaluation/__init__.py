@@ -1,0 +1,1 @@
+"""Held-out clips: losses, the table, the Euler sampler."""

@@ -1,0 +1,67 @@
+"""Generating a latent with the model that is in training: Euler steps of the flow, by diffusers' scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from train.attention.step_plan import AttentionPlan
+from train.errors import UserError
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
+
+
+@torch.no_grad()
+def sample(
+    adapter: ModelAdapter,
+    noise: Tensor,
+    conditions: Conditions,
+    empty: Conditions | None,
+    plan: Callable[[float], AttentionPlan],
+    *,
+    steps: int,
+    shift: float,
+    guidance: float,
+    label: str = "Sampling",
+    quiet: bool = False,
+) -> Tensor:
+    """Integrates the flow from noise to a clean latent.
+
+    Args:
+        noise: (batch, C, F, H, W) standard normal.
+        conditions: the prompts' and all else that the model sees.
+        empty: the same with the empty prompt; needed when guidance is not 1.
+        plan: the attention of a step, from its noise level.
+        steps: Euler steps.
+        shift: the family's shift of the noise levels.
+        guidance: classifier-free guidance weight; 1 is off and costs half.
+        label: of the progress bar.
+        quiet: no progress bar.
+
+    Returns:
+        The latent, float32, of the shape of ``noise``.
+    """
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()  # the library has no types
+    scheduler.set_timesteps(sigmas=adapter.noise_levels(steps, shift), device=noise.device)
+    if adapter.sigma_range != (0.0, 1.0):
+        least, end = adapter.sigma_range
+        raise UserError(f"the model is an expert for noise levels {least:g} to {end:g}: sample with model.expert=both")
+    x = noise.float()
+    for step, timestep in enumerate(
+        tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True, disable=quiet)
+    ):
+        level = scheduler.sigmas[step].float()
+        sigma = level.expand(len(x))
+        adapter.set_plan(plan(level.item()))
+        velocity = adapter.velocity(x, sigma, conditions)
+        if guidance != 1.0:
+            assert empty is not None, "guidance needs the empty prompt"
+            unconditional = adapter.velocity(x, sigma, empty)
+            velocity = unconditional + guidance * (velocity - unconditional)
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    return x

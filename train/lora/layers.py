@@ -1,0 +1,140 @@
+"""The LoRA: injecting it with PEFT, and moving its weights in and out of plain state dicts.
+
+y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from train.errors import UserError
+from train.lora.reading import Lora
+from train.parallel.zero import set_whole_parameter, whole_shape
+
+ADAPTER = "default"
+
+
+def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int) -> list[str]:
+    """Freezes the model and adds fp32 LoRA weights to every module whose name matches ``targets`` in full.
+
+    Returns:
+        The names of the modules that carry a LoRA.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    matched = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)]
+    if not matched:
+        raise UserError(f"lora.targets {targets!r} matches no linear layer of the model")
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=matched, init_lora_weights=True), ADAPTER
+        )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for name in matched:
+        layer = transformer.get_submodule(name)
+        assert type(layer) is Linear
+        layer.__class__, layer.lora_B[ADAPTER].__class__ = _LoraLinear, _AddedLinear
+    return matched
+
+
+class _LoraLinear(Linear):
+    """PEFT's linear layer with a LoRA, its forward in fewer passes over the output.
+
+    The factor goes to the narrow side, and the second product adds to the frozen layer's output: no second tensor of
+    the output's size is made in the forward, nor one of the gradient's in the backward. A class, since a compiler that
+    met another ``forward`` on each layer would compile each block by itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        narrow = self.lora_A[ADAPTER](x) * self.scaling[ADAPTER]
+        total: Tensor = self.lora_B[ADAPTER](narrow, out)
+        return total
+
+
+class _AddedLinear(nn.Linear):
+    """to + x W^T for ``x`` (..., in) and ``to`` (..., out); a module's forward, so that ZeRO 3 gathers its weight."""
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.addmm(to.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(to.shape)
+
+
+def lora_parameters(transformer: Any) -> dict[str, Parameter]:
+    """The LoRA's parameters by their names in files, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``."""
+    parameters = {n.replace(f".{ADAPTER}.", "."): p for n, p in transformer.named_parameters() if ".lora_" in n}
+    assert parameters.keys() == get_peft_model_state_dict(transformer, adapter_name=ADAPTER).keys()
+    return parameters
+
+
+def start_from(transformer: Any, lora: Lora, scale: float) -> None:
+    """Sets the injected LoRA to one that was read from a file; a smaller rank is filled up with fresh, silent ranks.
+
+    Layers that the file does not cover stay as they are.
+
+    Args:
+        transformer: with the LoRA that `inject_lora` made.
+        lora: strength and alpha are in its tensors.
+        scale: alpha / rank of the injected LoRA.
+
+    Raises:
+        UserError: the file changes what the LoRA does not, or has a greater rank; nothing is set then.
+    """
+    parameters = lora_parameters(transformer)
+    if lora.differences:
+        raise UserError(f"lora.init changes {min(lora.differences)} as a whole, expected low-rank changes alone")
+    for name, (down, _) in lora.pairs.items():
+        own = parameters.get(f"{name}.lora_A.weight")
+        if own is None:
+            raise UserError(f"lora.init covers {name}, which is not among the layers to train: set lora.targets")
+        if len(down) > len(own):
+            raise UserError(f"lora.init has rank {len(down)} at {name}, lora.rank is {len(own)}: raise it")
+    with torch.no_grad():
+        for name, (down, up) in lora.pairs.items():
+            parameters[f"{name}.lora_A.weight"][: len(down)] = down
+            parameters[f"{name}.lora_B.weight"][:, : len(down)] = up / scale
+
+
+def check_saved(expected: dict[str, Parameter], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Holds the shapes of saved tensors against the parameters that they are for.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing or unknown:
+        name = (missing or unknown)[0]
+        raise UserError(
+            f"the checkpoint has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
+            "it was made for another model or other lora.targets"
+        )
+    for name, shape in shapes.items():
+        if shape != whole_shape(expected[name]):
+            raise UserError(
+                f"LoRA tensor {name} has shape {shape}, expected {tuple(whole_shape(expected[name]))}: "
+                "check lora.rank and the model"
+            )
+
+
+def load_parameters(expected: dict[str, Parameter], state: dict[str, Tensor]) -> None:
+    """Loads saved tensors into parameters, whole or spread over ranks by ZeRO; every rank must call it.
+
+    Raises:
+        UserError: the tensors do not fit the parameters; nothing is loaded then.
+    """
+    check_saved(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    for name, parameter in expected.items():
+        set_whole_parameter(parameter, state[name])

@@ -1,0 +1,262 @@
+"""What the layers of the original checkpoints are called, and which layers of the diffusers models they hold.
+
+ComfyUI, kohya's trainers and most published LoRAs use the names of the checkpoint that a family was released in. Some
+of its layers are several of diffusers' in one matrix, stacked along the output rows: q, k and v, or q, k, v and the
+first feed-forward layer. `tests/train/lora/test_names.py` holds the tables to diffusers' own converters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# For each class: prefix in the original checkpoint, prefix in diffusers ({} is the number of a block), then lines of
+# the original name and the diffusers layers that it holds; * says that its two halves of rows change places.
+TABLES: dict[str, list[tuple[str, str, str]]] = {
+    "WanTransformer3DModel": [
+        (
+            "",
+            "",
+            """
+            patch_embedding    patch_embedding
+            time_embedding.0   condition_embedder.time_embedder.linear_1
+            time_embedding.2   condition_embedder.time_embedder.linear_2
+            time_projection.1  condition_embedder.time_proj
+            text_embedding.0   condition_embedder.text_embedder.linear_1
+            text_embedding.2   condition_embedder.text_embedder.linear_2
+            img_emb.proj.0     condition_embedder.image_embedder.norm1
+            img_emb.proj.1     condition_embedder.image_embedder.ff.net.0.proj
+            img_emb.proj.3     condition_embedder.image_embedder.ff.net.2
+            img_emb.proj.4     condition_embedder.image_embedder.norm2
+            head.head          proj_out
+            """,
+        ),
+        (
+            "blocks.{}.",
+            "blocks.{}.",
+            """
+            self_attn.q            attn1.to_q
+            self_attn.k            attn1.to_k
+            self_attn.v            attn1.to_v
+            self_attn.o            attn1.to_out.0
+            self_attn.norm_q       attn1.norm_q
+            self_attn.norm_k       attn1.norm_k
+            cross_attn.q           attn2.to_q
+            cross_attn.k           attn2.to_k
+            cross_attn.v           attn2.to_v
+            cross_attn.o           attn2.to_out.0
+            cross_attn.norm_q      attn2.norm_q
+            cross_attn.norm_k      attn2.norm_k
+            cross_attn.k_img       attn2.add_k_proj
+            cross_attn.v_img       attn2.add_v_proj
+            cross_attn.norm_k_img  attn2.norm_added_k
+            norm3                  norm2
+            ffn.0                  ffn.net.0.proj
+            ffn.2                  ffn.net.2
+            """,
+        ),
+    ],
+    "HunyuanVideoTransformer3DModel": [
+        (
+            "",
+            "",
+            """
+            img_in.proj                   x_embedder.proj
+            time_in.mlp.0                 time_text_embed.timestep_embedder.linear_1
+            time_in.mlp.2                 time_text_embed.timestep_embedder.linear_2
+            guidance_in.mlp.0             time_text_embed.guidance_embedder.linear_1
+            guidance_in.mlp.2             time_text_embed.guidance_embedder.linear_2
+            vector_in.in_layer            time_text_embed.text_embedder.linear_1
+            vector_in.out_layer           time_text_embed.text_embedder.linear_2
+            txt_in.input_embedder         context_embedder.proj_in
+            txt_in.t_embedder.mlp.0       context_embedder.time_text_embed.timestep_embedder.linear_1
+            txt_in.t_embedder.mlp.2       context_embedder.time_text_embed.timestep_embedder.linear_2
+            txt_in.c_embedder.linear_1    context_embedder.time_text_embed.text_embedder.linear_1
+            txt_in.c_embedder.linear_2    context_embedder.time_text_embed.text_embedder.linear_2
+            final_layer.adaLN_modulation.1  *norm_out.linear
+            final_layer.linear            proj_out
+            """,
+        ),
+        (
+            "txt_in.individual_token_refiner.blocks.{}.",
+            "context_embedder.token_refiner.refiner_blocks.{}.",
+            """
+            norm1               norm1
+            self_attn_qkv       attn.to_q attn.to_k attn.to_v
+            self_attn_proj      attn.to_out.0
+            norm2               norm2
+            mlp.fc1             ff.net.0.proj
+            mlp.fc2             ff.net.2
+            adaLN_modulation.1  norm_out.linear
+            """,
+        ),
+        (
+            "double_blocks.{}.",
+            "transformer_blocks.{}.",
+            """
+            img_mod.linear   norm1.linear
+            img_attn_qkv     attn.to_q attn.to_k attn.to_v
+            img_attn_q_norm  attn.norm_q
+            img_attn_k_norm  attn.norm_k
+            img_attn_proj    attn.to_out.0
+            img_mlp.fc1      ff.net.0.proj
+            img_mlp.fc2      ff.net.2
+            txt_mod.linear   norm1_context.linear
+            txt_attn_qkv     attn.add_q_proj attn.add_k_proj attn.add_v_proj
+            txt_attn_q_norm  attn.norm_added_q
+            txt_attn_k_norm  attn.norm_added_k
+            txt_attn_proj    attn.to_add_out
+            txt_mlp.fc1      ff_context.net.0.proj
+            txt_mlp.fc2      ff_context.net.2
+            """,
+        ),
+        (
+            "single_blocks.{}.",
+            "single_transformer_blocks.{}.",
+            """
+            linear1            attn.to_q attn.to_k attn.to_v proj_mlp
+            linear2            proj_out
+            q_norm             attn.norm_q
+            k_norm             attn.norm_k
+            modulation.linear  norm.linear
+            """,
+        ),
+    ],
+    "MochiTransformer3DModel": [
+        (
+            "",
+            "",
+            """
+            x_embedder.proj       patch_embed.proj
+            t_embedder.mlp.0      time_embed.timestep_embedder.linear_1
+            t_embedder.mlp.2      time_embed.timestep_embedder.linear_2
+            t5_y_embedder.to_kv   time_embed.pooler.to_kv
+            t5_y_embedder.to_q    time_embed.pooler.to_q
+            t5_y_embedder.to_out  time_embed.pooler.to_out
+            t5_yproj              time_embed.caption_proj
+            final_layer.mod       *norm_out.linear
+            final_layer.linear    proj_out
+            """,
+        ),
+        (
+            "blocks.{}.",
+            "transformer_blocks.{}.",
+            """
+            mod_x          norm1.linear
+            mod_y          norm1_context.linear
+            mod_y          norm1_context.linear_1
+            attn.qkv_x     attn1.to_q attn1.to_k attn1.to_v
+            attn.q_norm_x  attn1.norm_q
+            attn.k_norm_x  attn1.norm_k
+            attn.proj_x    attn1.to_out.0
+            attn.qkv_y     attn1.add_q_proj attn1.add_k_proj attn1.add_v_proj
+            attn.q_norm_y  attn1.norm_added_q
+            attn.k_norm_y  attn1.norm_added_k
+            attn.proj_y    attn1.to_add_out
+            mlp_x.w1       *ff.net.0.proj
+            mlp_x.w2       ff.net.2
+            mlp_y.w1       *ff_context.net.0.proj
+            mlp_y.w2       ff_context.net.2
+            """,
+        ),
+    ],
+}
+
+# What lies in no layer: the name in the original checkpoint, and in diffusers.
+PARAMETERS: dict[str, list[tuple[str, str]]] = {
+    "WanTransformer3DModel": [
+        ("blocks.{}.modulation", "blocks.{}.scale_shift_table"),
+        ("head.modulation", "scale_shift_table"),
+    ]
+}
+MUSUBI_BLOCKS: dict[str, tuple[str, ...]] = {
+    "WanTransformer3DModel": ("blocks.",),
+    "HunyuanVideoTransformer3DModel": ("double_blocks.", "single_blocks."),
+}
+"""What the names of the layers start with that musubi-tuner reads of a LoRA; Mochi it does not know."""
+# ComfyUI has names of its own for HunyuanVideo's layers. Those of the blocks it also takes as the original has them,
+# after `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
+_COMFYUI_EMBEDDERS = {
+    "mlp.0": "in_layer",
+    "mlp.2": "out_layer",
+    "linear_1": "in_layer",
+    "linear_2": "out_layer",
+}
+_COMFYUI_BLOCKS = {
+    "_mod.linear": "_mod.lin",
+    ".modulation.linear": ".modulation.lin",
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+
+
+@dataclass(frozen=True)
+class OriginalLayer:
+    """A layer of the original checkpoint.
+
+    Attributes:
+        name: what it is called there, without ``.weight``.
+        parts: the diffusers layers that it holds, from the first output row on.
+        swapped: the two halves of its rows lie the other way round in diffusers.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    swapped: bool = False
+
+
+def original_layers(model_class: str, modules: Iterable[str]) -> list[OriginalLayer]:
+    """The layers of the checkpoint that a model was released in.
+
+    Args:
+        model_class: name of the diffusers class; one without a table has no other names.
+        modules: names of the model's layers that hold weights.
+    """
+    present = set(modules)
+    found = []
+    for theirs, ours, lines in TABLES.get(model_class, []):
+        block = re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)"))
+        numbers = sorted({int(match[1]) for name in present if (match := block.match(name))}) if "{}" in ours else [0]
+        for number in numbers:
+            for line in lines.strip().splitlines():
+                name, *inner = line.split()
+                parts = tuple(ours.format(number) + part.removeprefix("*") for part in inner)
+                if present.issuperset(parts):
+                    found.append(OriginalLayer(theirs.format(number) + name, parts, inner[0].startswith("*")))
+    return found
+
+
+def original_parameters(model_class: str, parameters: Iterable[str]) -> dict[str, str]:
+    """Name in the original checkpoint -> name in diffusers, of what lies in no layer.
+
+    Args:
+        model_class: name of the diffusers class.
+        parameters: names of the model's parameters.
+    """
+    found = {}
+    for theirs, ours in PARAMETERS.get(model_class, []):
+        named = re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)"))
+        for name in parameters:
+            if match := named.fullmatch(name):
+                found[theirs.format(*match.groups())] = name
+    return found
+
+
+def comfyui_names(model_class: str, name: str) -> tuple[str, ...]:
+    """What ComfyUI calls a layer of the original checkpoint.
+
+    Returns:
+        Its own name, which is also the one that ``lora_unet_`` goes before with underscores; then the name of the
+        original checkpoint where it takes that too, after ``diffusion_model.`` alone.
+    """
+    if model_class == "HunyuanVideoTransformer3DModel":
+        for theirs, own in _COMFYUI_EMBEDDERS.items():
+            if name.endswith((f"_in.{theirs}", f"_embedder.{theirs}")):
+                return (name.removesuffix(theirs) + own,)
+        for theirs, own in _COMFYUI_BLOCKS.items():
+            if name.endswith(theirs):
+                return name.removesuffix(theirs) + own, name
+    return (name,)

@@ -1,0 +1,182 @@
+"""What a transformer block keeps for its backward: one policy a run, or one a block (``parallel.activations=auto``).
+
+    none        everything that autograd saves
+    full        the block's input; the block runs again in the backward
+    selective   the input, and attention's output and log-sum-exp: all but attention runs again
+
+What is kept can go to CPU memory (`train.memory.offload`). A feed-forward layer can run in stretches of tokens, each of
+which runs again in the backward, so that its wide middle never exists for all tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from train.errors import UserError
+from train.memory.compiler import compile_call
+from train.memory.offload import Offload, Stored
+
+_Runner = Callable[..., Any]
+
+
+def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
+    """Runs each block by its own `block_runner`."""
+    by_block = {id(block): runner for block, runner in runners.items()}
+    return lambda block, hidden, *rest: by_block[id(block)](block, hidden, *rest)
+
+
+def call_block(block: nn.Module, *inputs: Any) -> Any:
+    """Calls a block as the model does by itself, its hooks included."""
+    return block(*inputs)
+
+
+def block_runner(
+    policy: str, offload: Offload | None = None, *, compiled: bool = False, call: _Runner = call_block
+) -> _Runner:
+    """How a model calls its blocks, ``run(block, hidden_states, *rest)``, for diffusers' gradient checkpointing.
+
+    Args:
+        policy: ``full``, ``selective`` or, beside blocks that have one of those, ``none``.
+        offload: where to what is kept goes; None leaves it on the device.
+        compiled: compile the block with its checkpoint as one graph. Operators inside a compiled block are out of
+            reach from outside, so that checkpointing a compiled block would compute attention again.
+        call: what is compiled, or checkpointed, of a block.
+    """
+    if policy == "none":
+        return compile_call(call) if compiled else call
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if compiled:
+        settings["context_fn"] = functools.partial(_compiled_contexts, policy == "selective")
+    elif policy == "selective":
+        settings["context_fn"] = functools.partial(_contexts, offload)
+
+    def inner(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(functools.partial(call, block), *inputs, **settings)
+
+    if compiled:
+        inner = compile_call(inner)
+    if offload is None:
+        return inner
+
+    def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:
+        # what all blocks share stays: text, modulation, rotary angles; and so do weights, which compiled blocks save
+        shared = {x.data_ptr() for x in _tensors(rest)}
+
+        def pack(x: Tensor) -> Any:
+            stays = x.data_ptr() in shared or any(x.data_ptr() == weight.data_ptr() for weight in block.parameters())
+            return x if stays else offload.put(x)
+
+        with saved_tensors_hooks(pack, offload.get):
+            return inner(block, hidden, *rest)
+
+    return run
+
+
+def chunk_tokens(layer: nn.Module, tokens: int) -> None:
+    """Makes a layer that treats each token alone run on ``tokens`` of them at a time, and again in the backward.
+
+    Args:
+        layer: takes and gives (batch, tokens, features).
+    """
+    layer.__class__ = _chunked(type(layer), tokens)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _chunked(kind: Any, tokens: int) -> Any:
+    """A class for all layers of a kind, so that the blocks that hold them share one compiled graph."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        whole = super(chunked, self).forward
+        return torch.cat([checkpoint(whole, part, use_reentrant=False) for part in x.split(tokens, dim=1)], dim=1)
+
+    chunked: Any = type(f"Chunked{kind.__name__}", (kind,), {"forward": forward})
+    return chunked
+
+
+def _is_self_attention(operator: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator's results are worth keeping; cross-attention to a few text tokens is not."""
+    if operator is torch.ops.radial.attention.default:
+        return True
+    return operator in _DENSE and args[0].shape == args[1].shape
+
+
+_DENSE = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _compiled_contexts(keep_attention: bool) -> Any:
+    """What the compiler is told of each operator; told nothing, torch 2.11 keeps what a collective gives."""
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = keep_attention and _is_self_attention(operator, args)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _contexts(offload: Offload | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    results: deque[Any] = deque()
+    put, get = (offload.put, offload.get) if offload is not None else (_same, _same)
+    return _Keep(results, put), _Reuse(results, get)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps what attention gives. torch's selective contexts do so too, but have no way to move it off the GPU."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, results: deque[Any], put: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.results, self.put = results, put
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(operator, HigherOrderOperator):  # FlexAttention, which torch would run uncompiled in this mode
+            raise UserError(
+                f"parallel.activations=selective cannot keep what {operator.name()} gives in blocks that are not "
+                "compiled: add trainer.compile=true, or take parallel.activations=full"
+            )
+        out = operator(*args, **(kwargs or {}))
+        if _is_self_attention(operator, args):
+            self.results.append(tree_map_only(Tensor, lambda x: self.put(x.detach()), out))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives what `_Keep` kept, in the same order, instead of computing it."""
+
+    def __init__(self, results: deque[Any], get: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.results, self.get = results, get
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_self_attention(operator, args):
+            return operator(*args, **(kwargs or {}))
+        return tree_map_only((Tensor, Stored), self.get, self.results.popleft())
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _tensors(items: Iterable[Any]) -> Iterable[Tensor]:
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from _tensors(item)

@@ -1,0 +1,1 @@
+"""Many processes: Lightning's strategies, ZeRO's parts, control messages, child processes."""

@@ -1,0 +1,163 @@
+"""What a run on synthetic clips shows at its end: a table on held-out clips, and pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.shards.batch import collate
+from data.shards.manifest import Manifest
+from data.shards.sample import Sample
+from data.shards.stream import read_samples
+from radial import Dense, Pattern, Random, Released, build_layout
+from radial.draw import draw_layout
+from train.attention.step_plan import AttentionPlan
+from train.config.schema import RunConfig
+from train.evaluation.euler import sample
+from train.evaluation.losses import clip_losses
+from train.evaluation.results import Row, write_results
+from train.flow import noise_like
+from train.models.conditions import Conditions
+from train.module import LengthExtensionModule
+from train.report.pictures import animate, draw_loss, film_strip
+from train.storage.unfinished import Unfinished
+
+
+def write_report(
+    config: RunConfig,
+    module: LengthExtensionModule,
+    folder: Path,
+    shards: Manifest,
+    held_out: Callable[[int, int], Manifest],
+    precision: Callable[[], AbstractContextManager[None]],
+    parts: Unfinished,
+) -> None:
+    """Draws the loss curve; with ``report.clips`` also evaluates, prints the table and animates.
+
+    Args:
+        held_out: gives the shards of that many held-out clips of that many latent frames.
+        precision: the autocast context that training ran in.
+        parts: of the table and the animation that were finished before, and what asks for a stop.
+
+    Raises:
+        Asked: the run was asked to stop.
+    """
+    if (folder / "metrics.csv").exists():
+        draw_loss(folder / "metrics.csv", folder / "loss.png")
+    if not config.report.clips:
+        return
+    count, short_frames = config.report.clips, config.report.short_frames
+    clips = list(read_samples(held_out(count, config.clip.frames)))
+    short = list(read_samples(held_out(count, short_frames))) if module.lora and short_frames else []
+    module.transformer.eval()
+    with precision():
+        rows = _measure(config, module, clips, short, parts)
+        write_results(rows, folder)
+        _show(config, module, clips[0], folder, parts)
+
+
+def draw_mask(module: LengthExtensionModule, shards: Manifest, folder: Path) -> None:
+    """Draws the mask of the shards' clips to ``mask.png``."""
+    latent = torch.empty(1, *shards.samples[0].shape)
+    layout = build_layout(module.pattern, module.adapter.grid(latent), module.block)
+    draw_layout(layout, folder / "mask.png")
+
+
+def _measure(
+    config: RunConfig, module: LengthExtensionModule, clips: list[Sample], short: list[Sample], parts: Unfinished
+) -> list[Row]:
+    adapter = module.adapter
+    shape = adapter.attention_shape
+
+    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], AttentionPlan]) -> Row:
+        def watched(latent: Tensor, sigma: float) -> AttentionPlan:
+            parts.check()
+            return plan(latent, sigma)
+
+        def measure() -> Tensor:
+            losses = clip_losses(adapter, of, watched, module.schedule, seed=config.seed, label=name)
+            return torch.tensor(losses, dtype=torch.float64)
+
+        losses = parts.part(f"row {name}", measure).tolist()
+        flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
+        return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
+
+    def plan_of(pattern: Pattern) -> Callable[[Tensor, float], AttentionPlan]:
+        return functools.partial(_pattern_plan, module, pattern=pattern)
+
+    rows = []
+    name, dense, pattern = module.pattern.name, functools.partial(_dense_plan, module), plan_of(module.pattern)
+    if module.lora:
+        module.transformer.disable_adapters()
+        if short:
+            rows.append(row("base, dense, own length", short, dense))
+        rows.append(row("base, dense", clips, dense))
+        if name != "dense":
+            rows.append(row(f"base, {name}", clips, pattern))
+        if isinstance(module.pattern, Released):
+            rows.append(row("base, random", clips, plan_of(Random(module.pattern))))
+        module.transformer.enable_adapters()
+        rows.append(row(f"{name} + LoRA", clips, pattern))
+    else:
+        rows.append(row(f"trained, {name}", clips, pattern))
+    return rows
+
+
+def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
+    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
+
+
+def _pattern_plan(
+    module: LengthExtensionModule, latent: Tensor, sigma: float, pattern: Pattern | None = None
+) -> AttentionPlan:
+    """What the model was trained with, dense at noise levels from ``dense_sigma`` up; or another pattern instead."""
+    return module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma), pattern=pattern)
+
+
+def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path, parts: Unfinished) -> None:
+    """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
+    device = next(module.transformer.parameters()).device
+    batch = collate([clip], 0).to(device)
+    conditions = Conditions.of(batch, module.guidance)
+    empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
+    noise = noise_like(batch.latent, config.seed, "animation")
+
+    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
+        def watched(sigma: float) -> AttentionPlan:
+            parts.check()
+            return plan(module, noise, sigma)
+
+        def make() -> Tensor:
+            return sample(
+                module.adapter,
+                noise,
+                conditions,
+                empty,
+                watched,
+                steps=config.report.sampling_steps,
+                shift=config.shift(),
+                guidance=config.report.guidance,
+                label=label,
+            )[0].cpu()
+
+        return parts.part(label, make)
+
+    frames = clip.latent.shape[1]
+    name = module.pattern.name
+    panels = {f"truth: {clip.caption}": clip.latent.float()}
+    if module.lora:
+        module.transformer.disable_adapters()
+        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base, dense", _dense_plan)
+        if name != "dense":
+            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
+        module.transformer.enable_adapters()
+        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", _pattern_plan)
+    else:
+        panels[f"trained model at {frames} frames"] = generate("Generating", _pattern_plan)
+    animate(panels, config.conf, folder / "clips.gif")
+    film_strip(panels, config.conf, folder / "clips.png")

@@ -80,7 +80,7 @@ def test_where_nothing_fits(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpu=h300"], "gpu is 'h300', expected one of h200, h100, a100, rtx5090"),
+        (["gpu=h300"], "gpu is 'h300', expected one of h200, h100, a100, rtx5090, rtx4090"),
         (["gpus=none"], "gpus is 'none', expected a whole number"),
         (["conf=wan_4x", "stpes=3"], "stpes is not a known key"),
         (["model.path=hub:a/b"], "the dimensions of hub:a/b are not known"),

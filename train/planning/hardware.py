@@ -46,6 +46,7 @@ GPUS = {
     "h100": _gpu("NVIDIA H100", 79.1, 3.35e12, 4.5e11, "fa4"),
     "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11),
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 1.01e12, 2.5e10),
 }
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 BETWEEN_NODES = 5e10

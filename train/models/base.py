@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,11 +33,16 @@ class PlannedAttention:
         self.layout: BlockLayout | None = None
         self.backend: str | None = None
         self.shard: SequenceShard | None = None
+        self.observer: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
+        """Is given q, k, v, attention's output and the text lengths of each `attend` (`train.decay.capture`)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """Attention by the plan; q, k, v (batch, this rank's video tokens + all text tokens, heads, head_dim)."""
         assert self.layout is not None, "set_plan comes before the forward"
-        return sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
+        out = sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
+        if self.observer is not None:
+            self.observer(q, k, v, out, text_lengths)
+        return out
 
 
 class ModelAdapter(PipelineTraits, ABC):

@@ -12,6 +12,14 @@ def slurm_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
 
 
+def slurm_job() -> str | None:
+    """The SLURM job that this process belongs to; of a job array ``<job>_<task>``, since the array's own number may
+    also be that of one of its tasks."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
 def speaks_for_node() -> bool:
     """Whether this process tells what all of its node find alike before they train: the first that srun or torchrun
     started there. One that Lightning started is asked alone: the first has been there before it."""

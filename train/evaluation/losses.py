@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -20,14 +21,29 @@ from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 
 
+@functools.cache
 def student_95(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t, within 0.1 % from 8 degrees of freedom on.
+    """Two-sided 95 % quantile of Student's t with a whole number of degrees of freedom, at least 1.
 
-    The expansion around the normal quantile (Abramowitz and Stegun, 26.7.5).
+    Found by bisection on the angle atan(t / sqrt(freedom)), in which the distribution is a finite sum (Abramowitz and
+    Stegun, 26.7.3 and 26.7.4).
     """
-    z = NormalDist().inv_cdf(0.975)
-    terms = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384]
-    return sum(term / freedom**power for power, term in enumerate(terms))
+
+    def inside(angle: float) -> float:
+        """The probability of values nearer to 0 than the angle's."""
+        cosine, odd = math.cos(angle), freedom % 2
+        term, total = (cosine if odd else 1.0), 0.0
+        for power in range(1 + odd, freedom, 2):
+            total += term
+            term *= cosine**2 * power / (power + 1)
+        total *= math.sin(angle)
+        return (angle + total) * 2 / math.pi if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Student's t interval of independent values, nine at least."""
+        """Student's t interval of independent values, two at least."""
         return cls(fmean(values), student_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:

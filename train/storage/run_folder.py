@@ -28,7 +28,7 @@ from data.io.files import can_sync
 from data.io.locks import Lock, has_locks, say_no_locks, take
 from train.config.schema import RunConfig, structured
 from train.errors import UserError
-from train.ranks import global_rank, slurm_tasks
+from train.ranks import global_rank, slurm_job, slurm_tasks
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
 _SINCE = "%Y-%m-%d %H:%M:%S"
@@ -55,18 +55,7 @@ class RunFolder:
         store = _store_of_torchrun()
         if store is not None and global_rank():
             return cls(Path(store.get(_SHARED).decode()))
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        path = Path(config.runs) / config.conf / stamp
-        for attempt in range(1, 100):
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                path = path.with_name(f"{stamp}_{attempt}")
-            except OSError as error:
-                raise UserError(
-                    f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>"
-                ) from error
+        path = stamped_folder(config)
         try:
             write_config(config, path)
         except OSError as error:
@@ -76,6 +65,25 @@ class RunFolder:
         if store is not None:
             store.set(_SHARED, str(path))
         return cls(path)
+
+
+def stamped_folder(config: RunConfig) -> Path:
+    """Makes a new, empty ``<runs>/<conf>/<time>``.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    path = Path(config.runs) / config.conf / stamp
+    for attempt in range(1, 100):
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            path = path.with_name(f"{stamp}_{attempt}")
+        except OSError as error:
+            raise UserError(f"runs: cannot create {path} ({error.strerror}); set runs=<a writable folder>") from error
+    return path
 
 
 def _store_of_torchrun() -> Any:
@@ -220,10 +228,9 @@ def held(folder: Path) -> Iterator[None]:
         if lock is Lock.NONE:
             say_no_locks(folder, "a second run in it")
         file.truncate(0)
-        job_id = os.environ.get("SLURM_JOB_ID")
         since = time.strftime(_SINCE)
         try:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job_id, "since": since}, file)
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job(), "since": since}, file)
             file.flush()
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}): make room there, and resume") from error

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from train.cli import MISTAKES, flag
 from train.config.compose import compose_run, finish, read_config, split_arguments
+from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.loggers.environment import backends, driver, environment, gpus, nccl, read_speed
-from train.parallel.batch_size import micro_batches
 from train.preflight import preflight
 from train.storage.run_folder import going_on, gpus_given, lacks
 

@@ -23,12 +23,12 @@ from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.validation import Validation, lengths_of, validation_levels
 from train.callbacks.watchdog import Watchdog
+from train.config.global_batch import clips_in_words, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.loggers.services import loggers_of, note_once
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
-from train.parallel.batch_size import clips_in_words, micro_batches
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import trainer_plan
 from train.planning import resolve_precision

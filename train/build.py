@@ -9,6 +9,7 @@ import torch
 from data.shards.manifest import Manifest
 from data.synth.clips import synthesize
 from train.attention.levels import clip_levels, levels_by_size
+from train.config.global_batch import micro_batches
 from train.config.schema import ParallelConfig, RunConfig
 from train.errors import UserError
 from train.lora.initial import read_initial
@@ -19,7 +20,6 @@ from train.memory.fp8 import use_fp8
 from train.memory.offload import Offload
 from train.models.base import ModelAdapter
 from train.module import LengthExtensionModule
-from train.parallel.batch_size import micro_batches
 from train.parallel.zero import call_gathered, forward_alone, gather_whole
 from train.planning import Budget, this_machine
 from train.planning.policies import BlockPolicies, configured

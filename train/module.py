@@ -18,7 +18,7 @@ from data.shards.stream import LatentStream
 from radial import Pattern
 from train.attention.levels import ClipLevels
 from train.attention.sequence import SequenceGroup, flow_loss
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
@@ -106,7 +106,7 @@ class LengthExtensionModule(L.LightningModule):
         self.lora = lora
         self.sequence_size, self.policies = sequence_size, policies
         self.sequence: SequenceGroup | None = None
-        self.current_plan: AttentionPlan | None = None
+        self.current_attention: StepAttention | None = None
         """The attention of the micro-batch in work."""
         self._gradient_norm = math.nan
         self.step_lr = math.nan
@@ -123,9 +123,9 @@ class LengthExtensionModule(L.LightningModule):
         if self.policies is not None:
             check_agreement(self.policies)
 
-    def plan(self, latent: Tensor, *, all_dense: bool, pattern: Pattern | None = None) -> AttentionPlan:
+    def plan(self, latent: Tensor, *, all_dense: bool, pattern: Pattern | None = None) -> StepAttention:
         """The attention of a micro-batch; with ``pattern``, what it would be under that one."""
-        return AttentionPlan.of(
+        return StepAttention.of(
             pattern or self.pattern,
             self.adapter.grid(latent),
             block=self.block,
@@ -150,8 +150,8 @@ class LengthExtensionModule(L.LightningModule):
         )
         x, target = noised(batch.latent, noise, sigma)
         plan = self.plan(batch.latent, all_dense=draw.dense)
-        self.adapter.set_plan(plan)
-        self.current_plan = plan
+        self.adapter.set_attention(plan)
+        self.current_attention = plan
         conditions = Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
@@ -160,7 +160,7 @@ class LengthExtensionModule(L.LightningModule):
         return loss
 
     def _note(
-        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, plan: AttentionPlan, given: int
+        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, plan: StepAttention, given: int
     ) -> None:
         if self._seen_at != self._step:
             self.seen, self._seen_at = [], self._step

@@ -15,6 +15,7 @@ from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from train.config.compose import read_config
+from train.config.global_batch import clips_a_step, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.lora.initial import check_initial
@@ -24,7 +25,6 @@ from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, sigma_range, temporal_rope
-from train.parallel.batch_size import clips_a_step, micro_batches
 from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
 from train.ranks import global_rank
 from train.storage.checkpoints import checkpoints_of, weight_shapes

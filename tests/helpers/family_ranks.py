@@ -14,7 +14,7 @@ from tests.helpers.families import PATTERNS, build, conditions, latents
 from tests.helpers.sequence_ranks import average, group_of
 from tests.helpers.zero_ranks import SPREAD
 from train.attention.sequence import SequenceGroup, flow_loss
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.flow import noised
@@ -51,8 +51,8 @@ class Step(nn.Module):
         self.seen, self.sigma = conditions(adapter, latent), torch.linspace(0.3, 0.8, samples)
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
         self.x, self.target = noised(latent, noise, self.sigma)
-        self.plan = AttentionPlan.of(PATTERNS[pattern], adapter.grid(self.x), block=16, sequence=sequence)
-        adapter.set_plan(self.plan)
+        self.plan = StepAttention.of(PATTERNS[pattern], adapter.grid(self.x), block=16, sequence=sequence)
+        adapter.set_attention(self.plan)
 
     def forward(self) -> Tensor:
         velocity = self.adapter.velocity(self.x, self.sigma, self.seen)

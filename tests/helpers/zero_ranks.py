@@ -16,7 +16,7 @@ from data.shards.sample import TextTokens
 from radial.backends import BACKENDS
 from tests.helpers.sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
 from train.attention.sequence import flow_loss
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.flow import noised
@@ -53,8 +53,8 @@ class Step(nn.Module):
         x0, eps, sigma, text = (entry for entry in clips(self.samples, CELLS))
         sigma = sigma[self.part]
         x, target = noised(x0[self.part], eps[self.part], sigma)
-        plan = AttentionPlan.of(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
-        self.adapter.set_plan(plan)
+        plan = StepAttention.of(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
+        self.adapter.set_attention(plan)
         words = {"text": TextTokens(text.tokens[self.part], text.mask[self.part])}
         return flow_loss(self.adapter.velocity(x, sigma, Conditions(words)), target, plan.shard, self.adapter.patch)
 

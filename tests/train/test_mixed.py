@@ -79,7 +79,7 @@ def test_each_clip_has_the_noise_levels_of_its_own_size(tmp_path, shards):
         assert [seen.sigma for seen in module.seen][-1] == pytest.approx(
             draw.sigma(config.seed, step, sample.key, levels.schedule), abs=1e-6
         )
-        assert module.current_plan.all_dense == draw.dense
+        assert module.current_attention.all_dense == draw.dense
         sides.add((frames, draw.dense))
     assert sides == {(frames, dense) for frames in (4, 8) for dense in (True, False)}
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from train.attention.sequence import SequenceGroup, flow_loss
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.build import chosen_policies, set_memory_policy
 from train.callbacks.throughput import compile_seconds
 from train.cli import json_file, whole_number
@@ -217,7 +217,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     sigma = torch.tensor([0.6], device=device)
     x, target = noised(latent, noise, sigma)
     attention = config.attention
-    plan = AttentionPlan.of(
+    plan = StepAttention.of(
         config.pattern(),
         adapter.grid(x),
         block=attention.block,
@@ -225,7 +225,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         backend=attention.backend if attention.pattern != "dense" else None,
         sequence=SequenceGroup.of(sp),
     )
-    adapter.set_plan(plan)
+    adapter.set_attention(plan)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):

@@ -54,10 +54,10 @@ class Throughput(Callback):
     ) -> None:
         assert isinstance(module, LengthExtensionModule)
         samples, sharing = len(batch.keys), module.sequence_size
-        assert module.current_plan is not None
-        self._flops += samples * SampleFlops.of(module.adapter, module.current_plan).step / sharing
+        assert module.current_attention is not None
+        self._flops += samples * SampleFlops.of(module.adapter, module.current_attention).step / sharing
         groups = trainer.world_size // sharing
-        self._tokens += samples * groups * module.current_plan.pattern_layout.grid.video_tokens
+        self._tokens += samples * groups * module.current_attention.pattern_layout.grid.video_tokens
         self._idle_since = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:

@@ -151,7 +151,7 @@ class Validation(Callback):
         noise = noise_like(latent, self.seed, "validation", clip.key, length)
         x, target = noised(latent, noise, level)
         plan = module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma))
-        module.adapter.set_plan(plan)
+        module.adapter.set_attention(plan)
         conditions = Conditions.of(batch, module.guidance).first_frames(length)
         velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)
         loss: Tensor = flow_loss(velocity, target, plan.shard, module.adapter.patch, given)

@@ -23,9 +23,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from data.cli import expanded
 from train.cli import flag
 from train.config.check import validate
+from train.config.global_batch import clips_a_step
 from train.config.schema import RunConfig, literal, structured
 from train.errors import UserError
-from train.parallel.batch_size import clips_a_step
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEFAULT_RUN = "shapes_4x"

@@ -59,7 +59,7 @@ class ClipConfig:
 
 @dataclass
 class AttentionConfig:
-    """What replaces self-attention (`radial.patterns`, `train.attention.step_plan`)."""
+    """What replaces self-attention (`radial.patterns`, `train.attention.step`)."""
 
     pattern: str = "released"  # released, paper, dense
     rule: str | None = None  # of released: wan, hunyuan, ports; null: the model's own (model.rule)

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
@@ -22,7 +22,7 @@ def sample(
     noise: Tensor,
     conditions: Conditions,
     empty: Conditions | None,
-    plan: Callable[[float], AttentionPlan],
+    plan: Callable[[float], StepAttention],
     *,
     steps: int,
     shift: float,
@@ -57,7 +57,7 @@ def sample(
     ):
         level = scheduler.sigmas[step].float()
         sigma = level.expand(len(x))
-        adapter.set_plan(plan(level.item()))
+        adapter.set_attention(plan(level.item()))
         velocity = adapter.velocity(x, sigma, conditions)
         if guidance != 1.0:
             assert empty is not None, "guidance needs the empty prompt"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.shards.batch import collate
 from data.shards.sample import Sample
 from train.attention.sequence import flow_loss
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.flow import SigmaSchedule, noise_like, noised
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
@@ -66,7 +66,7 @@ class Interval:
 def clip_losses(
     adapter: ModelAdapter,
     clips: Sequence[Sample],
-    plan: Callable[[Tensor, float], AttentionPlan],
+    plan: Callable[[Tensor, float], StepAttention],
     schedule: SigmaSchedule,
     *,
     seed: int,
@@ -84,7 +84,7 @@ def clip_losses(
         quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
-        adapter.set_plan(plan(x, sigma.item()))
+        adapter.set_attention(plan(x, sigma.item()))
         conditions = Conditions.of(batch)
         velocity = adapter.velocity(x, sigma, conditions)
         losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())

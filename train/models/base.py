@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from radial import BlockLayout, VideoGrid
 from train.attention.sequence import SequenceShard, sharded_attention
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.models.conditions import Conditions
 from train.models.pipelines import PipelineTraits
@@ -26,8 +26,8 @@ ADAPTERS: dict[str, type[ModelAdapter]] = {}
 """Every family by its name; defining a subclass of `ModelAdapter` with a ``family`` puts it here."""
 
 
-class PlannedAttention:
-    """Base of the attention processors: `ModelAdapter.set_plan` gives each its layer's share of the plan."""
+class LayoutAttention:
+    """Base of the attention processors: `ModelAdapter.set_attention` gives each its layer's share of the plan."""
 
     def __init__(self) -> None:
         self.layout: BlockLayout | None = None
@@ -38,7 +38,7 @@ class PlannedAttention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None = None) -> Tensor:
         """Attention by the plan; q, k, v (batch, this rank's video tokens + all text tokens, heads, head_dim)."""
-        assert self.layout is not None, "set_plan comes before the forward"
+        assert self.layout is not None, "set_attention comes before the forward"
         out = sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
         if self.observer is not None:
             self.observer(q, k, v, out, text_lengths)
@@ -58,7 +58,7 @@ class ModelAdapter(PipelineTraits, ABC):
     """What makes its latents and text, a key of `data.encoders.FAMILIES`; ``family`` unless it is said."""
     model_class: ClassVar[Any]
     """The diffusers class."""
-    processor_class: ClassVar[type[PlannedAttention]]
+    processor_class: ClassVar[type[LayoutAttention]]
     """What computes each self-attention."""
     lora_targets: ClassVar[str]
     """Regex of the modules that carry the LoRA: Q, K, V and O of self-attention, of the video's tokens."""
@@ -181,7 +181,7 @@ class ModelAdapter(PipelineTraits, ABC):
     def grid(self, latent: Tensor) -> VideoGrid:
         """The token grid of a latent batch, (batch, C, F, H, W)."""
 
-    def set_plan(self, plan: AttentionPlan) -> None:
+    def set_attention(self, plan: StepAttention) -> None:
         """Gives each self-attention its layout, and everything that follows the sequence its shard.
 
         It holds for the micro-batches that follow, until their backward has run.

@@ -13,7 +13,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
 from radial import VideoGrid
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 
@@ -66,10 +66,10 @@ class TwoExperts(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return self.experts[0].grid(latent)
 
-    def set_plan(self, plan: AttentionPlan) -> None:
+    def set_attention(self, plan: StepAttention) -> None:
         for expert in self.experts:
             expert.rope = self.rope
-            expert.set_plan(plan)
+            expert.set_attention(plan)
 
     def follow_shard(self) -> None:
         raise AssertionError("each expert follows its shard")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.models.base import PlannedAttention
+from train.models.base import LayoutAttention
 
 
-class JointAttention(PlannedAttention):
+class JointAttention(LayoutAttention):
     """Attention processor of one joint attention; the contract of diffusers' processors of the same families.
 
     Padding's query rows are computed and end up in padding alone, which nothing reads.

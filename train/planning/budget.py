@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.parallel.batch_size import micro_batches
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.calibration import BlockCosts

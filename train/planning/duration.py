@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from train.attention.levels import clip_levels
+from train.config.global_batch import clips_a_step, micro_batches
 from train.models.loading import sigma_range
-from train.parallel.batch_size import clips_a_step, micro_batches
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS

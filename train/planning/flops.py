@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.models.base import ModelAdapter
 
 # dense bf16 matrix FLOP/s from the makers' data sheets; the first name that the device's name contains counts
@@ -49,7 +49,7 @@ class SampleFlops:
     trains_all: bool
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, plan: AttentionPlan) -> SampleFlops:
+    def of(cls, adapter: ModelAdapter, plan: StepAttention) -> SampleFlops:
         """Counts the model as it is: with its LoRA, if it has one, and the layers that the plan keeps dense."""
         grid = plan.pattern_layout.grid
         lora = sum(_size(p) for n, p in adapter.transformers[0].named_parameters() if ".lora_" in n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from train.attention.levels import clip_levels
-from train.parallel.batch_size import clips_in_words
+from train.config.global_batch import clips_in_words
 from train.planning import calibration
 from train.planning.advice import Setting
 from train.planning.budget import GIB, Budget

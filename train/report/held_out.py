@@ -16,7 +16,7 @@ from data.shards.sample import Sample
 from data.shards.stream import read_samples
 from radial import Dense, Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.config.schema import RunConfig
 from train.evaluation.euler import sample
 from train.evaluation.losses import clip_losses
@@ -74,8 +74,8 @@ def _measure(
     adapter = module.adapter
     shape = adapter.attention_shape
 
-    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], AttentionPlan]) -> Row:
-        def watched(latent: Tensor, sigma: float) -> AttentionPlan:
+    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], StepAttention]) -> Row:
+        def watched(latent: Tensor, sigma: float) -> StepAttention:
             parts.check()
             return plan(latent, sigma)
 
@@ -87,7 +87,7 @@ def _measure(
         flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
         return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
 
-    def plan_of(pattern: Pattern) -> Callable[[Tensor, float], AttentionPlan]:
+    def plan_of(pattern: Pattern) -> Callable[[Tensor, float], StepAttention]:
         return functools.partial(_pattern_plan, module, pattern=pattern)
 
     rows = []
@@ -108,13 +108,13 @@ def _measure(
     return rows
 
 
-def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> AttentionPlan:
-    return AttentionPlan.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
+def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> StepAttention:
+    return StepAttention.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
 
 
 def _pattern_plan(
     module: LengthExtensionModule, latent: Tensor, sigma: float, pattern: Pattern | None = None
-) -> AttentionPlan:
+) -> StepAttention:
     """What the model was trained with, dense at noise levels from ``dense_sigma`` up; or another pattern instead."""
     return module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma), pattern=pattern)
 
@@ -127,8 +127,8 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
     noise = noise_like(batch.latent, config.seed, "animation")
 
-    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], AttentionPlan]) -> Tensor:
-        def watched(sigma: float) -> AttentionPlan:
+    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], StepAttention]) -> Tensor:
+        def watched(sigma: float) -> StepAttention:
             parts.check()
             return plan(module, noise, sigma)
 

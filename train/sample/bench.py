@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.cli import flag, guarded, json_file, whole_number
 from train.config.compose import compose_run, finish, split_arguments
 from train.config.schema import RunConfig
@@ -139,14 +139,14 @@ class Bench:
         latent = torch.randn(1, self.adapter.latent_channels, *config.latent_size(), device=self.device)
         conditions = self.adapter.random_conditions(latent)
         sigma = torch.tensor([0.6], device=self.device)
-        plan = AttentionPlan.of(
+        plan = StepAttention.of(
             config.pattern(),
             self.adapter.grid(latent),
             block=attention.block,
             dense_layers=attention.dense_layers,
             backend=attention.backend,
         )
-        self.adapter.set_plan(plan)
+        self.adapter.set_attention(plan)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -169,7 +169,7 @@ class Bench:
             memory=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
         )
 
-    def _warm_up(self, forward: Callable[[], None], plan: AttentionPlan) -> None:
+    def _warm_up(self, forward: Callable[[], None], plan: StepAttention) -> None:
         """Some blocks of each kind, which build layouts, kernels and graphs; a whole dense pass takes minutes."""
         transformer = self.adapter.transformer
         layers = {block: layer for layer, block in enumerate(self.adapter.blocks())}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from radial import Dense, Pattern
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.models.base import ModelAdapter
 from train.sample.ranks import Split
 
@@ -29,7 +29,7 @@ class Attention:
     """Which attention a step runs.
 
     Attributes:
-        pattern, block, dense_layers, backend: as in `train.attention.step_plan.AttentionPlan`.
+        pattern, block, dense_layers, backend: as in `train.attention.step.StepAttention`.
         dense_steps: the first steps, which are dense; None: those at noise levels from ``dense_sigma`` up.
     """
 
@@ -113,8 +113,8 @@ class Denoiser:
         attention, step = self.attention, len(self.dense)
         self.dense.append(attention.dense(step, self.level(step)))
         for adapter in self.adapters:
-            adapter.set_plan(
-                AttentionPlan.of(
+            adapter.set_attention(
+                StepAttention.of(
                     attention.pattern,
                     adapter.grid(latent),
                     block=attention.block,

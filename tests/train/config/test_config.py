@@ -14,9 +14,9 @@ from data.errors import DataError
 from launch import doctor
 from train.attention.levels import clip_levels, levels_by_size
 from train.config.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
+from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
 from train.errors import UserError
 from train.models.families import family_of
-from train.parallel.batch_size import clips_a_step, clips_in_words, micro_batches
 from train.preflight import check_heads, preflight
 from train.storage.run_folder import going_on, write_config
 

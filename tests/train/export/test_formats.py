@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from radial import Dense, VideoGrid
 from tests.helpers.families import build, conditions, latents
 from tests.helpers.stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.export.formats import FORMATS, Adapter, formats_of
 from train.export.run import _fold
@@ -207,8 +207,8 @@ def test_what_every_family_trains_is_exported_in_every_format(family, text, tmp_
         return
     adapter.transformer.save_pretrained(tmp_path / "base")
     names = inject_lora(adapter.transformer, RANK, ALPHA, adapter.targets(text=text), seed=0)
-    adapter.set_plan(
-        AttentionPlan.of(Dense(), VideoGrid(2, 2, 2, text_tokens=adapter.grid(latents(adapter, (2, 2, 2))).text_tokens))
+    adapter.set_attention(
+        StepAttention.of(Dense(), VideoGrid(2, 2, 2, text_tokens=adapter.grid(latents(adapter, (2, 2, 2))).text_tokens))
     )
     latent = latents(adapter, (2, 2, 2))
     adapter.velocity(latent, torch.full((2,), 0.5), conditions(adapter, latent)).square().mean().backward()

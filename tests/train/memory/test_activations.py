@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radial.backends import BACKENDS
 from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.errors import UserError
@@ -30,7 +30,7 @@ def gradients(prepare=lambda adapter: None, pattern="released"):
     adapter.transformer.train()
     x0, eps, sigma, text = clips(2, CELLS)
     x, target = noised(x0, eps, sigma)
-    adapter.set_plan(AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16))
+    adapter.set_attention(StepAttention.of(PATTERNS[pattern], adapter.grid(x), block=16))
     (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean().backward()
     return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
 

@@ -19,7 +19,7 @@ from tests.helpers.families import PATTERNS, TEXT, build, conditions, latents, s
 from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_two_blocks
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.build import set_memory_policy
 from train.config.compose import compose_run, finish
 from train.config.schema import ParallelConfig
@@ -27,7 +27,7 @@ from train.errors import UserError
 from train.export.run import export_run
 from train.lora.layers import inject_lora
 from train.memory.fp8 import use_fp8, why_not
-from train.models.base import PlannedAttention
+from train.models.base import LayoutAttention
 from train.models.families import ADAPTERS
 from train.preflight import preflight
 from train.run import RunFolder, train
@@ -41,7 +41,7 @@ ODD = (3, 3, 5)  # 45: uneven on 2 ranks
 def ready(adapter, tokens=TOKENS, pattern="dense", **settings):
     """A batch, after the plan is set: latent, noise levels, conditions."""
     x = latents(adapter, tokens)
-    adapter.set_plan(AttentionPlan.of(PATTERNS[pattern], adapter.grid(x), block=16, **settings))
+    adapter.set_attention(StepAttention.of(PATTERNS[pattern], adapter.grid(x), block=16, **settings))
     return x, torch.tensor([0.3, 0.9]), conditions(adapter, x)
 
 
@@ -52,7 +52,7 @@ def test_the_adapter_describes_its_model(family):
     assert len(adapter.blocks()) == layers
     for block in adapter.blocks():
         attention = adapter.self_attention(block)
-        assert isinstance(attention.processor, PlannedAttention)
+        assert isinstance(attention.processor, LayoutAttention)
         assert attention.to_q.weight.shape[0] == heads * head_dim
     x = latents(adapter, TOKENS)
     grid = adapter.grid(x)
@@ -236,7 +236,7 @@ def test_flops_are_those_that_torch_counts(family):
     # other kernels' operations are not counted on a CPU
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stock(family).velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))
-    attention = AttentionPlan.of(Dense(), adapter.grid(x), block=16).attention_flops(*adapter.attention_shape)
+    attention = StepAttention.of(Dense(), adapter.grid(x), block=16).attention_flops(*adapter.attention_shape)
     assert adapter.linear_flops(adapter.grid(x)) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

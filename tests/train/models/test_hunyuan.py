@@ -15,7 +15,7 @@ from radial import Dense
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 from tests.helpers.tiny_models import save_hunyuan
 from train.attention.levels import ClipLevels
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.evaluation.euler import sample
 from train.flow import SigmaSchedule, noised
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def planned(adapter, latent, backend=None):
-    return AttentionPlan.of(Dense(), adapter.grid(latent), block=16, backend=backend)
+    return StepAttention.of(Dense(), adapter.grid(latent), block=16, backend=backend)
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (4, 16), (1, 13)])
@@ -47,7 +47,7 @@ def test_prompts_of_any_length_equal_the_stock_model(lengths, guidance):
     told = torch.full((2,), 1000 * guidance)
     expected = model(x, 1000 * sigma, tokens, mask.float(), pooled, told, return_dict=False)[0]
     seen = Conditions({"text": TextTokens(tokens, mask)}, {"clip": pooled}, guidance=guidance)
-    adapter.set_plan(planned(adapter, x))
+    adapter.set_attention(planned(adapter, x))
     torch.testing.assert_close(adapter.velocity(x, sigma, seen), expected, rtol=0, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_a_model_without_guidance_is_told_none():
     config = {**HunyuanAdapter.tiny_config, "guidance_embeds": False}
     adapter = HunyuanAdapter.from_config(config, text_tokens=TEXT)
     x = latents(adapter, TOKENS)
-    adapter.set_plan(planned(adapter, x))
+    adapter.set_attention(planned(adapter, x))
     assert adapter.velocity(x, torch.tensor([0.3, 0.9]), conditions(adapter, x)).isfinite().all()
     perfect = Perfect(adapter, x)
     adapter.velocity(x, torch.tensor([0.3, 0.9]), conditions(adapter, x))

@@ -11,7 +11,7 @@ from data.encoders.base import EncoderSettings, to_video
 from data.shards.sample import TextTokens
 from radial import Dense
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.evaluation.euler import sample
 from train.flow import noised
 from train.lora.layers import inject_lora
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def planned(adapter, latent):
-    return AttentionPlan.of(Dense(), adapter.grid(latent), block=16)
+    return StepAttention.of(Dense(), adapter.grid(latent), block=16)
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (4, 16), (0, 13)])
@@ -35,7 +35,7 @@ def test_prompts_of_any_length_equal_the_stock_model(lengths):
     mask = torch.arange(TEXT) < torch.tensor(lengths)[:, None]
     tokens = adapter.random_conditions(x).text["text"].tokens
     expected = -model(x, tokens, 1000 * (1 - sigma), mask, return_dict=False)[0]
-    adapter.set_plan(planned(adapter, x))
+    adapter.set_attention(planned(adapter, x))
     got = adapter.velocity(x, sigma, Conditions({"text": TextTokens(tokens, mask)}))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

@@ -10,7 +10,7 @@ from radial import Dense, Paper, Released
 from tests.helpers.families import Perfect, build, conditions, latents
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.tiny import ARCHITECTURE, save_model
-from train.attention.step_plan import AttentionPlan
+from train.attention.step import StepAttention
 from train.errors import UserError
 from train.flow import noised
 from train.lora.layers import inject_lora, lora_parameters
@@ -37,7 +37,7 @@ def load(folder):
 
 
 def plan_for(adapter, x, pattern, block=16, **settings):
-    return AttentionPlan.of(pattern, adapter.grid(x), block=block, **settings)
+    return StepAttention.of(pattern, adapter.grid(x), block=block, **settings)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "torch"])
@@ -46,7 +46,7 @@ def test_dense_equals_the_stock_model(tmp_path, batch, backend):
     _, expected = stock(folder, *batch)
     adapter = load(folder)
     x, sigma, text = batch
-    adapter.set_plan(plan_for(adapter, x, Dense(), backend=backend))
+    adapter.set_attention(plan_for(adapter, x, Dense(), backend=backend))
     torch.testing.assert_close(adapter.velocity(x, sigma, text), expected, rtol=0, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_lora_gradients_equal_the_stock_model_with_peft(tmp_path, batch):
             value = torch.randn_like(ours[1])
             ours[1].data.copy_(value)
             theirs[1].data.copy_(value)
-    adapter.set_plan(plan_for(adapter, x, Dense()))
+    adapter.set_attention(plan_for(adapter, x, Dense()))
     adapter.velocity(x, sigma, text).square().mean().backward()
     model(x, 1000 * sigma, text.text["text"].tokens, return_dict=False)[0].square().mean().backward()
     compared = 0
@@ -88,7 +88,7 @@ def test_patterns_equal_a_masked_softmax_model(tmp_path, batch, pattern, dense_l
     adapter = load(folder)
     plan = plan_for(adapter, x, pattern, dense_layers=dense_layers)
     assert not plan.pattern_layout.is_dense
-    adapter.set_plan(plan)
+    adapter.set_attention(plan)
     got = adapter.velocity(x, sigma, text)
 
     class Oracle(WanSelfAttention):
@@ -108,7 +108,7 @@ def test_patterns_equal_a_masked_softmax_model(tmp_path, batch, pattern, dense_l
         block.attn1.set_processor(oracle)
     torch.testing.assert_close(got, adapter.velocity(x, sigma, text), rtol=0, atol=1e-5)
     dense = load(folder)
-    dense.set_plan(plan_for(dense, x, Dense()))
+    dense.set_attention(plan_for(dense, x, Dense()))
     assert (got - dense.velocity(x, sigma, text)).abs().max() > 1e-4
 
 
@@ -122,7 +122,7 @@ def test_checkpointing_gives_the_same_gradients(tmp_path, batch):
         if checkpointing:
             adapter.transformer.enable_gradient_checkpointing()
         adapter.transformer.train()
-        adapter.set_plan(plan_for(adapter, x, Released()))
+        adapter.set_attention(plan_for(adapter, x, Released()))
         adapter.velocity(x, sigma, text).square().mean().backward()
         gradients.append([p.grad for p in adapter.transformer.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
@@ -137,7 +137,7 @@ def test_short_text_is_padded_as_in_the_familys_training(tmp_path, batch):
     whole = torch.cat([tokens, torch.zeros(2, 512 - 7, 64)], dim=1)
     _, expected = stock(folder, x, sigma, Conditions({"text": TextTokens(whole, mask)}))
     adapter = WanAdapter.load(folder, text_tokens=512, dtype=torch.float32)
-    adapter.set_plan(plan_for(adapter, x, Dense()))
+    adapter.set_attention(plan_for(adapter, x, Dense()))
     got = adapter.velocity(x, sigma, Conditions({"text": TextTokens(tokens, mask)}))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="the shards' text has 513 tokens"):

@@ -18,12 +18,12 @@ from train.__main__ import main
 from train.assemble import loader
 from train.build import training_shards
 from train.config.compose import change_config, read_config
+from train.config.global_batch import clips_a_step
 from train.errors import UserError
 from train.loggers.csv_file import read_metrics
 from train.lora.layers import inject_lora, lora_parameters
 from train.models.loading import describe_model
 from train.module import LengthExtensionModule
-from train.parallel.batch_size import clips_a_step
 from train.run import resume
 from train.storage.checkpoints import load_state, load_weights
 from train.storage.run_folder import get_state, write_config

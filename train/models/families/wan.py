@@ -23,7 +23,7 @@ from radial import VideoGrid
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.flow import shifted
-from train.models.base import ModelAdapter, PlannedAttention
+from train.models.base import LayoutAttention, ModelAdapter
 from train.models.conditions import Conditions
 from train.models.rope import geometric
 
@@ -31,7 +31,7 @@ _IMAGE_TEXT_TOKENS = 512  # WanAttnProcessor counts on it
 _IMAGE_TOKENS = 257  # of the image encoder: 16 x 16 patches and the class token
 
 
-class WanSelfAttention(PlannedAttention):
+class WanSelfAttention(LayoutAttention):
     """Attention processor of one self-attention layer."""
 
     def __call__(

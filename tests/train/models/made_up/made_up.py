@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
-from train.models.base import ModelAdapter, PlannedAttention
+from train.models.base import LayoutAttention, ModelAdapter
 from train.models.conditions import Conditions
 
 
-class MadeUpSelfAttention(PlannedAttention):
+class MadeUpSelfAttention(LayoutAttention):
     """Attention processor of one self-attention layer: diffusers' arithmetic around `attend`."""
 
     def __call__(

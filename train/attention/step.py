@@ -9,7 +9,7 @@ from train.attention.sequence import SequenceGroup, SequenceShard
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class StepAttention:
     """Fixed from a micro-batch's forward until its backward has run, because checkpointing calls forward again.
 
     Attributes:
@@ -39,7 +39,7 @@ class AttentionPlan:
         all_dense: bool = False,
         backend: str | None = None,
         sequence: SequenceGroup | None = None,
-    ) -> AttentionPlan:
+    ) -> StepAttention:
         return cls(
             build_layout(pattern, grid, block),
             build_layout(Dense(), grid),

@@ -103,13 +103,13 @@ class Denoiser:
         assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
         if self._new_step:
             self._new_step, self._ahead = False, None
-            self._set_plan(kwargs["hidden_states"])
+            self._set_attention(kwargs["hidden_states"])
         elif self._ahead is not None:
             return (self._ahead,)  # the negative prompt's, which the other branch has computed
         self.bring(adapter.transformer)
         return (self._predict(adapter, inner, kwargs),)
 
-    def _set_plan(self, latent: Tensor) -> None:
+    def _set_attention(self, latent: Tensor) -> None:
         attention, step = self.attention, len(self.dense)
         self.dense.append(attention.dense(step, self.level(step)))
         for adapter in self.adapters:

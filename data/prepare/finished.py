@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.encoders import same_encoder
 from data.errors import DataError
 from data.prepare import journal
+from data.prepare.arguments import check_same
 from data.prepare.plan import Plan, Rejected, Row, make_plan
-from data.prepare.recipe import YOUNGER, Recipe
-from data.shards.manifest import FILE, REJECTED, Manifest
+from data.prepare.recipe import Recipe
+from data.prepare.sources import NoVideosError
+from data.shards.manifest import REJECTED, Manifest
 
 LIST = "videos.json"
 """The plan of a finished folder."""
-
-
-def _others(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Each argument, the encoder among them, that is another."""
-    other = []
-    for name, value in asked.items():
-        found = there.get(name, YOUNGER.get(name))
-        if not (same_encoder(found, value) if name == "encoder" and found else found == value):
-            other.append(f"{name}={found} (asked: {value})")
-    return other
-
-
-def same(there: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether a folder was begun with these arguments."""
-    return not _others(there, asked)
-
-
-def check_same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise a DataError that names each argument with which a folder was begun otherwise."""
-    before, now = there.get("decoding", 1), asked["decoding"]
-    if there.get("made_by") == asked["made_by"] and before != now:
-        raise DataError(
-            f"{out}: its videos were decoded by version {before}, this is version {now}, which gives other pixels: "
-            "choose another out= or delete it"
-        )
-    other = _others(there, asked)
-    if other:
-        raise DataError(f"{out}: was begun with {', '.join(other)}; ask for the same, choose another out= or delete it")
 
 
 def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Manifest | None:
@@ -59,24 +34,23 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         say: is told in lines what differs.
 
     Raises:
-        DataError: other arguments, changed captions, or more videos than `top` allows.
+        DataError: other arguments, changed captions, more videos than `top` allows, or more in a read-only folder.
     """
-    out = recipe.out
-    with journal.exclusively(out):
-        if not (out / FILE).exists():
+    out, writable = recipe.out, os.access(recipe.out, os.W_OK)
+    with journal.exclusively(out) if writable else contextlib.nullcontext():
+        manifest = journal.manifest_of(out)
+        if manifest is None:
             return None  # another rank has reopened it
-        manifest = Manifest.load(out)
         found = {"decoding": 1, **manifest.arguments, "encoder": manifest.encoder}
         # an earlier decoding is no fault of a folder that stays as it is
         check_same(out, found, {**arguments, "decoding": found["decoding"]})
         there = f"{out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there"
-        before, source = Plan.load(out, LIST), recipe.selection["source"]
-        if before is None or not source.exists():
-            why = f"it has no {LIST}" if before is None else f"{source} is gone"
+        before = Plan.load(out, LIST)
+        now, why = _list_now(recipe, before)
+        if before is None or now is None:
             say(f"{there}; it was not compared with the list of videos, as {why}")
             journal.remove(out)
             return manifest
-        now = make_plan(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True)
         added, changed, gone = _differences(before, now)
         _check_appendable(recipe, before, added, changed, gone)
         if not added:
@@ -85,6 +59,11 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
             journal.remove(out)
             return manifest
         check_same(out, found, arguments)
+        if not writable:
+            raise DataError(
+                f"{there}, but {_some([row.path for row in added])} added to the list and it is read-only; make it "
+                "writable to append, or give the list as it was"
+            )
         say(
             f"{there}; {_some([row.path for row in added])} added to the list: appending, without a manifest until then"
         )
@@ -93,6 +72,19 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         plan = replace(now, rows=[*before.rows, *added])
         journal.reopen(out, plan, manifest, len(before.rows), late)
         return None
+
+
+def _list_now(recipe: Recipe, before: Plan | None) -> tuple[Plan | None, str]:
+    """The plan that today's list makes, or None and why there is none to compare with."""
+    source = recipe.selection["source"]
+    if before is None:
+        return None, f"it has no {LIST}"
+    if not source.exists():
+        return None, f"{source} is gone"
+    try:
+        return make_plan(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True), ""
+    except NoVideosError as error:  # which are needed no more
+        return None, str(error)
 
 
 def _differences(before: Plan, now: Plan) -> tuple[list[Row], list[str], list[str]]:

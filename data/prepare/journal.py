@@ -26,8 +26,10 @@ from typing import TextIO
 from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.io.locks import Lock, say_no_locks, take
+from data.prepare.arguments import check_same
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected
+from data.prepare.recipe import Rank
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
 from data.shards.begun import Begun, shards_in
 from data.shards.manifest import FILE, Manifest, ShardInfo
@@ -41,7 +43,11 @@ _SHARD = re.compile(r"shard-(\d{3,})-(\d{5})\.tar")
 
 
 class FinishedError(Exception):
-    """Another rank has ended the run: the manifest is there, or no clip came out."""
+    """Another rank has ended the run."""
+
+
+class NoClipsError(FinishedError):
+    """It has, without a manifest, as no clip came out."""
 
 
 class Journal:
@@ -49,7 +55,8 @@ class Journal:
 
     Args:
         folder: of the shards.
-        rank, world: this process's part of the run.
+        plan: what this rank follows.
+        rank: this process's part of the run.
         max_bytes: of a shard.
         max_seconds: after which a shard is finished: a kill costs no more.
 
@@ -60,17 +67,25 @@ class Journal:
         strays: tars in the folder that nothing names.
 
     Raises:
-        DataError: another process writes as this rank, or as one of another number of ranks.
+        DataError: another process writes as this rank, or as one of another number of ranks, or has made another plan
+            since this one was read.
         FinishedError: the run has ended.
     """
 
-    def __init__(self, folder: Path, rank: int, world: int, max_bytes: int, max_seconds: float) -> None:
-        self._folder, self._home, self._rank = folder, folder / FOLDER, rank
+    def __init__(self, folder: Path, plan: Plan, rank: Rank, max_bytes: int, max_seconds: float) -> None:
+        self._folder, self._home, self._rank = folder, folder / FOLDER, rank.index
         with exclusively(folder):
             check_begun(folder)
-            self._lock = self._claimed(world)
+            there = Plan.load(self._home)
+            if there is not None and there.to_json() != plan.to_json():
+                check_same(folder, there.arguments, plan.arguments)
+                raise DataError(
+                    f"{folder}: another data.prepare has made another plan of it since this one began, as the list has "
+                    "changed; start this one again"
+                )
+            self._lock = self._claimed(rank.world)
             try:
-                self._begin(world, max_bytes, max_seconds)
+                self._begin(rank.world, max_bytes, max_seconds)
             except BaseException:
                 self._lock.close()
                 raise
@@ -226,6 +241,16 @@ def is_claimed(folder: Path) -> bool:
     return (folder / FOLDER / _WORLD).exists()
 
 
+def manifest_of(folder: Path) -> Manifest | None:
+    """The manifest of a finished folder, None where there is none."""
+    try:
+        return Manifest.load(folder) if (folder / FILE).exists() else None
+    except DataError:
+        if (folder / FILE).exists():
+            raise
+        return None  # another rank has reopened it in between
+
+
 def check_open(folder: Path) -> None:
     """Raise a FinishedError where the folder's manifest is there."""
     if (folder / FILE).exists():
@@ -233,10 +258,11 @@ def check_open(folder: Path) -> None:
 
 
 def check_begun(folder: Path) -> None:
-    """Raise a FinishedError where the folder's manifest is there, or its journal is gone because no clip came out."""
+    """Raise a FinishedError where the folder's manifest is there, a NoClipsError where its journal went without one."""
     check_open(folder)
     if not (folder / FOLDER / PLAN).exists():
-        raise FinishedError(folder)
+        check_open(folder)  # where there are no locks, another rank may have merged since
+        raise NoClipsError(folder)
 
 
 def _locked(path: Path, wait: bool) -> TextIO | None:
@@ -263,7 +289,10 @@ def _locked(path: Path, wait: bool) -> TextIO | None:
 def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
     """Make a finished folder one that is under way again, inside `exclusively`: all of it is recorded, nothing moved.
 
-    The manifest goes last and stays in the journal: a kill before that leaves a finished folder.
+    The manifest goes last and stays in the journal: a kill before that leaves a finished folder. What a kill left in
+    the journal after the folder was finished stays, as it lists nothing that the manifest does not. Where the file
+    system has no locks, several ranks may do this at once, and one late while others write already: nothing is removed,
+    all write the same, and the manifest goes once.
 
     Args:
         folder: of the shards.
@@ -273,14 +302,14 @@ def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Se
         rejected: the bad files among them.
     """
     home = folder / FOLDER
-    for path in home.iterdir():
-        if path.name != _LOCK:  # what a kill left there after the folder was finished
-            path.unlink()
+    if manifest_of(folder) != manifest:
+        return  # another rank has reopened it since
     for number, shard in enumerate(manifest.shards):
         write_record(home, 0, number, shard, [], [], [])
     write_record(home, 0, len(manifest.shards), None, range(done), rejected, [])
     plan.save(home)
-    (folder / FILE).rename(home / FILE)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / FILE).rename(home / FILE)
 
 
 def remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ from data.io.files import write_bytes
 from data.prepare.conditions import Condition
 from data.prepare.scaling import Size, nearest_size
 from data.prepare.selection import Candidates
-from data.prepare.sources import Video
+from data.prepare.sources import NoVideosError, Video
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
@@ -138,7 +138,7 @@ def make_plan(
         progress: show a progress bar on stderr.
 
     Raises:
-        DataError: no video is left, and none is bad.
+        NoVideosError: no video is left, and none is bad.
     """
     matching = candidates.matching
     rows: list[Row] = []
@@ -169,7 +169,7 @@ def make_plan(
         told.append(f"{len(lost)} of the listed videos are not in {candidates.root}, such as {some}")
     if not rows and not rejected:
         hint = "; correct videos= or download them" if lost else ""
-        raise DataError(
+        raise NoVideosError(
             f"{candidates.about}: no video of {wanted.frames} frames at {wanted.fps:g} fps is left of "
             f"{candidates.listed}: {passed} are too short or do not meet the conditions, {len(lost)} are not on disk "
             f"in {candidates.root}, none is bad{hint}"

@@ -32,10 +32,6 @@ class Rank:
         return cls(0, 1, 0)
 
 
-YOUNGER = {"upscale": True, "min_fps": None}
-"""Arguments that folders of earlier versions do not know, with what they were made with."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What to make: the arguments of the command line, in the types that the work needs.

@@ -61,17 +61,21 @@ def write_record(
 
 
 def read_records(folder: Path) -> Records:
-    """The records of all ranks so far."""
+    """The records of all ranks so far; what several list counts once, as after `journal.reopen`."""
     home, records = folder / FOLDER, Records()
+    shards: dict[str, ShardInfo] = {}
+    rejected: dict[Rejected, None] = {}
     for name in sorted(names_in(home)):
         if RECORD.fullmatch(name):
             raw: dict[str, Any] = json.loads((home / name).read_text(encoding="utf-8"))
             if raw["shard"] is not None:
-                records.shards.append(ShardInfo.parse(raw["shard"], home / name, "shard."))
+                shard = ShardInfo.parse(raw["shard"], home / name, "shard.")
+                shards[shard.file] = shard
             records.done.update(raw["rows"])
-            records.rejected += [Rejected(**entry) for entry in raw["rejected"]]
+            rejected.update((Rejected(**entry), None) for entry in raw["rejected"])
             records.cut += [Cut(**entry) for entry in raw.get("cut", [])]
-    records.shards.sort(key=lambda shard: shard.file)
+    records.shards = [shards[file] for file in sorted(shards)]
+    records.rejected = list(rejected)
     return records
 
 

@@ -15,9 +15,10 @@ from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.prepare import journal
+from data.prepare.arguments import check_same, same
 from data.prepare.decoders import Decoders, End, Task, prefetch
-from data.prepare.finished import LIST, check_same, revisit, same
-from data.prepare.journal import FinishedError, Journal
+from data.prepare.finished import LIST, revisit
+from data.prepare.journal import FinishedError, Journal, NoClipsError
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.recipe import Rank, Recipe
@@ -25,7 +26,7 @@ from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
 from data.shards.begun import refuse_shards
-from data.shards.manifest import FILE, REJECTED, Manifest
+from data.shards.manifest import REJECTED, Manifest
 from data.shards.sample import Prompt, Sample
 from data.shards.writer import finish_folder, remove_leftovers
 
@@ -54,12 +55,12 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
             # What is wrong with the list is told before weights are loaded.
             planned = _plan(recipe, rank, arguments)
             encoder = _load(recipe, rank, device)
-            records = Journal(recipe.out, rank.index, rank.world, recipe.shard_bytes, recipe.shard_seconds)
+            records = Journal(recipe.out, planned, rank, recipe.shard_bytes, recipe.shard_seconds)
             break
+        except NoClipsError:
+            _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
+            return 1
         except FinishedError:
-            if not (recipe.out / FILE).exists():
-                _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
-                return 1
             manifest = revisit(recipe, arguments, lambda line: _say(rank, line))
             if manifest is not None:
                 return _code(recipe, manifest)

@@ -18,6 +18,10 @@ PATH_COLUMNS = ("path", "video", "video_path", "file", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
+class NoVideosError(DataError):
+    """A list that can be read, and has no video in it that is asked for."""
+
+
 @dataclass(frozen=True)
 class Video:
     """A line of the list.
@@ -80,11 +84,11 @@ def read_source(source: Path, path_column: str | None = None, caption_column: st
         if not found.videos:
             told = "".join(f"; {line}" for line in found.told(source))
             ends = ", ".join(SUFFIXES)
-            raise DataError(f"{source}: no videos in this folder, expected files that end in {ends}{told}")
+            raise NoVideosError(f"{source}: no videos in this folder, expected files that end in {ends}{told}")
         return Listed([_captioned(path, source) for path in found.videos], told=found.told(source))
     rows = read_table(source)
     if not rows:
-        raise DataError(f"{source}: the table is empty, expected a line for each video")
+        raise NoVideosError(f"{source}: the table is empty, expected a line for each video")
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     path_name = _column(source, "path_column", path_column, PATH_COLUMNS, columns)
     caption_name = _column(source, "caption_column", caption_column, CAPTION_COLUMNS, columns)

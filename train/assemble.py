@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
+from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
 from train.build import build_module, synthetic_shards
 from train.callbacks.bad_steps import BadSteps
@@ -58,6 +59,7 @@ def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place
         num_steps=(config.trainer.steps - start.step) * micro_batches(config),
         cache=config.data.cache,
         max_bad=config.data.max_bad,
+        stages=load_stages(config.data.stages),
         workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -129,6 +131,7 @@ def _callbacks(
         config.validation.every,
         _validation_shards(config),
         config.validation.clips,
+        load_stages(config.data.stages),
         validation_levels(config) if config.validation.every else {},
         lengths_of(config.grid().frames * config.model.patch[0]),
         config.seed,

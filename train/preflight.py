@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from data.errors import DataError
 from data.io.remote import scheme_of
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
+from data.shards.stages import Stage, load_stages
 from data.shards.stream import read_samples
 from train.config.compose import read_config
 from train.config.global_batch import clips_a_step, micro_batches
@@ -72,13 +74,14 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
             "(what python -m data.prepare makes; README, 'Train Wan 4x on your videos')"
         )
+    stages = load_stages(config.data.stages)
     unseen = remote_shards(config) if offline else {}
     if config.data.shards is not None and "data.shards" not in unseen:
         shards = Manifest.load(config.data.shards)
         check_encoder(shards, *encoder_of(config))
         check_shapes(config, shards)
         if adapter is not None:
-            _check_sample(adapter, shards)
+            _check_sample(adapter, shards, stages)
     if config.validation.every:
         _check_validation(config, adapter, "validation.shards" not in unseen)
     if config.validation.samples_every:
@@ -177,14 +180,20 @@ def encoder_of(config: RunConfig) -> tuple[str, Path | None]:
     return family_of(config.model).encoder, Path(config.model.path or "").expanduser()
 
 
-def _check_sample(adapter: ModelAdapter, shards: Manifest) -> None:
-    """Holds the first sample against what the model takes, where reading it does not mean to read a whole shard."""
+def _check_sample(adapter: ModelAdapter, shards: Manifest, stages: Sequence[Stage]) -> None:
+    """Holds the first sample, as the stages make it, against what the model takes.
+
+    Of a `pipe:` nothing is read, since that would read a whole shard.
+    """
     if scheme_of(shards.home) == "pipe":
         return
     try:
-        batch = collate(list(read_samples(shards, 1)), 0)
+        (sample,) = read_samples(shards, 1)
     except DataError:
         return  # training names what is damaged, and bears some of it
+    for stage in stages:
+        sample = stage(sample)
+    batch = collate([sample], 0)
     adapter.check(batch.latent, Conditions.of(batch))
 
 
@@ -215,7 +224,7 @@ def _check_validation(config: RunConfig, adapter: ModelAdapter | None, seen: boo
                 f"clip is {config.latent_size()}: make them of the run's clip (shorter ones are cut from them)"
             )
     if adapter is not None:
-        _check_sample(adapter, shards)
+        _check_sample(adapter, shards, load_stages(config.data.stages))
 
 
 def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:

@@ -25,7 +25,6 @@ class Batch:
         pooled: by name, (B, D).
         image: by name, (B, …).
         keys: the samples' keys.
-        captions: the samples' captions.
         step: the global step that this batch is for.
     """
 
@@ -34,7 +33,6 @@ class Batch:
     pooled: dict[str, Tensor]
     image: dict[str, Tensor]
     keys: list[str]
-    captions: list[str]
     step: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -106,7 +104,6 @@ def collate(samples: Sequence[Sample], step: int) -> Batch:
         pooled={n: _stack(samples, f"pooled.{n}", [sample.pooled[n] for sample in samples]) for n in first.pooled},
         image={n: _stack(samples, f"image.{n}", [sample.image[n] for sample in samples]) for n in first.image},
         keys=[sample.key for sample in samples],
-        captions=[sample.caption for sample in samples],
         step=step,
     )
 

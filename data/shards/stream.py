@@ -1,36 +1,43 @@
-"""Streaming: from shards to batches in the exact order of a `BatchOrder`.
+"""Streaming: from shards to batches in the exact order of a `BatchOrder`, as a `webdataset` pipeline.
 
-Worker w of W makes steps w, w + W, …; they are asked in turn, which restores the order. A step's samples are read where
-they lie, one range of bytes each, so little is held beyond a batch and nothing is read to be skipped: where training
-stands is one number, the steps it consumed, and `start_step` resumes there at once, with any number of workers and
-ranks.
+    exact-order reader (`data.shards.ordered`)  →  the user's stages (`data.shards.stages`)  →  batches
 
-Workers are threads of the training process: reading, checking and stacking leave Python's lock, and a batch is handed
-over as it is. Processes would pass 41 MB samples through shared memory, which is slower than reading them from the page
-cache, and which containers keep small.
+The reader is a source like any other of a `wds.DataPipeline`, so that stages are those that webdataset knows. Each
+stage turns one sample into one, so that the number of steps consumed is where training stands, whatever the stages do:
+`start_step` resumes there at once, with any number of workers and ranks. A step's samples are read where they lie, one
+range of bytes each, so that little is held beyond a batch and nothing is read to be skipped.
+
+Worker w of W runs a pipeline of its own, of steps w, w + W, …; the workers' batches are taken in turn, which restores
+the order. Workers are threads of the training process: reading, checking and stacking release Python's lock, and a
+batch is handed over as it is. Processes would pass 41 MB samples through shared memory, which is slower than reading
+them from the page cache, and which containers keep small.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import logging
+import sys
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from data.errors import BadSampleError, DataError
+import webdataset as wds
+
+from data.errors import DataError
 from data.io.retry import give_up_on
 from data.shards.batch import Batch, collate
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
+from data.shards.ordered import OrderedSamples
 from data.shards.reader import SampleReader
 from data.shards.sample import Sample
+from data.shards.stages import Stage
 
 AHEAD = 2  # batches that a worker makes before they are needed
-log = logging.getLogger(__name__)
 
 
 class LatentStream(Iterable[Batch]):
@@ -39,8 +46,7 @@ class LatentStream(Iterable[Batch]):
     The batches do not depend on the number of workers, and those of all ranks together do not depend on the number of
     ranks: rank r gets samples r, r + world, … of each global batch.
 
-    A damaged sample is skipped and named in the log, once; the next sample of its shape stands in for it, the same
-    on every rank that reads it, so that batches stay full and no rank waits for another.
+    Damaged samples are replaced, see `OrderedSamples`.
 
     Args:
         source: the manifest, or what `Manifest.load` takes.
@@ -50,12 +56,13 @@ class LatentStream(Iterable[Batch]):
         num_steps: how many steps to yield; None goes on without end.
         cache: a folder that keeps whole remote shards; None for no cache.
         max_bad: more damaged samples than this, over all workers of this rank, stop the run.
+        stages: applied to each sample, one after the other, in the workers' threads.
         workers: threads that make batches ahead; 0 makes each when it is asked for.
         pin_memory: batches lie in page-locked memory.
 
     Raises:
-        DataError: here, when the arguments do not fit together; while iterating, when a shard cannot be reached or more
-            than `max_bad` samples are damaged.
+        DataError: here, when the arguments do not fit together; while iterating, when a shard cannot be reached, more
+            than `max_bad` samples are damaged, or a stage fails.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class LatentStream(Iterable[Batch]):
         num_steps: int | None = None,
         cache: str | Path | None = None,
         max_bad: int = 16,
+        stages: Sequence[Stage] = (),
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -85,16 +93,14 @@ class LatentStream(Iterable[Batch]):
             numbers = f"start_step is {start_step}, num_steps {num_steps}, max_bad {max_bad} and workers {workers}"
             raise DataError(f"{numbers}, expected none below 0, and no step before the order's first, {order.first}")
         self.order = order
-        self.rank = rank
         self.world = world
         self.start_step = start_step
         self.num_steps = num_steps
         self.cache = None if cache is None else Path(cache)
-        self.max_bad = max_bad
+        self.stages = tuple(stages)
         self.workers = workers
         self.pin_memory = pin_memory
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()  # of what the workers share: `_bad` and `order`
+        self._samples = OrderedSamples(self.manifest, order, rank=rank, world=world, max_bad=max_bad)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
@@ -110,56 +116,32 @@ class LatentStream(Iterable[Batch]):
 
     def taken(self, step: int) -> dict[tuple[int, ...], int]:
         """As `BatchOrder.taken`, beside the workers."""
-        with self._lock:
-            return self.order.taken(step)
+        return self._samples.taken(step)
 
     def _batches(self, worker: int, workers: int) -> Iterator[Batch]:
         """The batches that one worker makes."""
-        end = None if self.num_steps is None else self.start_step + self.num_steps
-        steps: Iterable[int] = itertools.count(self.start_step + worker, workers)
-        if end is not None:
-            steps = range(self.start_step + worker, end, workers)
+        end = sys.maxsize if self.num_steps is None else self.start_step + self.num_steps
+        steps = range(self.start_step + worker, end, workers)
         with SampleReader(self.manifest, self.cache) as reader:
-            for _, group in itertools.groupby(steps, key=self.order.epoch_of):
-                with self._lock:  # the order keeps the last epochs in mind
-                    parts = [(step, self.order.part(step, self.rank, self.world)) for step in group]
-                for batch in self._epoch(reader, parts):
-                    yield batch.pin_memory() if self.pin_memory else batch
+            yield from wds.DataPipeline(
+                functools.partial(self._samples.read, reader, steps),
+                *[wds.map(stage) for stage in self.stages],
+                batched(steps, self.order.global_batch // self.world),
+                wds.map(Batch.pin_memory) if self.pin_memory else None,
+            )
 
-    def _epoch(self, reader: SampleReader, parts: list[tuple[int, list[int]]]) -> Iterator[Batch]:
-        """The batches of these steps, all of one epoch; a shard is closed after its last sample."""
-        left = Counter(self.order.shard_of(number)[0] for _, part in parts for number in part)
-        for step, part in parts:
-            samples = []
-            for number in part:
-                samples.append(self._sample(reader, number))
-                shard, _ = self.order.shard_of(number)
-                left[shard] -= 1
-                # What stood in for a damaged sample may lie in a shard that is not to come, or that is over.
-                reader.release_but(left)
-            yield collate(samples, step)
 
-    def _sample(self, reader: SampleReader, number: int) -> Sample:
-        """The sample of this number, or what stands in for it where it is damaged."""
-        wanted = number
-        while True:
-            try:
-                return reader.read(*self.order.shard_of(number))
-            except BadSampleError as error:
-                with self._lock:
-                    if number not in self._bad:
-                        self._bad.add(number)
-                        log.warning("%s; skipped", error)
-                    count = len(self._bad)
-                number = self.order.next_alike(number)
-                why = None
-                if count > self.max_bad:
-                    skipped = "1 is" if self.max_bad == 1 else f"{self.max_bad} are"
-                    why = f"{count} damaged sample{'s' * (count != 1)}, at most {skipped} skipped"
-                elif number == wanted:
-                    why = f"every sample of shape {list(self.manifest.samples[number].shape)} is damaged"
-                if why is not None:
-                    raise DataError(f"{error} ({why}; python -m data.check lists them all)") from error
+@wds.pipelinefilter
+def batched(samples: Iterator[Sample], steps: Iterable[int], size: int) -> Iterator[Batch]:
+    """A stage that stacks `size` samples into a batch for each of the steps.
+
+    webdataset's own gives a batch only after the sample that follows it has been read.
+    """
+    for step in steps:
+        group = list(itertools.islice(samples, size))
+        if not group:
+            return
+        yield collate(group, step)
 
 
 class _Worker:
@@ -191,17 +173,22 @@ class _Worker:
         self._pool.shutdown()
 
 
-def read_samples(source: Manifest | str | Path, limit: int | None = None) -> Iterator[Sample]:
+def read_samples(
+    source: Manifest | str | Path, limit: int | None = None, stages: Sequence[Stage] = ()
+) -> Iterator[Sample]:
     """The first `limit` samples (None: all) in the manifest's order, for evaluation sets and previews.
 
     Raises:
-        DataError: as `Manifest.load`, or a sample is damaged or cannot be reached.
+        DataError: as `Manifest.load`, a sample is damaged or cannot be reached, or a stage fails.
     """
     manifest = source if isinstance(source, Manifest) else Manifest.load(source)
     left = len(manifest.samples) if limit is None else limit
     with SampleReader(manifest) as reader:
         for number, shard in enumerate(manifest.shards):
             for place in range(min(max(left, 0), len(shard.samples))):
-                yield reader.read(number, place)
+                sample = reader.read(number, place)
+                for stage in stages:
+                    sample = stage(sample)
+                yield sample
             left -= len(shard.samples)
             reader.release(number)

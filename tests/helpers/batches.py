@@ -17,7 +17,7 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
     assert [batch.step for batch in found] == [batch.step for batch in expected]
     assert [batch.keys for batch in found] == [batch.keys for batch in expected]
     for a, b in zip(found, expected, strict=True):
-        assert a.captions == b.captions and torch.equal(a.latent, b.latent)
+        assert torch.equal(a.latent, b.latent)
         assert torch.equal(a.text["umt5"].tokens, b.text["umt5"].tokens)
         assert torch.equal(a.text["umt5"].mask, b.text["umt5"].mask)
         assert torch.equal(a.pooled["clip"], b.pooled["clip"]) and torch.equal(a.image["first"], b.image["first"])

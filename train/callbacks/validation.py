@@ -23,6 +23,7 @@ from torch import Tensor
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.stages import Stage
 from data.shards.stream import read_samples
 from train.attention.levels import clip_levels
 from train.attention.sequence import flow_loss
@@ -69,6 +70,7 @@ class Validation(Callback):
         every: optimizer steps; 0: never.
         shards: held-out clips.
         count: how many of them, the first.
+        stages: applied to each of them, as to the samples of training.
         levels: noise levels, each with its share of the mean (`validation_levels`).
         lengths: in latent frames; each at most the clips'.
 
@@ -82,6 +84,7 @@ class Validation(Callback):
         every: int,
         shards: Manifest | None,
         count: int,
+        stages: Sequence[Stage],
         levels: Mapping[float, float],
         lengths: Sequence[int],
         seed: int,
@@ -92,7 +95,7 @@ class Validation(Callback):
     ) -> None:
         self.every, self.levels, self.lengths, self.seed = every, dict(levels), sorted(lengths), seed
         self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
-        self.shards, self.count = shards, count
+        self.shards, self.count, self.stages = shards, count, stages
         self.row: dict[str, float] = {}
         self._step = -1
         self._clips: list[Sample] = []
@@ -118,7 +121,7 @@ class Validation(Callback):
     def measure(self, trainer: L.Trainer, module: LengthExtensionModule) -> dict[str, float]:
         """The figures now; none when the run is asked to stop meanwhile. Every rank must call it."""
         assert self.shards is not None
-        self._clips = self._clips or list(read_samples(self.shards, self.count))
+        self._clips = self._clips or list(read_samples(self.shards, self.count, self.stages))
         sharing = module.sequence_size
         group, groups = self.control.rank // sharing, self.control.world // sharing
         sums = torch.zeros(len(self.lengths), len(self.levels), 2, dtype=torch.float64)

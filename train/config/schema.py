@@ -103,6 +103,7 @@ class DataConfig:
     shards: str | None = None  # folder or URL with manifest.json, or a pipe: command with {} for a file's name
     cache: str | None = None  # folder that keeps whole remote shards; null: none
     max_bad: int = 16  # more damaged samples than this, on one rank, stop the run
+    stages: list[str] = field(default_factory=list)  # functions, sample in, sample out (`data.shards.stages`)
     batch_size: int = 1  # samples a micro-batch on each device
     workers: int = 2  # the loader's threads a rank
     shuffle_window: int = 256  # samples that are shuffled together

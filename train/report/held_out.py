@@ -13,6 +13,7 @@ from torch import Tensor
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.stages import load_stages
 from data.shards.stream import read_samples
 from radial import Dense, Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
@@ -52,8 +53,9 @@ def write_report(
     if not config.report.clips:
         return
     count, short_frames = config.report.clips, config.report.short_frames
-    clips = list(read_samples(held_out(count, config.clip.frames)))
-    short = list(read_samples(held_out(count, short_frames))) if module.lora and short_frames else []
+    stages = load_stages(config.data.stages)
+    clips = list(read_samples(held_out(count, config.clip.frames), stages=stages))
+    short = list(read_samples(held_out(count, short_frames), stages=stages)) if module.lora and short_frames else []
     module.transformer.eval()
     with precision():
         rows = _measure(config, module, clips, short, parts)

@@ -124,7 +124,7 @@ def test_a_dropped_caption_takes_the_empty_prompts_pooled_vector_along():
     adapter = build("hunyuan")
     latent = latents(adapter, TOKENS)
     seen = conditions(adapter, latent)
-    batch = Batch(latent, dict(seen.text), dict(seen.pooled), {}, ["a", "b"], ["x", "y"], 0)
+    batch = Batch(latent, dict(seen.text), dict(seen.pooled), {}, ["a", "b"], 0)
     empty = Prompt({"text": TextTokens(torch.ones(2, 24), torch.ones(2, dtype=torch.bool))}, {"clip": torch.ones(12)})
     module = LengthExtensionModule(
         adapter, pattern=Dense(), block=16, dense_layers=0, backend=None, schedule=SigmaSchedule(),

@@ -1,10 +1,23 @@
 """Shards of latents and text embeddings: making them from videos, checking them, streaming them in an exact order.
 
-Commands: `data.prepare` turns videos into shards, `data.check` verifies them, `data.bench` measures the loader,
-`data.synth` makes the synthetic clips of the default run. To build on them, open `data.shards.sample` for what one
-entry holds, `data.shards.manifest` for what a folder says about itself, `data.shards.writer` to write one,
-`data.encoders` for the model families, `data.shards.order` for which samples a step gets, `data.shards.stream` to read
-them, `data.io.remote` for where from.
+Read these five files first, in this order:
+
+    shards/sample.py       what one entry of a shard holds
+    shards/manifest.py     what a folder of shards states about itself
+    shards/order.py        which samples a step gets
+    shards/stream.py       from shards to batches, in that order
+    prepare/run.py         from videos to shards
+
+The folders:
+
+    io/            bytes and files from wherever they lie: remote, locked, tried again, written whole
+    shards/        samples, manifest, writer, reader, order, stream, batches
+    encoders/      VAE and text encoders, one file a model family
+    prepare/       `python -m data.prepare`: lists of videos, decoding, clips, restarts
+    synth/         `python -m data.synth`: the synthetic clips of the default run
+
+Beside them are the commands `data.check`, which verifies shards, and `data.bench`, which measures the loader.
+`README.md` beside this file is the manual.
 """
 
 import logging

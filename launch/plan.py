@@ -20,8 +20,8 @@ from train.planning import (
     plan_table,
     remedies,
     setting_lines,
-    store_plan,
 )
+from train.storage.stored_plan import store_plan
 
 USAGE = f"""python -m launch plan [conf=RUN] [nodes=1] [gpus=N] [gpu={"|".join(GPUS)}] [cpu_memory=GIB] [key=value ...]
 

@@ -1,8 +1,12 @@
-"""The parts of a training run: loader, trainer, module and callbacks, as its config asks for them."""
+"""From a run's config to its parts: model, module, trainer, callbacks and data, on one page.
+
+`train.run` calls `assemble` and then trains. Every part is made here, and gets what it needs by name.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -14,7 +18,7 @@ from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
 from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
-from train.build import build_module, synthetic_shards
+from train.attention.sequence import check_heads
 from train.callbacks.bad_steps import BadSteps
 from train.callbacks.checkpoints import StepCheckpoints
 from train.callbacks.clips import Samples
@@ -28,15 +32,173 @@ from train.config.global_batch import clips_in_words, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.loggers.services import loggers_of, note_once
+from train.lora.initial import read_initial
+from train.lora.layers import inject_lora, start_from
+from train.memory.apply import set_memory_policy
+from train.memory.fp8 import use_fp8
+from train.models.base import ModelAdapter
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
+from train.objective import Objective
+from train.optimizer import Optimization
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import trainer_plan
-from train.planning import resolve_precision
+from train.planning import chosen_policies, resolve_precision
 from train.ranks import global_rank, slurm_tasks
+from train.recipe import Recipes
 from train.report.held_out import draw_mask
+from train.shards import validation_shards
 from train.storage.checkpoints import FolderCheckpointIO, Place
 from train.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks after a run from before its parts are made until after its last step.
+
+    Attributes:
+        control: the ranks' words to each other.
+        stop: the signals.
+        watchdog: ranks that hang or are gone.
+    """
+
+    control: ControlGroup
+    stop: StopSignals
+    watchdog: Watchdog
+
+
+def assemble(
+    config: RunConfig, folder: RunFolder, shards: Manifest, resumed_step: int, watch: Watch
+) -> tuple[L.Trainer, LengthExtensionModule]:
+    """Trainer and module; rank 0 draws the mask, notes the environment and prints what will be trained.
+
+    Args:
+        resumed_step: the optimizer step that the run goes on from.
+
+    Raises:
+        UserError: weights that do not load, or processes that were not started as the config has them.
+    """
+    precision = resolve_precision(config.trainer.precision)
+    frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
+    loggers = loggers_of(config, folder.path, resumed_step, global_rank())
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.nodes,
+        **trainer_plan(
+            config.parallel,
+            config.trainer.nodes * config.trainer.devices,
+            precision,
+            frozen_dtype,
+            idle=config.model.expert == "both",
+            compiled=config.trainer.compile,
+        ),
+        max_steps=config.trainer.steps,
+        accumulate_grad_batches=micro_batches(config),
+        gradient_clip_val=config.optim.clip,
+        logger=loggers,
+        callbacks=callbacks_of(config, folder.path, watch),
+        plugins=[FolderCheckpointIO(), *_started_by(config)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder.path,
+        use_distributed_sampler=False,
+    )
+    # stage 3 spreads the weights over the ranks straight from their files
+    spread = resumed_step < config.trainer.steps and config.parallel.strategy == "zero3"
+    adapter = load_adapter(
+        config.model,
+        dtype=None if spread else frozen_dtype,
+        seed=config.seed,
+        device=trainer.strategy.root_device,
+    )
+    module = build_module(config, adapter, shards)
+    if trainer.is_global_zero:
+        draw_mask(module, shards, folder.path)
+        note_once(config, folder.path, loggers)
+        _print_run(config, folder, module, precision)
+    return trainer, module
+
+
+def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:
+    """The LightningModule of a run; puts the LoRA into the adapter's transformer.
+
+    Raises:
+        UserError: dense layers, ranks or an initial LoRA that do not fit the model.
+    """
+    layers, heads, _ = adapter.attention_shape
+    if config.attention.dense_layers > layers:
+        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
+    check_heads(config.parallel.sequence, heads)
+    if config.lora is not None:
+        _add_lora(config, adapter)
+    if config.trainer.fp8:
+        use_fp8(adapter.blocks())
+    policies = chosen_policies(config)
+    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
+    adapter.transformer.train()
+    return LengthExtensionModule(
+        adapter,
+        recipes=Recipes(config),
+        objective=Objective.of(config, shards.load_empty_prompt()),
+        optimization=Optimization.of(config),
+        seed=config.seed,
+        lora=config.lora is not None,
+        sequence_size=config.parallel.sequence,
+        policies=policies,
+    )
+
+
+def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
+    lora = config.lora
+    assert lora is not None
+    start = read_initial(lora.init, config.model, adapter) if lora.init is not None else None
+    targets = lora.targets or adapter.targets(text=lora.text)
+    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed)
+    if start is not None:
+        start_from(adapter.transformer, start, lora.alpha / lora.rank)
+        if global_rank() == 0:
+            print("\n".join(f"lora.init: {note}" for note in start.notes))
+
+
+def callbacks_of(config: RunConfig, folder: Path, watch: Watch) -> list[Callback]:
+    """The callbacks in their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog
+    comes last in every step."""
+    control, stop, watchdog = watch.control, watch.stop, watch.watchdog
+    throughput = Throughput()
+    bad_steps = BadSteps(limit=config.trainer.max_skipped, control=control)
+    validation = Validation(
+        every=config.validation.every,
+        shards=validation_shards(config),
+        count=config.validation.clips,
+        stages=load_stages(config.data.stages),
+        levels=validation_levels(config) if config.validation.every else {},
+        lengths=lengths_of(config.grid().frames * config.model.patch[0]),
+        seed=config.seed,
+        control=control,
+        watchdog=watchdog,
+        throughput=throughput,
+        stop=stop,
+    )
+    figures = Figures(
+        every=config.log.every,
+        norms_every=config.log.norms_every,
+        throughput=throughput,
+        control=control,
+        more=lambda: {"skipped": float(bad_steps.skipped), **validation.row},
+    )
+    checkpoints = StepCheckpoints(
+        folder=folder / "checkpoints",
+        every=config.trainer.checkpoint_every,
+        minutes=config.trainer.checkpoint_minutes,
+        keep=config.trainer.keep,
+        control=control,
+        figures=figures,
+        throughput=throughput,
+    )
+    clips = Samples(config, folder, control=control, watchdog=watchdog, throughput=throughput, stop=stop)
+    return [throughput, validation, bad_steps, figures, Progress(figures), stop, checkpoints, clips, watchdog]
 
 
 def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place) -> LatentStream:
@@ -65,115 +227,7 @@ def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place
     )
 
 
-def assemble(
-    config: RunConfig,
-    folder: RunFolder,
-    shards: Manifest,
-    resumed_step: int,
-    control: ControlGroup,
-    stop: StopSignals,
-    watchdog: Watchdog,
-) -> tuple[L.Trainer, LengthExtensionModule]:
-    """Trainer and module; rank 0 draws the mask, notes the environment and says what will be trained.
-
-    Args:
-        resumed_step: the optimizer step that the run goes on from.
-
-    Raises:
-        UserError: weights that do not load, or processes that were not started as the config has them.
-    """
-    precision = resolve_precision(config.trainer.precision)
-    frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    loggers = loggers_of(config, folder.path, resumed_step, global_rank())
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.nodes,
-        **trainer_plan(
-            config.parallel,
-            config.trainer.nodes * config.trainer.devices,
-            precision,
-            frozen_dtype,
-            idle=config.model.expert == "both",
-            compiled=config.trainer.compile,
-        ),
-        max_steps=config.trainer.steps,
-        accumulate_grad_batches=micro_batches(config),
-        gradient_clip_val=config.optim.clip,
-        logger=loggers,
-        callbacks=_callbacks(config, folder.path, control, stop, watchdog),
-        plugins=[FolderCheckpointIO(), *_environment(config)],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=folder.path,
-        use_distributed_sampler=False,
-    )
-    # stage 3 spreads the weights over the ranks straight from their files
-    spread = resumed_step < config.trainer.steps and config.parallel.strategy == "zero3"
-    adapter = load_adapter(config.model, None if spread else frozen_dtype, config.seed, trainer.strategy.root_device)
-    module = build_module(config, adapter, shards)
-    if trainer.is_global_zero:
-        draw_mask(module, shards, folder.path)
-        note_once(config, folder.path, loggers)
-        _say_hello(config, folder, module, precision)
-    return trainer, module
-
-
-def _callbacks(
-    config: RunConfig, folder: Path, control: ControlGroup, stop: StopSignals, watchdog: Watchdog
-) -> list[Callback]:
-    """In their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog has the last
-    word of a step."""
-    throughput = Throughput()
-    bad = BadSteps(config.trainer.max_skipped, control)
-    validation = Validation(
-        config.validation.every,
-        _validation_shards(config),
-        config.validation.clips,
-        load_stages(config.data.stages),
-        validation_levels(config) if config.validation.every else {},
-        lengths_of(config.grid().frames * config.model.patch[0]),
-        config.seed,
-        control,
-        watchdog,
-        throughput,
-        stop,
-    )
-    samples = Samples(config, folder, control, watchdog, throughput, stop)
-
-    def more() -> dict[str, float]:
-        return {"skipped": float(bad.skipped), **validation.row}
-
-    figures = Figures(config.log.every, config.log.norms_every, throughput, control, more)
-    checkpoints = StepCheckpoints(
-        folder / "checkpoints",
-        config.trainer.checkpoint_every,
-        config.trainer.checkpoint_minutes,
-        config.trainer.keep,
-        control,
-        figures,
-        throughput,
-    )
-    progress = Progress(figures)
-    return [throughput, validation, bad, figures, progress, stop, checkpoints, samples, watchdog]
-
-
-def _validation_shards(config: RunConfig) -> Manifest | None:
-    if not config.validation.every:
-        return None
-    if config.validation.shards is not None:
-        return Manifest.load(config.validation.shards)
-    return held_out(config, config.validation.clips, config.clip.frames)
-
-
-def held_out(config: RunConfig, clips: int, frames: int) -> Manifest:
-    """Synthetic clips that training does not see."""
-    # far from any training seed a person would choose
-    return synthetic_shards(config, clips, frames, config.seed + 1_000_003)
-
-
-def _environment(config: RunConfig) -> list[ClusterEnvironment]:
+def _started_by(config: RunConfig) -> list[ClusterEnvironment]:
     """What started the processes: srun, torchrun (which Lightning sees by itself), or nobody yet."""
     tasks, wanted = slurm_tasks(), config.trainer.nodes * config.trainer.devices
     if tasks > 1:
@@ -193,11 +247,10 @@ def _environment(config: RunConfig) -> list[ClusterEnvironment]:
     return [LightningEnvironment()]  # inside an allocation too: without srun there is one process
 
 
-def _say_hello(config: RunConfig, folder: RunFolder, module: LengthExtensionModule, precision: str) -> None:
+def _print_run(config: RunConfig, folder: RunFolder, module: LengthExtensionModule, precision: str) -> None:
     trained = sum(p.numel() for p in module.transformer.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.transformer.parameters())
-    grid = config.grid()
-    attention = config.attention
+    grid, attention = config.grid(), config.attention
     goes_on = f", going on from {folder.checkpoint.name}" if folder.checkpoint else ""
     print(f"{config.conf}: {folder.path}{goes_on}")
     print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")

@@ -1,10 +1,8 @@
-"""The LightningModule: draw sigma and noise, call the adapter, velocity loss, log."""
+"""The LightningModule: draws noise levels and noise, calls the adapter, takes the velocity loss."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,20 +11,19 @@ import torch
 from torch import Tensor
 
 from data.shards.batch import Batch
-from data.shards.sample import Prompt
 from data.shards.stream import LatentStream
 from radial import Pattern
-from train.attention.levels import ClipLevels
 from train.attention.sequence import SequenceGroup, flow_loss
 from train.attention.step import StepAttention
 from train.errors import UserError
-from train.flow import SigmaSchedule, StepDraw, expert_range, generator_for, noise_like, noised
+from train.flow import StepDraw, expert_range, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
+from train.memory.policies import BlockPolicies, check_agreement
 from train.models.base import ModelAdapter
-from train.models.conditions import Conditions
+from train.objective import Objective
+from train.optimizer import Optimization
 from train.parallel.zero import whole_parameter
-from train.planning.policies import BlockPolicies, check_agreement
-from train.storage.resuming import follow_settings
+from train.recipe import Recipes
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,10 @@ class LengthExtensionModule(L.LightningModule):
 
     Args:
         adapter: the model with our attention installed.
-        pattern, block, dense_layers, backend: the attention (`train.config.schema.AttentionConfig`).
-        schedule: the distribution of the noise levels of the run's clip; of two experts, each step's is drawn by it.
-        levels: of clips of a latent size (frames, height, width).
-        caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
-        first_frame: share of micro-batches whose clips go on from their own first latent frame.
-        empty_prompt: the empty prompt's embedding.
-        guidance: what a guidance-distilled model is told.
+        recipes: noise levels and attention of clips by their size.
+        objective: captions and first frames.
+        optimization: AdamW, its learning rates, and how many micro-batches a step has.
         seed: all randomness is a function of (seed, step, sample).
-        lr, betas, weight_decay, warmup, decay, steps: AdamW and its schedule, in optimizer steps.
-        accumulate: micro-batches in an optimizer step, all of one expert.
         lora: whether the weights to save are the LoRA's alone.
         sequence_size: ranks that share each sample's tokens.
         policies: what blocks keep, where it was chosen for this machine; all ranks must have chosen the same.
@@ -70,24 +61,10 @@ class LengthExtensionModule(L.LightningModule):
         self,
         adapter: ModelAdapter,
         *,
-        pattern: Pattern,
-        block: int,
-        dense_layers: int,
-        backend: str | None,
-        schedule: SigmaSchedule,
-        levels: Callable[[Sequence[int]], ClipLevels],
-        caption_dropout: float,
-        first_frame: float = 0.0,
-        empty_prompt: Prompt,
-        guidance: float = 1.0,
+        recipes: Recipes,
+        objective: Objective,
+        optimization: Optimization,
         seed: int,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        warmup: int,
-        decay: str,
-        steps: int,
-        accumulate: int = 1,
         lora: bool,
         sequence_size: int = 1,
         policies: BlockPolicies | None = None,
@@ -95,15 +72,8 @@ class LengthExtensionModule(L.LightningModule):
         super().__init__()
         self.adapter = adapter
         self.transformer = adapter.transformer
-        self.pattern, self.block, self.backend = pattern, block, backend
-        self.dense_layers = dense_layers
-        self.schedule, self.levels = schedule, levels
-        self.caption_dropout, self.empty_prompt = caption_dropout, empty_prompt
-        self.guidance, self.first_frame = guidance, first_frame
-        self.seed = seed
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup, self.decay, self.steps, self.accumulate = warmup, decay, steps, accumulate
-        self.lora = lora
+        self.recipes, self.objective, self.optimization = recipes, objective, optimization
+        self.seed, self.lora = seed, lora
         self.sequence_size, self.policies = sequence_size, policies
         self.sequence: SequenceGroup | None = None
         self.current_attention: StepAttention | None = None
@@ -123,25 +93,23 @@ class LengthExtensionModule(L.LightningModule):
         if self.policies is not None:
             check_agreement(self.policies)
 
-    def plan(self, latent: Tensor, *, all_dense: bool, pattern: Pattern | None = None) -> StepAttention:
-        """The attention of a micro-batch; with ``pattern``, what it would be under that one."""
-        return StepAttention.of(
-            pattern or self.pattern,
-            self.adapter.grid(latent),
-            block=self.block,
-            dense_layers=self.dense_layers,
-            all_dense=all_dense,
-            backend=self.backend,
-            sequence=self.sequence,
-        )
+    def attention_at(self, latent: Tensor, sigma: float, pattern: Pattern | None = None) -> StepAttention:
+        """The attention of clips at a noise level, as they are trained; with ``pattern``, what it would be under it.
+
+        Args:
+            latent: (batch, C, F, H, W); only its shape counts.
+        """
+        recipe = self.recipes.at(latent.shape[2:]).attention
+        recipe = recipe if pattern is None else recipe.under(pattern)
+        return recipe.step(self.adapter.grid(latent), dense=recipe.is_dense(sigma), sequence=self.sequence)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         self._read = batch.step + 1
         within = self.adapter.sigma_range
         if self.adapter.boundary is not None:
-            within = expert_range(self.seed, self._step, self.schedule, self.adapter.boundary)
-        own = self.levels(batch.latent.shape[2:])
-        draw = StepDraw.of(self.seed, batch.step, own.schedule, own.dense_sigma, within)
+            within = expert_range(self.seed, self._step, self.recipes.own.schedule, self.adapter.boundary)
+        own = self.recipes.at(batch.latent.shape[2:])
+        draw = StepDraw.of(self.seed, batch.step, own.schedule, own.attention.dense_sigma, within)
         sigma = torch.tensor([draw.sigma(self.seed, batch.step, key, own.schedule) for key in batch.keys])
         levels = sigma.tolist()  # read before it is on the device, which would have to be waited for
         sigma = sigma.to(batch.latent.device)
@@ -149,40 +117,26 @@ class LengthExtensionModule(L.LightningModule):
             [noise_like(x, self.seed, batch.step, key) for x, key in zip(batch.latent, batch.keys, strict=True)]
         )
         x, target = noised(batch.latent, noise, sigma)
-        plan = self.plan(batch.latent, all_dense=draw.dense)
-        self.adapter.set_attention(plan)
-        self.current_attention = plan
-        conditions = Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
+        attention = own.attention.step(self.adapter.grid(batch.latent), dense=draw.dense, sequence=self.sequence)
+        self.adapter.set_attention(attention)
+        self.current_attention = attention
+        conditions = self.objective.drawn(batch)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
-        loss = flow_loss(velocity, target, plan.shard, self.adapter.patch, given)
-        self._note(batch, levels, velocity.detach(), target, plan, given)
+        loss = flow_loss(velocity, target, attention.shard, self.adapter.patch, given)
+        self._note(batch, levels, velocity.detach(), target, attention, given)
         return loss
 
     def _note(
-        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, plan: StepAttention, given: int
+        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, attention: StepAttention, given: int
     ) -> None:
         if self._seen_at != self._step:
             self.seen, self._seen_at = [], self._step
         frames = batch.latent.shape[2]
         for row, (key, level) in enumerate(zip(batch.keys, levels, strict=True)):
             part = slice(row, row + 1)
-            loss = flow_loss(velocity[part], target[part], plan.shard, self.adapter.patch, given)
+            loss = flow_loss(velocity[part], target[part], attention.shard, self.adapter.patch, given)
             self.seen.append(Seen(key, frames, level, loss))
-
-    def _drop_captions(self, batch: Batch) -> Batch:
-        dropped = [
-            row
-            for row, key in enumerate(batch.keys)
-            if torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")) < self.caption_dropout
-        ]
-        return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
-
-    def _with_first_frame(self, batch: Batch) -> Batch:
-        """The batch with its first latent frame as a condition, in a share of the micro-batches."""
-        if torch.rand((), generator=generator_for(self.seed, batch.step, "first_frame")) >= self.first_frame:
-            return batch
-        return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_lr = optimizer.param_groups[0]["lr"]  # after the step it is the next one's
@@ -209,7 +163,10 @@ class LengthExtensionModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """With the last of the data Lightning would take a step of the micro-batches that there are."""
-        last = self.trainer.global_step + 1 == self.trainer.max_steps and (batch_index + 1) % self.accumulate == 0
+        last = (
+            self.trainer.global_step + 1 == self.trainer.max_steps
+            and (batch_index + 1) % self.optimization.accumulate == 0
+        )
         if self.trainer.is_last_batch and not last:
             self._data_ended()
 
@@ -230,17 +187,7 @@ class LengthExtensionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
-
-    def _lr_factor(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.decay == "constant":
-            return 1.0
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.optimization.configured(parameters)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds, whole: the LoRA's tensors, or all of the transformer's. Every rank must call it."""
@@ -266,11 +213,4 @@ class LengthExtensionModule(L.LightningModule):
         self.load_trained_weights(checkpoint["state_dict"])
         checkpoint["state_dict"] = {}
         self.position = checkpoint["position"]
-        follow_settings(
-            checkpoint,
-            lr=self.lr,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            factor=self._lr_factor,
-            accumulate=self.accumulate,
-        )
+        self.optimization.follow(checkpoint)

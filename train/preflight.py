@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.stages import Stage, load_stages
 from data.shards.stream import read_samples
+from train.attention.sequence import check_heads
 from train.config.compose import read_config
-from train.config.global_batch import clips_a_step, micro_batches
+from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.lora.initial import check_initial
@@ -26,15 +26,13 @@ from train.memory.fp8 import check_fp8
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.families import family_of
-from train.models.loading import describe_model, sigma_range, temporal_rope
-from train.planning import GPUS, Budget, best, plan_table, remedies, this_machine
+from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
+from train.planning.full_memory import check_memory
 from train.ranks import global_rank
 from train.storage.checkpoints import checkpoints_of, weight_shapes
 from train.storage.inputs import hold_inputs
 from train.storage.resuming import check_changes
 from train.storage.run_folder import going_on
-
-_FULL = "out of memory"
 
 
 def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = False) -> None:
@@ -78,7 +76,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     unseen = remote_shards(config) if offline else {}
     if config.data.shards is not None and "data.shards" not in unseen:
         shards = Manifest.load(config.data.shards)
-        check_encoder(shards, *encoder_of(config))
+        check_encoder(shards, *encoder_of(config.model))
         check_shapes(config, shards)
         if adapter is not None:
             _check_sample(adapter, shards, stages)
@@ -146,40 +144,6 @@ def preflight_resume(
     return config
 
 
-def check_memory(config: RunConfig) -> None:
-    """The run fits this machine's memory, by the plan.
-
-    Raises:
-        UserError: it cannot; with the plan's table and what to change. ``trainer.check_memory=false`` tries anyway.
-    """
-    if not config.trainer.check_memory:
-        return
-    budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
-    if budget is None or budget.misfit is None:
-        return
-    clips = clips_a_step(config)
-    here = best(budget, clips)
-    fixes = [f"here: {' '.join(here.keys)}"] if here is not None else []
-    raise UserError(
-        "\n".join(
-            [
-                f"this run does not fit: {budget.misfit}",
-                *["", plan_table(budget), ""],
-                "what would work:",
-                *[f"  {fix}" for fix in [*fixes, *([] if here is not None else remedies(budget, clips))]],
-                "  trainer.check_memory=false tries all the same",
-            ]
-        )
-    )
-
-
-def encoder_of(config: RunConfig) -> tuple[str, Path | None]:
-    """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
-    if tuple(config.model.vae) == (1, 1, 1):
-        return "pixels", None
-    return family_of(config.model).encoder, Path(config.model.path or "").expanduser()
-
-
 def _check_sample(adapter: ModelAdapter, shards: Manifest, stages: Sequence[Stage]) -> None:
     """Holds the first sample, as the stages make it, against what the model takes.
 
@@ -216,7 +180,7 @@ def _check_validation(config: RunConfig, adapter: ModelAdapter | None, seen: boo
     if not seen:
         return
     shards = Manifest.load(given.shards)
-    check_encoder(shards, *encoder_of(config))
+    check_encoder(shards, *encoder_of(config.model))
     for info in shards.samples[: given.clips]:
         if tuple(info.shape[1:]) != config.latent_size():
             raise UserError(
@@ -252,7 +216,7 @@ def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
         raise UserError("the model starts from a picture: give one for each prompt, validation.images='[first.png]'")
     if given.images and not needs and not takes and adapter is not None:
         raise UserError("validation.images is set, but the model takes no first frame: leave it out")
-    family, folder = encoder_of(config)
+    family, folder = encoder_of(config.model)
     parts = sum(encoder_class(family).parts.values(), ())
     missing = [part for part in parts if folder is not None and not (folder / part).is_dir()]
     if missing:
@@ -260,17 +224,6 @@ def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
             f"validation.prompts are encoded and decoded by the model's own parts, but {folder} has no "
             f"{', '.join(missing)}: give the whole diffusers folder, or set validation.samples_every=0"
         )
-
-
-def check_heads(sequence: int, heads: int) -> None:
-    """Sequence parallelism gives each rank some of the heads.
-
-    Raises:
-        UserError: the group size does not divide them; says which sizes do.
-    """
-    if heads % sequence:
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-        raise UserError(f"parallel.sequence is {sequence}, expected a divisor of the model's {heads} heads: {sizes}")
 
 
 def check_shapes(config: RunConfig, shards: Manifest) -> None:
@@ -292,39 +245,6 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
                 f"{shards.home} has latents of {height} x {width} cells, which model.patch {list(config.model.patch)} "
                 "does not divide: make the shards anew"
             )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was full: for a tensor, or for what CUDA and NCCL take by themselves, which is no error of its own
-    kind."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _FULL in str(error))
-
-
-def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
-    """What to say when memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
-    text = str(error)
-    line = next((line for line in text.splitlines() if _FULL in line), text)
-    asked = line.split(". GPU")[0].rstrip(".")
-    return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
-
-
-def cheapest(config: RunConfig) -> list[str]:
-    """At most three changes, in the plan's words, after which the run takes at least a tenth less of a GPU's memory."""
-    machine = this_machine(config.trainer.devices, config.trainer.nodes)
-    budget = Budget.of(config, machine)
-    if budget is None:
-        return ["parallel.activations=auto", "a shorter clip (clip.frames)", "more GPUs a clip (parallel.sequence)"]
-    # it fitted by the plan and did not in truth: look for what fits well below both
-    room = 0.9 * min(machine.gpu.memory, budget.gpu_memory)
-    tighter = replace(budget, machine=replace(machine, gpu=replace(machine.gpu, memory=room)))
-    clips = clips_a_step(config)
-    here = best(tighter, clips)
-    found = [f"on these GPUs: {' '.join(here.keys)}"] if here is not None else []
-    for remedy in remedies(tighter, clips):
-        # not the GPU that is here
-        known = any(f"gpu={name}:" in remedy for name, gpu in GPUS.items() if gpu.memory <= machine.gpu.memory)
-        found += [] if known else [remedy]
-    return found[:3]
 
 
 def _check_parallel(config: RunConfig, elsewhere: bool) -> None:

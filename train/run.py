@@ -18,22 +18,23 @@ import torch
 from safetensors import SafetensorError
 
 from data.shards.manifest import Manifest
-from train.assemble import assemble, held_out, loader
-from train.build import training_shards
+from train.assemble import Watch, assemble, loader
 from train.callbacks.progress import collected
-from train.callbacks.stop import EXIT_CODES, WORDS, Asked, StopSignals
+from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, patience
 from train.cli import MISTAKES
 from train.config.schema import RunConfig
-from train.errors import UserError
+from train.errors import EXIT_CODES, WORDS, Asked, UserError
 from train.export.run import export_run
 from train.loggers.services import wandb_closed
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
-from train.preflight import check_shapes, is_out_of_memory, out_of_memory
+from train.planning.full_memory import is_out_of_memory, out_of_memory
+from train.preflight import check_shapes
 from train.ranks import global_rank
 from train.report.held_out import write_report
 from train.report.page import write_page
+from train.shards import held_out, training_shards
 from train.storage.checkpoints import (
     FolderCheckpointIO,
     Place,
@@ -120,13 +121,14 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
     control = ControlGroup()
     stop = StopSignals(folder.path, rank, control)
     watchdog = Watchdog(folder.path, patience(config), control)
+    watch = Watch(control=control, stop=stop, watchdog=watchdog)
     with stop.listening(), _told(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
         check_shapes(config, shards)
         start = Place() if folder.checkpoint is None else place_of(folder.checkpoint)
         unfinished = start.step < config.trainer.steps
-        trainer, module = assemble(config, folder, shards, start.step, control, stop, watchdog)
+        trainer, module = assemble(config, folder, shards, start.step, watch)
         hold_inputs(config, folder.path, shards, write=rank == 0)  # by now weights of the hub are here
         with watchdog.over(trainer):
             if unfinished:
@@ -179,7 +181,7 @@ def _finish(
     if trainer.global_rank >= count or stop.agree_in(group):
         return
     context = trainer.precision_plugin.forward_context
-    parts = Unfinished(folder, config, module.position, stop, group)
+    parts = Unfinished(folder, config, module.position, functools.partial(stop.agree_in, group), group)
     with _report_folder(folder, trainer.global_rank) as out, suppress(Asked):
         write_report(config, module, out, shards, functools.partial(held_out, config), context, parts)
         parts.done()

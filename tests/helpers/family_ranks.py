@@ -15,10 +15,10 @@ from tests.helpers.sequence_ranks import average, group_of
 from tests.helpers.zero_ranks import SPREAD
 from train.attention.sequence import SequenceGroup, flow_loss
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.flow import noised
 from train.lora.layers import inject_lora, lora_parameters
+from train.memory.apply import set_memory_policy
 from train.parallel.zero import spread_weights, zero_config
 
 

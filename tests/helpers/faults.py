@@ -23,12 +23,12 @@ from lightning.pytorch.callbacks import Callback
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from data.shards.writer import ShardWriter
-from train.build import training_shards
 from train.callbacks import checkpoints as callbacks
 from train.callbacks.throughput import Throughput
 from train.errors import UserError
 from train.parallel.control_group import ControlGroup
 from train.run import train
+from train.shards import training_shards
 from train.storage.run_folder import RunFolder
 
 

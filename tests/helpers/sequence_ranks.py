@@ -16,16 +16,16 @@ from tests.helpers.tiny import ARCHITECTURE
 from train.attention.collectives import all_gather, all_to_all
 from train.attention.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.evaluation.euler import sample
 from train.evaluation.losses import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora.layers import inject_lora
+from train.memory.apply import set_memory_policy
+from train.memory.policies import BlockPolicies, check_agreement
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
-from train.planning.policies import BlockPolicies, check_agreement
 
 FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16}
 EIGHT_HEADS = {**ARCHITECTURE, "num_attention_heads": 8, "attention_head_dim": 16}

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from radial import make_pattern
 from train.attention.sequence import flow_loss
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.schema import RunConfig
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.memory.apply import set_memory_policy
 from train.models.families import family_of
 from train.models.weights import settle
 

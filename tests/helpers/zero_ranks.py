@@ -17,10 +17,10 @@ from radial.backends import BACKENDS
 from tests.helpers.sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
 from train.attention.sequence import flow_loss
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.flow import noised
 from train.lora.layers import load_parameters, lora_parameters
+from train.memory.apply import set_memory_policy
 from train.models.conditions import Conditions
 from train.parallel.zero import (
     gather_optimizer_state,

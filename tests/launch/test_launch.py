@@ -20,12 +20,12 @@ from launch.logs import _has_reader
 from launch.slurm import _grace, _mounts, main, seconds_of
 from launch.submission import record, run_argument
 from tests.helpers.tiny import run_config, words
-from train.build import training_shards
 from train.config.compose import compose_run, finish, read_config
 from train.errors import UserError
 from train.loggers.environment import git_revision, read_speed
 from train.planning import GIB, GPUS, Budget, Machine
 from train.run import resume
+from train.shards import training_shards
 from train.storage.run_folder import RunFolder, get_state, held, set_state
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train.attention.levels import clip_levels
 
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
@@ -14,8 +15,7 @@ from data.shards.writer import ShardWriter
 from data.synth.clips import synthesize
 from tests.helpers.faults import losses
 from tests.helpers.tiny import run_config
-from train.attention.levels import clip_levels
-from train.build import build_module
+from train.assemble import build_module
 from train.config.schema import ClipConfig
 from train.errors import UserError
 from train.flow import StepDraw

@@ -23,13 +23,14 @@ from launch import local
 from tests.helpers.tiny import run_config, words
 from tests.helpers.videos import frames_of
 from train.__main__ import main
-from train.build import build_module, training_shards
+from train.assemble import build_module
 from train.callbacks.progress import Progress
 from train.config.compose import read_config
 from train.errors import UserError
 from train.models.loading import load_adapter
 from train.preflight import preflight
 from train.run import resume, train
+from train.shards import training_shards
 from train.storage.checkpoints import (
     FolderCheckpointIO,
     last_checkpoint,

@@ -10,7 +10,6 @@ import pytest
 from data.errors import DataError
 from tests.helpers.tiny import run_config
 from train.config.compose import change_config
-from train.config.schema import RunConfig
 from train.errors import UserError
 from train.preflight import preflight
 from train.run import resume, train

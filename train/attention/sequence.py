@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from radial import BlockLayout, attention_over
 from train.attention.collectives import all_gather, all_to_all
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class SequenceGroup:
             return None
         group, _ = dist.new_subgroups(size)
         return cls(group, size, dist.get_rank(group))
+
+
+def check_heads(sequence: int, heads: int) -> None:
+    """Sequence parallelism gives each rank some of the heads.
+
+    Raises:
+        UserError: the group size does not divide them; says which sizes do.
+    """
+    if heads % sequence:
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise UserError(f"parallel.sequence is {sequence}, expected a divisor of the model's {heads} heads: {sizes}")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Which attention each layer runs in one micro-batch."""
+"""Which attention each layer runs in one step: a micro-batch of training, or a sampling step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from radial import BlockLayout, Dense, Pattern, VideoGrid, build_layout
-from train.attention.sequence import SequenceGroup, SequenceShard
+from radial import BlockLayout
+from train.attention.sequence import SequenceShard
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class StepAttention:
         pattern_layout: block lists of the configured pattern.
         dense_layout: the full layout of the same grid.
         dense_layers: the first blocks, which stay dense.
-        all_dense: the whole step is dense (a noise level at or above ``dense_sigma``).
+        all_dense: all layers are dense in this step.
         backend: an attention backend by name, or None for the fastest.
         shard: this rank's share of the sequence, or None where each rank holds whole samples.
     """
@@ -27,27 +27,6 @@ class StepAttention:
     all_dense: bool = False
     backend: str | None = None
     shard: SequenceShard | None = None
-
-    @classmethod
-    def of(
-        cls,
-        pattern: Pattern,
-        grid: VideoGrid,
-        *,
-        block: int = 128,
-        dense_layers: int = 0,
-        all_dense: bool = False,
-        backend: str | None = None,
-        sequence: SequenceGroup | None = None,
-    ) -> StepAttention:
-        return cls(
-            build_layout(pattern, grid, block),
-            build_layout(Dense(), grid),
-            dense_layers,
-            all_dense,
-            backend,
-            None if sequence is None else SequenceShard(grid.video_tokens, sequence),
-        )
 
     def layout(self, layer: int) -> BlockLayout:
         """The layout of a layer's self-attention."""

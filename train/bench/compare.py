@@ -16,10 +16,10 @@ from typing import Any
 from train.bench.steps import bench_config, case_of
 from train.cli import guarded
 from train.errors import UserError
+from train.memory.policies import BlockPolicies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine
-from train.planning.policies import BlockPolicies
 
 USAGE = """python -m train.bench.compare FILE [FILE ...]
 

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.attention.sequence import SequenceGroup, flow_loss
-from train.attention.step import StepAttention
-from train.build import chosen_policies, set_memory_policy
+from train.attention.recipe import AttentionRecipe
+from train.attention.sequence import SequenceGroup, check_heads, flow_loss
 from train.callbacks.throughput import compile_seconds
 from train.cli import json_file, whole_number
 from train.config.check import validate
@@ -31,14 +30,14 @@ from train.config.schema import RunConfig
 from train.errors import UserError
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
+from train.memory.policies import BlockPolicies
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
-from train.planning import cpu_memory, resolve_precision
+from train.planning import chosen_policies, cpu_memory, resolve_precision
 from train.planning.flops import SampleFlops, peak_rate
-from train.planning.policies import BlockPolicies
 from train.planning.sizes import Sizes
-from train.preflight import check_heads
 
 USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
                       [key=value ...] [--json FILE]
@@ -217,19 +216,14 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     sigma = torch.tensor([0.6], device=device)
     x, target = noised(latent, noise, sigma)
     attention = config.attention
-    plan = StepAttention.of(
-        config.pattern(),
-        adapter.grid(x),
-        block=attention.block,
-        dense_layers=attention.dense_layers,
-        backend=attention.backend if attention.pattern != "dense" else None,
-        sequence=SequenceGroup.of(sp),
-    )
-    adapter.set_attention(plan)
+    recipe = AttentionRecipe.of(config)
+    recipe = recipe.dense() if attention.pattern == "dense" else recipe
+    of_step = recipe.step(adapter.grid(x), dense=False, sequence=SequenceGroup.of(sp))
+    adapter.set_attention(of_step)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, plan.shard, adapter.patch, given)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, of_step.shard, adapter.patch, given)
         loss.backward()
         for parameter in trained if sp > 1 else ():
             dist.all_reduce(parameter.grad)
@@ -242,7 +236,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
 
     first = _timed(step)
     seconds = statistics.median(_timed(step) for _ in range(steps))
-    flops = SampleFlops.of(adapter, plan).step / sp
+    flops = SampleFlops.of(adapter, of_step).step / sp
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_rate(name)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
@@ -250,7 +244,7 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         pattern=attention.pattern,
         sp=sp,
         blocks=layers,
-        tokens=plan.pattern_layout.grid.tokens,
+        tokens=of_step.pattern_layout.grid.tokens,
         device=name,
         first_step=first,
         compile=compile_seconds(),

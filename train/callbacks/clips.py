@@ -21,20 +21,20 @@ from data.encoders.base import Encoder, EncoderSettings
 from data.errors import DataError
 from data.shards.batch import collate
 from data.shards.sample import Sample
-from train.callbacks.stop import Asked, StopSignals
+from train.attention.step import StepAttention
+from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
-from train.errors import UserError
+from train.errors import Asked, UserError
 from train.evaluation.euler import sample
 from train.flow import noise_like
 from train.loggers.csv_file import Forgiving
-from train.models.conditions import Conditions
 from train.models.families import family_of
+from train.models.loading import encoder_of
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.planning import resolve_precision
-from train.preflight import encoder_of
 from train.sample.decode import decode_frames
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
@@ -134,28 +134,27 @@ class Samples(Callback):
     def _latent(self, trainer: L.Trainer, module: LengthExtensionModule, clip: Sample, number: int) -> Tensor:
         """The clip of a prompt, (C, f, h, w)."""
         batch = collate([clip], 0).to(module.device)
-        told = self.config.validation.samples_guidance
-        distilled = getattr(module.transformer.config, "guidance_embeds", False)  # is told the guidance
-        conditions = Conditions.of(batch, told if distilled else module.guidance)
-        empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
+        guidance = self.config.validation.samples_guidance
+        distilled = getattr(module.transformer.config, "guidance_embeds", False)  # takes the guidance as an input
+        conditions, empty = module.objective.both(batch, guidance if distilled else None)
         shape = batch.latent
         noise = noise_like(shape, self.config.seed, FOLDER, number)
 
-        def plan(sigma: float) -> Any:
+        def attention(sigma: float) -> StepAttention:
             self.watchdog.progress()
             if self.stop.agree(trainer):
                 raise Asked
-            return module.plan(shape, all_dense=module.levels(shape.shape[2:]).dense(sigma))
+            return module.attention_at(shape, sigma)
 
         made = sample(
             module.adapter,
             noise,
             conditions,
             empty,
-            plan,
+            attention,
             steps=self.config.validation.samples_steps,
             shift=self.config.shift(),
-            guidance=1.0 if distilled else told,
+            guidance=1.0 if distilled else guidance,
             label=f"Sample {number + 1}",
             quiet=self.control.rank > 0,
         )
@@ -183,7 +182,7 @@ class Samples(Callback):
         return self._encoder
 
     def _load(self, device: torch.device, vae_only: bool) -> Encoder:
-        family, folder = encoder_of(self.config)
+        family, folder = encoder_of(self.config.model)
         precision = torch.bfloat16 if resolve_precision(self.config.trainer.precision) == "bf16" else torch.float32
         vae_dtype = family_of(self.config.model).vae_dtype(precision)
         text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -26,21 +26,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from train.errors import EXIT_CODES, REQUEUE, STOP, WORDS, Asked
 from train.parallel.control_group import ControlGroup
 from train.parallel.processes import end_now
 from train.storage.checkpoints import how_to_go_on
 from train.storage.run_folder import set_state
 
-STOP, REQUEUE = 1, 2
-WORDS = {STOP: "stopped", REQUEUE: "requeue"}
-"""The run's state after each request (`train.storage.run_folder.set_state`)."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-EXIT_CODES = {STOP: 130, REQUEUE: 75}
-"""Of rank 0: as after Ctrl-C, and EX_TEMPFAIL."""
-
-
-class Asked(Exception):
-    """The run was asked to stop, in the middle of what can be left."""
 
 
 class StopSignals(Callback):

@@ -25,7 +25,6 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stages import Stage
 from data.shards.stream import read_samples
-from train.attention.levels import clip_levels
 from train.attention.sequence import flow_loss
 from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
@@ -37,6 +36,7 @@ from train.models.conditions import Conditions
 from train.models.loading import sigma_range
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
+from train.recipe import clip_recipe
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -50,7 +50,7 @@ def validation_levels(config: RunConfig) -> dict[float, float]:
     if config.validation.sigmas is not None:
         given = sorted({sigma for sigma in config.validation.sigmas if low <= sigma < high})
         return {sigma: 1 / len(given) for sigma in given}
-    schedule = clip_levels(config).schedule
+    schedule = clip_recipe(config).schedule
     edges = [low, high]
     if config.model.expert == "both":
         assert config.model.boundary is not None
@@ -153,11 +153,11 @@ class Validation(Callback):
         level = torch.tensor([sigma], device=latent.device)
         noise = noise_like(latent, self.seed, "validation", clip.key, length)
         x, target = noised(latent, noise, level)
-        plan = module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma))
-        module.adapter.set_attention(plan)
-        conditions = Conditions.of(batch, module.guidance).first_frames(length)
+        attention = module.attention_at(latent, sigma)
+        module.adapter.set_attention(attention)
+        conditions = Conditions.of(batch, module.objective.guidance).first_frames(length)
         velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)
-        loss: Tensor = flow_loss(velocity, target, plan.shard, module.adapter.patch, given)
+        loss: Tensor = flow_loss(velocity, target, attention.shard, module.adapter.patch, given)
         return loss.item()
 
 

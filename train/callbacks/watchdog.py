@@ -31,8 +31,8 @@ from train.cli import MISTAKES
 from train.config.schema import RunConfig
 from train.parallel.control_group import ControlGroup
 from train.parallel.processes import end_now
-from train.planning import Budget, Duration, this_machine
-from train.preflight import is_out_of_memory
+from train.planning import Budget, Duration
+from train.planning.full_memory import is_out_of_memory
 from train.ranks import global_rank, slurm_tasks
 from train.storage.checkpoints import how_to_go_on
 from train.storage.run_folder import get_state, set_state
@@ -47,7 +47,7 @@ _TOLD = ("failed", "stopped", "requeue")  # states of a run whose reason to end 
 def patience(config: RunConfig) -> float:
     """Seconds at one place after which a run stands still: ``trainer.timeout``, or three times what the plan gives the
     longest micro-batch where that is more."""
-    budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
+    budget = Budget.here(config)
     planned = None if budget is None else Duration(budget).slowest_micro_step
     return max(config.trainer.timeout, 3 * (planned or 0.0))
 

@@ -151,7 +151,7 @@ class ParallelConfig:
     offload_optimizer: bool = False  # of ZeRO: the optimizer state, and its step, on the CPU
     offload_parameters: bool = False  # of zero3: the weights in CPU memory
     activations: str = (
-        "none"  # what blocks keep: none, full, selective, auto (`train.memory.activations`, `train.planning.policies`)
+        "none"  # what blocks keep: none, full, selective, auto (`train.memory.activations`, `train.memory.policies`)
     )
     offload_activations: bool = False  # what full or selective keep goes to CPU memory
     offload_gib: float | None = None  # CPU memory that each GPU's activations may take; the rest stays; null: no limit

@@ -22,7 +22,7 @@ def sample(
     noise: Tensor,
     conditions: Conditions,
     empty: Conditions | None,
-    plan: Callable[[float], StepAttention],
+    attention: Callable[[float], StepAttention],
     *,
     steps: int,
     shift: float,
@@ -36,7 +36,7 @@ def sample(
         noise: (batch, C, F, H, W) standard normal.
         conditions: the prompts' and all else that the model sees.
         empty: the same with the empty prompt; needed when guidance is not 1.
-        plan: the attention of a step, from its noise level.
+        attention: that of a step, from its noise level.
         steps: Euler steps.
         shift: the family's shift of the noise levels.
         guidance: classifier-free guidance weight; 1 is off and costs half.
@@ -57,7 +57,7 @@ def sample(
     ):
         level = scheduler.sigmas[step].float()
         sigma = level.expand(len(x))
-        adapter.set_attention(plan(level.item()))
+        adapter.set_attention(attention(level.item()))
         velocity = adapter.velocity(x, sigma, conditions)
         if guidance != 1.0:
             assert empty is not None, "guidance needs the empty prompt"

@@ -66,7 +66,7 @@ class Interval:
 def clip_losses(
     adapter: ModelAdapter,
     clips: Sequence[Sample],
-    plan: Callable[[Tensor, float], StepAttention],
+    attention: Callable[[Tensor, float], StepAttention],
     schedule: SigmaSchedule,
     *,
     seed: int,
@@ -74,7 +74,7 @@ def clip_losses(
 ) -> list[float]:
     """Flow loss of each clip, at noise levels spread evenly over the schedule's quantiles, with fixed noise.
 
-    ``plan`` gives the attention of a noised latent at a noise level.
+    ``attention`` gives that of a noised latent at a noise level.
     """
     device = next(adapter.transformer.parameters()).device
     losses = []
@@ -84,7 +84,7 @@ def clip_losses(
         quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
-        adapter.set_attention(plan(x, sigma.item()))
+        adapter.set_attention(attention(x, sigma.item()))
         conditions = Conditions.of(batch)
         velocity = adapter.velocity(x, sigma, conditions)
         losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())

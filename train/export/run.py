@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from train import __version__
-from train.attention.levels import clip_levels
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -39,6 +38,7 @@ from train.lora.files import check_file
 from train.lora.reading import Lora, Pairs, read_lora
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
+from train.recipe import clip_recipe
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
@@ -236,7 +236,7 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
     }
     attention["rule"] = config.rule()
     # the level that training changed sides at, and the steps that it came from: of so many of the model's own
-    attention["dense_sigma"] = clip_levels(config).dense_sigma
+    attention["dense_sigma"] = clip_recipe(config).attention.dense_sigma
     attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None
     attention["sampling_steps"] = config.model.steps
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radial import Released, build_layout
-from train.attention.levels import clip_levels
 from train.config.schema import RunConfig
 from train.models.families import family_of
+from train.recipe import clip_recipe
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def dense_steps(config: RunConfig) -> int:
         return config.attention.dense_steps
     if config.model.steps is None:
         return 0
-    levels = clip_levels(config)
-    return sum(map(levels.dense, family_of(config.model).noise_levels(config.model.steps, levels.schedule.shift)))
+    recipe = clip_recipe(config)
+    levels = family_of(config.model).noise_levels(config.model.steps, recipe.schedule.shift)
+    return sum(map(recipe.attention.is_dense, levels))
 
 
 def script_flags(config: RunConfig) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from train.callbacks.stop import EXIT_CODES
 from train.config.schema import RunConfig
+from train.errors import EXIT_CODES
 from train.loggers.csv_file import Forgiving, MetricsCsv
 from train.loggers.environment import environment
-from train.planning import Budget, plan_table, store_plan, stored_plan, this_machine
+from train.planning import Budget, plan_table
 from train.storage.run_folder import CONFIG, PLAN
+from train.storage.stored_plan import store_plan, stored_plan
 
 WANDB_ID, ENVIRONMENT, MASK = "wandb_id", "environment.json", "mask.png"
 _PATIENCE = 60  # seconds for W&B's service to answer at the start
@@ -101,7 +102,7 @@ def note_once(config: RunConfig, folder: Path, loggers: list[Logger]) -> None:
     """Environment and plan, in their files and in the logs, and the mask's picture in the logs. The config is there
     already, and the plan where launch has made it."""
     if not (folder / PLAN).exists():
-        budget = Budget.of(config, this_machine(config.trainer.devices, config.trainer.nodes))
+        budget = Budget.here(config)
         if budget is not None:
             store_plan(folder, budget, plan_table(budget))
     plan = stored_plan(folder)

@@ -27,7 +27,7 @@ ADAPTERS: dict[str, type[ModelAdapter]] = {}
 
 
 class LayoutAttention:
-    """Base of the attention processors: `ModelAdapter.set_attention` gives each its layer's share of the plan."""
+    """Base of the attention processors: `ModelAdapter.set_attention` gives each the layout of its layer."""
 
     def __init__(self) -> None:
         self.layout: BlockLayout | None = None
@@ -37,7 +37,12 @@ class LayoutAttention:
         """Is given q, k, v, attention's output and the text lengths of each `attend` (`train.decay.capture`)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None = None) -> Tensor:
-        """Attention by the plan; q, k, v (batch, this rank's video tokens + all text tokens, heads, head_dim)."""
+        """Attention over the layer's layout.
+
+        Args:
+            q, k, v: (batch, this rank's video tokens + all text tokens, heads, head_dim).
+            text_lengths: as for `radial.attention_over`.
+        """
         assert self.layout is not None, "set_attention comes before the forward"
         out = sharded_attention(q, k, v, self.layout, self.shard, text_lengths=text_lengths, backend=self.backend)
         if self.observer is not None:
@@ -181,18 +186,18 @@ class ModelAdapter(PipelineTraits, ABC):
     def grid(self, latent: Tensor) -> VideoGrid:
         """The token grid of a latent batch, (batch, C, F, H, W)."""
 
-    def set_attention(self, plan: StepAttention) -> None:
+    def set_attention(self, attention: StepAttention) -> None:
         """Gives each self-attention its layout, and everything that follows the sequence its shard.
 
         It holds for the micro-batches that follow, until their backward has run.
         """
         for layer, block in enumerate(self.blocks()):
             processor = self.self_attention(block).processor
-            processor.layout = plan.layout(layer)
-            processor.backend = plan.backend_of(layer)
-            processor.shard = plan.shard
-        self._shard = plan.shard
-        if plan.shard is not None and not self._follows_shard:
+            processor.layout = attention.layout(layer)
+            processor.backend = attention.backend_of(layer)
+            processor.shard = attention.shard
+        self._shard = attention.shard
+        if attention.shard is not None and not self._follows_shard:
             self.follow_shard()  # only now, since a LoRA may have replaced a module
             self._follows_shard = True
 

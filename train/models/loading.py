@@ -196,3 +196,10 @@ def _load_one(config: ModelConfig) -> ModelAdapter:
     if adapter.patch != tuple(config.patch):
         raise UserError(f"model.patch is {config.patch}, the model in {config.path} has {list(adapter.patch)}")
     return adapter
+
+
+def encoder_of(config: ModelConfig) -> tuple[str, Path | None]:
+    """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
+    if tuple(config.vae) == (1, 1, 1):
+        return "pixels", None
+    return family_of(config).encoder, Path(config.path or "").expanduser()

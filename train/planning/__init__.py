@@ -6,10 +6,9 @@ best(budget, clips_a_step=8)
 """
 
 from train.planning.advice import Setting, best, fewest, remedies
-from train.planning.budget import GIB, Budget
+from train.planning.budget import GIB, Budget, chosen_policies
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, resolve_precision, this_machine
-from train.planning.stored import store_plan, stored_plan
 from train.planning.table import plan_table, setting_lines
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "Machine",
     "Setting",
     "best",
+    "chosen_policies",
     "cpu_memory",
     "fewest",
     "gpu_named",
@@ -28,7 +28,5 @@ __all__ = [
     "remedies",
     "resolve_precision",
     "setting_lines",
-    "store_plan",
-    "stored_plan",
     "this_machine",
 ]

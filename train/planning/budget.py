@@ -16,11 +16,12 @@ from functools import cached_property
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
+from train.memory.policies import BlockPolicies, configured
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.calibration import BlockCosts
-from train.planning.hardware import Machine
-from train.planning.policies import BlockPolicies, chosen, configured
+from train.planning.hardware import Machine, this_machine
+from train.planning.policies import chosen
 from train.planning.sizes import Sizes
 
 GIB = 2**30
@@ -47,6 +48,11 @@ class Budget:
         """The budget of a run; None where the model's dimensions are not known without downloading it."""
         sizes = Sizes.of(config, machine.precision(config.trainer.precision), layers)
         return None if sizes is None else cls(config, machine, sizes)
+
+    @classmethod
+    def here(cls, config: RunConfig, layers: int | None = None) -> Budget | None:
+        """The budget of a run on this machine; None as for `of`."""
+        return cls.of(config, this_machine(config.trainer.devices, config.trainer.nodes), layers)
 
     def dense(self) -> Budget:
         """The same run with dense attention in every layer."""
@@ -279,3 +285,20 @@ class Budget:
                 f"it has {self.cpu_usable / GIB:.1f} GiB for it"
             )
         return None
+
+
+def chosen_policies(config: RunConfig, layers: int | None = None) -> BlockPolicies | None:
+    """With ``parallel.activations=auto``, the policies that fit this machine's memory; None with any other.
+
+    Args:
+        layers: another number of blocks than the model's.
+
+    Raises:
+        UserError: the model has no dimensions to plan with.
+    """
+    if config.parallel.activations != "auto":
+        return None
+    budget = Budget.here(config, layers)
+    if budget is None:
+        raise UserError("parallel.activations is auto, which needs a local model.path; set none, full or selective")
+    return budget.policies

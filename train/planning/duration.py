@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from train.attention.levels import clip_levels
 from train.config.global_batch import clips_a_step, micro_batches
 from train.models.loading import sigma_range
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS
+from train.recipe import clip_recipe
 
 _MEASURED = GPUS["h200"]
 
@@ -38,12 +38,13 @@ class Duration:
     def dense_share(self) -> float:
         """Share of the steps at noise levels that run dense."""
         config = self.budget.config
-        levels = clip_levels(config)
-        if levels.dense_sigma is None or config.attention.pattern == "dense":
+        recipe = clip_recipe(config)
+        dense_sigma = recipe.attention.dense_sigma
+        if dense_sigma is None or config.attention.pattern == "dense":
             return 0.0
         low, high = sigma_range(config.model)
-        edge = min(max(levels.dense_sigma, low), high)
-        share = [levels.schedule.share_above(sigma) for sigma in (low, edge, high)]
+        edge = min(max(dense_sigma, low), high)
+        share = [recipe.schedule.share_above(sigma) for sigma in (low, edge, high)]
         return (share[1] - share[2]) / (share[0] - share[2])
 
     @property

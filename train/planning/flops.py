@@ -49,12 +49,12 @@ class SampleFlops:
     trains_all: bool
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, plan: StepAttention) -> SampleFlops:
-        """Counts the model as it is: with its LoRA, if it has one, and the layers that the plan keeps dense."""
-        grid = plan.pattern_layout.grid
+    def of(cls, adapter: ModelAdapter, attention: StepAttention) -> SampleFlops:
+        """Counts the model as it is: with its LoRA, if it has one, and the layers that are dense."""
+        grid = attention.pattern_layout.grid
         lora = sum(_size(p) for n, p in adapter.transformers[0].named_parameters() if ".lora_" in n)
         return cls(
-            attention=plan.attention_flops(*adapter.attention_shape),
+            attention=attention.attention_flops(*adapter.attention_shape),
             linear=adapter.linear_flops(grid),
             lora=2.0 * lora * grid.tokens,
             trains_all=lora == 0,

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from radial import VideoGrid, build_layout
+from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig, RunConfig
 from train.models.base import ModelAdapter
 from train.models.families import family_of
@@ -104,7 +104,7 @@ class Sizes:
             trained=experts * trained,
             linear=adapter.linear_flops(grid),
             lora=2.0 * trained * grid.tokens if lora else 0.0,
-            density=_density(config, grid),
+            density=AttentionRecipe.of(config).density(grid),
             element=2 if precision == "bf16" else 4,
             all_chunked=len(middle) == len(adapter.blocks()),
             takes_first_frame=adapter.takes_first_frame,
@@ -133,9 +133,3 @@ def _ends(transformer: nn.Module, targets: str) -> int:
 def _largest_block(transformer: nn.Module) -> int:
     lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
     return max((sum(_bytes(p) for p in block.parameters()) for blocks in lists for block in blocks), default=0)
-
-
-def _density(config: RunConfig, grid: VideoGrid) -> float:
-    if config.attention.pattern == "dense":
-        return 1.0
-    return build_layout(config.pattern(), grid, config.attention.block).density

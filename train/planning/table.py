@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from train.attention.levels import clip_levels
 from train.config.global_batch import clips_in_words
 from train.planning import calibration
 from train.planning.advice import Setting
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
+from train.recipe import clip_recipe
 
 
 def plan_table(budget: Budget) -> str:
@@ -47,8 +47,9 @@ def plan_table(budget: Budget) -> str:
         ]
     notes = []
     if durations[0].dense_share:
+        sigma = clip_recipe(config).attention.dense_sigma
         notes.append(
-            f"{durations[0].dense_share:.1%} of the steps, at noise levels from {clip_levels(config).dense_sigma:.4f}, "
+            f"{durations[0].dense_share:.1%} of the steps, at noise levels from {sigma:.4f}, "
             "run dense: times are the mean"
         )
     if config.attention.dense_layers and config.attention.pattern != "dense":

@@ -15,7 +15,7 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stages import load_stages
 from data.shards.stream import read_samples
-from radial import Dense, Pattern, Random, Released, build_layout
+from radial import Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
@@ -23,7 +23,6 @@ from train.evaluation.euler import sample
 from train.evaluation.losses import clip_losses
 from train.evaluation.results import Row, write_results
 from train.flow import noise_like
-from train.models.conditions import Conditions
 from train.module import LengthExtensionModule
 from train.report.pictures import animate, draw_loss, film_strip
 from train.storage.unfinished import Unfinished
@@ -66,7 +65,8 @@ def write_report(
 def draw_mask(module: LengthExtensionModule, shards: Manifest, folder: Path) -> None:
     """Draws the mask of the shards' clips to ``mask.png``."""
     latent = torch.empty(1, *shards.samples[0].shape)
-    layout = build_layout(module.pattern, module.adapter.grid(latent), module.block)
+    attention = module.recipes.own.attention
+    layout = build_layout(attention.pattern, module.adapter.grid(latent), attention.block)
     draw_layout(layout, folder / "mask.png")
 
 
@@ -76,63 +76,57 @@ def _measure(
     adapter = module.adapter
     shape = adapter.attention_shape
 
-    def row(name: str, of: list[Sample], plan: Callable[[Tensor, float], StepAttention]) -> Row:
+    def row(name: str, of: list[Sample], attention: Callable[[Tensor, float], StepAttention]) -> Row:
         def watched(latent: Tensor, sigma: float) -> StepAttention:
             parts.check()
-            return plan(latent, sigma)
+            return attention(latent, sigma)
 
         def measure() -> Tensor:
-            losses = clip_losses(adapter, of, watched, module.schedule, seed=config.seed, label=name)
+            losses = clip_losses(adapter, of, watched, module.recipes.own.schedule, seed=config.seed, label=name)
             return torch.tensor(losses, dtype=torch.float64)
 
         losses = parts.part(f"row {name}", measure).tolist()
-        flops = plan(of[0].latent[None], 0.0).attention_flops(*shape)
+        flops = attention(of[0].latent[None], 0.0).attention_flops(*shape)
         return Row(name, of[0].latent.shape[1], losses, flops / 1e9)
 
-    def plan_of(pattern: Pattern) -> Callable[[Tensor, float], StepAttention]:
-        return functools.partial(_pattern_plan, module, pattern=pattern)
+    def under(pattern: Pattern) -> Callable[[Tensor, float], StepAttention]:
+        return functools.partial(module.attention_at, pattern=pattern)
 
     rows = []
-    name, dense, pattern = module.pattern.name, functools.partial(_dense_plan, module), plan_of(module.pattern)
+    own = module.recipes.own.attention.pattern
+    name, dense, trained = own.name, functools.partial(_dense, module), module.attention_at
     if module.lora:
         module.transformer.disable_adapters()
         if short:
             rows.append(row("base, dense, own length", short, dense))
         rows.append(row("base, dense", clips, dense))
         if name != "dense":
-            rows.append(row(f"base, {name}", clips, pattern))
-        if isinstance(module.pattern, Released):
-            rows.append(row("base, random", clips, plan_of(Random(module.pattern))))
+            rows.append(row(f"base, {name}", clips, trained))
+        if isinstance(own, Released):
+            rows.append(row("base, random", clips, under(Random(own))))
         module.transformer.enable_adapters()
-        rows.append(row(f"{name} + LoRA", clips, pattern))
+        rows.append(row(f"{name} + LoRA", clips, trained))
     else:
-        rows.append(row(f"trained, {name}", clips, pattern))
+        rows.append(row(f"trained, {name}", clips, trained))
     return rows
 
 
-def _dense_plan(module: LengthExtensionModule, latent: Tensor, sigma: float) -> StepAttention:
-    return StepAttention.of(Dense(), module.adapter.grid(latent), block=module.block, sequence=module.sequence)
-
-
-def _pattern_plan(
-    module: LengthExtensionModule, latent: Tensor, sigma: float, pattern: Pattern | None = None
-) -> StepAttention:
-    """What the model was trained with, dense at noise levels from ``dense_sigma`` up; or another pattern instead."""
-    return module.plan(latent, all_dense=module.levels(latent.shape[2:]).dense(sigma), pattern=pattern)
+def _dense(module: LengthExtensionModule, latent: Tensor, sigma: float) -> StepAttention:
+    recipe = module.recipes.own.attention.dense()
+    return recipe.step(module.adapter.grid(latent), dense=False, sequence=module.sequence)
 
 
 def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder: Path, parts: Unfinished) -> None:
     """Generates the clip's caption with and without the LoRA from the same noise, and draws them beside the truth."""
     device = next(module.transformer.parameters()).device
     batch = collate([clip], 0).to(device)
-    conditions = Conditions.of(batch, module.guidance)
-    empty = Conditions.of(batch.with_prompt([0], module.empty_prompt), module.guidance)
+    conditions, empty = module.objective.both(batch)
     noise = noise_like(batch.latent, config.seed, "animation")
 
-    def generate(label: str, plan: Callable[[LengthExtensionModule, Tensor, float], StepAttention]) -> Tensor:
+    def generate(label: str, attention: Callable[[Tensor, float], StepAttention]) -> Tensor:
         def watched(sigma: float) -> StepAttention:
             parts.check()
-            return plan(module, noise, sigma)
+            return attention(noise, sigma)
 
         def make() -> Tensor:
             return sample(
@@ -150,16 +144,19 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
         return parts.part(label, make)
 
     frames = clip.latent.shape[1]
-    name = module.pattern.name
+    name = module.recipes.own.attention.pattern.name
+    trained = module.attention_at
     panels = {f"truth: {clip.caption}": clip.latent.float()}
     if module.lora:
         module.transformer.disable_adapters()
-        panels[f"base at {frames} frames, dense attention"] = generate("Generating, base, dense", _dense_plan)
+        panels[f"base at {frames} frames, dense attention"] = generate(
+            "Generating, base, dense", functools.partial(_dense, module)
+        )
         if name != "dense":
-            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", _pattern_plan)
+            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", trained)
         module.transformer.enable_adapters()
-        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", _pattern_plan)
+        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", trained)
     else:
-        panels[f"trained model at {frames} frames"] = generate("Generating", _pattern_plan)
+        panels[f"trained model at {frames} frames"] = generate("Generating", trained)
     animate(panels, config.conf, folder / "clips.gif")
     film_strip(panels, config.conf, folder / "clips.png")

@@ -14,10 +14,10 @@ from train.config.schema import RunConfig
 from train.errors import UserError
 from train.evaluation.results import findings, read_results
 from train.loggers.csv_file import METRICS, read_metrics
-from train.planning import stored_plan
 from train.report.charts import line_chart, smoothed
 from train.storage.checkpoints import checkpoints_of
 from train.storage.run_folder import CONFIG, get_state
+from train.storage.stored_plan import stored_plan
 
 PAGE = "report.html"
 USAGE = """python -m train.report run=<run folder> [out=FILE]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
 from train.cli import flag, guarded, json_file, whole_number
 from train.config.compose import compose_run, finish, split_arguments
@@ -133,20 +134,14 @@ class Bench:
         """The median of ``steps`` forward passes of one clip.
 
         Raises:
-            UserError: what comes out is not finite: no speed is told then.
+            UserError: what comes out is not finite: no speed is printed then.
         """
         attention = config.attention
         latent = torch.randn(1, self.adapter.latent_channels, *config.latent_size(), device=self.device)
         conditions = self.adapter.random_conditions(latent)
         sigma = torch.tensor([0.6], device=self.device)
-        plan = StepAttention.of(
-            config.pattern(),
-            self.adapter.grid(latent),
-            block=attention.block,
-            dense_layers=attention.dense_layers,
-            backend=attention.backend,
-        )
-        self.adapter.set_attention(plan)
+        of_step = AttentionRecipe.of(config).step(self.adapter.grid(latent), dense=False)
+        self.adapter.set_attention(of_step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -155,9 +150,9 @@ class Bench:
             if not out.isfinite().all():  # also waits for the device
                 raise UserError(f"pattern {attention.pattern} gives numbers that are not finite: no speed to tell")
 
-        self._warm_up(forward, plan)
+        self._warm_up(forward, of_step)
         seconds = statistics.median(_timed(forward) for _ in range(steps))
-        grid = plan.pattern_layout.grid
+        grid = of_step.pattern_layout.grid
         return Result(
             frames=config.clip.frames,
             tokens=grid.tokens,
@@ -165,11 +160,11 @@ class Bench:
             dense_layers=attention.dense_layers,
             forward=seconds,
             step=seconds * self.passes,
-            flops=plan.attention_flops(*self.adapter.attention_shape) + self.adapter.linear_flops(grid),
+            flops=of_step.attention_flops(*self.adapter.attention_shape) + self.adapter.linear_flops(grid),
             memory=torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
         )
 
-    def _warm_up(self, forward: Callable[[], None], plan: StepAttention) -> None:
+    def _warm_up(self, forward: Callable[[], None], attention: StepAttention) -> None:
         """Some blocks of each kind, which build layouts, kernels and graphs; a whole dense pass takes minutes."""
         transformer = self.adapter.transformer
         layers = {block: layer for layer, block in enumerate(self.adapter.blocks())}
@@ -178,7 +173,7 @@ class Bench:
         }
         try:
             for name, blocks in lists.items():
-                kinds = [(type(block), plan.layout(layers[block]) is plan.dense_layout) for block in blocks]
+                kinds = [(type(block), attention.layout(layers[block]) is attention.dense_layout) for block in blocks]
                 setattr(transformer, name, nn.ModuleList(blocks[i] for i in _of_each_kind(kinds)))
             forward()
         finally:

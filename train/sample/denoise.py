@@ -18,35 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radial import Dense, Pattern
-from train.attention.step import StepAttention
+from radial import Dense
+from train.attention.recipe import AttentionRecipe
 from train.models.base import ModelAdapter
 from train.sample.ranks import Split
-
-
-@dataclass
-class Attention:
-    """Which attention a step runs.
-
-    Attributes:
-        pattern, block, dense_layers, backend: as in `train.attention.step.StepAttention`.
-        dense_steps: the first steps, which are dense; None: those at noise levels from ``dense_sigma`` up.
-    """
-
-    pattern: Pattern
-    block: int = 128
-    dense_layers: int = 0
-    dense_steps: int | None = 0
-    dense_sigma: float | None = None
-    backend: str | None = None
-
-    def dense(self, step: int, level: float) -> bool:
-        """Whether a step is dense throughout."""
-        if isinstance(self.pattern, Dense):
-            return True
-        if self.dense_steps is not None:
-            return step < self.dense_steps
-        return self.dense_sigma is not None and level >= self.dense_sigma
 
 
 @dataclass
@@ -64,7 +39,7 @@ class Denoiser:
     """
 
     adapters: list[ModelAdapter]
-    attention: Attention
+    attention: AttentionRecipe
     level: Callable[[int], float]
     split: Split = field(default_factory=Split)
     negative: Mapping[str, Tensor] = field(default_factory=dict)
@@ -82,7 +57,7 @@ class Denoiser:
             transformer = adapter.transformer
             transformer.forward = functools.partial(self._forward, adapter, transformer.forward)
 
-    def restart(self, attention: Attention, negative: Mapping[str, Tensor]) -> None:
+    def restart(self, attention: AttentionRecipe, negative: Mapping[str, Tensor]) -> None:
         """Before another clip."""
         self.attention, self.negative = attention, negative
         self.seconds, self.dense = [], []
@@ -110,20 +85,11 @@ class Denoiser:
         return (self._predict(adapter, inner, kwargs),)
 
     def _set_attention(self, latent: Tensor) -> None:
-        attention, step = self.attention, len(self.dense)
-        self.dense.append(attention.dense(step, self.level(step)))
+        recipe, step = self.attention, len(self.dense)
+        self.dense.append(isinstance(recipe.pattern, Dense) or recipe.is_dense(self.level(step), step))
         for adapter in self.adapters:
-            adapter.set_attention(
-                StepAttention.of(
-                    attention.pattern,
-                    adapter.grid(latent),
-                    block=attention.block,
-                    dense_layers=attention.dense_layers,
-                    all_dense=self.dense[-1],
-                    backend=attention.backend,
-                    sequence=self.split.sequence,
-                )
-            )
+            grid = adapter.grid(latent)
+            adapter.set_attention(recipe.step(grid, dense=self.dense[-1], sequence=self.split.sequence))
 
     def _predict(self, adapter: ModelAdapter, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Tensor:
         branch, together = self.split.branch, len(kwargs["hidden_states"]) == 2

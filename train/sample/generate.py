@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radial import Dense, make_pattern
 from train import __version__
+from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.lora.files import notes
@@ -27,7 +27,7 @@ from train.models.families import family_of
 from train.ranks import global_rank
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
-from train.sample.denoise import Attention, Denoiser
+from train.sample.denoise import Denoiser
 from train.sample.pipeline import (
     check_transformers,
     encode_prompts,
@@ -43,7 +43,7 @@ from train.sample.pipeline import (
 )
 from train.sample.ranks import Ranks, Split
 from train.sample.records import check_writable, execution, identity, is_done, record_of
-from train.sample.settings import Job, Settings, jobs, size_of, slots
+from train.sample.settings import Job, Settings, jobs, recipe_of, size_of, slots
 from train.sample.video import video_file
 
 
@@ -149,15 +149,7 @@ class Generator:
                 adapter.transformer.to(device)
             if settings.compile:
                 compile_blocks(adapter.blocks())
-        assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
-        self.attention = Attention(
-            make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule)),
-            settings.block,
-            settings.dense_layers,
-            settings.dense_steps,
-            settings.dense_sigma,
-            settings.backend,
-        )
+        self.attention = recipe_of(settings)
         self.denoiser = Denoiser(adapters, self.attention, self._level, split, bring=self._bring)
         # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
         # forward that they found once the first pass has told them the order of the blocks
@@ -180,7 +172,7 @@ class Generator:
             known = identity(job, self.settings, self.model)  # now: files may be gone when the clip is there
             clips = {self.attention.pattern.name: self.denoise(job, prompt, self.attention)}
             if self.settings.compare is not None:
-                dense = replace(self.attention, pattern=Dense(), backend=None)
+                dense = self.attention.dense()
                 clips["dense"] = self.denoise(job, prompt, dense)
             if self.ranks.rank == 0:
                 if self.settings.offload == "model":
@@ -195,7 +187,7 @@ class Generator:
     def _level(self, step: int) -> float:
         return noise_level(self.pipeline.scheduler, step)
 
-    def denoise(self, job: Job, prompt: dict[str, Tensor], attention: Attention) -> Clip:
+    def denoise(self, job: Job, prompt: dict[str, Tensor], attention: AttentionRecipe) -> Clip:
         """The latent of a job with an attention; every rank must call it."""
         settings, device = self.settings, self.ranks.device
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in prompt.items()}

@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from radial import RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
+from train.attention.recipe import AttentionRecipe
 from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
 from train.errors import UserError
@@ -195,10 +196,7 @@ def _check(settings: Settings, model: ModelConfig) -> None:
     from train.models.loading import temporal_rope  # takes seconds to import
 
     temporal_rope(replace(model, rope=str(settings.rope)))
-    try:
-        make_pattern(str(settings.pattern), decay=float(settings.decay or 0), rule=str(settings.rule))
-    except RadialError as error:
-        raise UserError(str(error)) from error
+    recipe_of(settings)
     block = settings.block or 0
     if block < 16 or block & (block - 1):
         raise UserError(f"block is {settings.block}, expected a power of two such as 64 or 128")
@@ -229,6 +227,27 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         raise UserError(f"backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
     if settings.image is not None and not settings.image.is_file():
         raise UserError(f"image {settings.image} is missing")
+
+
+def recipe_of(settings: Settings) -> AttentionRecipe:
+    """The attention of complete settings.
+
+    Raises:
+        UserError: a pattern, a rule or a decay that is none.
+    """
+    assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
+    try:
+        pattern = make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule))
+    except RadialError as error:
+        raise UserError(str(error)) from error
+    return AttentionRecipe(
+        pattern=pattern,
+        block=settings.block,
+        dense_layers=settings.dense_layers,
+        dense_sigma=settings.dense_sigma,
+        dense_steps=settings.dense_steps,
+        backend=settings.backend,
+    )
 
 
 def size_of(settings: Settings) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.callbacks.stop import Asked, StopSignals
 from train.config.schema import RunConfig
+from train.errors import Asked
 from train.parallel.control_group import ControlGroup
 
 FOLDER = ".unfinished"
@@ -31,12 +31,14 @@ class Unfinished:
         folder: the run's; its first rank reads and writes.
         config: of the run; parts of another config are made again.
         position: micro-batches that the model has seen; parts of another are made again.
-        stop: what has heard the signals.
-        group: of the ranks that work at the parts.
+        asked: whether one of the ranks that work at the parts was asked to stop; all of them must call it together.
+        group: of these ranks.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, position: int, stop: StopSignals, group: ControlGroup) -> None:
-        self.folder, self.stop, self.group = folder / FOLDER, stop, group
+    def __init__(
+        self, folder: Path, config: RunConfig, position: int, asked: Callable[[], bool], group: ControlGroup
+    ) -> None:
+        self.folder, self.asked, self.group = folder / FOLDER, asked, group
         self._about = json.dumps([position, asdict(config)])
 
     def check(self) -> None:
@@ -45,7 +47,7 @@ class Unfinished:
         Raises:
             Asked: on all of them, when one was asked to stop.
         """
-        if self.stop.agree_in(self.group):
+        if self.asked():
             raise Asked
 
     def part(self, name: str, make: Callable[[], Tensor]) -> Tensor:

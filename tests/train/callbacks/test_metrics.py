@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train.attention.levels import clip_levels
 
 from data.shards.stream import read_samples
 from tests.helpers.faults import Run, losses, only_run
 from tests.helpers.tiny import run_config, words
-from train.attention.levels import clip_levels
-from train.build import build_module, training_shards
+from train.assemble import build_module
 from train.callbacks.checkpoints import best_checkpoint
 from train.callbacks.metrics import lora_norms
 from train.callbacks.validation import Validation, lengths_of, validation_levels
@@ -22,6 +22,7 @@ from train.loggers.csv_file import read_metrics
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
 from train.run import resume, train
+from train.shards import training_shards
 from train.storage.checkpoints import checkpoints_of, load_weights
 from train.storage.run_folder import RunFolder
 

@@ -31,18 +31,18 @@ from tests.helpers.faults import (
     run,
 )
 from tests.helpers.tiny import run_config, words
-from train.build import training_shards
-from train.callbacks.stop import EXIT_CODES, REQUEUE, StopSignals
+from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, _relieve_observer, patience
 from train.cli import guarded
 from train.config.compose import compose_run, finish
-from train.errors import UserError
+from train.errors import EXIT_CODES, REQUEUE, UserError
 from train.flow import noise_like
 from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
 from train.planning import GIB, GPUS, Machine
-from train.preflight import cheapest, is_out_of_memory, out_of_memory
+from train.planning.full_memory import cheapest, is_out_of_memory, out_of_memory
 from train.run import resume
+from train.shards import training_shards
 from train.storage.checkpoints import checkpoints_of, load_state, load_weights
 from train.storage.run_folder import get_state, set_state
 
@@ -131,7 +131,7 @@ def test_a_full_gpu_of_another_rank_ends_the_run_with_its_reason(tmp_path, where
 
 def test_three_remedies_of_the_plan_for_a_large_model(monkeypatch):
     machine = Machine(GPUS["a100"], 1, 1, 128 * GIB)
-    monkeypatch.setattr("train.preflight.this_machine", lambda *_: machine)
+    monkeypatch.setattr("train.planning.budget.this_machine", lambda *_: machine)
     found = cheapest(finish(compose_run({"conf": "wan_4x", "parallel.activations": "auto"})))
     assert len(set(found)) == 3
     assert not any("gpu=a100:" in remedy for remedy in found)
@@ -318,7 +318,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
 def test_a_run_is_as_patient_as_its_longest_step(tmp_path, monkeypatch):
     """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward: more than trainer.timeout in all."""
-    monkeypatch.setattr("train.callbacks.watchdog.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
+    monkeypatch.setattr("train.planning.budget.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
     config = finish(compose_run({"conf": "wan_4x"}))
     assert 0.8 < patience(config) / (3 * 40 * 13.9) < 1.25
     shorter = {"clip.frames": "81", "attention.dense_steps": "0"}
@@ -343,7 +343,7 @@ def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
 
 def test_more_gpus_are_a_remedy_and_fewer_are_none(monkeypatch):
     machine = Machine(GPUS["h200"], 8, 1, 8 * 128 * GIB)
-    monkeypatch.setattr("train.preflight.this_machine", lambda *_: machine)
+    monkeypatch.setattr("train.planning.budget.this_machine", lambda *_: machine)
     found = cheapest(finish(compose_run({"conf": "wan_4x", "trainer.devices": "8", "optim.accumulate": "1"})))
     counts = [int(number) for remedy in found for number in re.findall(r"^(\d+) GPUs of this kind", remedy)]
     assert found and all(count > 8 for count in counts)

@@ -9,15 +9,16 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from train.attention.levels import clip_levels, levels_by_size
 
 from data.errors import DataError
 from launch import doctor
-from train.attention.levels import clip_levels, levels_by_size
+from train.attention.sequence import check_heads
 from train.config.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
 from train.errors import UserError
 from train.models.families import family_of
-from train.preflight import check_heads, preflight
+from train.preflight import preflight
 from train.storage.run_folder import going_on, write_config
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
 from tests.helpers.tiny import run_config
-from train.build import build_module, training_shards
+from train.assemble import build_module
 from train.errors import UserError
 from train.export.formats import FORMATS, Adapter, formats_of
 from train.export.run import _fold
@@ -21,6 +21,7 @@ from train.models.loading import load_adapter
 from train.models.pretrained import stand_in
 from train.preflight import preflight
 from train.run import RunFolder, train
+from train.shards import training_shards
 from train.storage.checkpoints import last_checkpoint, load_weights
 
 

@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from radial.backends import BACKENDS
 from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
 from train.memory.activations import block_runner
+from train.memory.apply import set_memory_policy
 from train.memory.offload import Offload, Stored
+from train.memory.policies import BlockPolicies
 from train.models.conditions import Conditions
-from train.planning.policies import BlockPolicies
 
 CELLS = (3, 12, 20)  # 45 tokens
 

@@ -20,12 +20,12 @@ from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
 from train.attention.step import StepAttention
-from train.build import set_memory_policy
 from train.config.compose import compose_run, finish
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.export.run import export_run
 from train.lora.layers import inject_lora
+from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8, why_not
 from train.models.base import LayoutAttention
 from train.models.families import ADAPTERS

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import run_config, save_model, words
-from train.build import build_module, training_shards
+from train.assemble import build_module
 from train.errors import UserError
 from train.evaluation.euler import sample
 from train.export.run import export_run
@@ -21,6 +21,7 @@ from train.flow import SigmaSchedule, StepDraw, expert_range
 from train.models.loading import describe_model, load_adapter
 from train.preflight import preflight
 from train.run import RunFolder, resume, train
+from train.shards import training_shards
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 
 BOUNDARY = 0.9

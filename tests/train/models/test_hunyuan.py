@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from train.attention.levels import ClipLevels
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, to_video
@@ -14,7 +15,6 @@ from data.shards.sample import Prompt, TextTokens
 from radial import Dense
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 from tests.helpers.tiny_models import save_hunyuan
-from train.attention.levels import ClipLevels
 from train.attention.step import StepAttention
 from train.errors import UserError
 from train.evaluation.euler import sample

@@ -35,8 +35,8 @@ from train.planning import (
 )
 from train.planning.duration import _between
 from train.planning.flops import SampleFlops
+from train.planning.full_memory import check_memory
 from train.planning.policies import chosen
-from train.preflight import check_memory
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
@@ -256,7 +256,7 @@ def test_training_refuses_what_cannot_fit(tmp_path, monkeypatch):
     check_memory(run_config(tmp_path))
 
     monkeypatch.setattr(
-        "train.preflight.this_machine", lambda devices, nodes: Machine(GPUS["h200"], devices, nodes, 64 * GIB)
+        "train.planning.budget.this_machine", lambda devices, nodes: Machine(GPUS["h200"], devices, nodes, 64 * GIB)
     )
     wan = finish(compose_run({"conf": "wan_4x"}))
     with pytest.raises(UserError, match=r"(?s)an NVIDIA H200 has.*dense.*what would work:\n  .*parallel"):

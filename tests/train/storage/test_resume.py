@@ -16,7 +16,6 @@ from tests.helpers.faults import Run, equal_checkpoints, losses, run
 from tests.helpers.tiny import run_config
 from train.__main__ import main
 from train.assemble import loader
-from train.build import training_shards
 from train.config.compose import change_config, read_config
 from train.config.global_batch import clips_a_step
 from train.errors import UserError
@@ -25,6 +24,7 @@ from train.lora.layers import inject_lora, lora_parameters
 from train.models.loading import describe_model
 from train.module import LengthExtensionModule
 from train.run import resume
+from train.shards import training_shards
 from train.storage.checkpoints import load_state, load_weights
 from train.storage.run_folder import get_state, write_config
 

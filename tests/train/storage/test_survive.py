@@ -37,7 +37,6 @@ from tests.helpers.faults import (
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import run_config, words
 from train.__main__ import main
-from train.build import training_shards
 from train.callbacks.checkpoints import StepCheckpoints, best_checkpoint
 from train.callbacks.throughput import Throughput
 from train.config.compose import change_config
@@ -45,6 +44,7 @@ from train.errors import UserError
 from train.loggers.csv_file import read_metrics
 from train.parallel.control_group import ControlGroup
 from train.run import resume
+from train.shards import training_shards
 from train.storage.checkpoints import checkpoints_of, load_state, load_weights
 from train.storage.run_folder import get_state, held
 

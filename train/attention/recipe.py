@@ -1,0 +1,82 @@
+"""The attention of a run, stated once: that of each step in training, sampling, planning and benchmarks follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from radial import Dense, Pattern, VideoGrid, build_layout
+from train.attention.sequence import SequenceGroup, SequenceShard
+from train.attention.step import StepAttention
+from train.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class AttentionRecipe:
+    """Which attention a model runs, in which layers and at which noise levels.
+
+    Attributes:
+        pattern: which block pairs attention keeps.
+        block: tokens of a block.
+        dense_layers: the first layers, which stay dense.
+        dense_sigma: the noise level from which on all layers are dense; None: nowhere.
+        dense_steps: in sampling, the first steps, in which all layers are dense, instead of ``dense_sigma``.
+        backend: an attention backend by name; None: the fastest.
+    """
+
+    pattern: Pattern
+    block: int = 128
+    dense_layers: int = 0
+    dense_sigma: float | None = None
+    dense_steps: int | None = None
+    backend: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, dense_sigma: float | None = None) -> AttentionRecipe:
+        """The recipe of a run, for clips of which all layers are dense from a noise level on (`train.recipe`).
+
+        Raises:
+            RadialError: an unknown pattern, or a value that it refuses.
+        """
+        attention = config.attention
+        return cls(
+            pattern=config.pattern(),
+            block=attention.block,
+            dense_layers=attention.dense_layers,
+            dense_sigma=dense_sigma,
+            backend=attention.backend,
+        )
+
+    def under(self, pattern: Pattern) -> AttentionRecipe:
+        """The same layers and noise levels under another pattern."""
+        return replace(self, pattern=pattern)
+
+    def dense(self) -> AttentionRecipe:
+        """Dense attention in every layer, by the fastest backend."""
+        return replace(self, pattern=Dense(), dense_layers=0, backend=None)
+
+    def is_dense(self, sigma: float, step: int | None = None) -> bool:
+        """Whether all layers are dense at a noise level, or in the sampling step of that number (from 0)."""
+        if self.dense_steps is not None and step is not None:
+            return step < self.dense_steps
+        return self.dense_sigma is not None and sigma >= self.dense_sigma
+
+    def step(self, grid: VideoGrid, *, dense: bool, sequence: SequenceGroup | None = None) -> StepAttention:
+        """The attention of one step.
+
+        Args:
+            grid: tokens of the clips.
+            dense: whether all layers are dense.
+            sequence: the ranks that share each clip's tokens.
+        """
+        return StepAttention(
+            pattern_layout=build_layout(self.pattern, grid, self.block),
+            dense_layout=build_layout(Dense(), grid),
+            dense_layers=self.dense_layers,
+            all_dense=dense,
+            backend=self.backend,
+            shard=None if sequence is None else SequenceShard(grid.video_tokens, sequence),
+        )
+
+    def density(self, grid: VideoGrid) -> float:
+        """Share of token pairs that a layer under the pattern computes."""
+        return 1.0 if isinstance(self.pattern, Dense) else build_layout(self.pattern, grid, self.block).density

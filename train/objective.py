@@ -1,0 +1,70 @@
+"""What a training step shows the model beside the noised latent: captions or none, a first frame or none."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from data.shards.batch import Batch
+from data.shards.sample import Prompt
+from train.config.schema import RunConfig
+from train.flow import generator_for
+from train.models.conditions import Conditions
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The conditions of the flow-matching objective; what is drawn is a function of (seed, micro-batch, sample).
+
+    Attributes:
+        seed: of the run.
+        empty_prompt: the empty prompt's embedding.
+        caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
+        first_frame: share of micro-batches whose clips go on from their own first latent frame.
+        guidance: the weight that a guidance-distilled model takes as an input.
+    """
+
+    seed: int
+    empty_prompt: Prompt
+    caption_dropout: float = 0.0
+    first_frame: float = 0.0
+    guidance: float = 1.0
+
+    @classmethod
+    def of(cls, config: RunConfig, empty_prompt: Prompt) -> Objective:
+        return cls(
+            seed=config.seed,
+            empty_prompt=empty_prompt,
+            caption_dropout=config.caption_dropout(),
+            first_frame=config.objective.first_frame,
+            guidance=config.objective.guidance,
+        )
+
+    def drawn(self, batch: Batch) -> Conditions:
+        """The conditions of a training step."""
+        return Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
+
+    def both(self, batch: Batch, guidance: float | None = None) -> tuple[Conditions, Conditions]:
+        """The conditions of a batch of one sample with its caption, and with the empty prompt.
+
+        Args:
+            guidance: that the model takes as an input with the caption, instead of the objective's.
+        """
+        told = self.guidance if guidance is None else guidance
+        return Conditions.of(batch, told), Conditions.of(batch.with_prompt([0], self.empty_prompt), self.guidance)
+
+    def _drop_captions(self, batch: Batch) -> Batch:
+        dropped = [
+            row
+            for row, key in enumerate(batch.keys)
+            if torch.rand((), generator=generator_for(self.seed, batch.step, key, "caption")) < self.caption_dropout
+        ]
+        return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
+
+    def _with_first_frame(self, batch: Batch) -> Batch:
+        """The batch with its first latent frame as a condition, in a share of the micro-batches."""
+        if torch.rand((), generator=generator_for(self.seed, batch.step, "first_frame")) >= self.first_frame:
+            return batch
+        return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})

@@ -10,11 +10,11 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from tests.helpers.attention import step_attention
 from tests.helpers.families import PATTERNS, build, conditions, latents
 from tests.helpers.sequence_ranks import average, group_of
 from tests.helpers.zero_ranks import SPREAD
 from train.attention.sequence import SequenceGroup, flow_loss
-from train.attention.step import StepAttention
 from train.config.schema import ParallelConfig
 from train.flow import noised
 from train.lora.layers import inject_lora, lora_parameters
@@ -51,7 +51,7 @@ class Step(nn.Module):
         self.seen, self.sigma = conditions(adapter, latent), torch.linspace(0.3, 0.8, samples)
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
         self.x, self.target = noised(latent, noise, self.sigma)
-        self.plan = StepAttention.of(PATTERNS[pattern], adapter.grid(self.x), block=16, sequence=sequence)
+        self.plan = step_attention(PATTERNS[pattern], adapter.grid(self.x), block=16, sequence=sequence)
         adapter.set_attention(self.plan)
 
     def forward(self) -> Tensor:

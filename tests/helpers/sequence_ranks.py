@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from data.shards.sample import Sample, TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
+from tests.helpers.attention import step_attention
 from tests.helpers.tiny import ARCHITECTURE
 from train.attention.collectives import all_gather, all_to_all
 from train.attention.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
-from train.attention.step import StepAttention
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.evaluation.euler import sample
@@ -62,7 +62,7 @@ def wan_gradients(
     part = slice(mine, None, groups)
     x, target = noised(x0[part], eps[part], sigma[part])
     text = {"text": TextTokens(text.tokens[part], text.mask[part])}
-    plan = StepAttention.of(PATTERNS[pattern], adapter.grid(x), block=16, sequence=sequence)
+    plan = step_attention(PATTERNS[pattern], adapter.grid(x), block=16, sequence=sequence)
     adapter.set_attention(plan)
     loss = flow_loss(adapter.velocity(x, sigma[part], Conditions(text)), target, plan.shard, adapter.patch)
     loss.backward()
@@ -84,7 +84,7 @@ def compiled_gradients(policy: str, size: int) -> dict[str, Any]:
         adapter.transformer.train()
         x0, eps, sigma, text = clips(1, (3, 12, 20))
         x, target = noised(x0, eps, sigma)
-        plan = StepAttention.of(Released(), adapter.grid(x), block=16, sequence=sequence)
+        plan = step_attention(Released(), adapter.grid(x), block=16, sequence=sequence)
         adapter.set_attention(plan)
         width = 64
         sizes = {plan.shard.length * width, plan.shard.tokens * width // size}
@@ -114,7 +114,7 @@ def wan_validation(cells: tuple[int, int, int], size: int) -> list[float]:
         Sample(str(row), x0[row], {"text": TextTokens(text.tokens[row], text.mask[row])}, {}, {}, {"caption": ""})
         for row in (0, 1)
     ]
-    plan = lambda x, sigma: StepAttention.of(Released(), adapter.grid(x), block=16, sequence=sequence)  # noqa: E731
+    plan = lambda x, sigma: step_attention(Released(), adapter.grid(x), block=16, sequence=sequence)  # noqa: E731
     return clip_losses(adapter, held_out, plan, SigmaSchedule(3.0), seed=0, label="clips")
 
 
@@ -129,7 +129,7 @@ def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
         noise,
         batched,
         batched,
-        lambda sigma: StepAttention.of(Released(), adapter.grid(noise), block=16, sequence=sequence),
+        lambda sigma: step_attention(Released(), adapter.grid(noise), block=16, sequence=sequence),
         steps=3,
         shift=SigmaSchedule().shift,
         guidance=1.0,

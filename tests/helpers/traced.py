@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from radial import make_pattern
+from tests.helpers.attention import step_attention
 from train.attention.sequence import flow_loss
-from train.attention.step import StepAttention
 from train.config.schema import RunConfig
 from train.flow import noised
 from train.lora.layers import inject_lora
@@ -63,7 +63,7 @@ def step_memory(config: RunConfig, layers: int) -> float:
     adapter.transformer.train()
     pattern = make_pattern(config.attention.pattern)
     latent = torch.empty(1, adapter.latent_channels, *config.latent_size(), device="meta")
-    adapter.set_attention(StepAttention.of(pattern, adapter.grid(latent)))
+    adapter.set_attention(step_attention(pattern, adapter.grid(latent)))
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     fake(adapter.transformer, mode)
     for parameter in adapter.transformer.parameters():

@@ -8,9 +8,9 @@ import torch
 
 from radial import Released
 from tests.helpers import wan_variants as wan
+from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import average, group_of
 from train.attention.sequence import flow_loss
-from train.attention.step import StepAttention
 from train.flow import noised
 from train.lora.layers import inject_lora
 
@@ -29,7 +29,7 @@ def gradients(variant: str, size: int) -> dict[str, Any]:
         transformer.train()
     latent, sigma, seen = wan.batch(adapter, variant, tokens=(3, 3, 5))
     x, target = noised(latent, torch.randn(latent.shape, generator=torch.Generator().manual_seed(5)), sigma)
-    plan = StepAttention.of(Released(), adapter.grid(x), block=16, sequence=sequence)
+    plan = step_attention(Released(), adapter.grid(x), block=16, sequence=sequence)
     adapter.set_attention(plan)
     loss = flow_loss(adapter.velocity(x, sigma, seen), target, plan.shard, adapter.patch, adapter.given_frames(seen))
     loss.backward()

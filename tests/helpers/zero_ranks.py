@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from data.shards.sample import TextTokens
 from radial.backends import BACKENDS
+from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
 from train.attention.sequence import flow_loss
-from train.attention.step import StepAttention
 from train.config.schema import ParallelConfig
 from train.flow import noised
 from train.lora.layers import load_parameters, lora_parameters
@@ -53,7 +53,7 @@ class Step(nn.Module):
         x0, eps, sigma, text = (entry for entry in clips(self.samples, CELLS))
         sigma = sigma[self.part]
         x, target = noised(x0[self.part], eps[self.part], sigma)
-        plan = StepAttention.of(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
+        plan = step_attention(PATTERNS["released"], self.adapter.grid(x), block=16, sequence=self.sequence)
         self.adapter.set_attention(plan)
         words = {"text": TextTokens(text.tokens[self.part], text.mask[self.part])}
         return flow_loss(self.adapter.velocity(x, sigma, Conditions(words)), target, plan.shard, self.adapter.patch)

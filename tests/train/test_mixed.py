@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train.attention.levels import clip_levels
 
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
@@ -21,6 +20,7 @@ from train.errors import UserError
 from train.flow import StepDraw
 from train.models.loading import load_adapter
 from train.preflight import preflight
+from train.recipe import clip_recipe
 from train.run import resume, train
 from train.storage.run_folder import RunFolder
 
@@ -73,9 +73,9 @@ def test_each_clip_has_the_noise_levels_of_its_own_size(tmp_path, shards):
     for step, sample in enumerate(read_samples(manifest)):
         module.training_step(collate([sample], step), 0)
         frames, height, width = sample.latent.shape[1:]
-        levels = clip_levels(config, ClipConfig(frames, height, width))
+        levels = clip_recipe(config, ClipConfig(frames, height, width))
         assert levels.schedule.shift == pytest.approx(3 * (frames / 16) ** 0.5)
-        draw = StepDraw.of(config.seed, step, levels.schedule, levels.dense_sigma)
+        draw = StepDraw.of(config.seed, step, levels.schedule, levels.attention.dense_sigma)
         assert [seen.sigma for seen in module.seen][-1] == pytest.approx(
             draw.sigma(config.seed, step, sample.key, levels.schedule), abs=1e-6
         )

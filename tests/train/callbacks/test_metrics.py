@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train.attention.levels import clip_levels
 
 from data.shards.stream import read_samples
 from tests.helpers.faults import Run, losses, only_run
@@ -21,6 +20,7 @@ from train.config.compose import compose_run, finish
 from train.loggers.csv_file import read_metrics
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
+from train.recipe import clip_recipe
 from train.run import resume, train
 from train.shards import training_shards
 from train.storage.checkpoints import checkpoints_of, load_weights
@@ -156,7 +156,7 @@ def test_validation_is_at_quantiles_of_the_runs_own_noise_levels(changes, expect
 @pytest.mark.parametrize("expert", ["both", "high", "low"])
 def test_each_expert_is_validated_at_quantiles_of_its_own_noise_levels(expert):
     config = finish(compose_run({"conf": "wan22_2x", "model.expert": expert}))
-    schedule, boundary = clip_levels(config).schedule, config.model.boundary
+    schedule, boundary = clip_recipe(config).schedule, config.model.boundary
     levels = validation_levels(config)
     assert sum(levels.values()) == pytest.approx(1) and list(levels) == sorted(levels)
     high = {sigma: share for sigma, share in levels.items() if sigma >= boundary}

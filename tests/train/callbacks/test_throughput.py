@@ -8,9 +8,9 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from radial import Dense, Released, VideoGrid
+from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import clips, tiny_adapter
 from tests.helpers.tiny import ARCHITECTURE, run_config
-from train.attention.step import StepAttention
 from train.callbacks.throughput import Throughput
 from train.models.families.wan import WanAdapter
 from train.planning.flops import PEAK_RATES, SampleFlops, peak_rate
@@ -26,7 +26,7 @@ def test_linear_flops_are_those_that_torch_counts():
         with FlopCounterMode(display=False) as counter:
             model(*inputs)
     grid = VideoGrid(4, 4, 8)
-    attention = StepAttention.of(Dense(), grid, block=16).attention_flops(3, 2, 32)
+    attention = step_attention(Dense(), grid, block=16).attention_flops(3, 2, 32)
     time = 2 * 64 * (32 + 64 + 6 * 64)
     got = WanAdapter(model, 32).linear_flops(grid)
     assert got == pytest.approx(counter.get_total_flops() - attention - time, rel=1e-6)
@@ -38,7 +38,7 @@ def test_a_block_of_wan_14b_at_4x():
         model = WanTransformer3DModel(num_layers=1)
     adapter, grid = WanAdapter(model, 512), VideoGrid(81, 45, 80)
     assert adapter.linear_flops(grid) == pytest.approx(1.77e14, rel=0.02)
-    plan = StepAttention.of(Released(), grid)
+    plan = step_attention(Released(), grid)
     flops = SampleFlops.of(adapter, plan)
     assert flops.attention == pytest.approx(2.82e14, rel=0.01)
     assert flops.trains_all
@@ -47,7 +47,7 @@ def test_a_block_of_wan_14b_at_4x():
 def test_lora_counts_forward_and_both_gradients():
     adapter = tiny_adapter()
     x, _, _, _ = clips(1, (3, 12, 20))
-    flops = SampleFlops.of(adapter, StepAttention.of(Released(), adapter.grid(x), block=16))
+    flops = SampleFlops.of(adapter, step_attention(Released(), adapter.grid(x), block=16))
     assert flops.lora == 2 * 45 * 3 * 4 * 4 * (64 + 64)
     assert flops.step == 3.5 * flops.attention + 2 * flops.linear + 3 * flops.lora
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from train.attention.levels import clip_levels, levels_by_size
 
 from data.errors import DataError
 from launch import doctor
@@ -19,6 +18,7 @@ from train.config.global_batch import clips_a_step, clips_in_words, micro_batche
 from train.errors import UserError
 from train.models.families import family_of
 from train.preflight import preflight
+from train.recipe import Recipes, clip_recipe
 from train.storage.run_folder import going_on, write_config
 
 
@@ -76,7 +76,7 @@ def test_the_first_sampling_steps_are_dense_and_the_next_is_not(name, settings):
     count = config.attention.dense_steps
     assert config.model.steps is not None and count == int(settings.get("attention.dense_steps", 2))
     levels = family_of(config.model).noise_levels(config.model.steps, config.shift())
-    dense = [clip_levels(config).dense(level) for level in levels]
+    dense = [clip_recipe(config).attention.is_dense(level) for level in levels]
     assert dense == [True] * count + [False] * (len(levels) - count)
 
 
@@ -90,11 +90,11 @@ def test_a_run_of_before_keeps_its_noise_level(tmp_path):
     written["attention"]["rule"], written["objective"]["caption_dropout"] = "wan", 0.1
     file.write_text(yaml.safe_dump(written), encoding="utf-8")
     again = read_config(tmp_path)
-    assert clip_levels(again).dense_sigma == 0.996
+    assert clip_recipe(again).attention.dense_sigma == 0.996
     assert (again.rule(), again.caption_dropout()) == ("wan", 0.1)
     assert change_config(again, {"trainer.keep": "3"}).attention == again.attention
-    small = levels_by_size(again)((33, 60, 104))
-    assert small.schedule.shift == clip_levels(again).schedule.shift == 7.0  # one for clips of all sizes
+    small = Recipes(again).at((33, 60, 104))
+    assert small.schedule.shift == clip_recipe(again).schedule.shift == 7.0  # one for clips of all sizes
 
 
 def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight():
@@ -106,13 +106,14 @@ def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight(
 
 def test_clips_of_mixed_sizes_have_their_own_shift_and_dense_level():
     config = finish(compose_run({"conf": "wan_i2v_2x"}))
-    levels = levels_by_size(config)
+    levels = Recipes(config).at
     large, small = levels((41, 90, 160)), levels((41, 60, 104))
     assert (large.schedule.shift, small.schedule.shift) == (5.0, 3.0)
-    assert large == clip_levels(config)
+    assert large == clip_recipe(config)
     alone = finish(compose_run({"conf": "wan_i2v_2x", "clip.height": "480", "clip.width": "832"}))
-    assert small == clip_levels(alone)
-    assert small.dense_sigma is not None and large.dense_sigma is not None and small.dense_sigma < large.dense_sigma
+    assert small == clip_recipe(alone)
+    low, high = small.attention.dense_sigma, large.attention.dense_sigma
+    assert low is not None and high is not None and low < high
 
 
 @pytest.mark.parametrize(

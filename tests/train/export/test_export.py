@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from radial import Dense, VideoGrid
+from tests.helpers.attention import step_attention
 from tests.helpers.tiny import run_config
 from train import __version__
-from train.attention.step import StepAttention
 from train.errors import UserError
 from train.export.__main__ import main
 from train.export.formats import FORMATS
@@ -53,7 +53,7 @@ def test_every_export_runs_what_was_trained(trained):
     adapter = load_adapter(config.model, torch.float32, 0)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, 0)
     load_parameters(lora_parameters(adapter.transformer), load_weights(last_checkpoint(run)))
-    adapter.set_attention(StepAttention.of(Dense(), VideoGrid(4, 4, 8)))
+    adapter.set_attention(step_attention(Dense(), VideoGrid(4, 4, 8)))
     expected = outputs(adapter.transformer)
 
     def fresh():

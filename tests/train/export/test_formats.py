@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from radial import Dense, VideoGrid
+from tests.helpers.attention import step_attention
 from tests.helpers.families import build, conditions, latents
 from tests.helpers.stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
-from train.attention.step import StepAttention
 from train.errors import UserError
 from train.export.formats import FORMATS, Adapter, formats_of
 from train.export.run import _fold
@@ -208,7 +208,7 @@ def test_what_every_family_trains_is_exported_in_every_format(family, text, tmp_
     adapter.transformer.save_pretrained(tmp_path / "base")
     names = inject_lora(adapter.transformer, RANK, ALPHA, adapter.targets(text=text), seed=0)
     adapter.set_attention(
-        StepAttention.of(Dense(), VideoGrid(2, 2, 2, text_tokens=adapter.grid(latents(adapter, (2, 2, 2))).text_tokens))
+        step_attention(Dense(), VideoGrid(2, 2, 2, text_tokens=adapter.grid(latents(adapter, (2, 2, 2))).text_tokens))
     )
     latent = latents(adapter, (2, 2, 2))
     adapter.velocity(latent, torch.full((2,), 0.5), conditions(adapter, latent)).square().mean().backward()

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radial.backends import BACKENDS
+from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
-from train.attention.step import StepAttention
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
@@ -30,7 +30,7 @@ def gradients(prepare=lambda adapter: None, pattern="released"):
     adapter.transformer.train()
     x0, eps, sigma, text = clips(2, CELLS)
     x, target = noised(x0, eps, sigma)
-    adapter.set_attention(StepAttention.of(PATTERNS[pattern], adapter.grid(x), block=16))
+    adapter.set_attention(step_attention(PATTERNS[pattern], adapter.grid(x), block=16))
     (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean().backward()
     return [p.grad for p in adapter.transformer.parameters() if p.requires_grad]
 

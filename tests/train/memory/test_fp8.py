@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
-from train.attention.step import StepAttention
 from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.flow import noised
@@ -65,7 +65,7 @@ def test_a_model_trains_its_lora_over_rounded_weights():
         exchanged = use_fp8(adapter.blocks()) if fp8 else 0
         x0, eps, sigma, text = clips(1, (3, 12, 20))
         x, target = noised(x0, eps, sigma)
-        adapter.set_attention(StepAttention.of(PATTERNS["released"], adapter.grid(x), block=16))
+        adapter.set_attention(step_attention(PATTERNS["released"], adapter.grid(x), block=16))
         loss = (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean()
         loss.backward()
         grads = [p.grad.flatten() for p in adapter.transformer.parameters() if p.requires_grad]

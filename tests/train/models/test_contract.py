@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from radial import Dense, VideoGrid
 from tests.helpers import family_ranks
+from tests.helpers.attention import step_attention
 from tests.helpers.families import PATTERNS, TEXT, build, conditions, latents, shards, stock
 from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_two_blocks
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
-from train.attention.step import StepAttention
 from train.config.compose import compose_run, finish
 from train.config.schema import ParallelConfig
 from train.errors import UserError
@@ -41,7 +41,7 @@ ODD = (3, 3, 5)  # 45: uneven on 2 ranks
 def ready(adapter, tokens=TOKENS, pattern="dense", **settings):
     """A batch, after the plan is set: latent, noise levels, conditions."""
     x = latents(adapter, tokens)
-    adapter.set_attention(StepAttention.of(PATTERNS[pattern], adapter.grid(x), block=16, **settings))
+    adapter.set_attention(step_attention(PATTERNS[pattern], adapter.grid(x), block=16, **settings))
     return x, torch.tensor([0.3, 0.9]), conditions(adapter, x)
 
 
@@ -236,7 +236,7 @@ def test_flops_are_those_that_torch_counts(family):
     # other kernels' operations are not counted on a CPU
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stock(family).velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))
-    attention = StepAttention.of(Dense(), adapter.grid(x), block=16).attention_flops(*adapter.attention_shape)
+    attention = step_attention(Dense(), adapter.grid(x), block=16).attention_flops(*adapter.attention_shape)
     assert adapter.linear_flops(adapter.grid(x)) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -1,35 +1,39 @@
 """The HunyuanVideo adapter against diffusers' model, pipeline and scheduler."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-from train.attention.levels import ClipLevels
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, to_video
 from data.shards.batch import Batch
 from data.shards.sample import Prompt, TextTokens
 from radial import Dense
+from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 from tests.helpers.tiny_models import save_hunyuan
-from train.attention.step import StepAttention
+from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.evaluation.euler import sample
-from train.flow import SigmaSchedule, noised
+from train.flow import noised
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
 from train.models.families.hunyuan import HunyuanAdapter
 from train.module import LengthExtensionModule
+from train.objective import Objective
+from train.optimizer import Optimization
+from train.recipe import Recipes
 
 TOKENS = (3, 4, 5)
 CPU = torch.device("cpu")
 
 
 def planned(adapter, latent, backend=None):
-    return StepAttention.of(Dense(), adapter.grid(latent), block=16, backend=backend)
+    return step_attention(Dense(), adapter.grid(latent), block=16, backend=backend)
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (4, 16), (1, 13)])
@@ -126,18 +130,18 @@ def test_a_dropped_caption_takes_the_empty_prompts_pooled_vector_along():
     seen = conditions(adapter, latent)
     batch = Batch(latent, dict(seen.text), dict(seen.pooled), {}, ["a", "b"], 0)
     empty = Prompt({"text": TextTokens(torch.ones(2, 24), torch.ones(2, dtype=torch.bool))}, {"clip": torch.ones(12)})
+    recipes = Recipes(finish(compose_run({"conf": "hunyuan_4x", "attention": "dense", "objective.shift": "1"})))
+    dropped = Objective(0, empty, caption_dropout=1.0, guidance=2.0)
     module = LengthExtensionModule(
-        adapter, pattern=Dense(), block=16, dense_layers=0, backend=None, schedule=SigmaSchedule(),
-        levels=lambda size: ClipLevels(SigmaSchedule()), caption_dropout=1.0, empty_prompt=empty, guidance=2.0,
-        seed=0, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup=0, decay="constant", steps=1, lora=True,
-    )  # fmt: skip
+        adapter, recipes=recipes, objective=dropped, optimization=Optimization(steps=1), seed=0, lora=True
+    )
     perfect = Perfect(adapter, latent)
     module.training_step(batch, 0)
     assert torch.equal(perfect.told["pooled_projections"], torch.ones(2, 12))
     assert perfect.told["encoder_attention_mask"].sum(1).tolist() == [2, 2]
     assert torch.equal(perfect.told["encoder_hidden_states"][:, :2], torch.ones(2, 2, 24))
     assert perfect.told["guidance"].tolist() == [2000, 2000]
-    module.caption_dropout = 0.0
+    module.objective = replace(dropped, caption_dropout=0.0)
     module.training_step(batch, 0)
     assert torch.equal(perfect.told["pooled_projections"], seen.pooled["clip"])
 

@@ -10,8 +10,8 @@ from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, to_video
 from data.shards.sample import TextTokens
 from radial import Dense
+from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
-from train.attention.step import StepAttention
 from train.evaluation.euler import sample
 from train.flow import noised
 from train.lora.layers import inject_lora
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def planned(adapter, latent):
-    return StepAttention.of(Dense(), adapter.grid(latent), block=16)
+    return step_attention(Dense(), adapter.grid(latent), block=16)
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (4, 16), (0, 13)])

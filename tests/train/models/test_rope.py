@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from radial import Dense
 from tests.helpers import generating
+from tests.helpers.attention import step_attention
 from tests.helpers.tiny import ARCHITECTURE, run_config
 from tests.helpers.tiny_pipelines import save_pipeline
-from train.attention.step import StepAttention
 from train.config.compose import compose_run, finish
 from train.config.schema import ROPE_KINDS as KINDS
 from train.errors import UserError
@@ -131,7 +131,7 @@ def test_a_models_output_changes_past_the_native_length_alone():
         for kind in KINDS:
             torch.manual_seed(0)
             adapter = tiny_wan(TemporalRope(kind, 4, 1))
-            adapter.set_attention(StepAttention.of(Dense(), adapter.grid(x), block=16))
+            adapter.set_attention(step_attention(Dense(), adapter.grid(x), block=16))
             torch.manual_seed(1)
             outputs[frames, kind] = adapter.velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))
     for kind in ("riflex", "interpolate"):

@@ -7,10 +7,10 @@ from peft import LoraConfig
 
 from data.shards.sample import TextTokens
 from radial import Dense, Paper, Released
+from tests.helpers.attention import step_attention
 from tests.helpers.families import Perfect, build, conditions, latents
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.tiny import ARCHITECTURE, save_model
-from train.attention.step import StepAttention
 from train.errors import UserError
 from train.flow import noised
 from train.lora.layers import inject_lora, lora_parameters
@@ -37,7 +37,7 @@ def load(folder):
 
 
 def plan_for(adapter, x, pattern, block=16, **settings):
-    return StepAttention.of(pattern, adapter.grid(x), block=block, **settings)
+    return step_attention(pattern, adapter.grid(x), block=block, **settings)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "torch"])

@@ -16,11 +16,11 @@ from data.shards.sample import Sample, TextTokens
 from radial import Dense, Released
 from tests.helpers import wan_ranks
 from tests.helpers import wan_variants as wan
+from tests.helpers.attention import step_attention
 from tests.helpers.families import Perfect
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import save_wan, save_wan_5b
-from train.attention.step import StepAttention
 from train.errors import UserError
 from train.evaluation.euler import sample
 from train.lora.layers import inject_lora
@@ -30,7 +30,7 @@ from train.models.families.wan import WanAdapter
 
 def ready(adapter, variant, pattern=None, tokens=wan.TOKENS, **settings):
     x, sigma, seen = wan.batch(adapter, variant, tokens=tokens)
-    adapter.set_attention(StepAttention.of(pattern or Dense(), adapter.grid(x), block=16, **settings))
+    adapter.set_attention(step_attention(pattern or Dense(), adapter.grid(x), block=16, **settings))
     return x, sigma, seen
 
 
@@ -169,7 +169,7 @@ def test_sampling_from_shards_equals_the_pipeline(tmp_path, monkeypatch, variant
         adapter,
         noise,
         *(Conditions.of(batch) for batch in batches),
-        lambda sigma: StepAttention.of(Dense(), adapter.grid(noise), block=16),
+        lambda sigma: step_attention(Dense(), adapter.grid(noise), block=16),
         steps=4,
         shift=5.0,
         guidance=3.0,

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from radial import Released
+from tests.helpers.attention import step_attention
 from tests.helpers.tiny import run_config
 from tests.helpers.traced import step_memory, with_parallel
 from train.__main__ import main
-from train.attention.step import StepAttention
 from train.config.compose import CONF, compose_run, finish
 from train.errors import UserError
 from train.lora.layers import inject_lora
@@ -71,7 +71,7 @@ def test_flops_are_those_of_the_training_log(tmp_path):
     budget = Budget.of(config, Machine(GPUS["h200"], 1, 1, 64 * GIB))
     adapter = load_adapter(config.model, torch.float32, seed=0)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, seed=0)
-    plan = StepAttention.of(Released(), config.grid(), block=config.attention.block, dense_layers=1)
+    plan = step_attention(Released(), config.grid(), block=config.attention.block, dense_layers=1)
     assert Duration(budget).flops == pytest.approx(SampleFlops.of(adapter, plan).step, rel=1e-9)
     assert budget.sizes.trained == sum(p.numel() for p in adapter.transformer.parameters() if p.requires_grad)
 

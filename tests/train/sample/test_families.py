@@ -12,9 +12,9 @@ from tests.helpers import sample_ranks
 from tests.helpers.generating import close, latent
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import save_lora, save_pipeline, words
-from train.attention.levels import dense_level
 from train.errors import UserError
 from train.models.families import family_of
+from train.recipe import dense_level
 from train.sample.__main__ import main
 from train.sample.generate import Generator
 from train.sample.pipeline import load_pipeline, pipeline_class

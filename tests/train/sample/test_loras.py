@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from tests.helpers.generating import close, generator, latent, stock
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
-from train.attention.levels import clip_levels
 from train.config.compose import compose_run, finish
 from train.config.schema import ClipConfig
 from train.errors import UserError
@@ -19,6 +18,7 @@ from train.export.merge import merge
 from train.export.run import _fold, _header
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
+from train.recipe import clip_recipe
 from train.sample.__main__ import main
 from train.sample.settings import jobs, parse_settings, slots
 
@@ -59,7 +59,7 @@ def test_a_loras_header_sets_everything_up(wan, tmp_path):
 def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp_path):
     """A run on 480p and 720p clips trained each at its own shift; the header has the largest's."""
     config = finish(compose_run({"conf": "wan_i2v_2x", "model.path": "base"}))
-    trained, small = clip_levels(config), clip_levels(config, ClipConfig(161, 480, 832))
+    trained, small = clip_recipe(config), clip_recipe(config, ClipConfig(161, 480, 832))
     file, image = tmp_path / "mine.safetensors", tmp_path / "image.png"
     save_file({"x": torch.zeros(1)}, file, _header(config, 1))
     Image.new("RGB", (8, 8)).save(image)
@@ -68,14 +68,14 @@ def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp
         return parse_settings(["model=wan_i2v_14b", "prompt=x", f"lora={file}", f"image={image}", *words])[0]
 
     got = settings()
-    assert (got.shift, got.dense_steps, got.dense_sigma) == (5.0, None, trained.dense_sigma)
+    assert (got.shift, got.dense_steps, got.dense_sigma) == (5.0, None, trained.attention.dense_sigma)
     got = settings("height=480", "width=832", "steps=20")
-    assert (got.shift, got.dense_steps, got.dense_sigma) == (3.0, None, small.dense_sigma)
+    assert (got.shift, got.dense_steps, got.dense_sigma) == (3.0, None, small.attention.dense_sigma)
     got = settings("height=480", "width=832", "shift=4")
-    assert (got.shift, got.dense_sigma) == (4.0, trained.dense_sigma)
+    assert (got.shift, got.dense_sigma) == (4.0, trained.attention.dense_sigma)
     save_file({"x": torch.zeros(1)}, file, _header(config, 1) | {"radial.shift": "7.0"})  # the run's own
     got = settings("height=480", "width=832")
-    assert (got.shift, got.dense_sigma) == (7.0, trained.dense_sigma)
+    assert (got.shift, got.dense_sigma) == (7.0, trained.attention.dense_sigma)
 
 
 def test_the_rule_is_the_models_own():

@@ -21,8 +21,8 @@ from data.shards.stream import LatentStream
 from train.attention.sequence import check_heads
 from train.callbacks.bad_steps import BadSteps
 from train.callbacks.checkpoints import StepCheckpoints
-from train.callbacks.clips import Samples
-from train.callbacks.metrics import Figures
+from train.callbacks.clips import PromptClips
+from train.callbacks.metrics import StepMetrics
 from train.callbacks.progress import Progress
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
@@ -181,7 +181,7 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch) -> list[Callback
         throughput=throughput,
         stop=stop,
     )
-    figures = Figures(
+    figures = StepMetrics(
         every=config.log.every,
         norms_every=config.log.norms_every,
         throughput=throughput,
@@ -197,7 +197,7 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch) -> list[Callback
         figures=figures,
         throughput=throughput,
     )
-    clips = Samples(config, folder, control=control, watchdog=watchdog, throughput=throughput, stop=stop)
+    clips = PromptClips(config, folder, control=control, watchdog=watchdog, throughput=throughput, stop=stop)
     return [throughput, validation, bad_steps, figures, Progress(figures), stop, checkpoints, clips, watchdog]
 
 

@@ -18,7 +18,7 @@ from train.attention.collectives import all_gather, all_to_all
 from train.attention.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
 from train.config.schema import ParallelConfig
 from train.errors import UserError
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.evaluation.losses import clip_losses
 from train.flow import SigmaSchedule, noised
 from train.lora.layers import inject_lora
@@ -124,7 +124,7 @@ def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:
     adapter = tiny_adapter()
     _, noise, _, text = clips(1, cells)
     batched = Conditions({"text": text})
-    return sample(
+    return generate(
         adapter,
         noise,
         batched,

@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
+from train.callbacks.base import StepCallback
 from train.errors import UserError
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 
 
-class BadSteps(Callback):
+class BadSteps(StepCallback):
     """Counts the steps that `LengthExtensionModule` has skipped and says which samples they were about.
 
     Args:
@@ -21,9 +21,9 @@ class BadSteps(Callback):
     """
 
     def __init__(self, limit: int, control: ControlGroup) -> None:
+        super().__init__()
         self.limit, self.control = limit, control
         self.skipped = 0
-        self._step = -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -32,14 +32,10 @@ class BadSteps(Callback):
         self.skipped = state_dict["skipped"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.control.open(trainer)
-        self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        assert isinstance(module, LengthExtensionModule)
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         if math.isfinite(module.gradient_norm):  # the same on every rank
             return
         self.skipped += 1
@@ -47,10 +43,12 @@ class BadSteps(Callback):
         every = [entry for entries in self.control.gather(mine) for entry in entries]
         said = _named(every)
         if self.control.rank == 0:
-            trainer.print(f"\nwarning: step {self._step}: {said}; skipped ({self.skipped} of at most {self.limit})")
+            trainer.print(
+                f"\nwarning: step {trainer.global_step}: {said}; skipped ({self.skipped} of at most {self.limit})"
+            )
         if self.skipped > self.limit:
             raise UserError(
-                f"step {self._step} was the {_ordinal(self.skipped)} whose loss or gradient is not finite, more than "
+                f"step {step} was the {_ordinal(self.skipped)} whose loss or gradient is not finite, more than "
                 f"trainer.max_skipped={self.limit}; the last: {said}. The weights are those before it. Look at the "
                 "sample with python -m data.check, lower optim.lr, or allow more"
             )

@@ -6,21 +6,21 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from train.callbacks.metrics import VALIDATION, Figures
+from train.callbacks.base import StepCallback
+from train.callbacks.metrics import VALIDATION, StepMetrics
 from train.callbacks.throughput import Throughput
 from train.errors import UserError
+from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.storage.checkpoints import FolderCheckpointIO, checkpoints_of
 
 BEST = "best.json"
 
 
-class StepCheckpoints(Callback):
+class StepCheckpoints(StepCallback):
     """Saves ``checkpoints/step-<n>`` every ``every`` optimizer steps, when ``minutes`` have passed, and at the end.
 
     The newest ``keep`` stay, and the best: that with the least validation loss of those saved at a step with one. One
@@ -37,16 +37,17 @@ class StepCheckpoints(Callback):
         minutes: float,
         keep: int,
         control: ControlGroup,
-        figures: Figures,
+        figures: StepMetrics,
         throughput: Throughput,
     ) -> None:
+        super().__init__()
         self.folder, self.every, self.minutes, self.keep = folder, every, minutes, keep
         self.control, self.figures, self.throughput = control, figures, throughput
         self._saved = -1  # the step of the last checkpoint
-        self._seen = -1
         self._tried_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.control.open(trainer)
         starts = self.control.gather((module.position, trainer.global_step))
         if len(set(starts)) > 1:
@@ -56,13 +57,10 @@ class StepCheckpoints(Callback):
                 "wait until all see the same files there, and resume"
             )
         # a resumed run must not write the checkpoint it came from again
-        self._saved = self._seen = trainer.global_step
+        self._saved = trainer.global_step
         self._tried_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._seen:
-            return  # in the middle of an accumulation, from where no run can go on
-        self._seen = trainer.global_step
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         if self._is_time() or trainer.global_step % self.every == 0:
             start = time.perf_counter()
             problem = self._save(trainer)

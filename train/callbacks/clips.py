@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
@@ -22,12 +21,13 @@ from data.errors import DataError
 from data.shards.batch import collate
 from data.shards.sample import Sample
 from train.attention.step import StepAttention
+from train.callbacks.base import StepCallback, every
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
 from train.errors import Asked, UserError
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.flow import noise_like
 from train.loggers.csv_file import Forgiving
 from train.models.families import family_of
@@ -42,7 +42,7 @@ from train.sample.video import video_file
 FOLDER = "samples"
 
 
-class Samples(Callback):
+class PromptClips(StepCallback):
     """Generates a clip of each prompt every ``validation.samples_every`` steps and at the end.
 
     The prompts are encoded once, before the first step, by rank 0, which then frees the text encoders. Groups of ranks
@@ -64,16 +64,16 @@ class Samples(Callback):
         throughput: Throughput,
         stop: StopSignals,
     ) -> None:
+        super().__init__()
         self.config, self.folder, self.every = config, folder, config.validation.samples_every
         self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
-        self._step = -1
         self._conditions: list[Sample] = []
         self._encoder: Encoder | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, LengthExtensionModule)
+        super().on_train_start(trainer, module)
         self.control.open(trainer)
-        self._step = trainer.global_step
         if self.every:
             mine: list[Sample] = []
             error = ""
@@ -87,12 +87,8 @@ class Samples(Callback):
                 raise UserError(f"validation.prompts: {error}")
             self._conditions = mine
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step or not self.every:
-            return
-        self._step = trainer.global_step
-        if not self.stop.agreed and (self._step % self.every == 0 or self._step == trainer.max_steps):
-            assert isinstance(module, LengthExtensionModule)
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
+        if not self.stop.agreed and every(self.every, trainer):
             start = time.perf_counter()
             module.transformer.eval()
             with suppress(Asked):
@@ -122,14 +118,14 @@ class Samples(Callback):
                 latent = self._latent(trainer, module, clip, number)
             if counts and writes:
                 words = re.sub(r"\W+", "-", clip.caption.lower()).strip("-")[:40].strip("-")
-                file = self.folder / FOLDER / f"step-{self._step:06d}" / f"{number:02d}-{words}.mp4"
+                file = self.folder / FOLDER / f"step-{trainer.global_step:06d}" / f"{number:02d}-{words}.mp4"
                 self._write(latent, file)
                 files.append(file)
             self.watchdog.progress()
         found = sorted(file for files in self.control.gather(files) for file in files)
         for logger in trainer.loggers:
             if isinstance(logger, Forgiving) and isinstance(logger.inner, WandbLogger):
-                logger.attempt(_to_wandb, logger.inner.experiment, found, self._step)
+                logger.attempt(_to_wandb, logger.inner.experiment, found, trainer.global_step)
 
     def _latent(self, trainer: L.Trainer, module: LengthExtensionModule, clip: Sample, number: int) -> Tensor:
         """The clip of a prompt, (C, f, h, w)."""
@@ -146,7 +142,7 @@ class Samples(Callback):
                 raise Asked
             return module.attention_at(shape, sigma)
 
-        made = sample(
+        made = generate(
             module.adapter,
             noise,
             conditions,

@@ -17,10 +17,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from data.shards.stream import LatentStream
+from train.callbacks.base import StepCallback, every
 from train.callbacks.throughput import Throughput
 from train.lora.layers import ADAPTER
 from train.module import LengthExtensionModule
@@ -32,7 +32,7 @@ VALIDATION = "validation/loss"
 """On the longest held-out clips: the best checkpoint has least of it."""
 
 
-class Figures(Callback):
+class StepMetrics(StepCallback):
     """Collects and logs them. It stands before the checkpoints, so that no saved step lacks its row.
 
     Args:
@@ -48,17 +48,17 @@ class Figures(Callback):
         self, every: int, norms_every: int, throughput: Throughput, control: ControlGroup,
         more: Callable[[], dict[str, float]],
     ) -> None:  # fmt: skip
+        super().__init__()
         self.every, self.norms_every = every, norms_every
         self.throughput, self.control, self.more = throughput, control, more
         self.row: dict[str, float] = {}
         self._lengths: list[int] = []
         self._sums = torch.zeros(0, 2, dtype=torch.float64)
         self._saved: Tensor | None = None
-        self._step = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.control.open(trainer)
-        self._step = trainer.global_step
         stream = trainer.train_dataloader
         assert isinstance(stream, LatentStream)
         self._lengths = sorted({info.shape[1] for info in stream.manifest.samples})
@@ -73,13 +73,9 @@ class Figures(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["sums"]
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        assert isinstance(module, LengthExtensionModule)
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         row = self._step_row(module)
-        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+        due = every(self.every, trainer)
         if due:
             row |= self._bucket_row() | self.throughput.row(trainer, module)
         if self.norms_every and trainer.global_step % self.norms_every == 0:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from train.callbacks.metrics import Figures
+from train.callbacks.base import StepCallback
+from train.callbacks.metrics import StepMetrics
+from train.module import LengthExtensionModule
 
 LOG = "log.txt"
 OURS = ("train", "data", "radial", "launch")
@@ -91,24 +92,20 @@ def _log_warning(message: Any, category: type[Warning], filename: str, lineno: i
     logging.getLogger("warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
 
-class Progress(Callback):
+class Progress(StepCallback):
     """The line: step, loss with its smoothed trend, pace, MFU, memory, time left. Rank 0 alone writes it."""
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: StepMetrics) -> None:
+        super().__init__()
         self.figures = figures
         self._smooth: float | None = None
         self._older: list[float] = []
         self._shown: dict[str, float] = {}
         self._last_line = -math.inf
-        self._step = -1
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self._step or not trainer.is_global_zero:
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
+        if not trainer.is_global_zero:
             return
-        self._step = trainer.global_step
         self._shown |= self.figures.row
         loss = self._shown["loss"]
         if math.isfinite(loss):

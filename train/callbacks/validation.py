@@ -13,11 +13,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from data.shards.batch import collate
@@ -26,6 +24,7 @@ from data.shards.sample import Sample
 from data.shards.stages import Stage
 from data.shards.stream import read_samples
 from train.attention.sequence import flow_loss
+from train.callbacks.base import StepCallback, every
 from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
@@ -63,7 +62,7 @@ def validation_levels(config: RunConfig) -> dict[float, float]:
     return found
 
 
-class Validation(Callback):
+class Validation(StepCallback):
     """Measures every ``every`` steps and at the end, on all ranks together; the random state stays as it is.
 
     Args:
@@ -93,24 +92,20 @@ class Validation(Callback):
         throughput: Throughput,
         stop: StopSignals,
     ) -> None:
+        super().__init__()
         self.every, self.levels, self.lengths, self.seed = every, dict(levels), sorted(lengths), seed
         self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
         self.shards, self.count, self.stages = shards, count, stages
         self.row: dict[str, float] = {}
-        self._step = -1
         self._clips: list[Sample] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.control.open(trainer)
-        self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         self.row = {}
-        if trainer.global_step == self._step or not self.every or self.shards is None:
-            return
-        self._step = trainer.global_step
-        if self._step % self.every == 0 or self._step == trainer.max_steps:
-            assert isinstance(module, LengthExtensionModule)
+        if self.shards is not None and every(self.every, trainer):
             start = time.perf_counter()
             module.transformer.eval()
             self.row = self.measure(trainer, module)

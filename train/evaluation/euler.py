@@ -17,7 +17,7 @@ from train.models.conditions import Conditions
 
 
 @torch.no_grad()
-def sample(
+def generate(
     adapter: ModelAdapter,
     noise: Tensor,
     conditions: Conditions,

@@ -19,7 +19,7 @@ from radial import Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.evaluation.losses import clip_losses
 from train.evaluation.results import Row, write_results
 from train.flow import noise_like
@@ -123,13 +123,13 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     conditions, empty = module.objective.both(batch)
     noise = noise_like(batch.latent, config.seed, "animation")
 
-    def generate(label: str, attention: Callable[[Tensor, float], StepAttention]) -> Tensor:
+    def clip_of(label: str, attention: Callable[[Tensor, float], StepAttention]) -> Tensor:
         def watched(sigma: float) -> StepAttention:
             parts.check()
             return attention(noise, sigma)
 
         def make() -> Tensor:
-            return sample(
+            return generate(
                 module.adapter,
                 noise,
                 conditions,
@@ -149,14 +149,14 @@ def _show(config: RunConfig, module: LengthExtensionModule, clip: Sample, folder
     panels = {f"truth: {clip.caption}": clip.latent.float()}
     if module.lora:
         module.transformer.disable_adapters()
-        panels[f"base at {frames} frames, dense attention"] = generate(
+        panels[f"base at {frames} frames, dense attention"] = clip_of(
             "Generating, base, dense", functools.partial(_dense, module)
         )
         if name != "dense":
-            panels[f"base at {frames} frames, {name} attention"] = generate(f"Generating, base, {name}", trained)
+            panels[f"base at {frames} frames, {name} attention"] = clip_of(f"Generating, base, {name}", trained)
         module.transformer.enable_adapters()
-        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = generate("Generating, tuned", trained)
+        panels[f"tuned at {frames} frames, {name} attention + LoRA"] = clip_of("Generating, tuned", trained)
     else:
-        panels[f"trained model at {frames} frames"] = generate("Generating", trained)
+        panels[f"trained model at {frames} frames"] = clip_of("Generating", trained)
     animate(panels, config.conf, folder / "clips.gif")
     film_strip(panels, config.conf, folder / "clips.png")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.helpers.tiny import run_config, save_model, words
 from train.assemble import build_module
 from train.errors import UserError
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.export.run import export_run
 from train.flow import SigmaSchedule, StepDraw, expert_range
 from train.models.loading import describe_model, load_adapter
@@ -228,7 +228,7 @@ def test_one_expert_a_run(tmp_path, expert):
     own = load_file(place / "diffusion_pytorch_model.safetensors")
     assert torch.equal(adapter.transformer.proj_out.weight, own["proj_out.weight"])
     with pytest.raises(UserError, match=r"is an expert for noise levels .*: sample with model.expert=both"):
-        sample(adapter, torch.zeros(1, 3, 2, 8, 8), None, None, None, steps=2, shift=1.0, guidance=1.0)
+        generate(adapter, torch.zeros(1, 3, 2, 8, 8), None, None, None, steps=2, shift=1.0, guidance=1.0)
 
 
 def test_what_does_not_fit_is_said(tmp_path):

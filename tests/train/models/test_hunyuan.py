@@ -18,7 +18,7 @@ from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_th
 from tests.helpers.tiny_models import save_hunyuan
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
@@ -71,7 +71,7 @@ def test_sampling_is_the_stock_pipelines():
         num_inference_steps=3, guidance_scale=6.0, prompt_embeds=text.tokens, prompt_attention_mask=text.mask,
         pooled_prompt_embeds=seen.pooled["clip"], output_type="latent", return_dict=False,
     )[0]  # fmt: skip
-    got = sample(adapter, noise, seen, None, lambda _: planned(adapter, noise), steps=3, shift=7.0, guidance=1.0)
+    got = generate(adapter, noise, seen, None, lambda _: planned(adapter, noise), steps=3, shift=7.0, guidance=1.0)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # three steps' rounding
 
 

@@ -12,7 +12,7 @@ from data.shards.sample import TextTokens
 from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
@@ -58,7 +58,7 @@ def test_sampling_is_the_stock_pipelines():
         negative_prompt_embeds=empty.text["text"].tokens, negative_prompt_attention_mask=nothing,
         output_type="latent", return_dict=False,
     )[0]  # fmt: skip
-    got = sample(adapter, noise, seen, empty, lambda _: planned(adapter, noise), steps=4, shift=1.0, guidance=3.0)
+    got = generate(adapter, noise, seen, empty, lambda _: planned(adapter, noise), steps=4, shift=1.0, guidance=3.0)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import save_wan, save_wan_5b
 from train.errors import UserError
-from train.evaluation.euler import sample
+from train.evaluation.euler import generate
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
@@ -165,7 +165,7 @@ def test_sampling_from_shards_equals_the_pipeline(tmp_path, monkeypatch, variant
     batches = [collate([Sample("k", latent, p.text, {}, image, {"caption": ""})], 0) for p in (prompt, empty)]
     adapter = wan.adapter_of(variant)
     noise = torch.randn(1, *latent.shape, generator=torch.Generator().manual_seed(1))
-    got = sample(
+    got = generate(
         adapter,
         noise,
         *(Conditions.of(batch) for batch in batches),

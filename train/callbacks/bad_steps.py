@@ -41,11 +41,9 @@ class BadSteps(StepCallback):
         self.skipped += 1
         mine = [(each.key, each.loss.item()) for each in module.seen]
         every = [entry for entries in self.control.gather(mine) for entry in entries]
-        said = _named(every)
+        said, step = _named(every), trainer.global_step
         if self.control.rank == 0:
-            trainer.print(
-                f"\nwarning: step {trainer.global_step}: {said}; skipped ({self.skipped} of at most {self.limit})"
-            )
+            trainer.print(f"\nwarning: step {step}: {said}; skipped ({self.skipped} of at most {self.limit})")
         if self.skipped > self.limit:
             raise UserError(
                 f"step {step} was the {_ordinal(self.skipped)} whose loss or gradient is not finite, more than "

@@ -32,6 +32,48 @@ def test_packages_import_only_what_they_may(package):
         assert siblings <= MAY_IMPORT[package], f"{file} imports {siblings}"
 
 
+ROOMS = (  # of train/, in the order a run passes them: each imports only from those before it
+    "errors", "ranks", "cli", "flow", "config", "attention", "models", "parallel", "lora", "memory", "recipe",
+    "planning", "storage", "loggers", "shards", "objective", "optimizer", "preflight", "module", "evaluation",
+    "export", "sample", "report", "decay", "callbacks", "bench", "assemble", "run", "sweep", "__main__",
+)  # fmt: skip
+
+
+def modules_of(package: str) -> dict[str, Path]:
+    found = {}
+    for file in (ROOT / package).rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def names_from(file: Path) -> list[tuple[str, str]]:
+    """(module, name) of every ``from module import name``."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return [
+        (node.module or "", alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+
+
+def test_rooms_of_train_import_downwards_only():
+    modules = modules_of("train")
+    assert {name.split(".")[1] for name in modules if "." in name} <= set(ROOMS)
+    for name, file in modules.items():
+        for module, thing in names_from(file):
+            target = f"{module}.{thing}" if f"{module}.{thing}" in modules else module
+            if "." in name and "." in target and target in modules:
+                mine, its = name.split(".")[1], target.split(".")[1]
+                assert ROOMS.index(its) <= ROOMS.index(mine), f"{file} imports {target}, a room further on"
+
+
+def test_no_module_uses_anothers_private_names():
+    for package in MAY_IMPORT:
+        for file in (ROOT / package).rglob("*.py"):
+            for module, thing in names_from(file):
+                ours = module.split(".")[0] in MAY_IMPORT
+                assert not (ours and thing.startswith("_") and thing != "__version__"), f"{file}: {module}.{thing}"
+
+
 def test_radial_needs_only_torch():
     """Neither importing radial nor its command line loads a third-party package that torch does not load itself."""
     program = "import sys, torch; before = set(sys.modules); import radial.__main__; print(*set(sys.modules) - before)"

@@ -29,7 +29,7 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str], usage: s
         command(arguments)
     except MISTAKES as error:
         if not speaks_for_node():
-            time.sleep(5)  # where the first fails alike, it says so, and srun or torchrun ends this process
+            time.sleep(5)  # where the first fails alike, it prints the reason, and srun or torchrun ends this process
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # before a run listens for it, or of a command that has nothing to save

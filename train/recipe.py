@@ -1,6 +1,6 @@
 """What clips of one size are trained with: how their noise levels are drawn, and their attention.
 
-A run states how many of its model's sampling steps are dense (``attention.dense_steps``). Training has no such steps,
+A run sets how many of its model's sampling steps are dense (``attention.dense_steps``). Training has no such steps,
 it draws noise levels: dense from halfway between the last dense step's level and the next one's up, of the family's own
 sampler with as many steps as the model is sampled with (``model.steps``) and the clip's shift. A sampler with another
 number of steps keeps that level, at which training changed sides, and not the count.

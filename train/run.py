@@ -54,7 +54,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
     Raises:
         UserError: something that the user can mend, or another process runs in the folder.
         SystemExit: the run was asked to stop (`train.callbacks.stop`) and has saved a checkpoint; or, on a rank other
-            than 0, something that the user can mend, which is said once.
+            than 0, something that the user can mend, which is printed once.
     """
     rank = global_rank()
     with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank), wandb_closed():
@@ -72,7 +72,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
                 raise SystemExit(2) from None
             raise
         except Exception as error:
-            if get_state(folder.path)[0] not in ("died", "failed"):  # the watchdog or another rank has said why
+            if get_state(folder.path)[0] not in ("died", "failed"):  # the watchdog or another rank has stored why
                 set_state(folder.path, "died", f"rank {rank}: {' '.join(str(error).split()) or type(error).__name__}")
             raise
         if rank:
@@ -105,7 +105,7 @@ def _room(folder: Path) -> Iterator[None]:
 
 
 def _has_failed(folder: Path, rank: int, why: str = "") -> bool:
-    """Whether a lower rank has said, for this reason if it is given, that the run has failed; waits for it."""
+    """Whether a lower rank has stored, with this reason if it is given, that the run has failed; waits for it."""
     time.sleep(1 + 0.1 * min(rank, 20))
     word, said = get_state(folder)
     return word == "failed" and why.strip() in ("", said)
@@ -143,7 +143,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
 
 @contextmanager
 def _told(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Iterator[None]:
-    """Says in words what ends a run from outside of it: lost ranks, memory that is full."""
+    """Puts into words what ends a run from outside of it: lost ranks, memory that is full."""
     try:
         yield
     except RuntimeError as error:
@@ -201,7 +201,7 @@ def resume(folder: Path, config: RunConfig) -> None:
 
 @contextmanager
 def _report_folder(folder: Path, rank: int) -> Iterator[Path]:
-    """Where a rank's report goes: rank 0's to the run's folder; another rank computes its part and says nothing."""
+    """Where a rank's report goes: rank 0's to the run's folder; another rank computes its part and prints nothing."""
     if rank == 0:
         yield folder
         return

@@ -53,7 +53,7 @@ def check_heads(sequence: int, heads: int) -> None:
     """Sequence parallelism gives each rank some of the heads.
 
     Raises:
-        UserError: the group size does not divide them; says which sizes do.
+        UserError: the group size does not divide them; with the sizes that do.
     """
     if heads % sequence:
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)

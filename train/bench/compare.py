@@ -1,4 +1,4 @@
-"""``python -m train.bench.compare``: what the plan says of measured steps, beside what they were.
+"""``python -m train.bench.compare``: the plan's figures of measured steps, beside the measured ones.
 
 Each file is one that ``python -m train.bench --json`` wrote; its cases are planned anew for the machine that it names,
 with what blocks kept then.

@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> None:
 
 
 def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
-    """The run that a benchmark's arguments stand for, and what they say of the benchmark itself.
+    """The run that a benchmark's arguments stand for, and the settings of the benchmark itself.
 
     Its steps are those at noise levels where the pattern runs: it has no dense ones.
     """

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not a finite number: skipped, counted, named; too many end the run."""
+"""Steps whose loss or gradient is not a finite number: skipped, counted and named; too many end the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.parallel.control_group import ControlGroup
 
 
 class BadSteps(StepCallback):
-    """Counts the steps that `LengthExtensionModule` has skipped and says which samples they were about.
+    """Counts the steps that `LengthExtensionModule` has skipped, and names their samples.
 
     Args:
         limit: skipped steps, over the whole run, that do not end it.

@@ -71,7 +71,7 @@ class StepCheckpoints(StepCallback):
                 trainer.print(f"\nwarning: {problem}. {again}")
 
     def _is_time(self) -> bool:
-        """Whether rank 0's clock says so; every rank must call it."""
+        """Whether a checkpoint is due by rank 0's clock; every rank must call it."""
         if not self.minutes:
             return False
         late = self.control.rank == 0 and time.monotonic() - self._tried_at >= 60 * self.minutes

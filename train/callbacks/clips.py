@@ -81,7 +81,7 @@ class PromptClips(StepCallback):
                 try:
                     mine = self._encode(module)
                 except (DataError, UserError) as found:
-                    error = str(found)  # told on every rank, so that none waits for this one
+                    error = str(found)  # raised on every rank, so that none waits for this one
             mine, error = self.control.from_first((mine, error))
             if error:
                 raise UserError(f"validation.prompts: {error}")
@@ -157,7 +157,7 @@ class PromptClips(StepCallback):
         return made[0]
 
     def _write(self, latent: Tensor, file: Path) -> None:
-        """Decodes a latent and writes it, or says why there is no room for it."""
+        """Decodes a latent and writes it, or warns why there is no room for it."""
         encoder = self._decoder()
         try:
             with video_file(file, encoder.fps) as video:

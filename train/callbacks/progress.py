@@ -31,7 +31,7 @@ class _Quiet(logging.FileHandler):
     """A log file that a full disk silences instead of breaking what it reports on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing."""
+        """Prints nothing: the disk is full, and there is no other place."""
 
 
 class _OursOnce(logging.Filter):

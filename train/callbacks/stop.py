@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop ends after its micro-batch, saves a checkpoint and says whether it goes on.
+"""Signals: a run that is asked to stop ends after its micro-batch, saves a checkpoint and reports whether it goes on.
 
     SIGINT                  stop: checkpoint and exit; a second one exits at once
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
@@ -119,6 +119,6 @@ class StopSignals(Callback):
         return self.agreed != 0
 
     def _take_over(self) -> None:
-        """Keeps the signals from doing what they do to a process by themselves; the thread is told of them."""
+        """Keeps the signals from doing what they do to a process by themselves; Python wakes the thread for them."""
         for number in self._taken:
             signal.signal(number, lambda *_: None)

@@ -1,8 +1,8 @@
-"""No rank waits for ever: one that makes no step for too long ends the run, and says which rank stands where.
+"""No rank waits for ever: one that makes no step for too long ends the run, which names each rank's place.
 
-A thread of every rank tells a store where its rank is. The rank that hangs is the one whose thread is silent (a frozen
-process, a dead node), or else the one that is furthest behind: the others wait for it in a collective. The first rank's
-thread also looks after the processes that it started, from before they load until the run ends.
+A thread of every rank writes into a store where its rank is. The rank that hangs is the one whose thread is silent (a
+frozen process, a dead node), or else the one that is furthest behind: the others wait for it in a collective. The first
+rank's thread also looks after the processes that it started, from before they load until the run ends.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def patience(config: RunConfig) -> float:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """A rank and its place in a step, as it reports them."""
 
     rank: int
     host: str
@@ -90,7 +90,7 @@ class Watchdog(Callback):
     def over(self, trainer: L.Trainer) -> Iterator[None]:
         """Watches meanwhile: the processes that ``trainer`` starts all the time, the steps while there are some."""
         self._launcher = trainer.strategy.launcher
-        # of the ranks that are about to be started: what torch says of a lost connection are stacks of its own
+        # of the ranks that are about to be started: torch prints stacks of its own for a lost connection
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -111,7 +111,7 @@ class Watchdog(Callback):
                 self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
         self._at(trainer, 0)
         self._beat(0)
-        self.control.gather(None)  # all have said where they are
+        self.control.gather(None)  # all have reported their places
         self._training = True
 
     def _at(self, trainer: L.Trainer, place: int) -> None:
@@ -136,7 +136,7 @@ class Watchdog(Callback):
         self._training, self._trained = False, True
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        # the reason is told elsewhere, and that may take a while; one process alone waits for no other
+        # the reason is printed elsewhere, which may take a while; one process alone waits for no other
         if self.control.world == 1 or isinstance(exception, MISTAKES) or is_out_of_memory(exception):
             self._done.set()
 
@@ -193,7 +193,7 @@ class Watchdog(Callback):
             return
 
     def _stuck(self) -> None:
-        """Collects where everybody is, for long enough to tell the silent from the slow, and ends the run."""
+        """Collects where everybody is, for long enough to distinguish silent ranks from slow ones, and ends the run."""
         # before anything else: where this rank is, for who asks why
         with (
             contextlib.suppress(OSError),
@@ -230,7 +230,7 @@ class Watchdog(Callback):
         self._end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.rank == speaker)
 
     def _ask_all(self) -> dict[int, Beat]:
-        """What the ranks said last; empty when the store does not answer, for which its own time-outs cannot be used:
+        """The ranks' last reports; empty when the store does not answer, for which its own time-outs cannot be used:
         a frozen store keeps its clients waiting for the answer to their giving up."""
         if self._store is None:
             return {} if self._mine is None else {self.rank: self._mine}
@@ -255,7 +255,7 @@ class Watchdog(Callback):
     def _end(self, why: str, speak: bool) -> None:
         """Ends this process, the ranks that it started, and a rank 0 on this machine that started it.
 
-        Where a rank has ended for a reason of its own, the run says that already: the others follow it.
+        Where a rank has ended for a reason of its own, the run's state holds it already: the others follow it.
         """
         told = get_state(self.folder)[0] in _TOLD
         if speak and not told:
@@ -268,7 +268,7 @@ class Watchdog(Callback):
 
 def _relieve_observer() -> None:
     """Ends Lightning's own watch over the ranks that it started: five seconds after one has ended it kills this one,
-    in whatever that tells, without a word."""
+    with whatever that is doing, and prints nothing."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._child_processes = []  # type: ignore[attr-defined]  # of none at all, it has nothing to wait for

@@ -2,7 +2,7 @@
 
     clips a step = clips at once x micro-batches      clips at once = data.batch_size x GPUs / parallel.sequence
 
-A run file says the clips a step (``optim.global_batch``), and the micro-batches follow from the GPUs that there are,
+A run file sets the clips a step (``optim.global_batch``), and the micro-batches follow from the GPUs that there are,
 unless ``optim.accumulate`` says otherwise.
 """
 

@@ -80,7 +80,7 @@ def clip_losses(
     losses = []
     for index, clip in enumerate(tqdm(clips, desc=label, unit="clip", dynamic_ncols=True)):
         batch = collate([clip], 0).to(device)
-        # a coprime stride, so that the level says nothing of the place in the set
+        # a coprime stride, so that level and place in the set are unrelated
         quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)

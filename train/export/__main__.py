@@ -13,7 +13,7 @@ from train.errors import UserError
 
 USAGE = """python -m train.export run=<run folder> [format=comfyui,...] [merge=true] [dtype=bf16] [out=<folder>]
 
-Writes a run's LoRA in the formats of other tools, loads each again with the tool's own loader, and says what arrived.
+Writes a run's LoRA in the formats of other tools, loads each again with the tool's own loader, and prints what arrived.
 
   run          the run folder
   checkpoint   a step-* folder of it (the newest)
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
             add=files_with_strengths("add", settings["add"]) if "add" in settings else (),
             add_2=files_with_strengths("add_2", settings["add_2"]) if "add_2" in settings else (),
         )
-    except (OSError, SafetensorError) as error:  # safetensors says with the second that the disk is full
+    except (OSError, SafetensorError) as error:  # a full disk is the second one of safetensors
         raise UserError(f"the export to {out} failed ({error}): make room, or give another out") from error
     print("\n".join(lines))
 

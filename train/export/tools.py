@@ -1,7 +1,7 @@
 """What the public tools that run radial attention do differently from a run's training.
 
-A LoRA is loaded as well where attention is another than it was trained with; only the clips tell. So an export says it.
-Read in the tools' code in August 2026 (the released scripts: commit 72788d4).
+A LoRA is loaded as well where attention is another than it was trained with; and only the clips show it. So an export
+prints it. Read in the tools' code in August 2026 (the released scripts: commit 72788d4).
 """
 
 from __future__ import annotations

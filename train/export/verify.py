@@ -1,9 +1,9 @@
 """Loading an export the way its users will, and comparing every tensor that arrived.
 
-Attached modules prove nothing: loaders add empty LoRA layers for keys that they then fail to fill, and say so only in a
-log line. So each file goes through the tool's own loader where that is a library (diffusers, PEFT), and by the rules of
-its key names where it is not (ComfyUI, kohya); then values are compared. The base model is a stand-in of its shapes
-that takes no memory.
+Attached modules prove nothing: loaders add empty LoRA layers for keys that they then fail to fill, and report it only
+in a log line. So each file goes through the tool's own loader where that is a library (diffusers, PEFT), and by the
+rules of its key names where it is not (ComfyUI, kohya); then values are compared. The base model is a stand-in of its
+shapes that takes no memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list
 
     Raises:
         UserError: something is missing, extra or different for the format's own loader. What a second one cannot read
-            is said in its line.
+            stands in its line.
     """
     file = next(folder.glob("*.safetensors"))
     compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)

@@ -118,7 +118,7 @@ def _columns(rows: list[dict[str, Any]], known: list[str] | None = None) -> list
 
 
 class Forgiving(Logger):
-    """A log whose failures are told once and otherwise ignored."""
+    """A log whose failures are warned of once and otherwise ignored."""
 
     def __init__(self, inner: Logger, called: str, advice: str) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Forgiving(Logger):
         return getattr(self.inner, "experiment", None)
 
     def attempt(self, what: Any, *arguments: Any, **options: Any) -> None:
-        """Calls ``what``; an error is told, once."""
+        """Calls ``what``; an error gives one warning."""
         try:
             what(*arguments, **options)
         except Exception as error:

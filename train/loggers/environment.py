@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    versions["torch"] = str(torch.__version__)  # a package's metadata may lack the +cu130 that tells builds apart
+    versions["torch"] = str(torch.__version__)  # a package's metadata may lack the +cu130 by which builds differ
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),

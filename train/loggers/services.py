@@ -42,7 +42,7 @@ def loggers_of(config: RunConfig, folder: Path, resumed_step: int, rank: int) ->
 
 @contextmanager
 def wandb_closed() -> Iterator[None]:
-    """Ends W&B's run with the training, while what it has to say still goes to log.txt."""
+    """Ends W&B's run with the training, while its last lines still go to log.txt."""
     code = 1
     try:
         yield
@@ -55,7 +55,7 @@ def wandb_closed() -> Iterator[None]:
         if wandb is not None and wandb.run is not None:
             try:
                 wandb.finish(exit_code=code)
-            except Exception as error:  # its service is gone: that was told when figures were lost
+            except Exception as error:  # its service is gone: a warning came when figures were lost
                 logging.getLogger(__name__).info("Weights & Biases did not end its run: %s", error)
                 with suppress(Exception):
                     wandb.teardown()  # so that this process can start it anew

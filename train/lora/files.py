@@ -1,4 +1,4 @@
-"""What the LoRAs' headers say: which expert each is for, whether they fit the model, how they were trained."""
+"""The LoRAs' headers: which expert each is for, whether they fit the model, how they were trained."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def of_experts(lora: str | None, lora_2: str | None) -> tuple[str | None, str | 
     """The LoRA of each of two experts; ``lora`` alone may be an export's folder that has both.
 
     Raises:
-        UserError: one of them is not told: an untuned expert would go unnoticed.
+        UserError: one of them is not given: an untuned expert would go unnoticed.
     """
     if lora is not None and lora_2 is None:
         (path, strength), *others = files_with_strengths("lora", lora)

@@ -38,7 +38,7 @@ _OTHER_KINDS = {
     "Tucker LoRA": r"\.lora_mid\.weight$",
 }
 MARKERS = frozenset({"scaled_fp8"})
-"""Tensors that say something of a whole file and change no layer."""
+"""Tensors that describe a whole file and change no layer."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # For each class: prefix in the original checkpoint, prefix in diffusers ({} is the number of a block), then lines of
-# the original name and the diffusers layers that it holds; * says that its two halves of rows change places.
+# the original name and the diffusers layers that it holds; * marks those whose two halves of rows change places.
 TABLES: dict[str, list[tuple[str, str, str]]] = {
     "WanTransformer3DModel": [
         (

@@ -106,7 +106,7 @@ def _of_header(header: Mapping[str, str], file: Path, *, kohya: bool) -> dict[st
 
 
 def _check_kind(config: Mapping[str, Any], file: Path, where: str) -> None:
-    """Raise a UserError for what PEFT calls an adapter too and is no LoRA that a file tells whole."""
+    """Raise a UserError for what PEFT calls an adapter too, and what is no LoRA that a file holds whole."""
     kind = str(config.get("peft_type") or "LORA").upper()
     if kind != "LORA" or config.get("use_dora"):
         raise UserError(f"{file} is a {'DoRA' if kind == 'LORA' else kind}, expected a LoRA ({where} says so)")

@@ -121,7 +121,7 @@ _DENSE = {
 
 
 def _compiled_contexts(keep_attention: bool) -> Any:
-    """What the compiler is told of each operator; told nothing, torch 2.11 keeps what a collective gives."""
+    """The compiler's policy for each operator; without one, torch 2.11 keeps what a collective gives."""
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = keep_attention and _is_self_attention(operator, args)

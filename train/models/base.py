@@ -1,4 +1,4 @@
-"""What a model family must tell the trainer: one adapter a family, and what all of them share."""
+"""The interface of a model family: one adapter each, and what all of them share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ModelAdapter(PipelineTraits, ABC):
     family: ClassVar[str]
     """The name that ``model.family`` has in a YAML."""
     encoder: ClassVar[str]
-    """What makes its latents and text, a key of `data.encoders.FAMILIES`; ``family`` unless it is said."""
+    """What makes its latents and text, a key of `data.encoders.FAMILIES`; by default ``family``."""
     model_class: ClassVar[Any]
     """The diffusers class."""
     processor_class: ClassVar[type[LayoutAttention]]

@@ -23,7 +23,7 @@ class Conditions:
         text: tokens (batch, L, D) and masks (batch, L), True on text.
         pooled: (batch, D) vectors, one a caption.
         image: image conditions, (batch, ...).
-        guidance: the guidance weight that a guidance-distilled model is told; 1 in training.
+        guidance: the guidance weight that a guidance-distilled model takes as an input; 1 in training.
     """
 
     text: Mapping[str, TextTokens]

@@ -47,7 +47,7 @@ def architecture_of(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _read_architecture(config: ModelConfig, file: Path) -> dict[str, Any]:
-    """What a transformer's config.json says to its class; it has to be the chosen model's."""
+    """The arguments of a transformer's class in its config.json, which has to be the chosen model's."""
     model_class = family_of(config).model_class
     found = read_json(file)
     if found.get("_class_name") != model_class.__name__:

@@ -12,7 +12,7 @@ from train.config.schema import ModelConfig
 
 
 class PipelineTraits:
-    """What `train.models.base.ModelAdapter` says of the pipeline; a family without one trains, and cannot generate."""
+    """The pipeline's part of `train.models.base.ModelAdapter`; a family without a pipeline trains, and cannot generate."""
 
     pipeline_name: ClassVar[str | None] = None
     """The diffusers pipeline from text; None: `train.sample` does not know one."""
@@ -27,7 +27,7 @@ class PipelineTraits:
     fewest_steps: ClassVar[int] = 1
     """Denoising steps that its scheduler needs."""
     guided_by_prompt: ClassVar[bool] = True
-    """Whether guidance takes a pass with the negative prompt; else the model is told the weight."""
+    """Whether guidance takes a pass with the negative prompt; else the model takes the weight as an input."""
 
     @classmethod
     def pipeline_class(cls, *, image: bool = False) -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PATIENCE = timedelta(hours=2)  # `train.callbacks.watchdog` ends a wait before, and can say for whom it was
+_PATIENCE = timedelta(hours=2)  # `train.callbacks.watchdog` ends a wait before that, and names the rank that it was for
 
 
 class ControlGroup:

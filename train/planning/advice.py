@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def duration(self) -> Duration:
-        """Of that budget."""
+        """The duration of the setting's budget."""
         return Duration(self.budget)
 
     @property

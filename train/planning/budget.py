@@ -32,10 +32,10 @@ class Budget:
     """One run on one machine.
 
     Args:
-        config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine says how many GPUs there are.
+        config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine has its own number of GPUs.
         machine: where.
         sizes: of its model and clip.
-        given: what each block keeps, instead of what the run says or its memory allows.
+        given: what each block keeps, instead of what the run's settings or the memory give.
     """
 
     config: RunConfig

@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
-    """What to say when memory is full: where, how much was asked for, and the plan's three cheapest remedies."""
+    """The message of a full memory: on which rank, how much was asked for, and the plan's three cheapest remedies."""
     text = str(error)
     line = next((line for line in text.splitlines() if _FULL in line), text)
     asked = line.split(". GPU")[0].rstrip(".")

@@ -18,7 +18,7 @@ def chosen(
     Args:
         layers, dense_layers: blocks, and how many of the first of them compute dense attention.
         limit: bytes of CPU memory that activations may take.
-        needed_offload: bytes that do not fit on the GPU if blocks keep what the names say; infinite where even
+        needed_offload: bytes that do not fit on the GPU if blocks keep what is named; infinite where even
             offloading them is of no help.
     """
     names = ["full"] * layers

@@ -15,7 +15,7 @@ def help_text() -> str:
     return usage(
         Settings,
         "python -m train.sample model=NAME model.path=FOLDER prompt=TEXT [lora=FILE] [key=value ...]",
-        "Generates videos with a diffusers pipeline and radial attention. The LoRA's header says how it was trained: "
+        "Generates videos with a diffusers pipeline and radial attention. The LoRA's header holds how it was trained: "
         "what is not\ngiven comes from there. A video that is there is not made again; many prompts go on where they "
         "stopped.\n\n  model            a file of conf/model: wan_14b, hunyuan, mochi, ... (required)\n"
         "  model.path       the pipeline's diffusers folder, or hub:org/name (required)",

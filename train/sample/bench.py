@@ -1,8 +1,8 @@
 """``python -m train.sample.bench``: seconds of a denoising step of a whole model, dense and sparse in one run.
 
 Random weights and inputs of the real shapes; all blocks, no gradients, no LoRA: what generation spends its time on. A
-step is two forward passes, the prompt's and the negative prompt's, but one of a model that is told the guidance. The
-bound is the ratio of floating-point operations: no kernel can be faster than that by sparsity alone.
+step is two forward passes, the prompt's and the negative prompt's, but one for a model that takes the guidance as an
+input. The bound is the ratio of floating-point operations: no kernel can be faster than that by sparsity alone.
 """
 
 from __future__ import annotations

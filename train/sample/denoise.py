@@ -1,7 +1,7 @@
 """What happens in each denoising step of a stock pipeline: its attention, its share of several GPUs, its time.
 
 The pipeline calls its transformer as always; the call goes through `Denoiser`, which counts the steps, gives the step's
-attention to the transformer, and splits the work as `train.sample.ranks` says. Both branches' predictions are
+attention to the transformer, and splits the work (`train.sample.ranks`). Both branches' predictions are
 exchanged, so that every rank goes on with the same latent. A step's noise level is the scheduler's own, in float32: the
 timestep that the transformer is given may be rounded to bf16 or to a whole number.
 """

@@ -152,7 +152,7 @@ class Generator:
         self.attention = recipe_of(settings)
         self.denoiser = Denoiser(adapters, self.attention, self._level, split, bring=self._bring)
         # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
-        # forward that they found once the first pass has told them the order of the blocks
+        # forward that they found, once the first pass has shown the order of the blocks
         for transformer in self.transformers if settings.offload == "block" else ():
             transformer.enable_group_offload(
                 onload_device=device,

@@ -23,8 +23,8 @@ def dense_side(given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, A
     """``dense_steps`` or ``dense_sigma``, the other None; both None where one of them is given.
 
     Args:
-        given: what the user says of them.
-        told: what the LoRA's header says of them; one of before ``dense_steps`` has ``dense_sigma`` alone.
+        given: the user's settings of them.
+        told: those of the LoRA's header; one from before ``dense_steps`` has ``dense_sigma`` alone.
     """
     if given["dense_steps"] is not None or given["dense_sigma"] is not None:
         return {"dense_steps": None, "dense_sigma": None}
@@ -38,7 +38,7 @@ def at_size(trained: Mapping[str, Any], height: int, width: int, model: ModelCon
     """The ``shift``, and where the header has one the ``dense_sigma``, of a clip of another size than the trained one.
 
     Args:
-        trained: what the header says of `TRAINED`.
+        trained: the header's values of `TRAINED`.
 
     Returns:
         Nothing where the header's own hold: the size has the same shift, or the run was given a shift of its own.

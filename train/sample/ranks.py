@@ -57,7 +57,7 @@ class Ranks:
 
 
 def _meet_at_first_node() -> None:
-    """Where the tasks of an srun meet, unless the job's script says it: on a port of the step's own."""
+    """Where the tasks of an srun meet, unless the job's script sets it: on a port of the step's own."""
     first = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
     os.environ.setdefault("MASTER_ADDR", first)
     step = int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])

@@ -1,7 +1,7 @@
 """What is written beside a video, and whether a video is there already.
 
 ``clip.json`` is written after ``clip.mp4``: where both are, and it holds the settings that are asked for, nothing
-is left to do. While they are written, ``.clip.json`` says of which settings: a video without its record is made again
+is left to do. While they are written, ``.clip.json`` holds their settings: a video without its record is made again
 where that was the same one, and otherwise is not ours to replace.
 """
 

@@ -23,7 +23,7 @@ class VideoWriter:
 
     Its YUV matrix is the one that players assume at its size, and is written into the file with the other tags of
     colour: the primaries and the transfer curve are BT.709's, as those of the videos that models were trained on.
-    Chroma lies at the left of its luma, as H.264 has it where nothing is said.
+    Chroma lies at the left of its luma, as H.264 has it without a tag.
     """
 
     def __init__(self, container: Any, fps: float) -> None:

@@ -42,7 +42,7 @@ def check_changes(before: RunConfig, now: RunConfig, folder: Path) -> None:
 
 
 def _newest(folder: Path) -> Place | None:
-    """Where the newest checkpoint that says so stands; None where there is none."""
+    """The place of the newest checkpoint that can be read; None where there is none."""
     for path in reversed(checkpoints_of(folder / "checkpoints")):
         try:
             return place_of(path)

@@ -48,7 +48,7 @@ class RunFolder:
         """A new ``<runs>/<conf>/<time>`` with the run's config in it; the processes of one run share it.
 
         Raises:
-            UserError: it cannot be made, or these processes have no way to tell each other which it is.
+            UserError: it cannot be made, or these processes have no way to agree on one.
         """
         if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
             return cls(Path(os.environ[_SHARED]))
@@ -153,7 +153,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
     Returns:
         ``host``, ``pid``, ``job`` (of SLURM, or None), ``since``, and ``certain``: false where the file system has no
-        locks and the process is another machine's, so that what the folder says of itself is all that is known.
+        locks and the process is another machine's, so that only the folder's own state is known.
     """
     try:
         with (folder / LOCK).open(encoding="utf-8") as file:
@@ -193,7 +193,7 @@ def lacks(folder: Path) -> list[str]:
 
 
 def gpus_given(folder: Path) -> int:
-    """GPUs of each node that SLURM, or launch, says this job has; 0 outside of a job and in one without."""
+    """GPUs of each node that SLURM, or launch, gave this job; 0 outside of a job and in one without."""
     if "SLURM_JOB_ID" not in os.environ:
         return 0
     words = os.environ.get("SLURM_GPUS_ON_NODE", "")
@@ -237,6 +237,6 @@ def held(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if lock is Lock.NONE:  # then nothing else says that this process has ended its work here
+            if lock is Lock.NONE:  # then nothing else shows that this process has ended its work here
                 with contextlib.suppress(OSError):
                     file.truncate(0)

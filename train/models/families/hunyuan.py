@@ -3,7 +3,8 @@
 20 double blocks, in which video and text have weights of their own, then 40 single blocks, in which they share them.
 In a single block the O projection is a part of ``proj_out``, a matrix over attention's output and the MLP's middle.
 LLaMA's tokens are refined by two blocks of their own before. The model predicts the velocity eps - x0 at timestep 1000
-sigma. It is distilled for guidance, which it is told as 1000 times the weight: 1 in training, 6 in the public pipeline.
+sigma. It is distilled for guidance, and takes 1000 times the weight as an input: 1 in training, 6 in the public
+pipeline.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class HunyuanAdapter(ModelAdapter):
         return dict(zip(names, pipeline.encode_prompt(prompt, **settings), strict=True))
 
     def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length as `rope` says."""
+        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length by `rope`."""
         rope = self.transformer.rope
         return self.rope.extend(tables, geometric(rope.theta, rope.rope_dim[0]), self.grid(x))
 

@@ -155,7 +155,7 @@ class WanAdapter(ModelAdapter):
         return (own.flatten(), *inputs[1:]), {**settings, "timestep_seq_len": own.shape[1]}
 
     def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length as `rope` says."""
+        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length by `rope`."""
         return self.rope.extend(tables, geometric(10000, self.transformer.rope.t_dim), self.grid(x))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

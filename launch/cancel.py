@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 
-from launch.slurm_state import UNKNOWN, slurm_state
-from launch.submission import job_of, run_argument
+from launch.run_folders import job_of, run_argument
+from launch.slurm_jobs import UNKNOWN, slurm_state
 from train.cli import flag
 from train.errors import UserError
 from train.storage.run_folder import command, get_state, holder, set_state

@@ -6,7 +6,7 @@ import os
 import sys
 
 from launch.plan import show_plan
-from launch.submission import layout, prepare, record
+from launch.run_folders import layout, prepare, record
 from train.config.compose import split_arguments
 from train.errors import UserError
 from train.planning import this_machine

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.slurm_state import slurm_state
+from launch.run_folders import job_of, run_argument
+from launch.slurm_jobs import slurm_state
 from launch.status import standing
-from launch.submission import job_of, run_argument
 from train.cli import flag, whole_number
 from train.errors import UserError
 

@@ -9,10 +9,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from launch.containers import folders_of
-from launch.job import Job
+from launch.mounts import folders_of
 from launch.plan import CPU_GIB, show_plan
-from launch.submission import layout, prepare, record, recorded
+from launch.run_folders import layout, prepare, record, recorded
+from launch.sbatch_script import Job
 from train.cli import flag, whole_number
 from train.config.compose import read_config, run_names, split_arguments
 from train.config.schema import RunConfig

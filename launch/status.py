@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launch.slurm_state import slurm_state
-from launch.submission import job_of, run_argument
+from launch.run_folders import job_of, run_argument
+from launch.slurm_jobs import slurm_state
 from train.config.compose import read_config
 from train.errors import UserError
 from train.loggers.csv_file import METRICS, read_metrics

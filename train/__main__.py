@@ -34,6 +34,7 @@ def usage() -> str:
     lines = [
         "python -m train [conf=RUN] [group=option ...] [key=value ...]",
         "python -m train resume=<run folder> [key=value ...]",
+        "python -m train -m [conf=RUN] [key=value,value ...]",
         "",
         "Trains a LoRA that extends a video model to longer clips with radial attention.",
         f"Without arguments it runs conf={DEFAULT_RUN}.",
@@ -50,13 +51,16 @@ def usage() -> str:
         "any key of the config, as --cfg job prints it, can be set: optim.lr=5e-5 data.shards=shards/openvid",
         "values are taken as typed: no quoting beyond the shell's own; null unsets",
         "",
-        "  --cfg job      print the composed config and stop",
+        "  -m, --multirun a run for each combination of the values that have several: lora.rank=32,64 seed=range(3);",
+        "                 with resume=<its folder> what is missing of such a sweep",
+        "  --cfg job      print the composed config and stop; with -m that of every run",
         "  --help         this text",
         "",
         "examples:",
         "  python -m train",
         "  python -m train conf=wan_4x model.path=weights/wan_14b data.shards=shards/openvid_4x",
         "  python -m train conf=shapes_4x attention=dense trainer.steps=100",
+        "  python -m train -m attention=radial,dense seed=0,1,2",
         "  python -m train.export run=runs/shapes_4x/<time>",
     ]
     return "\n".join(lines)
@@ -70,6 +74,12 @@ def main(arguments: list[str]) -> None:
         if arguments[at + 1 : at + 2] not in (["job"], []):
             raise UserError(f"--cfg is {arguments[at + 1]!r}, expected --cfg job")
         arguments = arguments[:at] + arguments[at + 2 :]
+    if {"-m", "--multirun"} & set(arguments):
+        from train.sweep import command as sweep
+
+        words = [word for word in arguments if word not in ("-m", "--multirun")]
+        sweep.show(words) if show else sweep.main(words)
+        return
     settings = split_arguments(arguments)
     if "resume" in settings:
         _resume(Path(settings.pop("resume")), settings, show)

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from launch import cancel, doctor, local, logs, status
-from launch.containers import folders_of
-from launch.job import Job
 from launch.logs import _has_reader
+from launch.mounts import folders_of
+from launch.run_folders import record, run_argument
+from launch.sbatch_script import Job
 from launch.slurm import _grace, _mounts, main, seconds_of
-from launch.submission import record, run_argument
 from tests.helpers.tiny import run_config, words
 from train.config.compose import compose_run, finish, read_config
 from train.errors import UserError

@@ -1,109 +1,126 @@
-"""Line charts as SVG text, for a page that needs nothing beside itself."""
+"""Line charts through matplotlib, as SVG that stands in a page: text and axes take the page's own colours."""
 
 from __future__ import annotations
 
 import html
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-WIDTH, HEIGHT = 560, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 Points = Sequence[tuple[float, float]]
+
+COLOURS = ("#3b82c4", "#e0622f", "#2f9e62", "#9a6bd0", "#c9a227", "#1aa3b5", "#d0568f", "#8a7a6a", "#6f8f2f", "#7f8794")
+"""Of the lines: each reads on white and on near-black."""
+_INK = "#010203"  # stands for the page's text colour, which a matplotlib colour cannot name
+_STYLE: Any = {
+    "svg.fonttype": "none",  # letters stay letters: they can be searched, and take the page's font
+    "svg.hashsalt": "radial",  # the same chart gives the same text
+    "font.size": 11,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+_SURPLUS = (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"font-family:[^;]*; ", r' transform="rotate\(-0 [^"]*"')
+"""In matplotlib's SVG: what a page has for all of its charts, or has no use for."""
+_SIZE = (5.6, 2.9)  # inches
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One direction of a chart: values from ``low`` to ``high`` on pixels from ``start`` to ``end``."""
+class Line:
+    """One line of a chart.
 
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
+    Attributes:
+        points: (x, y); those with a y that is not finite are left out.
+        name: in the legend; "" for none.
+        colour: a number, the same for lines that belong together.
+        faint: thin and pale, behind the others.
+    """
 
-    def place(self, value: float) -> float:
-        """The pixel of a value."""
-        low, high, at = (self._scaled(each) for each in (self.low, self.high, value))
-        return self.start + (at - low) / (high - low) * (self.end - self.start)
-
-    def _scaled(self, value: float) -> float:
-        return math.log10(value) if self.log else value
-
-    def ticks(self) -> list[float]:
-        """A handful of round values."""
-        if self.log:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            return [10.0**power for power in range(first, last + 1)]
-        rough = (self.high - self.low) / 5
-        size = 10 ** math.floor(math.log10(rough))
-        step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+    points: Points
+    name: str = ""
+    colour: int = 0
+    faint: bool = False
 
 
-def line_chart(title: str, lines: Mapping[str, Points], *, log: bool = False, faint: Sequence[str] = ()) -> str:
-    """A figure with a line for each entry, over steps; points that are not finite are left out. Empty without points.
+def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, across: str = "step") -> str:
+    """A figure with its lines, as HTML; empty where no line has a point.
 
     Args:
         log: a logarithmic vertical axis, where the values are positive and of several orders of magnitude.
-        faint: lines that are drawn thin and pale, behind the others.
+        across: what the horizontal axis counts, in whole numbers.
     """
-    kept = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()}
-    kept = {name: points for name, points in kept.items() if points}
+    kept = [(line, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in lines]
+    kept = [(line, points) for line, points in kept if points]
     if not kept:
         return ""
-    xs = [x for points in kept.values() for x, _ in points]
-    ys = [y for points in kept.values() for _, y in points]
-    log = log and min(ys) > 0 and max(ys) / min(ys) > 10  # less shows better on a plain axis
-    across = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, _LEFT, WIDTH - _RIGHT)
-    up = Axis(*_padded(min(ys), max(ys), log), HEIGHT - _BOTTOM, _TOP, log)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    for value in up.ticks():
-        y = up.place(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in across.ticks():
-        x = across.place(value)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{value:.6g}</text>')
-    legend = []
-    for number, (name, points) in enumerate(kept.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{across.place(x):.1f},{up.place(y):.1f}" for x, y in _thinned(points))
-        style = "opacity:.35;stroke-width:1" if name in faint else ""
-        parts.append(
-            f'<polyline points="{path}" stroke="{colour}" style="{style}"><title>{html.escape(name)}</title></polyline>'
-        )
-        if len(points) == 1:
-            x, y = across.place(points[0][0]), up.place(points[0][1])
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        legend.append(f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>')
-    parts.append("</svg>")
-    caption = f'<div class="legend">{"".join(legend)}</div>' if len(kept) > 1 else ""
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{caption}</figure>"
+    ys = [y for _, points in kept for _, y in points]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for line, points in kept:
+            axes.plot(
+                *zip(*_thinned(points), strict=True),
+                color=COLOURS[line.colour % len(COLOURS)],
+                linewidth=1.0 if line.faint else 1.7,
+                alpha=0.5 if line.faint else 1.0,
+                zorder=2 if line.faint else 3,
+                marker="o" if len(points) == 1 else None,
+                markersize=4,
+                label=line.name or "_",  # which a legend leaves out
+            )
+        if log and min(ys) > 0 and max(ys) / min(ys) > 10:  # less shows better on a plain axis
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.set_xlabel(across)
+        axes.grid(axis="y")
+        named = [line for line, _ in kept if line.name]
+        if len(named) > 1:
+            axes.legend(frameon=False, fontsize=10, ncols=1 + (len(named) > 5))
+        drawing = svg(figure, title)
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{drawing}</figure>"
 
 
-def smoothed(points: Points) -> list[tuple[float, float]]:
-    """The running mean, each new value with a share of a tenth; values that are not finite leave it as it is."""
-    found: list[tuple[float, float]] = []
-    mean: float | None = None
-    for x, y in points:
-        if math.isfinite(y):
-            mean = y if mean is None else mean + 0.1 * (y - mean)
-        if mean is not None:
-            found.append((x, mean))
-    return found
+def lines_of(named: Mapping[str, Points]) -> list[Line]:
+    """A line for each entry, in colours of their own."""
+    return [Line(points, name, number) for number, (name, points) in enumerate(named.items())]
 
 
-def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
-    if log:
-        return (low / 1.1, high * 1.1)
-    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return low - room, high + room
+def svg(figure: Figure, title: str) -> str:
+    """A figure as an ``<svg>`` element for HTML, without what only a file of its own needs."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for surplus in _SURPLUS:
+        text = re.sub(surplus, "", text, flags=re.DOTALL)
+    text = text.replace(_INK, "currentColor")
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    inside = text[text.index(">") + 1 :]
+    return f'<svg {box[0]} role="img" aria-label="{html.escape(title, quote=True)}">{inside.strip()}'
 
 
 def _thinned(points: Points, most: int = 1200) -> Points:
-    """Every so-manieth point of a long line, and the last."""
+    """At most about ``most`` evenly spaced points of a long line, and its last."""
     step = max(1, len(points) // most)
     return points if step == 1 else [*points[::step], points[-1]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.animation import save_gif
 from train.loggers.csv_file import read_metrics
-from train.report.charts import smoothed
+from train.report.runs import smoothed
 
 _SCALE = 5  # screen pixels a latent pixel
 _MARGIN = 22  # pixels for a label above a panel

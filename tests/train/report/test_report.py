@@ -13,8 +13,10 @@ from PIL import Image
 from tests.helpers.tiny import run_config
 from train.errors import UserError
 from train.loggers.csv_file import MetricsCsv, read_metrics
-from train.report.charts import Axis, line_chart, smoothed
-from train.report.page import main, write_page
+from train.report.__main__ import main
+from train.report.charts import Line, line_chart
+from train.report.page import write_page
+from train.report.runs import smoothed
 from train.run import train
 from train.storage.run_folder import RunFolder
 
@@ -58,7 +60,7 @@ def test_a_browser_shows_all_of_it(folder, browser, tmp_path):
     sections = re.findall(r"<h2>(.*?)</h2>", dom)
     assert sections[:4] == ["Curves", "Validation", "Clips", "Plan and measurement"]
     assert {"Attention mask", "Settings"} <= set(sections)
-    assert dom.count("<svg") >= 9
+    assert dom.count("<svg") >= 9 and "NaN" not in dom
     for caption in ("loss", "validation loss by clip length (latent frames)", "gradient norm", "seconds a step"):
         assert f"<figcaption>{caption}</figcaption>" in dom
     assert "done" in dom and "6 of 6" in dom and "step-000006" in dom
@@ -70,7 +72,7 @@ def test_a_browser_shows_all_of_it(folder, browser, tmp_path):
 
 def test_the_page_needs_nothing_beside_itself(folder):
     text = write_page(folder).read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert "http" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
 
 
@@ -104,23 +106,38 @@ def test_a_run_without_steps_has_a_page(tmp_path, capsys):
 def test_mistakes_are_one_line():
     done = subprocess.run([sys.executable, "-m", "train.report", "run=/nowhere"], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    with pytest.raises(UserError, match="run is not set"):
+    with pytest.raises(UserError, match="neither run nor runs is set, give run="):
         main([])
     with pytest.raises(UserError, match="nix is not a known key"):
         main(["nix=1", "run=x"])
 
 
-def test_lines_end_where_their_values_are():
-    axis = Axis(0, 10, 0, 100)
-    assert (axis.place(0), axis.place(5), axis.place(10)) == (0, 50, 100)
-    assert axis.ticks() == [0, 2, 4, 6, 8, 10]
-    log = Axis(0.01, 100, 0, 100, log=True)
-    assert log.place(1) == pytest.approx(50)
-    assert log.ticks() == pytest.approx([0.01, 0.1, 1, 10, 100])
-    chart = line_chart("one & all", {"a": [(1, 2.0), (2, float("nan")), (3, 4.0)]})
-    assert "one &amp; all" in chart and chart.count(",") == 2 and "nan" not in chart
-    assert line_chart("nothing", {"a": [(1, float("inf"))]}) == ""
+def path_of(chart):
+    """The points of a chart's only coloured line, in its pixels."""
+    (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: #3b82c4', chart)
+    numbers = [float(word) for word in re.findall(r"[-\d.]+", line)]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_a_line_goes_through_its_values():
+    chart = line_chart("one & all", [Line([(1, 2.0), (2, float("nan")), (3, 4.0), (5, 3.0)])])
+    assert "one &amp; all" in chart and "nan" not in chart
+    (left, low), (middle, high), (right, between) = path_of(chart)
+    assert right - left == pytest.approx(2 * (middle - left), abs=1e-3)
+    assert between == pytest.approx((low + high) / 2, abs=1e-3) and high < low  # pixels count downwards
+    decades = path_of(line_chart("log", [Line([(1, 0.01), (2, 1.0), (3, 100.0)])], log=True))
+    assert decades[1][1] == pytest.approx((decades[0][1] + decades[2][1]) / 2, abs=1e-3)
+    assert line_chart("nothing", [Line([(1, float("inf"))], "a")]) == ""
     assert smoothed([(1, 1.0), (2, float("nan")), (3, 2.0)]) == [(1, 1.0), (2, 1.0), (3, pytest.approx(1.1))]
+
+
+def test_a_chart_takes_the_colours_and_the_font_of_its_page():
+    chart = line_chart("loss", [Line([(1, 2.0), (2, 3.0)], "<b>"), Line([(1, 1.0), (2, 2.0)], "a & b", 1)])
+    assert "currentColor" in chart and "#010203" not in chart and "#ffffff" not in chart
+    assert "&lt;b&gt;" in chart and "a &amp; b" in chart
+    assert not re.search("<metadata|<style|font-family|http|<script", chart)
+    ids = re.findall(r'id="([^"]*)"', chart)
+    assert ids and set(ids) == set(re.findall(r"#([mp][0-9a-f]{10})", chart))
 
 
 def test_the_log_survives_new_keys_torn_rows_and_resumes(tmp_path):

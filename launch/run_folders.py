@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.slurm_state import check_not_queued
+from launch.slurm_jobs import check_not_queued
 from train.cli import flag, whole_number
 from train.config.compose import change_config, compose_run, finish, read_config
 from train.config.schema import RunConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
-from data.encoders.weights import fingerprint_of, load_part
+from data.encoders.weights import fingerprint_of, load_part, read_config
 from data.errors import DataError
 from data.shards.sample import Prompt
 
@@ -73,6 +73,18 @@ class Encoder(ABC):
     def size_of(cls, folder: Path | None) -> tuple[int, int]:
         """(height, width) of a clip for the model in a diffusers folder, unless told otherwise."""
         return cls.size
+
+    @classmethod
+    def latent_channels(cls, folder: Path | None) -> int:
+        """Channels C of the latents that the VAE in a diffusers folder makes.
+
+        Raises:
+            DataError: there is no folder, or no VAE in it.
+        """
+        if folder is None:
+            raise DataError(f"weights is not set, family={cls.family} needs its diffusers folder")
+        config = read_config(folder / "vae")
+        return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
 
     @classmethod
     def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:

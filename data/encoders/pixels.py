@@ -33,6 +33,10 @@ class PixelEncoder(Encoder):
         self._text = TinyTextEncoder()
 
     @classmethod
+    def latent_channels(cls, folder: Path | None) -> int:
+        return 3
+
+    @classmethod
     def fingerprint(cls, folder: Path | None, image_to_video: bool = False) -> str:
         if folder is not None:
             raise DataError(f"weights is {folder}, but model=pixels has none; leave it out")

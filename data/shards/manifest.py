@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from data.errors import DataError
 from data.io.files import write_bytes
 from data.io.remote import read_all, scheme_of
+from data.shards.entry_map import EntryMap
 from data.shards.sample import Prompt
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ FILE = "manifest.json"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 REJECTED = "rejected.jsonl"
 VERSION = 2
+MAPPED_VERSION = 3  # of a manifest with a map
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Shape = tuple[int, int, int, int]
@@ -34,7 +36,8 @@ Shape = tuple[int, int, int, int]
 class SampleInfo:
     """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included.
 
-    `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions.
+    `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions. `parts` are the places of the entries
+    in those bytes, name, first byte and size, in tars that somebody else wrote (`Manifest.map`); None in ours.
     """
 
     key: str
@@ -42,11 +45,16 @@ class SampleInfo:
     offset: int
     bytes: int
     crc32: int | None = None
+    parts: tuple[tuple[str, int, int], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as it stands in a manifest."""
         raw = {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
-        return raw if self.crc32 is None else {**raw, "crc32": self.crc32}
+        if self.crc32 is not None:
+            raw["crc32"] = self.crc32
+        if self.parts is not None:
+            raw["parts"] = [list(part) for part in self.parts]
+        return raw
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,10 @@ class ShardInfo:
             if offset < 0 or size < 1:
                 raise DataError(f"{path}: {inner}offset is {offset} and bytes {size}, expected a place in the shard")
             crc32 = _get(sample, "crc32", int, path, inner) if "crc32" in sample else None
-            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size, crc32))
+            parts = None
+            if "parts" in sample:
+                parts = tuple(_part(part, size, path, inner) for part in _get(sample, "parts", list, path, inner))
+            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size, crc32, parts))
         name = _get(raw, "file", str, path, where)
         size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
         # Both become parts of paths and of `pipe:` commands.
@@ -104,6 +115,7 @@ class Manifest:
         arguments: the arguments that made the folder, as JSON.
         videos: of how many files it was made, bad ones included; None where it was not made of files.
         rejected: how many of them are bad; None where it was not made of files.
+        map: which entries of the tars hold which fields, where somebody else wrote them (`data.index`); None in ours.
         home: where it was loaded from, see `load`; not part of the file.
         urls: where each shard is read from, see `data.io.remote`; not part of the file.
     """
@@ -116,6 +128,7 @@ class Manifest:
     arguments: dict[str, Any]
     videos: int | None = None
     rejected: int | None = None
+    map: EntryMap | None = None
     home: str = field(default="", compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
 
@@ -152,7 +165,7 @@ class Manifest:
         """Write `manifest.json` into `folder`, atomically, one line a shard."""
         head = {
             "format": "latent-shards",
-            "version": VERSION,
+            "version": VERSION if self.map is None else MAPPED_VERSION,
             "fps": self.fps,
             "encoder": self.encoder,
             "latent": self.latent,
@@ -161,6 +174,8 @@ class Manifest:
             "samples": len(self.samples),
             **{name: n for name, n in (("videos", self.videos), ("rejected", self.rejected)) if n is not None},
         }
+        if self.map is not None:
+            head["map"] = self.map.places
         lines = ",\n  ".join(json.dumps(shard.to_json()) for shard in self.shards)
         text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
         write_bytes(folder / FILE, text.encode())
@@ -217,11 +232,16 @@ class Manifest:
     def _parse(cls, raw: Any, home: str, path: str) -> Manifest:
         if not isinstance(raw, dict) or raw.get("format") != "latent-shards":
             raise DataError(f'{path}: not a manifest of shards, expected "format": "latent-shards"')
-        if raw.get("version") != VERSION:
-            found = raw.get("version")
-            raise DataError(f"{path}: version is {found!r}, this code reads {VERSION}; make the folder anew")
+        version = raw.get("version")
+        if version not in (VERSION, MAPPED_VERSION):
+            raise DataError(
+                f"{path}: version is {version!r}, this code reads {VERSION} and {MAPPED_VERSION}; make the folder anew"
+            )
+        mapped = EntryMap(_get(raw, "map", dict, path)) if version == MAPPED_VERSION else None
         listed = enumerate(_get(raw, "shards", list, path))
         shards = [ShardInfo.parse(shard, path, f"shards[{i}].") for i, shard in listed]
+        if any((sample.parts is None) != (mapped is None) for shard in shards for sample in shard.samples):
+            raise DataError(f"{path}: samples have parts exactly where the manifest has a map; make it anew")
         keys = [sample.key for shard in shards for sample in shard.samples]
         if len(set(keys)) != len(keys):
             (twice, _), *_ = Counter(keys).most_common(1)
@@ -242,6 +262,7 @@ class Manifest:
             text=_get(raw, "text", str, path),
             arguments=_get(raw, "arguments", dict, path),
             **counts,
+            map=mapped,
             home=home,
             urls=tuple(locate(home, shard.file) for shard in shards),
         )
@@ -256,6 +277,16 @@ def check_fps(fps: float) -> None:
 def locate(home: str, file: str) -> str:
     """Where a file of a folder lies, `home` being the folder's path, URL or `pipe:` command with {}."""
     return home.replace("{}", file) if scheme_of(home) == "pipe" else f"{home.rstrip('/')}/{file}"
+
+
+def _part(raw: Any, size: int, path: str | Path, where: str) -> tuple[str, int, int]:
+    """The place of an entry within the bytes of its sample."""
+    if not (isinstance(raw, list) and len(raw) == 3 and [type(value) for value in raw] == [str, int, int]):
+        raise DataError(f"{path}: {where}parts has {raw!r}, expected [name, first byte, bytes]; make the folder anew")
+    name, first, count = raw
+    if not (0 <= first <= first + count <= size and count >= 0):
+        raise DataError(f"{path}: {where}parts: {name} is no place within the sample; make the folder anew")
+    return name, first, count
 
 
 def _get(raw: Any, name: str, kind: type | tuple[type, ...], path: str | Path, where: str = "") -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.errors import BadSampleError, DataError
 from data.io.remote import ShardFile, open_shard
+from data.shards.entry_map import EntryMap
 from data.shards.manifest import Manifest, SampleInfo
 from data.shards.sample import Sample
 
@@ -60,7 +61,7 @@ class SampleReader:
             BadSampleError: they are not those of the sample that the manifest lists.
         """
         try:
-            return decode(content, self._manifest.shards[shard].samples[place])
+            return decode(content, self._manifest.shards[shard].samples[place], self._manifest.map)
         except DataError as error:
             raise BadSampleError(f"{self._manifest.urls[shard]}: {error}") from error
 
@@ -106,8 +107,13 @@ def _room(size: int) -> Tensor:
     return torch.frombuffer(room, dtype=torch.uint8)  # unmapped with the last tensor that is a view of it
 
 
-def decode(content: Tensor, info: SampleInfo) -> Sample:
-    """A sample from its bytes in a tar, uint8, headers included; its tensors are views of them.
+def decode(content: Tensor, info: SampleInfo, entries: EntryMap | None = None) -> Sample:
+    """A sample from its bytes in a tar, uint8; in our own tars with headers, and its tensors are views of them.
+
+    Args:
+        content: from `info.offset` on.
+        info: the sample in the manifest.
+        entries: of tars that somebody else wrote, as `Manifest.map`.
 
     Raises:
         DataError: naming the key: the bytes are too few, no entries of a tar or those of another sample, the sample is
@@ -116,6 +122,9 @@ def decode(content: Tensor, info: SampleInfo) -> Sample:
     where = f"sample {info.key}"
     if len(content) < info.bytes:
         raise DataError(f"{where}: the shard ends {info.bytes - len(content)} bytes before it does; copy it again")
+    if entries is not None and info.parts is not None:
+        found = entries.sample(info.key, {name: content[first : first + size] for name, first, size in info.parts})
+        return _shaped(found, info)
     parts: dict[str, Tensor | str] = {"__key__": info.key}
     while len(content):
         header = content[: tarfile.BLOCKSIZE].numpy().tobytes()
@@ -129,8 +138,13 @@ def decode(content: Tensor, info: SampleInfo) -> Sample:
             raise DataError(f"{where}: found {member.name} of {member.size} bytes in its place; copy it again")
         parts[part] = content[tarfile.BLOCKSIZE : end]
         content = content[tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE :]
-    sample = Sample.from_entry(parts)
+    return _shaped(Sample.from_entry(parts), info)
+
+
+def _shaped(sample: Sample, info: SampleInfo) -> Sample:
+    """The sample, or a DataError where its latent's shape is not that of the manifest."""
     if tuple(sample.latent.shape) != info.shape:
         found, expected = list(sample.latent.shape), list(info.shape)
-        raise DataError(f"{where}: latent has shape {found}, the manifest says {expected}; make the folder anew")
+        shapes = f"latent has shape {found}, the manifest says {expected}"
+        raise DataError(f"sample {info.key}: {shapes}; make the folder anew")
     return sample

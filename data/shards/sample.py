@@ -176,7 +176,7 @@ class Sample:
             if part not in entry:
                 raise DataError(f"{where}: {key}.{part} is missing from its shard; make this shard anew")
         try:
-            tensors = _unpack(entry["safetensors"])
+            tensors = tensors_of(entry["safetensors"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: {key}.safetensors cannot be read ({error}); make this shard anew") from error
         try:
@@ -200,7 +200,7 @@ def _bytes(part: bytes | Tensor) -> bytes:
     return part.numpy().tobytes() if isinstance(part, Tensor) else part
 
 
-def _unpack(part: bytes | Tensor) -> dict[str, Tensor]:
+def tensors_of(part: bytes | Tensor) -> dict[str, Tensor]:
     """The tensors of a safetensors file; as views, where the file is a uint8 tensor itself.
 
     The library copies each tensor out of the file, which is what a loader of 41 MB samples would spend its time on.

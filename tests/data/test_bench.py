@@ -39,7 +39,7 @@ def test_it_says_whether_the_goals_hold(
 def test_both_sides_read_the_same_bytes(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_folder(6)
     monkeypatch.setattr(bench.time, "perf_counter", iter([0.0, 1.0, 0.0, 1.0]).__next__)
-    raw = bench.raw_speed([manifest.folder / shard.file for shard in manifest.shards])
+    raw = bench.raw_speed([manifest.folder / shard.file for shard in manifest.shards], len(manifest.samples))
     loaded = bench.loader_speed(manifest.home, 0, 6)
     assert raw.samples == loaded.samples == 6
     held = list(read_samples(manifest))

@@ -267,6 +267,6 @@ def test_shards_of_another_encoder_model_or_version_are_refused(
     save_file({"x": np.zeros(1, np.float32)}, image / "image_encoder" / "model.safetensors")
     with pytest.raises(DataError, match=r"was made with wan:.*\+image-\w+, expected wan:.*\+image-"):
         check_encoder(Manifest.load(shards.home), "wan", image)
-    (shards.folder / FILE).write_text(json.dumps({**raw, "version": 3}), encoding="utf-8")
-    with pytest.raises(DataError, match="version is 3, this code reads 2"):
+    (shards.folder / FILE).write_text(json.dumps({**raw, "version": 4}), encoding="utf-8")
+    with pytest.raises(DataError, match="version is 4, this code reads 2 and 3"):
         Manifest.load(shards.home)

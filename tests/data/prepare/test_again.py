@@ -51,7 +51,7 @@ def test_a_manifest_is_rebuilt_of_the_tars(
     out = tmp_path / "out"
     assert main(words) == 0
     first = Manifest.load(out)
-    with pytest.raises(DataError, match=r"manifest.json: is there; --rebuild is for a folder without one"):
+    with pytest.raises(DataError, match=r"manifest.json: is there; a manifest is made for a folder without one"):
         check([str(out), "--rebuild"])
     (out / FILE).unlink()
     (out / EMPTY_PROMPT).unlink()

@@ -1,0 +1,83 @@
+"""What the manuals and the maps name is there: files, links, commands, runs; and README stays short."""
+
+import ast
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from train.config.compose import compose_run, finish
+from train.planning import GIB, Budget, Machine, best, fewest, gpu_named
+
+ROOT = Path(__file__).resolve().parent.parent
+MANUALS = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("README.md")), *sorted(ROOT.glob("*/README.md"))]
+LONGEST_README, LONGEST_LINE = 220, 120
+PACKAGES = ("radial", "data", "train", "launch", "conf", "tests")
+PATH = re.compile(rf"`((?:{'|'.join(PACKAGES)})/[\w./-]+)(?:::\w+)?`")
+LINK = re.compile(r"(?:\]\(|src=\")(?!https?://|#)([^)\"#]+)")
+COMMAND = re.compile(rf"-m ((?:{'|'.join(PACKAGES)})(?:\.\w+)*)")
+RUN = re.compile(r"\bconf=(\w[\w.]*\w)")
+
+
+def text_of(manual: Path) -> str:
+    return manual.read_text(encoding="utf-8")
+
+
+def test_readme_is_short():
+    lines = text_of(ROOT / "README.md").splitlines()
+    assert len(lines) <= LONGEST_README
+    assert not [line for line in lines if len(line) > LONGEST_LINE]
+
+
+@pytest.mark.parametrize("manual", MANUALS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_manual_names_is_there(manual):
+    text = text_of(manual)
+    paths = {name for name in PATH.findall(text) if "<" not in name}
+    assert not [name for name in paths if not (ROOT / name).exists()]
+    assert not [name for name in LINK.findall(text) if not (manual.parent / name).exists()]
+    assert not [name for name in COMMAND.findall(text) if find_spec(name) is None]
+    assert not [name for name in RUN.findall(text) if not (ROOT / "conf" / f"{name}.yaml").is_file()]
+
+
+@pytest.mark.parametrize("package", ["train", "data"])
+def test_a_map_names_every_folder(package):
+    folder = ROOT / package
+    lines = (ast.get_docstring(ast.parse(text_of(folder / "__init__.py"))) or "").splitlines()
+    named = {line.split()[0] for line in lines if line.startswith("    ")}
+    assert len([name for name in named if name.endswith(".py")]) == 5
+    assert not [name for name in named if not (folder / name).exists()]
+    folders = {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
+    assert {name for name in named if name.endswith("/")} == folders
+
+
+CARDS = (("rtx4090", 1), ("rtx5090", 1), ("h100", 1), ("h200", 1), ("h100", 8), ("h200", 8))
+PLANNED = [line.strip("| ").split(" | ") for line in text_of(ROOT / "README.md").splitlines() if "_2x` | " in line]
+PLANNED += [line.strip("| ").split(" | ") for line in text_of(ROOT / "README.md").splitlines() if "_4x` | " in line]
+
+
+def test_readme_plans_every_run():
+    runs = {path.stem for path in (ROOT / "conf").glob("*.yaml") if not path.stem.startswith("shapes")}
+    assert {row[0].strip("`") for row in PLANNED} == runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", PLANNED, ids=lambda row: row[0].strip("`"))
+def test_readmes_plans_are_the_planners(row):
+    """Seconds a step and hours of each run on each card, to the digits that are printed."""
+    config = finish(compose_run({"conf": row[0].strip("`")}))
+    clips = float(config.optim.global_batch or 1)
+    for (name, count), cell in zip(CARDS, row[1:], strict=True):
+        budget = Budget.of(config, Machine(gpu_named(name), count, 1, count * 128 * GIB))
+        assert budget is not None
+        setting = best(budget, clips)
+        if cell.startswith("no"):
+            more = fewest(budget, clips, 64, count)
+            assert setting is None and more is not None
+            assert cell == f"no ({more.budget.machine.world})"
+            continue
+        assert setting is not None
+        for found, printed in zip((setting.duration.step, setting.duration.hours), cell.split(", "), strict=True):
+            number = printed.split()[0]
+            assert math.isclose(found or 0.0, float(number), abs_tol=0.6 * 10 ** -len(number.partition(".")[2]))

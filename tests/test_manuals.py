@@ -52,6 +52,38 @@ def test_a_map_names_every_folder(package):
     assert {name for name in named if name.endswith("/")} == folders
 
 
+OWN = {"_replace", "_exit", "_group", "_fill"}
+"""Of named tuples, of os, and of this project's own classes."""
+
+
+def is_private(name: str) -> bool:
+    return name == "__class__" or (name.startswith("_") and not name.startswith("__"))
+
+
+def uses_privates(file: Path) -> bool:
+    """Whether a file reads or changes what another library calls private, or imports from there."""
+    for node in ast.walk(ast.parse(text_of(file))):
+        if isinstance(node, ast.ImportFrom) and any(map(is_private, (node.module or "").split("."))):
+            return True
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in OWN:
+            of_another = not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+            if of_another and (node.attr != "__class__" or isinstance(node.ctx, ast.Store)):
+                return True
+    return False
+
+
+def test_contributing_lists_every_private_name_of_other_libraries():
+    table = text_of(ROOT / "CONTRIBUTING.md").partition("## What the code relies on")[2]
+    files = {
+        str(file.relative_to(ROOT))
+        for package in ("radial", "data", "train", "launch")
+        for file in (ROOT / package).rglob("*.py")
+        if uses_privates(file)
+    }
+    assert len(files) > 10
+    assert not [name for name in sorted(files) if f"`{name}`" not in table]
+
+
 CARDS = (("rtx4090", 1), ("rtx5090", 1), ("h100", 1), ("h200", 1), ("h100", 8), ("h200", 8))
 PLANNED = [line.strip("| ").split(" | ") for line in text_of(ROOT / "README.md").splitlines() if "_2x` | " in line]
 PLANNED += [line.strip("| ").split(" | ") for line in text_of(ROOT / "README.md").splitlines() if "_4x` | " in line]

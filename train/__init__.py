@@ -11,18 +11,18 @@ Read these five files first, in this order; each is a page or two:
 The folders, in the order in which a run passes them:
 
     config/        what a person may write: the typed schema, how it is composed, how it is checked
-    attention/     which attention a step runs, at which noise levels, and over how many GPUs
+    attention/     which attention a run and each of its steps has, and over how many GPUs
     models/        one adapter a family (models/families/), loading weights, temporal positions
-    lora/          the LoRA's layers, its files in every format, names and scales of other tools
-    memory/        what a block keeps for its backward, where it lies, compiling, float8
     parallel/      strategies of Lightning, ZeRO's parts, messages among ranks, processes
+    lora/          the LoRA's layers, its files in every format, names and scales of other tools
+    memory/        what a layer keeps for its backward, where it lies, compiling, float8
     planning/      memory and time before a GPU is touched
     storage/       the run's folder and its lock, checkpoints, resuming
     loggers/       metrics.csv, TensorBoard, Weights & Biases, the record of the environment
     evaluation/    held-out losses and tables, the Euler sampler
-    report/        the run as one page, its charts and pictures
     export/        the LoRA as files of other tools, merged models, verification
     sample/        generating clips with diffusers' pipelines
+    report/        the run as one page, its charts and pictures
     callbacks/     what happens around a step: metrics, checkpoints, validation, stops, the watchdog
     bench/         a step, measured and taken apart
 

@@ -25,6 +25,7 @@ The folders, in the order in which a run passes them:
     report/        the run as one page, its charts and pictures
     callbacks/     what happens around a step: metrics, checkpoints, validation, stops, the watchdog
     bench/         a step, measured and taken apart
+    sweep/         `python -m train -m`: many runs, one for each combination of values
 
 `README.md` beside this file is the manual.
 """

@@ -35,6 +35,7 @@ from train.export.merge import merge
 from train.export.tools import differences, script_flags
 from train.export.verify import verify
 from train.lora.files import check_file
+from train.lora.header import to_header
 from train.lora.reading import Lora, Pairs, read_lora
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
@@ -229,13 +230,12 @@ def _save_model(config: RunConfig, weights: dict[str, Tensor], dtype: torch.dtyp
 
 
 def _header(config: RunConfig, step: int) -> dict[str, str]:
-    """How the LoRA was trained: enough to set up inference from the file alone. Safetensors headers hold strings."""
+    """How the LoRA was trained (`train.lora.header`)."""
     assert config.lora is not None
     attention: dict[str, Any] = {
         name: getattr(config.attention, name) for name in ("pattern", "decay", "block", "dense_layers")
     }
     attention["rule"] = config.rule()
-    # the level that training changed sides at, and the steps that it came from: of so many of the model's own
     attention["dense_sigma"] = clip_recipe(config).attention.dense_sigma
     attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None
     attention["sampling_steps"] = config.model.steps
@@ -251,4 +251,4 @@ def _header(config: RunConfig, step: int) -> dict[str, str]:
         "step": step,
         "version": __version__,
     }
-    return {f"radial.{k}": str(v) for k, v in {**about, **attention, **clip}.items()}
+    return to_header({**about, **attention, **clip})

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.cli import files_with_strengths
-from train.config.schema import ROPE_KINDS, ModelConfig
+from train.config.schema import ModelConfig
 from train.errors import UserError
+from train.lora.header import read_values, typed
 
-HEADER = "radial."
-"""Prefix of this project's keys in a LoRA's header."""
 NONE = "none"
 """What stands for no LoRA where one has to be given."""
 _PARTS = ("high_noise", "low_noise")  # of an export folder of two experts
-_WORDS, _NUMBERS = ("pattern", "rule", "rope"), ("decay", "dense_sigma", "shift")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def check_file(path: Path, model: ModelConfig, key: str, expert: str | None) -> 
     Raises:
         UserError: it is of another family or expert, or not there.
     """
-    header = _read(path)
+    header = read_values(path)
     family, of = header.get("family", model.family), header.get("expert", "None")
     trained = f"{path} was trained on {header.get('base_model', 'another model')}"
     if family != model.family:
@@ -99,7 +96,7 @@ def base_notes(path: Path, model: ModelConfig) -> list[str]:
     """What to know of a file whose header names another base model than the one in use."""
     from train.models.pretrained import public_name  # takes seconds to import
 
-    base = _read(path).get("base_model")
+    base = read_values(path).get("base_model")
     mine = public_name(model) if base is not None and model.path is not None else base
     if base is None or mine is None or base.split("/")[-1].lower() == mine.split("/")[-1].lower():
         return []
@@ -115,32 +112,10 @@ def told(slots: Sequence[Slot], names: Sequence[str], model: ModelConfig) -> dic
     files = [slot.files()[0][0] for slot in slots if slot.lora] or _weights(model)
     if not files:
         return {}
-    header = _read(files[0])
-    return {name: _typed(header[name], name, files[0]) for name in names if name in header}
+    header = read_values(files[0])
+    return {name: typed(header[name], name, files[0]) for name in names if name in header}
 
 
 def _weights(model: ModelConfig) -> list[Path]:
     """The transformer's files, where the model is a local folder."""
     return sorted(Path(model.path or "").expanduser().glob("transformer/*.safetensors")) if model.path else []
-
-
-def _read(path: Path) -> dict[str, str]:
-    from train.lora.reading import read_header  # takes seconds to import
-
-    return {key.removeprefix(HEADER): value for key, value in read_header(path).items() if key.startswith(HEADER)}
-
-
-def _typed(text: str, name: str, file: Path) -> Any:
-    if text == "None":
-        return None
-    kind = str if name in _WORDS else float if name in _NUMBERS else int
-    try:
-        value = kind(text)
-        if (name == "rope" and text not in ROPE_KINDS) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError
-    except ValueError as error:
-        wanted = f"one of {', '.join(ROPE_KINDS)}" if name == "rope" else f"a {'whole ' * (kind is int)}number"
-        raise UserError(
-            f"{file}: its header's {HEADER}{name} is {text!r}, expected {wanted}: give {name}=... yourself"
-        ) from error
-    return value

@@ -12,7 +12,7 @@ from train.config.schema import ModelConfig
 
 
 class PipelineTraits:
-    """The pipeline's part of `train.models.base.ModelAdapter`; a family without a pipeline trains, and cannot generate."""
+    """The pipeline's part of a `ModelAdapter`; a family without a pipeline trains, and cannot generate."""
 
     pipeline_name: ClassVar[str | None] = None
     """The diffusers pipeline from text; None: `train.sample` does not know one."""

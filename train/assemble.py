@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +69,18 @@ class Watch:
 
 
 def assemble(
-    config: RunConfig, folder: RunFolder, shards: Manifest, resumed_step: int, watch: Watch
+    config: RunConfig,
+    folder: RunFolder,
+    shards: Manifest,
+    resumed_step: int,
+    watch: Watch,
+    extra_callbacks: Sequence[Callback] = (),
 ) -> tuple[L.Trainer, LengthExtensionModule]:
     """Trainer and module; rank 0 draws the mask, notes the environment and prints what will be trained.
 
     Args:
         resumed_step: the optimizer step that the run goes on from.
+        extra_callbacks: act in every step after its row in the logs, and before its checkpoint.
 
     Raises:
         UserError: weights that do not load, or processes that were not started as the config has them.
@@ -97,7 +104,7 @@ def assemble(
         accumulate_grad_batches=micro_batches(config),
         gradient_clip_val=config.optim.clip,
         logger=loggers,
-        callbacks=callbacks_of(config, folder.path, watch),
+        callbacks=callbacks_of(config, folder.path, watch, extra_callbacks),
         plugins=[FolderCheckpointIO(), *_started_by(config)],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -162,7 +169,7 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
             print("\n".join(f"lora.init: {note}" for note in start.notes))
 
 
-def callbacks_of(config: RunConfig, folder: Path, watch: Watch) -> list[Callback]:
+def callbacks_of(config: RunConfig, folder: Path, watch: Watch, extra: Sequence[Callback] = ()) -> list[Callback]:
     """The callbacks in their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog
     comes last in every step."""
     control, stop, watchdog = watch.control, watch.stop, watch.watchdog
@@ -198,7 +205,7 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch) -> list[Callback
         throughput=throughput,
     )
     clips = PromptClips(config, folder, control=control, watchdog=watchdog, throughput=throughput, stop=stop)
-    return [throughput, validation, bad_steps, figures, Progress(figures), stop, checkpoints, clips, watchdog]
+    return [throughput, validation, bad_steps, figures, Progress(figures), *extra, stop, checkpoints, clips, watchdog]
 
 
 def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place) -> LatentStream:

@@ -9,12 +9,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
 from data.shards.manifest import Manifest
@@ -48,8 +49,11 @@ from train.storage.run_folder import RunFolder, command, get_state, gpus_given, 
 from train.storage.unfinished import Unfinished
 
 
-def train(config: RunConfig, folder: RunFolder) -> None:
+def train(config: RunConfig, folder: RunFolder, *, extra_callbacks: Sequence[Callback] = ()) -> None:
     """Trains (or goes on from ``folder.checkpoint``), then exports, draws and reports into the run's folder.
+
+    Args:
+        extra_callbacks: act in every step after its row in the logs, and before its checkpoint.
 
     Raises:
         UserError: something that the user can mend, or another process runs in the folder.
@@ -62,7 +66,7 @@ def train(config: RunConfig, folder: RunFolder) -> None:
             set_state(folder.path, "running")
         try:
             with _room(folder.path):
-                asked = _train(config, folder, rank)
+                asked = _train(config, folder, rank, extra_callbacks)
         except MISTAKES as error:
             if rank and _has_failed(folder.path, rank, str(error)):
                 raise SystemExit(2) from None
@@ -111,7 +115,7 @@ def _has_failed(folder: Path, rank: int, why: str = "") -> bool:
     return word == "failed" and why.strip() in ("", said)
 
 
-def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
+def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Sequence[Callback]) -> int:
     """Returns what a signal asked for, 0 when the run is finished."""
     if gpus_given(folder.path) and not torch.cuda.is_available():
         raise UserError(
@@ -128,7 +132,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int) -> int:
         check_shapes(config, shards)
         start = Place() if folder.checkpoint is None else place_of(folder.checkpoint)
         unfinished = start.step < config.trainer.steps
-        trainer, module = assemble(config, folder, shards, start.step, watch)
+        trainer, module = assemble(config, folder, shards, start.step, watch, extra_callbacks)
         hold_inputs(config, folder.path, shards, write=rank == 0)  # by now weights of the hub are here
         with watchdog.over(trainer):
             if unfinished:

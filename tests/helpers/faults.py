@@ -187,22 +187,22 @@ def save_by_the_clock(folder: Path) -> tuple[list[int], str]:
     return saved, ""
 
 
-def run(config) -> Path:
+def run(config, *callbacks: Callback) -> Path:
     """Trains in a new folder, which it returns."""
     folder = RunFolder.create(config)
-    train(config, folder)
+    train(config, folder, extra_callbacks=callbacks)
     return folder.path
 
 
-def at_step(monkeypatch, step, what):
-    """Calls ``what`` after a step, between its row in the log and its checkpoint."""
+def at_step(step, what) -> Callback:
+    """Calls ``what`` after a step."""
 
     class Fault(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == step:
                 what()
 
-    monkeypatch.setattr("train.assemble.Progress", lambda figures: Fault())
+    return Fault()
 
 
 def poisoned(config, tmp_path, number):

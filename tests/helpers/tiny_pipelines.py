@@ -20,7 +20,7 @@ from transformers import (
 from tests.helpers.stock_models import CONFIGS, TARGETS, random_lora
 from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan
 from train.export.formats import FORMATS, Adapter
-from train.export.run import _fold
+from train.export.run import folded
 from train.models.pretrained import stand_in
 
 TOKENS = 24
@@ -152,6 +152,6 @@ def save_lora(
 ) -> Path:
     """A random LoRA for the pipeline in ``folder``, in a file of the format."""
     model = stand_in(folder / "transformer")
-    pairs = _fold(random_lora(model, TARGETS[family], seed=seed), 3)
+    pairs = folded(random_lora(model, TARGETS[family], seed=seed), 3)
     FORMATS[format_name](Adapter(pairs, model, header, "base", file.stem), file.parent)
     return file

@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
             )
     for dense in (result for result in results if result.pattern == "dense"):
         for other in (result for result in results if result.pattern != "dense" and result.sp == dense.sp):
-            print(_speed_up(dense, other, config.attention.dense_layers, _layers(config)))
+            print(speed_up(dense, other, config.attention.dense_layers, _layers(config)))
 
 
 def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
@@ -144,7 +144,8 @@ def _layers(config: RunConfig) -> int:
     return sizes.layers
 
 
-def _speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:
+def speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:
+    """How much faster a block is than a dense one, and a model of ``layers`` with so many dense, in words."""
     mixed = dense_layers * dense.block + (layers - dense_layers) * other.block
     recipe = f", with {dense_layers} of {layers} dense {layers * dense.block / mixed:.2f}x" if dense_layers else ""
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -24,8 +24,7 @@ class StepCallback(Callback):
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
-        assert isinstance(module, LengthExtensionModule)
-        self.on_step_end(trainer, module)
+        self.on_step_end(trainer, cast(LengthExtensionModule, module))
 
     @abstractmethod
     def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:

@@ -174,7 +174,7 @@ class Watchdog(Callback):
         count = 0
         while not self._done.wait(1.0):
             count += 1
-            _relieve_observer()
+            relieve_observer()
             self._look_at_family()
             if not self._training:
                 continue
@@ -266,7 +266,7 @@ class Watchdog(Callback):
         end_now(2 if told else EXIT_CODE)
 
 
-def _relieve_observer() -> None:
+def relieve_observer() -> None:
     """Ends Lightning's own watch over the ranks that it started: five seconds after one has ended it kills this one,
     with whatever that is doing, and prints nothing."""
     for thread in threading.enumerate():

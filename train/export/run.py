@@ -107,10 +107,10 @@ def export_run(
         else:
             step, said = load_state(checkpoint)["global_step"], []
             for kind, part, own in _parts(config, weights):
-                pairs = _fold(own, config.lora.alpha)
+                pairs = folded(own, config.lora.alpha)
                 base = transformer_folder(part.model, whole=merged)
-                header, name = _header(part, step), "_".join(filter(None, (config.conf, kind)))
-                lines = _save_adapters(
+                header, name = header_of(part, step), "_".join(filter(None, (config.conf, kind)))
+                lines = save_adapters(
                     part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check
                 )
                 said += [str(Path(kind) / line) for line in lines]
@@ -162,7 +162,7 @@ def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str,
         yield folder, replace(config, model=replace(config.model, expert=expert)), own
 
 
-def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:
+def folded(weights: dict[str, Tensor], alpha: float) -> Pairs:
     """A checkpoint's tensors as pairs, with alpha / rank in B."""
     names = sorted({key.rsplit(".lora_", 1)[0] for key in weights if ".lora_" in key})
     if not names:
@@ -179,7 +179,7 @@ def _fold(weights: dict[str, Tensor], alpha: float) -> Pairs:
     return pairs
 
 
-def _save_adapters(
+def save_adapters(
     config: RunConfig,
     base: Path,
     pairs: Pairs,
@@ -190,6 +190,22 @@ def _save_adapters(
     file: str,
     check: Callable[[], None],
 ) -> list[str]:
+    """Writes and verifies a LoRA's files, and returns a line for each.
+
+    Args:
+        config: the run; of two experts, the part of one.
+        base: folder of the transformer that the LoRA belongs to.
+        pairs: the LoRA, with its strength in B.
+        header: of the files.
+        formats: by default all that the model has.
+        dtype: of the weights.
+        out: folder for the formats' folders.
+        file: name of the files that no tool names.
+        check: called before each format.
+
+    Raises:
+        UserError: weights that do not fit the model, or a format that it does not have.
+    """
     model = stand_in(base)
     _check_fit(pairs, model)
     chosen = list(dict.fromkeys(formats_of(type(model).__name__) if formats is None else formats))
@@ -229,7 +245,7 @@ def _save_model(config: RunConfig, weights: dict[str, Tensor], dtype: torch.dtyp
     return [f"model  {len(weights)} tensors"]
 
 
-def _header(config: RunConfig, step: int) -> dict[str, str]:
+def header_of(config: RunConfig, step: int) -> dict[str, str]:
     """How the LoRA was trained (`train.lora.header`)."""
     assert config.lora is not None
     attention: dict[str, Any] = {

@@ -145,7 +145,7 @@ class Duration:
         kernel = self.budget.config.attention.backend or self.budget.machine.gpu.sparse_kernel
         table = calibration.DENSE if dense else calibration.SPARSE
         rows = table.get(kernel, table["sdpa" if dense else "flex"])
-        forward, backward = (_between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
+        forward, backward = (between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
         return self._faster * forward, self._faster * backward
 
     def _exchanges(self, names: Sequence[str]) -> float:
@@ -185,7 +185,7 @@ class Duration:
         return 28.0 * share / rate
 
 
-def _between(rows: Sequence[tuple[int, float, float]], tokens: int, column: int) -> float:
+def between(rows: Sequence[tuple[int, float, float]], tokens: int, column: int) -> float:
     """A rate at a length, linear in the logarithm between the measured ones and constant beyond them."""
     if tokens <= rows[0][0]:
         return rows[0][column]

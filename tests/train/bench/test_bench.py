@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from train.bench.steps import Result, _speed_up, bench_config, case_of, main
+from train.bench.steps import Result, bench_config, case_of, main, speed_up
 from train.errors import UserError
 
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
@@ -80,6 +80,6 @@ def test_the_recipes_speed_up():
     about = {"sp": 1, "tokens": 1, "device": "", "first_step": 0, "compile": 0, "parts": {}, "memory": 0, "tflops": 0}
     dense = Result(pattern="dense", blocks=4, step=55.6, block=13.9, mfu=None, **about)
     released = Result(pattern="released", blocks=40, step=104, block=2.6, mfu=None, **about)
-    told = _speed_up(dense, released, 2, 40)
+    told = speed_up(dense, released, 2, 40)
     assert "4 dense blocks measured" in told
     assert "released 5.35x in every block, with 2 of 40 dense 4.39x" in told

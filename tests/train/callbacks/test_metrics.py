@@ -15,7 +15,7 @@ from tests.helpers.tiny import run_config, words
 from train.assemble import build_module
 from train.callbacks.checkpoints import best_checkpoint
 from train.callbacks.metrics import lora_norms
-from train.callbacks.validation import Validation, lengths_of, validation_levels
+from train.callbacks.validation import lengths_of, validation_levels
 from train.config.compose import compose_run, finish
 from train.loggers.csv_file import read_metrics
 from train.models.loading import load_adapter
@@ -174,31 +174,24 @@ def test_each_expert_is_validated_at_quantiles_of_its_own_noise_levels(expert):
 
 def test_validation_runs_each_level_as_training_does_and_weighs_it(tmp_path, monkeypatch):
     """Levels of the dense side run dense; the mean has each level's share."""
-    seen, loss, plan = [], Validation._loss, LengthExtensionModule.plan
+    seen, attention_at = [], LengthExtensionModule.attention_at
 
-    def told(validation, module, clip, length, sigma):
-        seen.append([sigma, None, loss(validation, module, clip, length, sigma)])
-        seen[-1][1] = planned[-1]
-        return seen[-1][2]
+    def noted(module, latent, sigma, pattern=None):
+        attention = attention_at(module, latent, sigma, pattern)
+        seen.append((sigma, attention.all_dense))
+        return attention
 
-    planned = []
-
-    def planning(module, latent, *, all_dense, **more):
-        planned.append(all_dense)
-        return plan(module, latent, all_dense=all_dense, **more)
-
-    monkeypatch.setattr(Validation, "_loss", told)
-    monkeypatch.setattr(LengthExtensionModule, "plan", planning)
+    monkeypatch.setattr(LengthExtensionModule, "attention_at", noted)
     monkeypatch.setattr("train.callbacks.validation.QUANTILES", (0.2, 0.9))
     given = {"objective__shift": 3, "attention__dense_sigma": 0.85, "trainer__steps": 1}
     config = run_config(tmp_path, **given, validation__every=1, validation__clips=1)
     folder = RunFolder.create(config)
     train(config, folder)
-    assert [dense for _, dense, _ in seen] == [False, True] * 3
-    assert sorted({sigma for sigma, _, _ in seen}) == pytest.approx([3 * 0.2 / 1.4, 2.7 / 2.8])
+    assert [dense for _, dense in seen] == [False, True] * 3
+    assert sorted({sigma for sigma, _ in seen}) == pytest.approx([3 * 0.2 / 1.4, 2.7 / 2.8])
     row = read_metrics(folder.path / "metrics.csv")[0]
-    assert float(row["validation/loss"]) == pytest.approx(sum(value for *_, value in seen[-2:]) / 2)
-    assert float(row["validation/8_frames/sigma_0.9643"]) == seen[-1][2]
+    low, high = (float(row[f"validation/8_frames/sigma_{level}"]) for level in ("0.4286", "0.9643"))
+    assert low != high and float(row["validation/loss"]) == pytest.approx((low + high) / 2)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from tests.helpers.faults import (
 )
 from tests.helpers.tiny import run_config, words
 from train.callbacks.stop import StopSignals
-from train.callbacks.watchdog import Watchdog, _relieve_observer, patience
+from train.callbacks.watchdog import Watchdog, patience, relieve_observer
 from train.cli import guarded
 from train.config.compose import compose_run, finish
 from train.errors import EXIT_CODES, REQUEUE, UserError
@@ -106,7 +106,7 @@ def test_lightnings_observer_of_the_ranks_is_relieved():
     observer = _ChildProcessObserver(main.pid, [child], sleep_period=1)
     observer.start()
     try:
-        _relieve_observer()
+        relieve_observer()
         observer.join(10)
         assert not observer.is_alive() and main.poll() is None
     finally:
@@ -371,9 +371,8 @@ def test_a_run_that_breaks_says_so_to_who_asks(tmp_path, monkeypatch):
     def breaks():
         raise ZeroDivisionError("a mistake of ours")
 
-    at_step(monkeypatch, 2, breaks)
     with pytest.raises(ZeroDivisionError):
-        run(run_config(tmp_path))
+        run(run_config(tmp_path), at_step(2, breaks))
     assert get_state(only_run(tmp_path / "runs")) == ("died", "rank 0: a mistake of ours")
     watchdogs = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     for thread in watchdogs:

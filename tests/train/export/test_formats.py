@@ -14,7 +14,7 @@ from tests.helpers.families import build, conditions, latents
 from tests.helpers.stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
 from train.errors import UserError
 from train.export.formats import FORMATS, Adapter, formats_of
-from train.export.run import _fold
+from train.export.run import folded
 from train.export.verify import empty_pipeline, verify
 from train.lora.layers import inject_lora, load_parameters, lora_parameters
 from train.lora.reading import read_header, read_lora
@@ -38,7 +38,7 @@ def case(request, tmp_path_factory):
     load_parameters(lora_parameters(model), weights)
     trained = output(model, family)
     assert (trained - before).abs().max() > 1e-2
-    adapter = Adapter(_fold(weights, ALPHA), stand_in(base), {"radial.frames": "321"}, "base", "clip_4x")
+    adapter = Adapter(folded(weights, ALPHA), stand_in(base), {"radial.frames": "321"}, "base", "clip_4x")
     for name in formats_of(adapter.model_class):
         FORMATS[name](adapter, folder / name)
     return family, folder, adapter, trained
@@ -143,7 +143,7 @@ def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
     """HunyuanVideo's, by the names that ComfyUI has; what it passes over in kohya's names is said, with the way out."""
     base = save_transformer("hunyuan", tmp_path / "base")
     model = stand_in(base)
-    pairs = _fold(random_lora(model, ALL_HUNYUAN, rank), rank)
+    pairs = folded(random_lora(model, ALL_HUNYUAN, rank), rank)
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
     adapter = Adapter(pairs, model, {}, "base", "x")
     for name in ("comfyui", "kohya"):
@@ -164,7 +164,7 @@ def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
 def test_musubi_passes_over_what_is_outside_of_wans_blocks(tmp_path):
     base = save_transformer("wan_i2v", tmp_path / "base")
     model = stand_in(base)
-    pairs = _fold(random_lora(model, r".*(attn1\.to_q|image_embedder\.ff\.net\.2|text_embedder\.linear_1)"), 3)
+    pairs = folded(random_lora(model, r".*(attn1\.to_q|image_embedder\.ff\.net\.2|text_embedder\.linear_1)"), 3)
     adapter = Adapter(pairs, model, {}, "base", "x")
     FORMATS["kohya"](adapter, tmp_path / "kohya")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
@@ -189,7 +189,7 @@ def test_a_layer_that_learned_nothing_counts_as_absent(name, tmp_path):
     silent = ["transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_out.0"]
     for layer in silent:
         weights[f"{layer}.lora_B.weight"].zero_()
-    adapter = Adapter(_fold(weights, ALPHA), stand_in(base), {}, "base", "x")
+    adapter = Adapter(folded(weights, ALPHA), stand_in(base), {}, "base", "x")
     FORMATS[name](adapter, tmp_path / name)
     verify(name, adapter, base, tmp_path / name)
     found = read_lora(tmp_path / name, adapter.model).pairs
@@ -218,7 +218,7 @@ def test_what_every_family_trains_is_exported_in_every_format(family, text, tmp_
             parameter -= parameter.grad
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     assert {name for name in names if not weights[f"{name}.lora_B.weight"].any()} == set()
-    exported = Adapter(_fold(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "x")
+    exported = Adapter(folded(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "x")
     for name in formats_of(exported.model_class):
         FORMATS[name](exported, tmp_path / name)
         said = verify(name, exported, tmp_path / "base", tmp_path / name)
@@ -229,7 +229,7 @@ def test_a_second_loaders_failure_costs_no_export(tmp_path):
     """diffusers' reading of original names wants a block; the file is ComfyUI's."""
     base = save_transformer("wan", tmp_path / "base")
     model = stand_in(base)
-    pairs = _fold(random_lora(model, r"condition_embedder\.time_proj"), 3)
+    pairs = folded(random_lora(model, r"condition_embedder\.time_proj"), 3)
     adapter = Adapter(pairs, model, {}, "base", "x")
     FORMATS["comfyui"](adapter, tmp_path / "comfyui")
     said = verify("comfyui", adapter, base, tmp_path / "comfyui")
@@ -272,7 +272,7 @@ def test_diffusers_splits_the_fused_layers_of_a_hunyuan_of_the_real_width(tmp_pa
     model = HunyuanVideoTransformer3DModel(**config, mlp_ratio=0.25, pooled_projection_dim=8, in_channels=4)
     model.save_pretrained(tmp_path / "base")
     weights = random_lora(model, TARGETS["hunyuan"], RANK)
-    adapter = Adapter(_fold(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "clip_4x")
+    adapter = Adapter(folded(weights, ALPHA), stand_in(tmp_path / "base"), {}, "base", "clip_4x")
     FORMATS["comfyui"](adapter, tmp_path / "comfyui")
     said = verify("comfyui", adapter, tmp_path / "base", tmp_path / "comfyui")
     assert said[1].startswith("HunyuanVideoPipeline.load_lora_weights: 16 tensors")

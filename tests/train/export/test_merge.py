@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.stock_models import TARGETS, load_transformer, output, random_lora, save_transformer
 from train.errors import UserError
 from train.export.merge import merge
-from train.export.run import _fold
+from train.export.run import folded
 from train.lora.reading import Lora, read_lora
 from train.models.pretrained import stand_in
 
@@ -25,7 +25,7 @@ def base(tmp_path):
 
 
 def lora_of(base, seed=1):
-    return Lora(_fold(random_lora(load_transformer(base), TARGET, seed=seed), 6))
+    return Lora(folded(random_lora(load_transformer(base), TARGET, seed=seed), 6))
 
 
 def expected(base, *loras):

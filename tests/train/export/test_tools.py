@@ -6,7 +6,7 @@ import torch
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import save_pipeline
 from train.config.compose import compose_run, finish
-from train.export.run import _fold, _header, _save_adapters
+from train.export.run import folded, header_of, save_adapters
 from train.export.tools import differences, script_flags
 from train.models.pretrained import stand_in
 
@@ -79,10 +79,10 @@ def test_the_scripts_flags_are_the_runs():
 def test_an_export_has_flags_differences_and_both_dense_figures(tmp_path):
     base = save_pipeline("hunyuan", tmp_path / "base") / "transformer"
     config = run_of("hunyuan_4x", model__path=str(base.parent), attention__rule="wan")
-    pairs = _fold(random_lora(stand_in(base), TARGETS["hunyuan"], seed=0), 3)
-    header = _header(config, 7)
+    pairs = folded(random_lora(stand_in(base), TARGETS["hunyuan"], seed=0), 3)
+    header = header_of(config, 7)
     words = (["released"], torch.float32, tmp_path / "out", "mine", lambda: None)
-    said = _save_adapters(config, base, pairs, header, *words)
+    said = save_adapters(config, base, pairs, header, *words)
     assert (tmp_path / "out" / "released" / "flags.txt").read_text(encoding="utf-8") == script_flags(config)
     assert any("released  the released HunyuanVideo script runs other attention" in line for line in said)
     assert (header["radial.rule"], header["radial.dense_steps"], header["radial.sampling_steps"]) == ("wan", "2", "50")

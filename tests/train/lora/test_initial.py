@@ -13,7 +13,7 @@ from tests.helpers.tiny import run_config
 from train.assemble import build_module
 from train.errors import UserError
 from train.export.formats import FORMATS, Adapter, formats_of
-from train.export.run import _fold
+from train.export.run import folded
 from train.lora.initial import check_initial, initial_files
 from train.lora.layers import inject_lora, load_parameters, lora_parameters, start_from
 from train.lora.reading import read_lora
@@ -34,7 +34,7 @@ def test_every_format_of_every_family_starts_a_lora(family, tmp_path):
     inject_lora(model, 3, 5, TARGETS[family], seed=0)
     load_parameters(lora_parameters(model), weights)
     expected = output(model, family)
-    adapter = Adapter(_fold(weights, 5), stand_in(base), {}, "base", "clip")
+    adapter = Adapter(folded(weights, 5), stand_in(base), {}, "base", "clip")
     for name in formats_of(adapter.model_class):
         FORMATS[name](adapter, tmp_path / name)
         for rank, alpha in ((3, 5), (8, 4)):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from train.memory import compiler
 from train.memory.compiler import StoreNarrow
 from train.memory.fp8 import to_fp8
-from train.models.families.wan import _rotate
+from train.models.families.wan import rotate
 
 CONVERT = torch.ops.prims.convert_element_type.default
 
@@ -54,7 +54,7 @@ def test_the_gradients_of_norms_are_stored():
     def gradient(q, grad):
         q = q.detach().requires_grad_()
         normed = F.rms_norm(q, [16], torch.ones(16, dtype=torch.bfloat16))
-        (back,) = torch.autograd.grad(_rotate(normed.unflatten(-1, (2, 8)), cos, sin), q, grad.unflatten(-1, (2, 8)))
+        (back,) = torch.autograd.grad(rotate(normed.unflatten(-1, (2, 8)), cos, sin), q, grad.unflatten(-1, (2, 8)))
         return back
 
     (last, *others) = reversed(stored(gradient, q, grad))

@@ -33,7 +33,7 @@ from train.planning import (
     remedies,
     this_machine,
 )
-from train.planning.duration import _between
+from train.planning.duration import between
 from train.planning.flops import SampleFlops
 from train.planning.full_memory import check_memory
 from train.planning.policies import chosen
@@ -159,7 +159,7 @@ def test_the_seconds_of_more_gpus():
 
 def test_rates_between_measured_lengths():
     rows = ((100, 1.0, 10.0), (10_000, 3.0, 30.0))
-    assert [_between(rows, n, 1) for n in (1, 100, 1000, 10_000, 10**6)] == [1, 1, 2, 3, 3]
+    assert [between(rows, n, 1) for n in (1, 100, 1000, 10_000, 10**6)] == [1, 1, 2, 3, 3]
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,7 +15,7 @@ from train.config.compose import compose_run, finish
 from train.config.schema import ClipConfig
 from train.errors import UserError
 from train.export.merge import merge
-from train.export.run import _fold, _header
+from train.export.run import folded, header_of
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
 from train.recipe import clip_recipe
@@ -61,7 +61,7 @@ def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp
     config = finish(compose_run({"conf": "wan_i2v_2x", "model.path": "base"}))
     trained, small = clip_recipe(config), clip_recipe(config, ClipConfig(161, 480, 832))
     file, image = tmp_path / "mine.safetensors", tmp_path / "image.png"
-    save_file({"x": torch.zeros(1)}, file, _header(config, 1))
+    save_file({"x": torch.zeros(1)}, file, header_of(config, 1))
     Image.new("RGB", (8, 8)).save(image)
 
     def settings(*words):
@@ -73,7 +73,7 @@ def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp
     assert (got.shift, got.dense_steps, got.dense_sigma) == (3.0, None, small.attention.dense_sigma)
     got = settings("height=480", "width=832", "shift=4")
     assert (got.shift, got.dense_sigma) == (4.0, trained.attention.dense_sigma)
-    save_file({"x": torch.zeros(1)}, file, _header(config, 1) | {"radial.shift": "7.0"})  # the run's own
+    save_file({"x": torch.zeros(1)}, file, header_of(config, 1) | {"radial.shift": "7.0"})  # the run's own
     got = settings("height=480", "width=832")
     assert (got.shift, got.dense_sigma) == (7.0, trained.attention.dense_sigma)
 
@@ -102,7 +102,7 @@ def test_a_damaged_header_is_told(wan, tmp_path, key, value, expected):
 
 
 def test_a_merged_models_header_sets_everything_up(wan, tmp_path):
-    pairs = _fold(random_lora(stand_in(wan / "transformer"), TARGETS["wan"], seed=1), 3)
+    pairs = folded(random_lora(stand_in(wan / "transformer"), TARGETS["wan"], seed=1), 3)
     merge(wan / "transformer", tmp_path / "merged", [(Lora(pairs), 1.0)], None, header=HEADER)
     unset = dict.fromkeys(("frames", "height", "width", "block"))
     settings, _ = parse_settings(words(tmp_path / "merged", **unset))
@@ -185,7 +185,7 @@ def test_each_experts_lora_arrives_at_that_expert(two, tmp_path, capsys):
     assert layers
     for transformer, loras in zip(made.transformers, ([(1, 0.5)], [(2, 0.5), (3, -0.7)]), strict=True):
         for number, (seed, strength) in enumerate(loras):
-            expected = _fold(random_lora(stand_in(two / "transformer"), TARGETS["wan"], seed=seed), 3)
+            expected = folded(random_lora(stand_in(two / "transformer"), TARGETS["wan"], seed=seed), 3)
             for name in layers:
                 lora = transformer.get_submodule(name)
                 assert lora.scaling[f"lora_{number}"] == pytest.approx(strength)

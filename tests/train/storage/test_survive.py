@@ -77,8 +77,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step(tmp_path, monkeypatch, capsy
                 if batch.step == 8:
                     (tmp_path / "disk" / "filler").unlink()
 
-        monkeypatch.setattr("train.assemble.Progress", lambda figures: Fault())
-        folder = run(config)
+        folder = run(config, Fault())
         said = capsys.readouterr().out
         assert said.count("metrics.csv does not take the figures") == 1
         assert [said.count(f"step-{step:06d} could not be written") for step in (2, 4)] == [1, 1]
@@ -96,12 +95,8 @@ def test_a_disk_that_stays_full_keeps_the_last_checkpoint_and_says_so(finished, 
         (tmp_path / "disk" / "runs").mkdir()
         (tmp_path / "disk" / "runs" / "synthetic").symlink_to(tmp_path / "synthetic")
         config = replace(config, runs=str(tmp_path / "disk" / "runs"))
-        with monkeypatch.context() as patch:
-            at_step(patch, 3, lambda: fill(tmp_path / "disk"))
-            with pytest.raises(
-                UserError, match=r"step-000006 could not be written: .*No space left.*Make room and resume"
-            ):
-                run(config)
+        with pytest.raises(UserError, match=r"step-000006 could not be written: .*No space left.*Make room and resume"):
+            run(config, at_step(3, lambda: fill(tmp_path / "disk")))
         folder = only_run(tmp_path / "disk" / "runs")
         assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
         with pytest.raises(UserError, match=r"No space left on device.*make room"):
@@ -297,8 +292,7 @@ def test_the_death_of_weights_and_biases_is_told_and_survived(finished, tmp_path
             child.kill()
             child.wait()
 
-    at_step(monkeypatch, 2, kill)
-    folder = run(run_config(tmp_path, trainer__steps=6, log__wandb="offline"))
+    folder = run(run_config(tmp_path, trainer__steps=6, log__wandb="offline"), at_step(2, kill))
     said = capsys.readouterr().out
     assert killed
     assert said.count("warning: Weights & Biases does not take the figures") == 1

@@ -48,12 +48,12 @@ class WanSelfAttention(LayoutAttention):
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self.attend(q.type_as(v), k.type_as(v), v)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding on neighbouring pairs.
 
     Args:

@@ -23,6 +23,7 @@ The folders, in the order in which a run passes them:
     export/        the LoRA as files of other tools, merged models, verification
     sample/        generating clips with diffusers' pipelines
     report/        the run as one page, its charts and pictures
+    decay/         how attention falls off with distance in each head, and what a mask would keep of it
     callbacks/     what happens around a step: metrics, checkpoints, validation, stops, the watchdog
     bench/         a step, measured and taken apart
     sweep/         `python -m train -m`: many runs, one for each combination of values

@@ -55,12 +55,7 @@ def hold_inputs(
     """
     file = folder / FILE
     known = read_json(file) if file.is_file() else {}
-    now = {
-        "shards": _of_shards(shards) if config.data.shards is not None and shards is not None else None,
-        "weights": _of_model(config.model),
-        "lora": None if config.lora is None else _of_lora(config.lora.init, config.model),
-    }
-    found = {name: said for name, said in now.items() if said is not None}
+    found = fingerprints(config, shards)
     other = [
         f"{_KEYS[name]} was {known[name]}, now {said}" for name, said in found.items() if known.get(name, said) != said
     ]
@@ -74,6 +69,16 @@ def hold_inputs(
         temporary.write_text(json.dumps(known | found, indent=1) + "\n", encoding="utf-8")
         temporary.replace(file)
     return other
+
+
+def fingerprints(config: RunConfig, shards: Manifest | None) -> dict[str, str]:
+    """What a run reads, by the names of the module text; without what follows from its settings."""
+    now = {
+        "shards": _of_shards(shards) if config.data.shards is not None and shards is not None else None,
+        "weights": _of_model(config.model),
+        "lora": None if config.lora is None else _of_lora(config.lora.init, config.model),
+    }
+    return {name: said for name, said in now.items() if said is not None}
 
 
 def _of_shards(shards: Manifest) -> str:

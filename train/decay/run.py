@@ -1,0 +1,138 @@
+"""The command from its settings to its files.
+
+    <out>/decay.json            what was measured, every head, every pattern, the advice
+    <out>/decay.safetensors     masses and curves (`train.decay.results`)
+    <out>/decay.html            the page
+    <out>/*.png                 its pictures
+    <out>/parts/                finished parts (`train.decay.measure`); they may be deleted
+
+Each file is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+
+from data.encoders import check_encoder
+from data.io.files import write_bytes
+from data.shards.batch import collate
+from data.shards.manifest import Manifest
+from data.shards.sample import Sample
+from train.config.schema import ClipConfig
+from train.decay.advice import advice, as_json, settings
+from train.decay.bins import Geometry
+from train.decay.figures import draw_all
+from train.decay.measure import measure, pick_clips
+from train.decay.page import page
+from train.decay.results import about, head_rows, layer_figures, tables, velocities
+from train.decay.settings import Job
+from train.errors import UserError
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
+from train.models.families import family_of
+from train.models.loading import describe_model, encoder_of, load_adapter, sigma_range
+from train.planning.full_memory import is_out_of_memory
+from train.shards import held_out
+from train.storage.inputs import fingerprints
+
+_SAMPLER_STEPS = 50  # where the model has none of its own
+
+
+def run_decay(job: Job) -> list[str]:
+    """Measures, writes, and returns the advice.
+
+    Raises:
+        UserError, DataError: weights or shards are missing or do not suit each other, or memory is full.
+    """
+    low, high = sigma_range(job.config.model)
+    outside = [sigma for sigma in job.sigmas if not low <= sigma < high]
+    if outside:
+        raise UserError(
+            f"sigmas has {outside[0]:g}, model.expert={job.config.model.expert} is for noise levels {low:g} to {high:g}"
+        )
+    described = describe_model(job.config.model)
+    if described is not None:
+        _check_layers(job, described)
+    shards = _shards(job)
+    clips = pick_clips(job, shards)
+    levels = _sampler_levels(job, clips[0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if described is not None:
+        _check_clip(described, clips[0])
+    adapter = load_adapter(job.config.model, dtype, job.config.seed, device)
+    _check_layers(job, adapter)
+    adapter.transformer.eval()
+    model = job.config.model
+    made_from = {**fingerprints(job.config, None), "architecture": model.architecture, "rope": model.rope}
+    try:
+        parts = measure(job, adapter, clips, {**made_from, "expert": model.expert})
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("memory is full: give fewer frames, or rows=2; finished clips and noise levels stay") from error
+    geometry = Geometry(adapter.grid(clips[0].latent[None, :, : job.frames]), job.tiling)
+    layers, heads, _ = adapter.attention_shape
+    chosen = range(layers) if job.layers is None else job.layers
+    figures = [layer_figures(job, geometry, parts, layer, sigma) for sigma in job.sigmas for layer in chosen]
+    errors = velocities(job, parts)
+    linear = adapter.linear_flops(geometry.grid)
+    found = settings(job, errors, geometry.grid, adapter.attention_shape, linear, levels)
+    sentences = advice(job, figures, errors, found)
+    facts = about(job, geometry, parts, chosen, heads)
+    pictures = draw_all(job, geometry, figures, errors)
+    tensors = safetensors.torch.save(tables(geometry, parts, figures), {"about": json.dumps(facts)})
+    write_bytes(job.out / "decay.safetensors", tensors)
+    for name, (png, _) in pictures.items():
+        write_bytes(job.out / name, png)
+    write_bytes(job.out / "decay.html", page(job, facts, figures, errors, found, sentences, pictures).encode())
+    result = {
+        "about": facts,
+        "advice": sentences,
+        "settings": as_json(found),
+        "velocity": [{**vars(one), "mean": one.mean} for one in errors],
+        "heads": [row for one in figures for row in head_rows(one)],
+    }
+    write_bytes(job.out / "decay.json", json.dumps(result, indent=1).encode())
+    return sentences
+
+
+def _shards(job: Job) -> Manifest:
+    config = job.config
+    if config.data.shards is not None:
+        shards = Manifest.load(config.data.shards)
+        check_encoder(shards, *encoder_of(config.model))
+        return shards
+    if tuple(config.model.vae) != (1, 1, 1):
+        raise UserError(
+            "data.shards is not set, expected a folder of latent shards with a manifest.json (what python -m "
+            "data.prepare makes): attention is measured on real clips"
+        )
+    return held_out(config, job.clips, job.frames)
+
+
+def _check_layers(job: Job, adapter: ModelAdapter) -> None:
+    layers = adapter.attention_shape[0]
+    if job.layers is not None and job.layers[-1] >= layers:
+        raise UserError(f"layers has {job.layers[-1]}, the model's are 0 to {layers - 1}")
+    if job.dense_layers[-1] > layers:
+        raise UserError(f"dense_layers has {job.dense_layers[-1]}, the model has {layers} layers")
+
+
+def _check_clip(adapter: ModelAdapter, clip: Sample) -> None:
+    batch = collate([clip], 0)
+    adapter.check(batch.latent, Conditions.of(batch))
+
+
+def _sampler_levels(job: Job, clip: Sample) -> Sequence[float]:
+    """The noise levels of the model's sampler for clips of this size."""
+    model = job.config.model
+    _, _, height, width = clip.latent.shape
+    size = ClipConfig((job.frames - 1) * model.vae[0] + 1, height * model.vae[1], width * model.vae[2])
+    levels = family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.config.shift(size))
+    low, high = sigma_range(model)
+    return [level for level in levels if low <= level < high] or levels

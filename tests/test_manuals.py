@@ -12,9 +12,10 @@ from train.config.compose import compose_run, finish
 from train.planning import GIB, Budget, Machine, best, fewest, gpu_named
 
 ROOT = Path(__file__).resolve().parent.parent
-MANUALS = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("README.md")), *sorted(ROOT.glob("*/README.md"))]
 LONGEST_README, LONGEST_LINE = 220, 120
 PACKAGES = ("radial", "data", "train", "launch", "conf", "tests")
+MANUALS = [ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+MANUALS += sorted(manual for package in PACKAGES for manual in (ROOT / package).rglob("README.md"))
 PATH = re.compile(rf"`((?:{'|'.join(PACKAGES)})/[\w./-]+)(?:::\w+)?`")
 LINK = re.compile(r"(?:\]\(|src=\")(?!https?://|#)([^)\"#]+)")
 COMMAND = re.compile(rf"-m ((?:{'|'.join(PACKAGES)})(?:\.\w+)*)")

@@ -11,10 +11,10 @@ from train.errors import UserError
 COMMANDS = {
     "plan": "memory, time and settings of a run, before a GPU is touched",
     "local": "a run on this machine",
-    "slurm": "a run on a SLURM cluster",
+    "slurm": "a run on a SLURM cluster, or a sweep as a job array",
     "status": "how runs stand",
     "logs": "what a job has printed, or the log of a run on this machine",
-    "cancel": "ends a run in order",
+    "cancel": "ends a run, or a sweep, in order",
     "doctor": "what this machine has, and what a run needs",
 }
 """Subcommand -> what it does; each is a module launch/<name>.py with a ``USAGE`` and a ``main(arguments)``."""
@@ -24,7 +24,7 @@ def usage() -> str:
     """The text of --help."""
     lines = ["python -m launch COMMAND [key=value ...]", "", "commands:"]
     lines += [f"  {name:<10} {about}" for name, about in COMMANDS.items()]
-    return "\n".join([*lines, "", "python -m launch COMMAND --help says more"])
+    return "\n".join([*lines, "", "options of a command: python -m launch COMMAND --help"])
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``python -m launch cancel``: ends a run in order."""
+"""``python -m launch cancel``: ends a run, or all runs of a sweep, in order."""
 
 from __future__ import annotations
 
@@ -6,52 +6,101 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
+from typing import Any
 
-from launch.run_folders import job_of, run_argument
-from launch.slurm_jobs import UNKNOWN, slurm_state
+from launch.records import job_of
+from launch.run_argument import run_argument
+from launch.slurm_jobs import UNKNOWN, queued, slurm_state
 from train.cli import flag
 from train.errors import UserError
 from train.storage.run_folder import command, get_state, holder, set_state
+from train.storage.sweep_folder import SweepFolder, is_sweep
 
 USAGE = """python -m launch cancel RUN [now=true]
 
 Asks a run to save a checkpoint and end; it is not queued again. A waiting job leaves the queue.
-With now=true it ends at once and keeps its last checkpoint.
+With now=true it ends at once and keeps its last checkpoint. RUN may be the folder of a sweep: all of its runs.
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Does it."""
+    """Ends what runs or waits in the folder, and prints how to go on.
+
+    Raises:
+        UserError: nothing does, or it cannot be ended from here.
+    """
     folder, settings = run_argument(arguments, "now")
     now = flag("now", settings.get("now", "false"))
+    if not is_sweep(folder):
+        cancel_run(folder, now)
+        print(f"{command('train resume=', folder)} goes on")
+        return
+    cancel_sweep(folder, now)
+    print(f"{command('train -m resume=', folder)} goes on")
+
+
+def cancel_run(folder: Path, now: bool) -> None:
+    """Ends the run in a folder: its SLURM job, or the process on this machine.
+
+    Raises:
+        UserError: there is none, or it cannot be ended from here.
+    """
     job, who = job_of(folder), holder(folder)
     state = slurm_state(job) if job else ""
     if state.startswith(UNKNOWN):
         raise UserError(f"job {job}: {state}; try again when SLURM answers")
     if job and state:
-        # SIGINT reaches the processes and not the script, which then sees that the user wanted the end; while it still
-        # checks the nodes there is no run to tell
-        starting = get_state(folder)[0] == "starting"
-        waiting = starting or not state.startswith("RUNNING")
-        done = subprocess.run(
-            ["scancel", *([] if now or waiting else ["--signal=INT"]), job],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        if done.returncode != 0:
-            raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
-        if starting:
-            set_state(folder, "stopped", "its job was cancelled before it had begun")
-        print(f"job {job} {'is cancelled' if now or waiting else 'saves a checkpoint and ends'}")
+        _cancel_job(folder, job, state, now)
     elif who is None:
         raise UserError(f"{folder}: nothing runs there")
-    elif who["host"] != socket.gethostname():
-        raise UserError(f"{folder}: process {who['pid']} runs on {who['host']}, cancel it there")
     else:
-        try:
-            os.kill(who["pid"], signal.SIGKILL if now else signal.SIGINT)
-        except OSError as error:  # another user's, or it has ended in this moment
-            raise UserError(f"{folder}: process {who['pid']}: {error.strerror}") from error
-        print(f"process {who['pid']} {'is killed' if now else 'saves a checkpoint and ends'}")
-    print(f"{command('train resume=', folder)} goes on")
+        _end_process(folder, who, now)
+
+
+def cancel_sweep(folder: Path, now: bool) -> None:
+    """Ends the process that runs a sweep on this machine, and with it the run that is on; else the sweep's jobs.
+
+    Raises:
+        UserError: nothing of it runs or waits.
+    """
+    who = holder(folder)
+    if who is not None:
+        _end_process(folder, who, now)
+        if not now:
+            return  # it passes the signal on
+    sweep = SweepFolder.read(folder)
+    active = [sweep.run(number) for number in sweep.unfinished()]
+    active = [run for run in active if holder(run) is not None or queued(job_of(run))]
+    if not active and who is None:
+        raise UserError(f"{folder}: none of its runs is running or in the queue")
+    for run in active:
+        cancel_run(run, now)
+
+
+def _cancel_job(folder: Path, job: str, state: str, now: bool) -> None:
+    # SIGINT reaches the processes and not the script, which then sees that the user wanted the end; while it still
+    # checks the nodes there is no run that could save anything
+    starting = get_state(folder)[0] == "starting"
+    waiting = starting or not state.startswith("RUNNING")
+    done = subprocess.run(
+        ["scancel", *([] if now or waiting else ["--signal=INT"]), job],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode != 0:
+        raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
+    if starting:
+        set_state(folder, "stopped", "its job was cancelled before it had begun")
+    print(f"job {job} {'is cancelled' if now or waiting else 'saves a checkpoint and ends'}")
+
+
+def _end_process(folder: Path, who: dict[str, Any], now: bool) -> None:
+    if who["host"] != socket.gethostname():
+        raise UserError(f"{folder}: process {who['pid']} runs on {who['host']}, cancel it there")
+    try:
+        os.kill(who["pid"], signal.SIGKILL if now else signal.SIGINT)
+    except OSError as error:  # another user's, or it has ended in this moment
+        raise UserError(f"{folder}: process {who['pid']}: {error.strerror}") from error
+    print(f"process {who['pid']} {'is killed' if now else 'saves a checkpoint and ends'}")

@@ -6,7 +6,8 @@ import os
 import sys
 
 from launch.plan import show_plan
-from launch.run_folders import layout, prepare, record
+from launch.prepare import layout, prepare
+from launch.records import record
 from train.config.compose import split_arguments
 from train.errors import UserError
 from train.planning import this_machine
@@ -18,7 +19,7 @@ Makes the run's folder, stores its plan there, and trains with N processes, one 
 Ctrl-C once: a checkpoint is saved, and the same with resume= goes on; twice: at once.
 
   gpus=N         1 by default; on a machine without GPUs, N processes on its CPU
-  key=value      of the run, as for python -m train
+  key=value      of the run, as for python -m train; python -m train -m runs a sweep on this machine
 
 example:
   python -m launch local conf=wan_4x gpus=2 model.path=weights/wan_14b data.shards=shards/openvid_4x

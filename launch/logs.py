@@ -9,26 +9,37 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.run_folders import job_of, run_argument
+from launch.records import job_of
+from launch.run_argument import run_argument
 from launch.slurm_jobs import slurm_state
 from launch.status import standing
 from train.cli import flag, whole_number
 from train.errors import UserError
+from train.storage.sweep_folder import OUTPUT, SweepFolder, is_sweep
 
 USAGE = """python -m launch logs RUN [lines=N] [follow=true]
 
 The last N lines (40 by default) of what a SLURM job printed; of a run on this machine, those of log.txt in its folder:
 every rank's warnings, and how it ended. Its figures are in metrics.csv. With follow=true what comes is printed until
-the run ends or Ctrl-C.
+the run ends or Ctrl-C. RUN may be the folder of a sweep: the last lines of each of its runs.
 """
 _ASK_EVERY = 3.0  # seconds
 
 
 def main(arguments: list[str]) -> None:
-    """Prints them."""
+    """Prints them.
+
+    Raises:
+        UserError: there is no output yet.
+    """
     folder, settings = run_argument(arguments, "lines", "follow")
     follow = flag("follow", settings.get("follow", "false"))
     count = whole_number("lines", settings.get("lines", "40"), least=0)
+    if is_sweep(folder):
+        if follow:
+            raise UserError(f"follow is true and {folder} is a sweep, expected one of its runs, such as {folder / '0'}")
+        _show_sweep(SweepFolder.read(folder), count)
+        return
     job = job_of(folder)
     file = log_file(folder, job)
     with contextlib.suppress(KeyboardInterrupt):
@@ -42,12 +53,25 @@ def main(arguments: list[str]) -> None:
         _show(file, count, (lambda: _goes_on(folder, job)) if follow else None)
 
 
+def _show_sweep(sweep: SweepFolder, count: int) -> None:
+    """The last lines of every run that has any, each under its folder, as ``tail`` does with several files."""
+    for number in range(len(sweep.settings)):
+        folder = sweep.run(number)
+        file = log_file(folder, job_of(folder))
+        print(f"==> {folder} ({sweep.label(number)}) <==")
+        if file.exists():
+            _show(file, count, None)
+        else:
+            print("no output yet")
+        print()
+
+
 def _goes_on(folder: Path, job: str | None) -> bool:
     """Whether more will come: a job that waits to go on is in SLURM's queue."""
     return slurm_state(job) != "" if job else standing(folder)[0] in ("new", "starting", "running")
 
 
-def _has_reader(descriptor: int = 1) -> bool:
+def has_reader(descriptor: int = 1) -> bool:
     """Whether what is printed goes anywhere: the terminal is open, and what reads the pipe, such as ``head``, runs."""
     output = select.poll()
     output.register(descriptor, 0)
@@ -55,8 +79,10 @@ def _has_reader(descriptor: int = 1) -> bool:
 
 
 def log_file(folder: Path, job: str | None) -> Path:
-    """Where the run's output is."""
-    return folder / (f"slurm-{job}.out" if job else "log.txt")
+    """The file with the run's output: what SLURM or a sweep wrote there, else its log."""
+    if job:
+        return folder / f"slurm-{job}.out"
+    return folder / OUTPUT if (folder / OUTPUT).exists() else folder / "log.txt"
 
 
 def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
@@ -67,7 +93,7 @@ def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
         ends, asked = goes_on is None, time.monotonic()
         while goes_on is not None:
             text = stream.read()
-            if not _has_reader():
+            if not has_reader():
                 return
             sys.stdout.write(text)
             sys.stdout.flush()

@@ -51,18 +51,23 @@ def main(arguments: list[str]) -> None:
     print("\n".join(plan_lines(budget)))
 
 
-def show_plan(folder: Path, config: RunConfig, machine: Machine) -> Budget | None:
+def show_plan(folder: Path, config: RunConfig, machine: Machine, *, quiet: bool = False) -> Budget | None:
     """Prints the plan of a run and keeps it in its folder, for the report to set beside what is measured.
+
+    Args:
+        quiet: keeps it without printing.
 
     Returns:
         What was planned; None where the model's dimensions are not known yet.
     """
     budget = Budget.of(config, machine)
     if budget is None:
-        print(f"no plan: the dimensions of {config.model.path} are not known before its weights are there\n")
+        if not quiet:
+            print(f"no plan: the dimensions of {config.model.path} are not known before its weights are there\n")
         return None
     text = "\n".join(plan_lines(budget))
-    print(f"{text}\n")
+    if not quiet:
+        print(f"{text}\n")
     store_plan(folder, budget, text)
     return budget
 

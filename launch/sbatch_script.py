@@ -1,4 +1,4 @@
-"""The sbatch script of a run: a head of its own, and the rest of ``template.sbatch``, the same for every run."""
+"""The sbatch script of a run or a sweep: a head of its own, then the rest of ``template.sbatch``, the same for all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _MARK = "# ---- the run"  # the template from here on is the same for every run
 
 @dataclass(frozen=True)
 class Job:
-    """What the head of the script says."""
+    """What stands in the head of the script."""
 
     name: str
-    folder: Path
+    folder: Path  # of the run; with an array, of the sweep
     nodes: int
     tasks: int  # processes a node
     gpus: int  # of each node, 0 on a cluster without
     cpus: int  # cores a process
     grace: int  # seconds
+    array: str | None = None  # the numbers of a sweep's runs, as sbatch's --array
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -37,6 +38,7 @@ class Job:
         """The whole sbatch file."""
         options = {
             "job-name": self.name,
+            "array": self.array,
             "nodes": self.nodes,
             "ntasks-per-node": self.tasks,
             "gpus-per-node": self.gpus or None,
@@ -51,11 +53,12 @@ class Job:
             "open-mode": "append",
             "chdir": Path.cwd(),
             # in this option alone SLURM replaces what follows a %
-            "output": str(self.folder).replace("%", "%%") + "/slurm-%j.out",
+            "output": str(self.folder).replace("%", "%%") + ("/%a/slurm-%A_%a.out" if self.array else "/slurm-%j.out"),
         }
         why = {
+            "array": "one task a run",
             "ntasks-per-node": "one a GPU" if self.gpus else "one a process",
-            "signal": "seconds before the time is up, every rank is told to checkpoint",
+            "signal": "seconds before the time is up, every rank gets the signal to checkpoint",
             "requeue": "a node that dies, or a preemption, puts the job back into the queue",
             "open-mode": "and its output goes on in the same file",
         }
@@ -69,7 +72,7 @@ class Job:
         head += [f"#SBATCH {_as_sbatch_reads(word)}" for word in self.sbatch]
         prefix, srun = self._container()
         head += [
-            f"RUN={shlex.quote(str(self.folder))}",
+            f"RUN={shlex.quote(str(self.folder))}{'/$SLURM_ARRAY_TASK_ID' if self.array else ''}",
             f"PYTHON={shlex.quote('python' if self.container else sys.executable)}",
             f"CONTAINER=({shlex.join(prefix)})",
             f"SRUN=({shlex.join(srun)})",

@@ -1,7 +1,8 @@
-"""What SLURM says of a job."""
+"""SLURM's own commands: submitting a script, the state of a job, time limits and partitions."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,13 +12,22 @@ from train.storage.run_folder import command
 
 UNKNOWN = "UNKNOWN"
 """First word of `slurm_state` while SLURM does not answer."""
+_WAITS_FOR_EVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidQOS",
+                   "InvalidAccount")  # fmt: skip
 
 
 def slurm_state(job: str) -> str:
-    """State and reason of a job, such as ``RUNNING`` or ``PENDING (Resources)``; empty when SLURM has forgotten it."""
+    """State and reason of a job, such as ``RUNNING`` or ``PENDING (Resources)``; empty when SLURM has forgotten it.
+
+    Args:
+        job: its number; of a task of a job array ``<number>_<task>``.
+
+    Raises:
+        UserError: this machine has no squeue.
+    """
     try:
         out = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%T (%r), starts %S"],
+            ["squeue", "-h", "-r", "-j", job, "-o", "%T (%r), starts %S"],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -31,17 +41,88 @@ def slurm_state(job: str) -> str:
     return out.stdout.strip().replace(" (None)", "")
 
 
+def queued(job: str | None) -> str:
+    """The state of a job that waits or runs; empty of any other, and where SLURM cannot be asked."""
+    if job is None or shutil.which("squeue") is None:
+        return ""
+    state = slurm_state(job)
+    return "" if state.startswith(("COMPLETING", UNKNOWN)) else state
+
+
 def check_not_queued(folder: Path, job: str | None) -> None:
-    """Nothing is submitted or started beside a job that will run in the same folder.
+    """Makes sure that nothing is submitted or started beside a job that will run in the same folder.
 
     Raises:
         UserError: there is one.
     """
-    if job is None or shutil.which("squeue") is None:
-        return
-    state = slurm_state(job)
-    if state and not state.startswith(("COMPLETING", UNKNOWN)):
+    state = queued(job)
+    if state:
         raise UserError(
             f"job {job} of {folder} is still in the queue ({state}): wait for it, or end it first with "
             f"{command('launch cancel ', folder)}"
         )
+
+
+def submit(script: Path, again: str) -> str:
+    """Submits a script and returns the number of its job.
+
+    Args:
+        again: the command that submits the same with other options, for messages.
+
+    Raises:
+        UserError: SLURM refuses it, or lets it wait for what it will never get; with SLURM's own words.
+    """
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split()).removeprefix("sbatch: error: ")
+        raise UserError(
+            f"SLURM refuses the job: {reason}. {_cluster()}. The script is {script}; {again} submits it with other "
+            "options"
+        )
+    number = done.stdout.strip().split(";")[0]
+    why = _pending_reason(number)
+    if why in _WAITS_FOR_EVER:
+        subprocess.run(["scancel", number])
+        raise UserError(
+            f"SLURM took job {number}, but it would wait for ever: {why}. {_cluster()}. The job is cancelled; "
+            f"{again} submits it with other options"
+        )
+    return number
+
+
+def _pending_reason(number: str) -> str:
+    out = subprocess.run(
+        ["squeue", "-h", "-j", number, "-o", "%r"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
+    return out.partition("\n")[0].strip()  # all tasks of an array wait for the same
+
+
+def _cluster() -> str:
+    """The partitions in words."""
+    out = subprocess.run(
+        ["sinfo", "-h", "-o", "%P|%D|%l|%G"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
+    parts = [line.strip().split("|") for line in out.splitlines()]
+    said = [f"{name.rstrip('*')} ({nodes} nodes, time {limit}, {gres})" for name, nodes, limit, gres in parts]
+    return f"This cluster's partitions: {', '.join(said)}".replace("(null)", "no GPUs")
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises:
+        UserError: something else.
+    """
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", time):
+        raise UserError(f"time is {time!r}, expected one such as 90 (minutes), 12:00:00 or 1-00:00:00")
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(word) for word in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds

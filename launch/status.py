@@ -5,35 +5,36 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launch.run_folders import job_of, run_argument
-from launch.slurm_jobs import slurm_state
+from launch.records import job_of
+from launch.run_argument import run_argument
+from launch.slurm_jobs import queued, slurm_state
 from train.config.compose import read_config
 from train.errors import UserError
 from train.loggers.csv_file import METRICS, read_metrics
 from train.storage.checkpoints import checkpoints_of, how_to_go_on
 from train.storage.run_folder import CONFIG, get_state, holder
+from train.storage.sweep_folder import SweepFolder, is_sweep
 
 USAGE = """python -m launch status [RUN]
 
 How a run stands: who runs it where, its step, loss, pace and time left, its newest checkpoint, and what SLURM says.
-Without RUN: a line for each run under runs/.
+RUN may be the folder of a sweep: a line for each of its runs. Without RUN: a line for each run under runs/.
 """
 
 
 def main(arguments: list[str]) -> None:
     """Prints it."""
     if not arguments:
-        folders = sorted(file.parent for file in Path("runs").glob(f"*/*/{CONFIG}"))
-        if not folders:
+        files = [*Path("runs").glob(f"*/*/{CONFIG}"), *Path("runs").glob(f"*/*/*/{CONFIG}")]
+        if not files:
             raise UserError("runs/ has no run, expected one, or a run folder as in: python -m launch status RUN")
-        for folder in folders:
-            try:
-                line = f"{standing(folder)[0]:<10} {_progress(folder)}"
-            except (OSError, ValueError, KeyError) as error:  # of other people, of other versions
-                line = f"{'damaged':<10} {' '.join(str(error).split())}"
-            print(f"{folder!s:<48} {line}")
+        for folder in sorted(file.parent for file in files):
+            print(f"{folder!s:<48} {_line(folder)}")
         return
     folder, _ = run_argument(arguments)
+    if is_sweep(folder):
+        _print_sweep(SweepFolder.read(folder))
+        return
     job = job_of(folder)
     word, why = standing(folder)
     print(f"{folder}: {word}{': ' + why if why else ''}")
@@ -46,14 +47,33 @@ def main(arguments: list[str]) -> None:
         print(f"  SLURM       job {job}: {slurm_state(job) or 'no longer known'}")
 
 
+def _print_sweep(sweep: SweepFolder) -> None:
+    left = sweep.unfinished()
+    print(f"{sweep.path}: {len(sweep.settings) - len(left)} of {len(sweep.settings)} runs done")
+    width = max(len(sweep.label(number)) for number in range(len(sweep.settings)))
+    for number in range(len(sweep.settings)):
+        job = job_of(sweep.run(number)) if number in left else None
+        state = queued(job)
+        slurm = f"; job {job}: {state}" if state else ""
+        print(f"  {number:<4} {sweep.label(number):<{width}}  {_line(sweep.run(number))}{slurm}")
+
+
+def _line(folder: Path) -> str:
+    """A run's state and progress; other people's folders, and those of other versions, may be damaged."""
+    try:
+        return f"{standing(folder)[0]:<10} {_progress(folder)}"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{'damaged':<10} {' '.join(str(error).split())}"
+
+
 def standing(folder: Path) -> tuple[str, str]:
-    """The run's state in a word, and why in words. A run that says it is running but whom nobody runs was killed."""
+    """The run's state in a word, and why in words. A run whose state is "running" and that nobody runs was killed."""
     word, why = get_state(folder)
     who = holder(folder)
     if who is not None:
         job = f", SLURM job {who['job']}" if who["job"] else ""
         text = f"process {who['pid']} on {who['host']}{job} since {who['since']}"
-        return "running", text if who["certain"] else f"{text}, by its own word{_last_sign(folder)}"
+        return "running", text if who["certain"] else f"{text}, by its own record{_last_sign(folder)}"
     if word == "running":
         return "killed", how_to_go_on(folder)
     return word, why
@@ -64,8 +84,8 @@ def _last_sign(folder: Path) -> str:
     try:
         age = (time.time() - (folder / METRICS).stat().st_mtime) / 60
     except OSError:
-        return " (there are no file locks to tell)"
-    return f" (there are no file locks to tell), its last figures are {age:,.0f} minutes old"
+        return " (there are no file locks to know by)"
+    return f" (there are no file locks to know by), its last figures are {age:,.0f} minutes old"
 
 
 def _progress(folder: Path) -> str:

@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import pytest
 
 from launch import cancel, doctor, local, logs, status
-from launch.logs import _has_reader
+from launch.logs import has_reader
 from launch.mounts import folders_of
-from launch.run_folders import record, run_argument
+from launch.records import record
+from launch.run_argument import run_argument
 from launch.sbatch_script import Job
-from launch.slurm import _grace, _mounts, main, seconds_of
+from launch.signal_time import seconds_before_end
+from launch.slurm import main, mounts
+from launch.slurm_jobs import seconds_of
 from tests.helpers.tiny import run_config, words
 from train.config.compose import compose_run, finish, read_config
 from train.errors import UserError
@@ -27,6 +30,7 @@ from train.planning import GIB, GPUS, Budget, Machine
 from train.run import resume
 from train.shards import training_shards
 from train.storage.run_folder import RunFolder, get_state, held, set_state
+from train.storage.sweep_folder import SweepFolder
 
 
 def launch(*arguments, **options):
@@ -124,7 +128,7 @@ def test_a_container_sees_what_the_run_reads_and_writes(tmp_path, monkeypatch, c
     found, absent = folders_of(config)
     assert found == [away / name for name in ("blobs", "runs", "weights")]
     assert absent == {"data.cache": "/nowhere/cache"}
-    assert _mounts("/data", config) == [*found, "/data"]
+    assert mounts("/data", config) == [*found, "/data"]
     assert "data.cache is /nowhere/cache, which is not on this machine" in capsys.readouterr().out
     script = job(container="image.sif", mounts=found).script()
     assert f"--bind {here}:{here},{away}/blobs:{away}/blobs,{away}/runs:{away}/runs," in script
@@ -158,12 +162,12 @@ def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm():
 def test_the_signal_comes_as_early_as_the_plan_needs(capsys, given, limit, seconds, warned):
     """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward."""
     budget = Budget.of(finish(compose_run({"conf": "wan_4x"})), Machine(GPUS["h200"], 1, 1, 128 * GIB))
-    assert _grace(given, limit, budget) == pytest.approx(seconds, rel=0.2 if seconds > 900 else 0)
+    assert seconds_before_end(given, limit, budget) == pytest.approx(seconds, rel=0.2 if seconds > 900 else 0)
     assert ("warning: the signal comes" in capsys.readouterr().out) == warned
 
 
 def test_a_plan_without_times_asks_for_ten_minutes(capsys):
-    assert (_grace(None, None, None), _grace(None, 600, None)) == (600, 150)
+    assert (seconds_before_end(None, None, None), seconds_before_end(None, 600, None)) == (600, 150)
     assert capsys.readouterr().out == ""
 
 
@@ -182,6 +186,7 @@ def test_a_plan_without_times_asks_for_ten_minutes(capsys):
         (["gpus=1", "trainer.devices=2"], "gpus is 1 and trainer.devices is 2, expected the same number"),
         (["nodes=1", "gpus=1", "trainer.nodes=2"], "nodes is 1 and trainer.nodes is 2, expected the same number"),
         (["gpus=1", "conf=shapes_4x", "partitoin=x"], "partitoin is not a known key"),
+        (["gpus=1", "conf=shapes_4x", "at_once=2"], "at_once is 2, it needs -m"),
         (["gpus=1"], "conf is not set, give conf=RUN, one of "),
         (["gpus=1", "resume=/nowhere"], "/nowhere has no config.yaml"),
     ],
@@ -216,6 +221,68 @@ def test_the_keys_that_a_plan_prints_are_taken_beside_gpus(tmp_path):
     assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
     main([f"resume={folder}", "dry_run=true"])
     assert "#SBATCH --gpus-per-node=8" in (folder / "job.sbatch").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def sweep(tmp_path, capsys):
+    """A sweep of three runs, the first of which is done, with its script and not submitted."""
+    main(["-m", "processes=1", "dry_run=true", "at_once=2", *words(tmp_path, seed="0,1,2")])
+    (path,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    return SweepFolder.read(path)
+
+
+def test_a_sweep_is_a_job_array_of_what_is_not_finished(sweep, capsys):
+    text = (sweep.path / "job.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --array=0-2%2" in text and f"RUN={sweep.path}/$SLURM_ARRAY_TASK_ID\n" in text
+    assert f"#SBATCH --output={sweep.path}/%a/slurm-%A_%a.out\n" in text
+    assert subprocess.run(["bash", "-n", sweep.path / "job.sbatch"]).returncode == 0
+    set_state(sweep.run(1), "done")
+    main(["-m", f"resume={sweep.path}", "partition=main", "dry_run=true"])
+    said = capsys.readouterr().out
+    assert "\nrun 0    seed=0\nrun 2    seed=2\n" in said and f"submit it  sbatch {sweep.path}/job.sbatch" in said
+    again = (sweep.path / "job.sbatch").read_text(encoding="utf-8")
+    for line in ("--array=0,2", "--partition=main", "--nodes=1", "--ntasks-per-node=1"):
+        assert f"#SBATCH {line}" in again
+    assert "--gpus-per-node" not in again and all((sweep.run(n) / "plan.json").exists() for n in range(3))
+    for number in (0, 2):
+        set_state(sweep.run(number), "done")
+    with pytest.raises(UserError, match="has nothing left to submit: every run is done or in the queue"):
+        main(["-m", f"resume={sweep.path}", "dry_run=true"])
+
+
+def test_status_logs_and_cancel_know_a_sweep(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, state in enumerate(("done", "running", "new")):
+        set_state(sweep.run(number), state)
+        record(sweep.run(number), how="slurm", job=f"7_{number}")
+    (sweep.run(1) / "slurm-7_1.out").write_text("of run 1\n", encoding="utf-8")
+    asked = "#!/bin/sh\ncase \"$*\" in *7_2*) echo 'PENDING (Resources)' ;; *7_1*) echo RUNNING ;; esac\n"
+    for name, text in (("squeue", asked), ("scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    capsys.readouterr()
+    status.main([str(sweep.path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{sweep.path}: 1 of 3 runs done" and lines[1].startswith("  0    seed=0  done ")
+    assert lines[2].endswith("; job 7_1: RUNNING") and lines[3].endswith("; job 7_2: PENDING (Resources)")
+    status.main([])
+    assert capsys.readouterr().out.count("no step of 4 yet") == 3
+    logs.main([str(sweep.path)])
+    said = capsys.readouterr().out
+    assert f"==> {sweep.run(1)} (seed=1) <==\nof run 1\n" in said and said.count("no output yet") == 2
+    with pytest.raises(UserError, match="is a sweep, expected one of its runs"):
+        logs.main([str(sweep.path), "follow=true"])
+    cancel.main([str(sweep.path)])
+    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "--signal=INT 7_1\n7_2\n"
+    assert f"python -m train -m resume={sweep.path} goes on" in capsys.readouterr().out
+
+
+def test_a_task_of_an_array_is_named_by_both_numbers(folder, monkeypatch):
+    for name, value in (("SLURM_JOB_ID", "9"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(name, value)
+    with held(folder):
+        assert status.standing(folder)[1].split(" since ")[0].endswith("SLURM job 7_3")
 
 
 @pytest.fixture
@@ -357,13 +424,13 @@ def test_following_a_log_ends_when_nobody_reads_it(folder, monkeypatch, kind):
     reader, writer = kind()
     asked = []
 
-    def has_reader():
-        asked.append(_has_reader(writer))
+    def of_the_writer():
+        asked.append(has_reader(writer))
         if len(asked) == 1:
             os.close(reader)
         return asked[-1]
 
-    monkeypatch.setattr(logs, "_has_reader", has_reader)
+    monkeypatch.setattr(logs, "has_reader", of_the_writer)
     with held(folder):
         logs.main([str(folder), "follow=true"])
     os.close(writer)
@@ -417,13 +484,14 @@ def test_a_copy_in_another_projects_checkout_has_no_revision(tmp_path, monkeypat
     assert commit is None or len(commit.removesuffix("+")) == 40
     run = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
     run(["git", "init"])
-    copy = tmp_path / "environment.py"
+    copy = tmp_path / "loggers" / "environment.py"
+    copy.parent.mkdir()
     copy.write_text("", encoding="utf-8")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     run(["git", *identity, "commit", "--allow-empty", "-m", "theirs"])
     monkeypatch.setattr("train.loggers.environment.__file__", str(copy))
     assert git_revision() is None
-    run(["git", "add", "environment.py"])
+    run(["git", "add", "loggers"])
     assert len(git_revision()) == 41  # as of a checkout with changes
     run(["git", *identity, "commit", "-m", "ours"])
     assert len(git_revision()) == 40

@@ -13,6 +13,7 @@ from train.errors import UserError
 from train.storage.run_folder import get_state, stamped_folder, write_config
 
 SWEEP = "sweep.json"
+OUTPUT = "output.txt"  # in the folder of a run: what its process printed, on this machine
 Settings = dict[str, str]
 """Key -> value of one run, as the command line takes them."""
 

@@ -19,9 +19,7 @@ from typing import Any
 from train.callbacks.stop import EXIT_CODES, REQUEUE, STOP
 from train.report.runs import Run
 from train.storage.run_folder import get_state
-from train.storage.sweep_folder import SweepFolder
-
-OUTPUT = "output.txt"
+from train.storage.sweep_folder import OUTPUT, SweepFolder
 
 
 class LocalRuns:

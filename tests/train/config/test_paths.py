@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.run_folders import run_argument
+from launch.run_argument import run_argument
 from train.config import schema
 from train.config.compose import PATHS, RUN_PATHS, change_config, compose_run, finish, split_arguments
 from train.sample.settings import Settings

@@ -13,9 +13,9 @@ import pytest
 from tests.helpers.tiny import settings, words
 from train.errors import UserError
 from train.storage.run_folder import get_state, set_state
-from train.storage.sweep_folder import SweepFolder
+from train.storage.sweep_folder import OUTPUT, SweepFolder
 from train.sweep.command import prepare
-from train.sweep.local import OUTPUT, LocalRuns
+from train.sweep.local import LocalRuns
 
 # stands for python -m train: it notes that it was started, then does what its run's seed asks for
 PROGRAM = """

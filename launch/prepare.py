@@ -1,19 +1,17 @@
-"""What `local` and `slurm` share: from the command line to a run folder with its plan."""
+"""What `local` and `slurm` share: from the command line to a run's folder with its config."""
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any
 
+from launch.records import recorded
 from launch.slurm_jobs import check_not_queued
 from train.cli import flag, whole_number
 from train.config.compose import change_config, compose_run, finish, read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.preflight import preflight, preflight_resume
-from train.storage.run_folder import CONFIG, LAUNCH, RunFolder, held, holder, write_config
+from train.storage.run_folder import RunFolder, held, write_config
 
 LAYOUT = {"nodes": "trainer.nodes", "gpus": "trainer.devices", "processes": "trainer.devices"}
 """Key of these commands -> the run's key that it stands for; a plan suggests the latter."""
@@ -61,49 +59,3 @@ def prepare(
     config = finish(compose_run(settings))
     preflight(config, elsewhere=elsewhere, offline=offline)
     return RunFolder.create(config), config
-
-
-def record(folder: Path, **about: Any) -> None:
-    """Notes how the run was started, for `status`, `logs` and `cancel`."""
-    (folder / LAUNCH).write_text(
-        json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n", encoding="utf-8"
-    )
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """What `record` noted; empty for a run that was started without launch.
-
-    Raises:
-        UserError: not a run folder.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} has no {CONFIG}, expected a run folder such as runs/shapes_4x/<time>")
-    file = folder / LAUNCH
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def job_of(folder: Path) -> str | None:
-    """The SLURM job of a run: that of who runs in the folder, which may have been submitted by hand, or the recorded.
-
-    Raises:
-        UserError: not a run folder.
-    """
-    job: str | None = recorded(folder).get("job")
-    return (holder(folder) or {}).get("job") or job
-
-
-def run_argument(arguments: list[str], *options: str) -> tuple[Path, dict[str, str]]:
-    """``RUN [key=value ...]`` of status, logs and cancel; the path of RUN may hold ``=``."""
-    words, settings = [], {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if equals and key in (*options, "run"):
-            settings[key] = value
-        elif equals and not Path(word).exists():
-            raise UserError(f"{key} is not a setting of this command, expected {', '.join(options) or 'none'}")
-        else:
-            words.append(word)
-    runs = [*words, *([settings.pop("run")] if "run" in settings else [])]
-    if len(runs) != 1:
-        raise UserError(f"expected one run folder, found {len(runs)}: {' '.join(runs)}")
-    return Path(runs[0]).expanduser(), settings

@@ -1,0 +1,40 @@
+"""``launch.json`` in a run's folder: how the run was started, for `status`, `logs` and `cancel`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+from train.storage.run_folder import CONFIG, LAUNCH, holder
+
+
+def record(folder: Path, **about: Any) -> None:
+    """Notes how the run was started, for `status`, `logs` and `cancel`."""
+    (folder / LAUNCH).write_text(
+        json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What `record` noted; empty for a run that was started without launch.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}, expected a run folder such as runs/shapes_4x/<time>")
+    file = folder / LAUNCH
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def job_of(folder: Path) -> str | None:
+    """The SLURM job of a run: that of who runs in the folder, which may have been submitted by hand, or the recorded.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    job: str | None = recorded(folder).get("job")
+    return (holder(folder) or {}).get("job") or job

@@ -33,7 +33,7 @@ def test_packages_import_only_what_they_may(package):
 
 
 ROOMS = (  # of train/, in the order a run passes them: each imports only from those before it
-    "errors", "ranks", "cli", "flow", "config", "attention", "models", "parallel", "lora", "memory", "recipe",
+    "errors", "ranks", "cli", "config", "attention", "flow", "models", "parallel", "lora", "memory", "recipe",
     "planning", "storage", "loggers", "shards", "objective", "optimizer", "preflight", "module", "evaluation",
     "export", "sample", "report", "decay", "callbacks", "bench", "assemble", "run", "sweep", "__main__",
 )  # fmt: skip

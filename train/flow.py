@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from train.attention.sequence import SequenceShard
 
 
 def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -128,3 +132,21 @@ def noised(latent: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor
     latent = latent.float()
     level = sigma.view(-1, *[1] * (latent.dim() - 1)).to(latent)
     return (1 - level) * latent + level * noise, noise - latent
+
+
+def flow_loss(
+    velocity: Tensor, target: Tensor, shard: SequenceShard | None, patch: Sequence[int], given: int = 0
+) -> Tensor:
+    """Mean squared error, or with a shard the rank's share of it: (S / cells of a sample) x the sum over its own.
+
+    The mean of the group's losses is the sample's loss.
+
+    Args:
+        velocity, target: (batch, C, F, H, W), whole on every rank.
+        patch: size of a token in latent cells, (t, h, w).
+        given: latent frames at the start that do not count.
+    """
+    if shard is None:
+        return F.mse_loss(velocity[:, :, given:], target[:, :, given:])
+    own = shard.own_cells(target.shape[2:], patch, target.device)
+    return shard.group.size * ((velocity - target).square() * own)[:, :, given:].mean()

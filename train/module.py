@@ -13,10 +13,10 @@ from torch import Tensor
 from data.shards.batch import Batch
 from data.shards.stream import LatentStream
 from radial import Pattern
-from train.attention.sequence import SequenceGroup, flow_loss
+from train.attention.sequence import SequenceGroup
 from train.attention.step import StepAttention
 from train.errors import UserError
-from train.flow import StepDraw, expert_range, noise_like, noised
+from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
 from train.memory.policies import BlockPolicies, check_agreement
 from train.models.base import ModelAdapter

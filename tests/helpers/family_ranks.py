@@ -14,9 +14,9 @@ from tests.helpers.attention import step_attention
 from tests.helpers.families import PATTERNS, build, conditions, latents
 from tests.helpers.sequence_ranks import average, group_of
 from tests.helpers.zero_ranks import SPREAD
-from train.attention.sequence import SequenceGroup, flow_loss
+from train.attention.sequence import SequenceGroup
 from train.config.schema import ParallelConfig
-from train.flow import noised
+from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora, lora_parameters
 from train.memory.apply import set_memory_policy
 from train.parallel.zero import spread_weights, zero_config

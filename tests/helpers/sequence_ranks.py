@@ -15,12 +15,12 @@ from radial import Dense, Released, VideoGrid, build_layout
 from tests.helpers.attention import step_attention
 from tests.helpers.tiny import ARCHITECTURE
 from train.attention.collectives import all_gather, all_to_all
-from train.attention.sequence import SequenceGroup, SequenceShard, flow_loss, sharded_attention
+from train.attention.sequence import SequenceGroup, SequenceShard, sharded_attention
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.evaluation.euler import generate
 from train.evaluation.losses import clip_losses
-from train.flow import SigmaSchedule, noised
+from train.flow import SigmaSchedule, flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.memory.policies import BlockPolicies, check_agreement

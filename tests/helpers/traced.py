@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from radial import make_pattern
 from tests.helpers.attention import step_attention
-from train.attention.sequence import flow_loss
 from train.config.schema import RunConfig
-from train.flow import noised
+from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.models.families import family_of

@@ -10,8 +10,7 @@ from radial import Released
 from tests.helpers import wan_variants as wan
 from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import average, group_of
-from train.attention.sequence import flow_loss
-from train.flow import noised
+from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 
 

@@ -16,9 +16,8 @@ from data.shards.sample import TextTokens
 from radial.backends import BACKENDS
 from tests.helpers.attention import step_attention
 from tests.helpers.sequence_ranks import PATTERNS, WITH_TEXT, clips, group_of, tiny_adapter, world_size
-from train.attention.sequence import flow_loss
 from train.config.schema import ParallelConfig
-from train.flow import noised
+from train.flow import flow_loss, noised
 from train.lora.layers import load_parameters, lora_parameters
 from train.memory.apply import set_memory_policy
 from train.models.conditions import Conditions

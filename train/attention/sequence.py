@@ -153,24 +153,6 @@ def sharded_attention(
     return torch.cat([video, all_gather(words, 2, shard.group.group)], dim=1) if text else video
 
 
-def flow_loss(
-    velocity: Tensor, target: Tensor, shard: SequenceShard | None, patch: Sequence[int], given: int = 0
-) -> Tensor:
-    """Mean squared error, or with a shard the rank's share of it: (S / cells of a sample) x the sum over its own.
-
-    The mean of the group's losses is the sample's loss.
-
-    Args:
-        velocity, target: (batch, C, F, H, W), whole on every rank.
-        patch: size of a token in latent cells, (t, h, w).
-        given: latent frames at the start that do not count.
-    """
-    if shard is None:
-        return F.mse_loss(velocity[:, :, given:], target[:, :, given:])
-    own = shard.own_cells(target.shape[2:], patch, target.device)
-    return shard.group.size * ((velocity - target).square() * own)[:, :, given:].mean()
-
-
 def _cut(x: Tensor, length: int, dim: int) -> Tensor:
     """The first ``length`` along ``dim``; where that is all there is, without a slice, whose gradient is a copy."""
     return x if x.shape[dim] == length else x.narrow(dim, 0, length)

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 
 from train.attention.recipe import AttentionRecipe
-from train.attention.sequence import SequenceGroup, check_heads, flow_loss
+from train.attention.sequence import SequenceGroup, check_heads
 from train.callbacks.throughput import compile_seconds
 from train.cli import json_file, whole_number
 from train.config.check import validate
 from train.config.compose import compose_run, finish, split_arguments
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.flow import noised
+from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8

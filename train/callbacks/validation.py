@@ -23,14 +23,13 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stages import Stage
 from data.shards.stream import read_samples
-from train.attention.sequence import flow_loss
 from train.callbacks.base import StepCallback, every
 from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
-from train.flow import noise_like, noised
+from train.flow import flow_loss, noise_like, noised
 from train.models.conditions import Conditions
 from train.models.loading import sigma_range
 from train.module import LengthExtensionModule

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from data.shards.batch import collate
 from data.shards.sample import Sample
-from train.attention.sequence import flow_loss
 from train.attention.step import StepAttention
-from train.flow import SigmaSchedule, noise_like, noised
+from train.flow import SigmaSchedule, flow_loss, noise_like, noised
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import sequence_ranks
 from tests.helpers.ranks import run_ranks
-from train.attention.sequence import SequenceGroup, SequenceShard, flow_loss
+from train.attention.sequence import SequenceGroup, SequenceShard
+from train.flow import flow_loss
 
 ODD = (3, 12, 20)  # 3 x 3 x 5 = 45 tokens: uneven on 2 and on 4 ranks
 

@@ -10,20 +10,47 @@ A library that needs only torch. In three lines::
 from radial.attention import attention_over, radial_attention
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.head_layouts import HeadLayout, HeadLayouts, build_head_layouts
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import Dense, Paper, Pattern, Random, Released, make_pattern
+from radial.patterns import (
+    PATTERNS,
+    Dense,
+    Local,
+    Paper,
+    Pattern,
+    Power,
+    Random,
+    Released,
+    ShiftedGroups,
+    SlidingTile,
+    Spatial,
+    Temporal,
+    make_pattern,
+)
+from radial.share import with_share
 
 __all__ = [
+    "PATTERNS",
     "BlockLayout",
     "Dense",
+    "HeadLayout",
+    "HeadLayouts",
+    "Local",
     "Paper",
     "Pattern",
+    "Power",
     "RadialError",
     "Random",
     "Released",
+    "ShiftedGroups",
+    "SlidingTile",
+    "Spatial",
+    "Temporal",
     "VideoGrid",
     "attention_over",
+    "build_head_layouts",
     "build_layout",
     "make_pattern",
     "radial_attention",
+    "with_share",
 ]

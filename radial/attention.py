@@ -1,6 +1,8 @@
-"""The public function."""
+"""The public function: attention of a video's tokens under a pattern."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from radial.backends import BACKENDS, AttentionCall, choose_backend
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.head_layouts import HeadLayout, build_head_layouts
 from radial.layout import BlockLayout, build_layout, layout_of
 from radial.patterns import Pattern, Released
 
@@ -20,6 +23,7 @@ def radial_attention(
     pattern: Pattern = Released(),  # noqa: B008  frozen and stateless
     *,
     block: int = 128,
+    layer: int = 0,
     text_lengths: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
@@ -34,6 +38,7 @@ def radial_attention(
         grid: how those tokens lie; ``grid.tokens`` is the sequence length.
         pattern: which block pairs are computed (`radial.patterns`).
         block: block size in tokens, a power of two (128 for `fa4`; the other GPU kernels take 64 too).
+        layer: the layer that attention is of, where the pattern's masks differ by head and layer.
         text_lengths: (batch,) integer tensor, valid text tokens of each sample, clamped to the grid's. Keys after
             them are masked; their query rows are still computed. None means that all text tokens count.
         scale: factor of the scores, head_dim ** -0.5 by default.
@@ -45,16 +50,19 @@ def radial_attention(
     Raises:
         RadialError: shapes that do not agree with the grid, or a backend that cannot serve the call.
     """
-    return attention_over(
-        q, k, v, build_layout(pattern, grid, block), text_lengths=text_lengths, scale=scale, backend=backend
-    )
+    layout: BlockLayout | HeadLayout
+    if pattern.by_head and q.dim() == 4:
+        layout = build_head_layouts(pattern, grid, block, layers=layer + 1, heads=q.shape[2]).layer(layer)
+    else:
+        layout = build_layout(pattern, grid, block)
+    return attention_over(q, k, v, layout, text_lengths=text_lengths, scale=scale, backend=backend)
 
 
 def attention_over(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout,
+    layout: BlockLayout | HeadLayout,
     *,
     text_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -72,6 +80,8 @@ def attention_over(
             f"q has {q.shape[1]} tokens, expected {grid.tokens} "
             f"({grid.frames} frames x {grid.tokens_per_frame} + {grid.text_tokens} text tokens)"
         )
+    if isinstance(layout, HeadLayout) and q.shape[2] != layout.family.own:
+        raise RadialError(f"q has {q.shape[2]} heads, the layout has masks for {layout.family.own}")
     if text_lengths is not None and (text_lengths.shape != q.shape[:1] or text_lengths.is_floating_point()):
         raise RadialError(
             f"text_lengths is {text_lengths.dtype} of shape {tuple(text_lengths.shape)}, "
@@ -81,7 +91,10 @@ def attention_over(
     name = _backend_name(
         layout.handle, str(q.device), q.dtype, q.shape[-1], needs_grad, text_lengths is not None, backend
     )
-    return BACKENDS[name](
+    orders = layout.orders(q.device)
+    if orders is not None:
+        q, k, v = (_Reorder.apply(x, *orders) for x in (q, k, v))
+    out = BACKENDS[name](
         q,
         k,
         v,
@@ -90,6 +103,21 @@ def attention_over(
         text_lengths=None if text_lengths is None else text_lengths.clamp(0, grid.text_tokens),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+    return out if orders is None else _Reorder.apply(out, *reversed(orders))
+
+
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order; the gradient is a gather too, where that of a plain gather is a sum at each index."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
 
 
 def _backend_name(
@@ -104,6 +132,7 @@ def _backend_name(
     """`choose_backend`, ready for the call; for the compiler, which must not look inside, a constant of constants."""
     call = AttentionCall(torch.device(device), dtype, head_dim, needs_grad, masks_text, layout_of(layout))
     backend = choose_backend(call, name)
+    call.layout.orders(call.device)  # its copy has to be there before a compiler follows the call
     backend.prepare(call)
     return backend.name
 

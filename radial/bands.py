@@ -52,8 +52,8 @@ class Bands:
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("query", "key", "width")))
 
 
-def _repeat(counts: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """Expands entry e of each vector counts[e] times; the last result counts 0, 1, ... within each entry."""
+def repeat_each(counts: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Each vector with entry e repeated counts[e] times; the last result counts 0, 1, ... within each entry."""
     total = torch.arange(int(counts.sum()), dtype=counts.dtype)
     starts = torch.repeat_interleave(counts.cumsum(0, dtype=counts.dtype) - counts, counts)
     return (*(torch.repeat_interleave(v, counts) for v in vectors), total - starts)
@@ -107,7 +107,7 @@ def _survivors(bands: Bands, s: int, block: int, side: int, strict: bool) -> Ten
 
     # one entry a (frame pair, block row)
     block_rows = (x_end - 1) // block - x_start // block + 1
-    x_start, y_start, x_end, y_end, w, row = _repeat(block_rows, x_start, y_start, x_end, y_end, width)
+    x_start, y_start, x_end, y_end, w, row = repeat_each(block_rows, x_start, y_start, x_end, y_end, width)
     row = row + x_start // block
     x0 = torch.maximum(row * block, x_start)
     x1 = torch.minimum((row + 1) * block, x_end) - 1
@@ -119,7 +119,7 @@ def _survivors(bands: Bands, s: int, block: int, side: int, strict: bool) -> Ten
 
     # one entry a candidate block
     first = y_low // block
-    x0, x1, shift, w, y_start, y_end, row, first, column = _repeat(
+    x0, x1, shift, w, y_start, y_end, row, first, column = repeat_each(
         block_columns, x0, x1, shift, w, y_start, y_end, row, first
     )
     column = column + first

@@ -1,4 +1,4 @@
-"""The picture of a layout: which block pairs are computed, with frame boundaries."""
+"""The picture of a layout: which block pairs are computed, with frame boundaries where tokens are in raster order."""
 
 from __future__ import annotations
 
@@ -54,21 +54,23 @@ def draw_layout(layout: BlockLayout, path: str | Path) -> None:
         extent=(0, side, side, 0),
         interpolation="nearest",
     )
+    in_order = layout.order is None
     every = -(-grid.frames // 32)
     per_frame = grid.tokens_per_frame / layout.block
-    for frame in range(0, grid.frames + 1, every):
+    for frame in range(0, grid.frames + 1, every) if in_order else ():
         for line in (axes.axhline, axes.axvline):
             line(frame * per_frame, color="black", linewidth=0.4, alpha=0.35)
     if grid.text_tokens:
         for line in (axes.axhline, axes.axvline):
             line(grid.frames * per_frame, color="crimson", linewidth=1.0)
     ticks = range(0, grid.frames, max(every, -(-grid.frames // 8)))
-    axes.set_xticks([t * per_frame for t in ticks], [str(t) for t in ticks])
-    axes.set_yticks([t * per_frame for t in ticks], [str(t) for t in ticks])
+    if in_order:
+        axes.set_xticks([t * per_frame for t in ticks], [str(t) for t in ticks])
+        axes.set_yticks([t * per_frame for t in ticks], [str(t) for t in ticks])
     axes.set_xlim(0, blocks)
     axes.set_ylim(blocks, 0)
-    axes.set_xlabel("key frame")
-    axes.set_ylabel("query frame")
+    axes.set_xlabel("key frame" if in_order else "key block, in the pattern's order of tokens")
+    axes.set_ylabel("query frame" if in_order else "query block")
     text = f" + {grid.text_tokens} text" if grid.text_tokens else ""
     axes.set_title(
         f"{layout.pattern.name}: {grid.frames} frames x {grid.tokens_per_frame} tokens{text}\n"

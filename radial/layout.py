@@ -12,6 +12,9 @@ What the released code leaves undefined, or without sense, is defined here, for 
   the nearest non-empty query blocks above and below it; if every one is empty (a frame of fewer than about B/3
   tokens), they attend to everything. The released code lets such a query block of HunyuanVideo see the text alone (8 of
   525 at 544 x 960 and 129 frames, none at 720 x 1280); `BlockLayout.filled_rows` counts them.
+
+Blocks are of tokens in the pattern's own order, where it has one (`Pattern.token_order`); the callers' tokens are in
+raster order all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,9 +33,12 @@ from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.patterns import Pattern
 
-_LISTS = ("row_offsets", "columns", "column_offsets", "rows")
+if TYPE_CHECKING:
+    from radial.head_layouts import HeadLayouts
+
+_TENSORS = ("row_offsets", "columns", "column_offsets", "rows", "order", "inverse_order")
 _HANDLES = itertools.count()
-_LIVE: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
+_LIVE: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,8 @@ class BlockLayout:
         column_offsets: (blocks + 1,) int32. rows: (kept,) int32, ascending in each column.
         handle: a number that stands for this object where only numbers and tensors may pass (`layout_of`).
         filled_rows: query blocks that the pattern leaves without a key block of the video (the module text).
+        order: (tokens,) int64, which of the caller's tokens lies at each position of the blocks; None: each its own.
+        inverse_order: (tokens,) int64, the position of each of the caller's tokens, or None.
     """
 
     pattern: Pattern
@@ -54,12 +62,15 @@ class BlockLayout:
     columns: Tensor
     column_offsets: Tensor
     rows: Tensor
-    handle: int = field(default_factory=_HANDLES.__next__)
+    handle: int = field(default_factory=lambda: new_handle())
     filled_rows: int = 0
+    order: Tensor | None = None
+    inverse_order: Tensor | None = None
+    by_head: ClassVar[bool] = False
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        _LIVE[self.handle] = self
+        register(self.handle, self)
 
     @property
     def blocks(self) -> int:
@@ -95,13 +106,7 @@ class BlockLayout:
     @cached_property
     def density(self) -> float:
         """Share of all query-key token pairs that are computed (the last block counted at its true size)."""
-        last = self.grid.tokens - (self.blocks - 1) * self.block
-        if last == self.block:
-            return self.kept / self.blocks**2
-        # the last row and column are whole by construction
-        inner = self.kept - 2 * self.blocks + 1
-        border = 2 * (self.blocks - 1) * self.block * last + last**2
-        return (inner * self.block**2 + border) / self.grid.tokens**2
+        return pair_share(self.kept, self.grid, self.block)
 
     def flops(self, heads: int, head_dim: int) -> float:
         """Floating-point operations of one attention forward of one sample: 4 x head_dim x heads x token pairs."""
@@ -125,21 +130,52 @@ class BlockLayout:
         device = torch.device(device)
         if device == self.columns.device:
             return self
-        return self.derived(
-            device,
-            lambda: replace(
-                self, **{name: getattr(self, name).to(device) for name in _LISTS}, handle=next(_HANDLES), _derived={}
-            ),
-        )
+
+        def copy() -> BlockLayout:
+            moved: dict[str, Any] = {name: getattr(self, name) for name in _TENSORS}
+            moved = {name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()}
+            return replace(self, **moved, handle=new_handle(), _derived={})
+
+        return self.derived(device, copy)
+
+    def orders(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """`order` and `inverse_order` on a device, or None where blocks are of the caller's own order."""
+        moved = self.to(device)
+        return None if moved.order is None or moved.inverse_order is None else (moved.order, moved.inverse_order)
 
 
-def layout_of(handle: int) -> BlockLayout:
+def new_handle() -> int:
+    """A number that no layout has yet."""
+    return next(_HANDLES)
+
+
+def register(handle: int, layout: BlockLayout | HeadLayouts) -> None:
+    """Lets `layout_of` find a layout by its handle, for as long as somebody else holds it."""
+    _LIVE[handle] = layout
+
+
+def layout_of(handle: int) -> BlockLayout | HeadLayouts:
     """The living layout with this handle. A custom operator takes numbers and tensors, not objects."""
-    return _LIVE[handle]
+    found: BlockLayout | HeadLayouts = _LIVE[handle]
+    return found
+
+
+def pair_share(kept: int, grid: VideoGrid, block: int) -> float:
+    """The share of a grid's token pairs in ``kept`` blocks; the last row and column are whole, and may be cut."""
+    blocks = -(-grid.tokens // block)
+    last = grid.tokens - (blocks - 1) * block
+    if last == block:
+        return kept / blocks**2
+    inner = kept - 2 * blocks + 1
+    border = 2 * (blocks - 1) * block * last + last**2
+    return (inner * block**2 + border) / grid.tokens**2
 
 
 def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLayout:
-    """`make_layout`, cached by its arguments."""
+    """`make_layout`, cached by its arguments.
+
+    Of a pattern that differs by head it is the first head's of the first layer; `radial.head_layouts` has the others.
+    """
     return _cached_layout(pattern, grid, block)
 
 
@@ -149,12 +185,44 @@ def make_layout(pattern: Pattern, grid: VideoGrid, block: int) -> BlockLayout:
     Time and memory follow the surviving blocks (`python -m radial layouts`).
 
     Raises:
-        RadialError: a block size that is not a power of two of at least 16, or a pattern with its own token order.
+        RadialError: a block size that is not a power of two of at least 16.
+    """
+    row_offsets, columns, empty = layout_rows(pattern, grid, block)
+    blocks = len(row_offsets) - 1
+    owner = torch.repeat_interleave(torch.arange(blocks), row_offsets.long().diff())
+    # within a column the stable sort leaves the rows ascending
+    narrow = columns.short() if blocks < 2**15 else columns
+    rows = owner[narrow.sort(stable=True).indices].int()
+    column_offsets = _offsets(torch.bincount(columns, minlength=blocks))
+    order = whole_order(pattern, grid, block)
+    return BlockLayout(
+        *(pattern, grid, block, row_offsets, columns, column_offsets, rows),
+        filled_rows=empty,
+        order=order,
+        inverse_order=None if order is None else order.argsort(),
+    )
+
+
+_cached_layout = lru_cache(maxsize=64)(make_layout)  # apart, so that a default counts as the argument it stands for
+
+
+def check_block(block: int) -> None:
+    """Raises where no layout has blocks of this size.
+
+    Raises:
+        RadialError: not a power of two of at least 16.
     """
     if block < 16 or block & (block - 1):
         raise RadialError(f"block is {block}, expected a power of two of at least 16 (kernels use 64 or 128)")
-    if pattern.token_order(grid) is not None:
-        raise RadialError(f"pattern {pattern.name} has a token order of its own, which no caller applies yet")
+
+
+def layout_rows(pattern: Pattern, grid: VideoGrid, block: int) -> tuple[Tensor, Tensor, int]:
+    """``row_offsets``, ``columns`` and ``filled_rows`` of a pattern's `BlockLayout`.
+
+    Raises:
+        RadialError: a block size that is not a power of two of at least 16.
+    """
+    check_block(block)
     complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
     keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
     empty = int((_row_counts(keys, complete) == 0).sum())
@@ -165,21 +233,19 @@ def make_layout(pattern: Pattern, grid: VideoGrid, block: int) -> BlockLayout:
     # each complete row ends with the tail's columns; then the tail's rows follow, which are whole
     tail = blocks - complete
     row_counts = torch.cat([counts + tail, torch.full((tail,), blocks)])
-    owner = torch.repeat_interleave(torch.arange(blocks), row_counts)
-    columns = torch.empty(len(owner), dtype=torch.int32)
+    columns = torch.empty(int(row_counts.sum()), dtype=torch.int32)
     row_offsets = _offsets(row_counts)
     columns[torch.arange(len(keys)) + row * tail] = column.int()
     ends = row_offsets[1 : complete + 1, None] - tail + torch.arange(tail)
     columns[ends.flatten()] = torch.arange(complete, blocks, dtype=torch.int32).repeat(complete)
     columns[len(keys) + complete * tail :] = torch.arange(blocks, dtype=torch.int32).repeat(tail)
-    # within a column the stable sort leaves the rows ascending
-    narrow = columns.short() if blocks < 2**15 else columns
-    rows = owner[narrow.sort(stable=True).indices].int()
-    column_offsets = _offsets(torch.bincount(columns, minlength=blocks))
-    return BlockLayout(pattern, grid, block, row_offsets, columns, column_offsets, rows, filled_rows=empty)
+    return row_offsets, columns, empty
 
 
-_cached_layout = lru_cache(maxsize=64)(make_layout)  # apart, so that a default counts as the argument it stands for
+def whole_order(pattern: Pattern, grid: VideoGrid, block: int) -> Tensor | None:
+    """The pattern's order of the video's tokens with the text's after it; None where the pattern has none."""
+    video = pattern.token_order(grid, block)
+    return None if video is None else torch.cat([video, torch.arange(grid.video_tokens, grid.tokens)])
 
 
 def _offsets(counts: Tensor) -> Tensor:

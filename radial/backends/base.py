@@ -8,19 +8,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import BlockLayout
+
+Layout = BlockLayout | HeadLayout
+"""What attention is computed over: one mask for all heads, or a layer's masks that differ by head."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a backend needs to know of a call to say whether it can serve it."""
+    """What a backend needs to know of a call to say whether it can serve it.
+
+    Attributes:
+        layout: of the call, or where masks differ by head of all layers that make the same call.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     needs_grad: bool
     masks_text: bool
-    layout: BlockLayout
+    layout: BlockLayout | HeadLayouts
 
 
 class Backend(Protocol):
@@ -40,7 +48,14 @@ class Backend(Protocol):
         """Builds what the call needs of the layout, outside of any graph. Cheap when it is there already."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        *,
+        text_lengths: Tensor | None,
+        scale: float,
     ) -> Tensor:
         """Attention output.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from radial.backends.base import AttentionCall
+from radial.backends.base import AttentionCall, Layout
 from radial.backends.op import KernelBackend
 from radial.layout import BlockLayout
 
@@ -33,6 +33,8 @@ class FlashInfer(KernelBackend):
         capability = torch.cuda.get_device_capability(call.device)
         if capability < (8, 0):
             return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        if call.layout.by_head:
+            return f"its lists serve all heads, and the {call.layout.pattern.name} pattern has a mask for each head"
         if call.needs_grad:
             return "it runs forward only, and this call needs gradients"
         if call.masks_text:
@@ -44,8 +46,9 @@ class FlashInfer(KernelBackend):
         return _import_problem()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        assert isinstance(layout, BlockLayout)
         heads, dim = q.shape[2:]
         plan = layout.derived(
             ("flashinfer", heads, dim, q.dtype, scale), lambda: _plan(layout, heads, dim, q.dtype, scale)

@@ -2,6 +2,9 @@
 
 Kept blocks are its "full" blocks, computed without a mask function; text columns are "partial" blocks where samples
 have padding. Inside a compiled model the call becomes part of the graph; elsewhere it is compiled here.
+
+Where masks differ by head, the lists of all layers and heads are on the device together, since the graph of a compiled
+block serves every layer and takes its lists by the layer's number.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radial.backends.base import AttentionCall
+from radial.backends.base import AttentionCall, Layout
 from radial.backends.lists import Lists, block_lists, masked_counts
+from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import BlockLayout
+
+_HEAD_LISTS_BYTES = 8 << 30  # of masks that differ by head; more than this is refused
 
 
 class Flex:
@@ -35,16 +41,27 @@ class Flex:
             return f"head_dim is {call.head_dim}, expected a power of two from 16 to 256"
         if call.layout.block not in (64, 128):
             return f"the layout's blocks are {call.layout.block} tokens, expected 64 or 128"
+        if isinstance(call.layout, HeadLayouts):
+            # two directions, each with full and masked lists, int32, as long as the whole rows of the last block
+            heads, layers = call.layout.own, call.layout.layers
+            size = 16 * layers * heads * call.layout.blocks**2
+            if size > _HEAD_LISTS_BYTES:
+                return (
+                    f"its lists of {call.layout.own} heads in {call.layout.layers} layers take {size / 2**30:.0f} GiB"
+                )
         return None
 
     def prepare(self, call: AttentionCall) -> None:
         """Builds the lists ahead of the call, so that a compiler that traces the call finds them."""
-        _lists(call.layout.to(call.device), call.masks_text)
+        if isinstance(call.layout, HeadLayouts):
+            _head_lists(call.layout, call.masks_text, call.device)
+        else:
+            _lists(call.layout.to(call.device), call.masks_text)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:
-        mask = _block_mask(layout.to(q.device), len(q), text_lengths)
+        mask = block_mask(layout, len(q), text_lengths, q.device)
         run = _flex_attention if torch.compiler.is_compiling() else _compiled()
         return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale).transpose(1, 2)
 
@@ -62,38 +79,83 @@ def _compiled() -> Any:
 
 
 def _lists(layout: BlockLayout, masks_text: bool) -> tuple[Lists, Lists, Tensor]:
-    """Forward and backward lists, and the number of keys that count without text lengths, (1,).
-
-    FlexAttention checks the sequence's end in partial blocks only, so a partial last block is in the masked lists.
-    """
-    masks = masks_text or layout.grid.tokens % layout.block > 0
-
-    def make(backward: bool, every: Tensor) -> Lists:
-        lists = block_lists(layout, backward=backward, masks=masks, scheduled=False)
-        if masks:
-            lists = lists._replace(masked_count=masked_counts(layout, every, backward=backward))
-        # its kernels find a tile's place in both index tensors by the strides of one
-        width = max(lists.masked.shape[-1], lists.full.shape[-1])
-        masked, full = (F.pad(t, (0, width - t.shape[-1])).contiguous() for t in (lists.masked, lists.full))
-        return lists._replace(masked=masked, full=full)
+    """Forward and backward lists, and the number of keys that count without text lengths, (1,)."""
+    masks = _masks(layout, masks_text)
 
     def both() -> tuple[Lists, Lists, Tensor]:
         every = torch.tensor([layout.grid.tokens], dtype=torch.int32, device=layout.columns.device)
-        return make(False, every), make(True, every), every
+        return _make(layout, masks, every, False), _make(layout, masks, every, True), every
 
     return layout.derived(("flex", masks), both)
 
 
-def _block_mask(layout: BlockLayout, batch: int, text_lengths: Tensor | None) -> Any:
+def _head_lists(layouts: HeadLayouts, masks_text: bool, device: torch.device) -> tuple[Lists, Lists, Tensor]:
+    """`_lists` of masks that differ by head: every tensor with all layers along a dimension before the others."""
+    masks = _masks(layouts, masks_text)
+
+    def both() -> tuple[Lists, Lists, Tensor]:
+        every = torch.tensor([layouts.grid.tokens], dtype=torch.int32, device=device)
+        directions = []
+        for backward in (False, True):
+            found = [_make(layouts.layer(i), masks, every, backward) for i in range(layouts.layers)]
+            width = max(lists.full.shape[-1] for lists in found)
+            found = [_widened(lists, width) for lists in found]
+            directions.append(Lists(*(torch.stack(tensors) for tensors in zip(*found, strict=True))))
+        return directions[0], directions[1], every
+
+    return layouts.derived(("flex", masks, str(device)), both)
+
+
+def _masks(layout: BlockLayout | HeadLayouts, masks_text: bool) -> bool:
+    """Whether there are masked lists: FlexAttention checks the sequence's end in partial blocks only."""
+    return masks_text or layout.grid.tokens % layout.block > 0
+
+
+def _make(layout: Layout, masks: bool, every: Tensor, backward: bool) -> Lists:
+    """The lists of one direction; ``every`` is the number of keys that count without text lengths, (1,)."""
+    lists = block_lists(layout, backward=backward, masks=masks, scheduled=False, device=every.device)
+    if masks:
+        lists = lists._replace(masked_count=masked_counts(layout, every, backward=backward))
+    lists = _widened(lists, max(lists.masked.shape[-1], lists.full.shape[-1]))
+    heads = lists.full.shape[1]
+    return lists._replace(
+        masked_count=lists.masked_count.expand(-1, heads, -1).contiguous(),
+        masked=lists.masked.expand(-1, heads, -1, -1).contiguous(),
+    )
+
+
+def _widened(lists: Lists, width: int) -> Lists:
+    """Its kernels find a tile's place in both index tensors by the strides of one."""
+    masked, full = (F.pad(t, (0, width - t.shape[-1])).contiguous() for t in (lists.masked, lists.full))
+    return lists._replace(masked=masked, full=full)
+
+
+def block_mask(layout: Layout, batch: int, text_lengths: Tensor | None, device: torch.device) -> Any:
+    """FlexAttention's `BlockMask` of a layout.
+
+    Args:
+        layout: whose lists `Flex.prepare` made.
+        batch: samples.
+        text_lengths: (batch,) integer, valid text tokens of each sample, or None.
+        device: of the lists.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rows, columns, every = _lists(layout, text_lengths is not None)
+    if isinstance(layout, HeadLayout):
+        every_row, every_column, every = _head_lists(layout.family, text_lengths is not None, device)
+        layer = layout.layer.to(device)
+        rows, columns = (Lists(*(t[layer] for t in lists)) for lists in (every_row, every_column))
+    else:
+        rows, columns, every = _lists(layout.to(device), text_lengths is not None)
     valid = every.expand(batch)
     if text_lengths is not None:
+        heads = rows.full.shape[1]
         valid = layout.grid.video_tokens + text_lengths.int()
-        rows = rows._replace(masked_count=masked_counts(layout, valid, backward=False))
-        columns = columns._replace(masked_count=masked_counts(layout, valid, backward=True))
-        rows, columns = _for_each_sample(rows, batch), _for_each_sample(columns, batch)
+        own = (masked_counts(layout, valid, backward=backward).expand(-1, heads, -1) for backward in (False, True))
+        rows, columns = (
+            _for_each_sample(lists._replace(masked_count=count), batch)
+            for lists, count in zip((rows, columns), own, strict=True)
+        )
 
     def counts(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key < valid[sample]

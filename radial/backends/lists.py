@@ -3,6 +3,9 @@
 A tile is a query block with its list of key blocks (forward) or a key block with its list of query blocks (backward).
 Where samples have text padding, the text columns are in lists of their own, whose blocks the kernel checks key by key
 against each sample's length; a sample's lists end after its last text block with a key that counts.
+
+Where masks differ by head, each head has lists of its own, made on the device from a layer's masks; text is in every
+mask alike, and so are the tiles' order and the share of its list at which each tile starts.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from radial.backends.fa4.schedule import Schedule
+from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import BlockLayout
 
 
@@ -24,7 +28,7 @@ class Lists(NamedTuple):
 
     Attributes:
         masked_count: (batch or 1, 1, blocks) blocks whose keys need the text mask. masked: (1, 1, blocks, width).
-        full_count: (batch or 1, 1, blocks). full: (1, 1, blocks, width).
+        full_count: (1, heads or 1, blocks). full: (1, heads or 1, blocks, width).
         order: (blocks,) the order in which the grid's tiles are issued.
     """
 
@@ -34,45 +38,86 @@ class Lists(NamedTuple):
     full: Tensor
     order: Tensor
 
+    def of_heads(self, heads: slice) -> Lists:
+        """The lists of some of the heads; those that serve all heads are what they are."""
+        if self.full.shape[1] == 1:
+            return self
+        return self._replace(full_count=self.full_count[:, heads], full=self.full[:, heads])
 
-def block_lists(layout: BlockLayout, *, backward: bool, masks: bool, scheduled: bool) -> Lists:
-    """The lists of one direction on the layout's device.
+
+def block_lists(
+    layout: BlockLayout | HeadLayout,
+    *,
+    backward: bool,
+    masks: bool,
+    scheduled: bool,
+    device: torch.device | None = None,
+) -> Lists:
+    """The lists of one direction.
 
     Args:
-        layout: of any pattern.
+        layout: of any pattern. What is one mask for all heads there is R = blocks rows below; masks that differ by
+            head are R = masks x blocks rows, mask after mask.
         backward: query blocks for each key block, not key blocks for each query block.
         masks: samples have text padding. ``masked_count`` is 0 then; `masked_counts` has each sample's.
         scheduled: order and lists follow `radial.backends.fa4.schedule`, in the forward for a kernel that walks its
             lists from the end; else everything ascends.
+        device: where the lists of masks that differ by head go; a `BlockLayout` has them on its own device.
     """
-    blocks, complete, device = layout.blocks, layout.complete_blocks, layout.columns.device
-    offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)
+    blocks, complete = layout.blocks, layout.complete_blocks
+    if isinstance(layout, HeadLayout):
+        of_head = layout.masks.of_head.to(device)
+        offsets, indices = _mask_lists(layout, backward, device)
+    else:
+        of_head, device = None, layout.columns.device
+        offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)
     counts = offsets.diff()
+    rows = len(counts)
     everything = torch.arange(blocks, dtype=torch.int32, device=device)
     order, start = everything, None
     if scheduled:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         direction = "backward" if backward else "forward"
-        schedule = Schedule.of(counts, layout.grid, layout.block, multiprocessors=multiprocessors, direction=direction)
-        order, start = schedule.order.int().to(device), schedule.start
+        typical = counts
+        if of_head is not None:
+            typical = counts.view(-1, blocks)[of_head].double().mean(0).round().long()
+        schedule = Schedule.of(typical, layout.grid, layout.block, multiprocessors=multiprocessors, direction=direction)
+        order, start = schedule.order.int().to(device), schedule.start.repeat(rows // blocks)
     masked = everything[:1]
     if masks:
-        owner = torch.repeat_interleave(everything, counts)
-        kept = (owner if backward else indices) < complete
-        counts = torch.bincount(owner[kept], minlength=blocks)
+        owner = torch.repeat_interleave(torch.arange(rows, dtype=torch.int32, device=device), counts)
+        kept = (owner % blocks if backward else indices) < complete
+        counts = torch.bincount(owner[kept], minlength=rows)
         offsets, indices = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), indices[kept]
         masked = everything if backward else everything[complete:]
     full = padded_lists(offsets, indices, start, backwards=not backward, last_first=not backward and not masks)
+    full, counts = full.view(rows // blocks, blocks, full.shape[-1]), counts.int().view(rows // blocks, blocks)
+    if of_head is not None:
+        full, counts = full[of_head], counts[of_head]
     return Lists(
         masked_count=torch.zeros(1, 1, blocks, dtype=torch.int32, device=device),
         masked=masked.expand(1, 1, blocks, len(masked)),
-        full_count=counts.int()[None, None],
-        full=full[None, None],
+        full_count=counts[None],
+        full=full[None],
         order=order,
     )
 
 
-def masked_counts(layout: BlockLayout, valid: Tensor, *, backward: bool) -> Tensor:
+def _mask_lists(layout: HeadLayout, backward: bool, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Offsets (masks x blocks + 1,) and indices of all masks of a layer, mask after mask, on a device."""
+    _, row_offsets, columns = layout.masks
+    masks, blocks = len(row_offsets), layout.blocks
+    counts = row_offsets.long().diff(dim=1).flatten().to(device)
+    indices = columns.to(device).int()
+    if backward:
+        owner = torch.repeat_interleave(torch.arange(masks * blocks, device=device), counts)
+        # by mask and column; within a column the numbers of the rows ascend
+        keys = ((owner // blocks * blocks + indices) * blocks + owner % blocks).sort().values
+        counts, indices = torch.bincount(keys // blocks, minlength=masks * blocks), (keys % blocks).int()
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), indices
+
+
+def masked_counts(layout: BlockLayout | HeadLayout | HeadLayouts, valid: Tensor, *, backward: bool) -> Tensor:
     """How much of each tile's masked list counts, (batch, 1, blocks) int32; ``valid`` (batch,) keys of each sample."""
     if backward:
         tile = torch.arange(layout.blocks, device=valid.device)

@@ -3,7 +3,8 @@
 A kernel that torch does not know would break the graph of a compiled transformer block. As an operator with a fake
 implementation and a registered gradient it is one node of the graph, and selective checkpointing can name it and keep
 its results (the output and the log-sum-exp), so that attention is not computed again. An operator takes tensors and
-numbers only, so a layout goes in as its handle and a backend as its name.
+numbers only, so a layout goes in as its handle and a backend as its name. Where masks differ by head the handle is that
+of all layers, and the layer goes in as a tensor: a number would be a constant of the graph, and each layer a graph.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from radial.backends.base import AttentionCall
-from radial.layout import BlockLayout, layout_of
+from radial.backends.base import AttentionCall, Layout
+from radial.head_layouts import HeadLayout, HeadLayouts
+from radial.layout import layout_of
 
 
 class KernelBackend(ABC):
@@ -35,11 +37,11 @@ class KernelBackend(ABC):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Contiguous output (batch, tokens, heads, head_dim), dtype of q, and the log-sum-exp, float32 (or empty).
 
-        Arguments as in `radial.backends.base.Backend`, with the layout on the device of q.
+        Arguments as in `radial.backends.base.Backend`, with a `BlockLayout` on the device of q.
         """
 
     def backward(
@@ -50,7 +52,7 @@ class KernelBackend(ABC):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        layout: BlockLayout,
+        layout: Layout,
         text_lengths: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +67,7 @@ class KernelBackend(ABC):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        layout: BlockLayout,
+        layout: Layout,
         text_lengths: Tensor | None,
         scale: float,
     ) -> None:
@@ -75,9 +77,10 @@ class KernelBackend(ABC):
             x.copy_(gradient)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:
-        return torch.ops.radial.attention(q, k, v, text_lengths, scale, layout.handle, self.name)[0]
+        layer = layout.layer if isinstance(layout, HeadLayout) else None
+        return torch.ops.radial.attention(q, k, v, text_lengths, scale, layout.handle, self.name, layer)[0]
 
 
 def _kernels(name: str) -> KernelBackend:
@@ -88,11 +91,27 @@ def _kernels(name: str) -> KernelBackend:
     return backend
 
 
+def _layout(handle: int, layer: Tensor | None, device: torch.device) -> Layout:
+    """The layout of a call, ready for `KernelBackend`."""
+    found = layout_of(handle)
+    if isinstance(found, HeadLayouts):
+        assert layer is not None
+        return found.layer(int(layer))
+    return found.to(device)
+
+
 @torch.library.custom_op("radial::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None, scale: float, layout: int, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_lengths: Tensor | None,
+    scale: float,
+    layout: int,
+    backend: str,
+    layer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).forward(q, k, v, layout_of(layout).to(q.device), text_lengths, scale)
+    return _kernels(backend).forward(q, k, v, _layout(layout, layer, q.device), text_lengths, scale)
 
 
 @torch.library.custom_op("radial::attention_backward", mutates_args=())
@@ -107,9 +126,10 @@ def _attention_backward(
     scale: float,
     layout: int,
     backend: str,
+    layer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    on_device = layout_of(layout).to(q.device)
-    return _kernels(backend).backward(grad, q, k, v, out, lse, on_device, text_lengths, scale)
+    own = _layout(layout, layer, q.device)
+    return _kernels(backend).backward(grad, q, k, v, out, lse, own, text_lengths, scale)
 
 
 @torch.library.custom_op("radial::attention_backward_into", mutates_args=("q", "k", "v"))
@@ -124,14 +144,22 @@ def _attention_backward_into(
     scale: float,
     layout: int,
     backend: str,
+    layer: Tensor | None = None,
 ) -> None:
-    on_device = layout_of(layout).to(q.device)
-    _kernels(backend).backward_into(grad, q, k, v, out, lse, on_device, text_lengths, scale)
+    own = _layout(layout, layer, q.device)
+    _kernels(backend).backward_into(grad, q, k, v, out, lse, own, text_lengths, scale)
 
 
 @_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None, scale: float, layout: int, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_lengths: Tensor | None,
+    scale: float,
+    layout: int,
+    backend: str,
+    layer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     shape = (batch, heads, tokens) if _kernels(backend).gives_lse else (0,)
@@ -144,15 +172,15 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, text_lengths, ctx.scale, ctx.layout, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, text_lengths, *output)
+    q, k, v, text_lengths, ctx.scale, ctx.layout, ctx.backend, layer = inputs
+    ctx.save_for_backward(q, k, v, text_lengths, layer, *output)
     # the graph keeps the layout alive as long as its backward may come
     ctx.owner = layout_of(ctx.layout)
 
 
 def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, text_lengths, out, lse = ctx.saved_tensors
-    rest = (out, lse, text_lengths, ctx.scale, ctx.layout, ctx.backend)
+    q, k, v, text_lengths, layer, out, lse = ctx.saved_tensors
+    rest = (out, lse, text_lengths, ctx.scale, ctx.layout, ctx.backend, layer)
     if isinstance(q, FunctionalTensor):
         # the compiler drops the copies where nothing else needs q, k and v: a block's backward then holds three
         # tensors of its full length less at the moment when it holds most
@@ -160,7 +188,7 @@ def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None
         torch.ops.radial.attention_backward_into(grad, *gradients, *rest)
     else:
         gradients = torch.ops.radial.attention_backward(grad, q, k, v, *rest)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 _attention.register_autograd(_gradients, setup_context=_save)

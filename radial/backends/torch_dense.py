@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radial.backends.base import AttentionCall
-from radial.layout import BlockLayout
+from radial.backends.base import AttentionCall, Layout
 
 
 class Sdpa:
@@ -16,6 +15,8 @@ class Sdpa:
     name = "sdpa"
 
     def why_not(self, call: AttentionCall) -> str | None:
+        if call.layout.by_head:
+            return f"it has no masks, and the {call.layout.pattern.name} pattern has one for each head"
         if not call.layout.is_dense:
             return f"it computes all blocks, and the {call.layout.pattern.name} pattern skips some"
         return None
@@ -24,7 +25,7 @@ class Sdpa:
         """Nothing to do."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, text_lengths: Tensor | None, scale: float
     ) -> Tensor:
         mask = None
         if text_lengths is not None:

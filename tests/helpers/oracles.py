@@ -59,6 +59,69 @@ def paper_tokens(s: int, frames: int) -> Tensor:
     return window | diagonal | (frame == 0)[None]
 
 
+def window_blocks(s: int, frames: int, block: int, reach: float, sink: bool) -> Tensor:
+    """SVG's mask in the order of its head's tokens, or without the sink a plain window, block by block."""
+    complete, half = s * frames // block, max(1, math.floor(min(reach, frames) * s / block))
+    out = torch.zeros(complete, complete, dtype=torch.bool)
+    for i in range(complete):
+        for j in range(complete):
+            out[i, j] = abs(i - j) < half or (sink and j * block < s)
+    return out
+
+
+def place_by_place(s: int, frames: int) -> list[int]:
+    """The raster tokens in the order of SVG's temporal heads: a place of the frame after the other, all frames."""
+    return [frame * s + place for place in range(s) for frame in range(frames)]
+
+
+def power_blocks(s: int, frames: int, block: int, reach: float) -> Tensor:
+    """PowerAttention in both directions, block by block."""
+    complete, half = s * frames // block, max(1, math.floor(min(reach, frames) * s / block))
+    powers = {2**n for n in range(32)}
+    out = torch.zeros(complete, complete, dtype=torch.bool)
+    for i in range(complete):
+        for j in range(complete):
+            out[i, j] = abs(i - j) < half or abs(i - j) in powers or j == 0
+    return out
+
+
+def group_blocks(complete: int, size: int, rolled: bool) -> Tensor:
+    """LongLoRA's groups: the sequence of blocks, rolled by half a group or not, cut, and put back."""
+    sequence = list(range(complete))
+    if rolled:
+        sequence = sequence[size // 2 :] + sequence[: size // 2]
+    out = torch.zeros(complete, complete, dtype=torch.bool)
+    for start in range(0, complete, size):
+        group = sequence[start : start + size]
+        for i in group:
+            out[i, group] = True
+    return out
+
+
+def sliding_tile_tokens(
+    size: tuple[int, int, int], tile: tuple[int, int, int], reach: float
+) -> tuple[list[int], Tensor]:
+    """STA: the raster tokens tile by tile, and which of them see each other in that order, (n, n)."""
+    tiles = [-(-n // step) for n, step in zip(size, tile, strict=True)]
+    halves = [math.floor(min(reach, 1.0) * count / 2) for count in tiles]
+
+    def sees(query: int, key: int, half: int, count: int) -> bool:
+        if 2 * half + 1 >= count:
+            return True
+        return abs(min(max(query, half), count - 1 - half) - key) <= half
+
+    places = []
+    for t in range(size[0]):
+        for h in range(size[1]):
+            for w in range(size[2]):
+                places.append((t // tile[0], h // tile[1], w // tile[2]))
+    order = sorted(range(len(places)), key=lambda token: places[token])
+    kinds = sorted(set(places))
+    number = torch.tensor([kinds.index(places[token]) for token in order])
+    pairs = [[all(map(sees, a, b, halves, tiles)) for b in kinds] for a in kinds]
+    return order, torch.tensor(pairs)[number][:, number]
+
+
 def cover(tokens: Tensor, block: int) -> Tensor:
     """Blocks that hold at least one kept pair, complete blocks only."""
     complete = len(tokens) // block
@@ -66,13 +129,23 @@ def cover(tokens: Tensor, block: int) -> Tensor:
     return part.view(complete, block, complete, block).any(3).any(1)
 
 
+def token_mask(layout: BlockLayout) -> Tensor:
+    """Which tokens see each other, in the caller's order: (tokens, tokens)."""
+    n, block = layout.grid.tokens, layout.block
+    mask = layout.mask().repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
+    if layout.order is None:
+        return mask
+    out = torch.zeros_like(mask)
+    out[layout.order[:, None], layout.order] = mask
+    return out
+
+
 def masked_softmax(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
     """Attention as an ordinary softmax under the layout's token mask; q, k, v (batch, tokens, heads, dim)."""
-    n, block = layout.grid.tokens, layout.block
-    mask = layout.mask().repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
-    mask = mask.to(q.device).expand(len(q), 1, n, n).clone()
+    n = layout.grid.tokens
+    mask = token_mask(layout).to(q.device).expand(len(q), 1, n, n).clone()
     if text_lengths is not None:
         for sample, length in enumerate(text_lengths.tolist()):
             mask[sample, :, :, layout.grid.video_tokens + length :] = False

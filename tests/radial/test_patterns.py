@@ -1,4 +1,4 @@
-"""The block masks against their definitions, and the figures that are published for them."""
+"""The released mask and the paper's against their definitions, and the figures that are published for them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from radial import Dense, Paper, RadialError, Random, Released, VideoGrid, build_layout, make_pattern
+from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout, make_pattern
 from tests.helpers.oracles import cover, paper_tokens, released_blocks
 
 
@@ -73,25 +73,6 @@ def test_released_on_any_shape(s, frames, block, decay, rule):
 def test_paper_covers_equation_4(s, frames, block):
     layout = build_layout(Paper(), VideoGrid(frames, 1, s), block)
     assert torch.equal(complete_part(layout), cover(paper_tokens(s, frames), block))
-
-
-@hypothesis_settings(max_examples=20)
-@given(s=st.integers(20, 80), frames=st.integers(4, 20), seed=st.integers(0, 9))
-def test_random_keeps_as_many_blocks_as_the_released_mask(s, frames, seed):
-    like, grid = Released(), VideoGrid(frames, 1, s)
-    keys, again = (Random(like, seed).video_blocks(grid, 16) for _ in range(2))
-    assert torch.equal(keys, again) and torch.equal(keys, keys.unique())
-    assert len(keys) == len(like.video_blocks(grid, 16))
-
-
-def test_random_blocks_lie_everywhere_and_differ_by_seed():
-    grid = VideoGrid(64, 8, 16)
-    first, second = (complete_part(build_layout(Random(Released(), seed), grid, 32)) for seed in (0, 1))
-    kept = first.double().mean()
-    assert abs((first & second).double().mean() - kept**2) < 0.002  # as independent draws meet
-    for mask in (first, second):
-        assert (mask.double().mean(0) - kept).abs().max() < 0.1 > (mask.double().mean(1) - kept).abs().max()
-    assert make_pattern("random", decay=0.5, rule="hunyuan") == Random(Released(0.5, "hunyuan"))
 
 
 @pytest.mark.parametrize(

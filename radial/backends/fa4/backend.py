@@ -3,7 +3,8 @@
 Layouts that skip blocks go through the library's block-sparse kernels (`radial.backends.fa4.hopper`) with a schedule
 of ours (`radial.backends.fa4.schedule`); dense ones through its dense kernels. All blocks are in the library's "full"
 lists, except text columns where samples have padding: those are in its "masked" lists, with a mask function that reads
-each sample's length.
+each sample's length. Where masks differ by head, each head has lists of its own, which are made when a layer runs and
+leave with the one after the next: those of all layers would be tens of gigabytes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from radial.backends.base import AttentionCall
+from radial.backends.base import AttentionCall, Layout
 from radial.backends.lists import Lists, block_lists, masked_counts
 from radial.backends.op import KernelBackend
-from radial.layout import BlockLayout
+from radial.head_layouts import HeadLayout
 
 
 class Fa4(KernelBackend):
@@ -41,14 +42,14 @@ class Fa4(KernelBackend):
         return _import_problem()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, text_lengths: Tensor | None, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         from radial.backends.fa4 import hopper
 
         q, k, v = (_aligned(t) for t in (q, k, v))
         if layout.is_dense and text_lengths is None:
             return hopper.dense_forward(q, k, v, scale)
-        lists, valid = _lists(layout, text_lengths, backward=False)
+        lists, valid = _lists(layout, text_lengths, q.device, backward=False)
         return hopper.forward(q, k, v, lists, valid, scale)
 
     def backward(
@@ -59,7 +60,7 @@ class Fa4(KernelBackend):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        layout: BlockLayout,
+        layout: Layout,
         text_lengths: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +76,7 @@ class Fa4(KernelBackend):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        layout: BlockLayout,
+        layout: Layout,
         text_lengths: Tensor | None,
         scale: float,
     ) -> None:
@@ -93,7 +94,7 @@ def _gradients(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: BlockLayout,
+    layout: Layout,
     text_lengths: Tensor | None,
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
@@ -104,7 +105,7 @@ def _gradients(
     if layout.is_dense and text_lengths is None:
         hopper.dense_backward(grad, q, k, v, out, lse, scale, into)
     else:
-        lists, valid = _lists(layout, text_lengths, backward=True)
+        lists, valid = _lists(layout, text_lengths, q.device, backward=True)
         hopper.backward(grad, q, k, v, out, lse, lists, valid, scale, into)
 
 
@@ -123,12 +124,22 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-def _lists(layout: BlockLayout, text_lengths: Tensor | None, *, backward: bool) -> tuple[Lists, Tensor | None]:
+@lru_cache(maxsize=2)
+def _head_lists(layout: HeadLayout, backward: bool, masks: bool, device: torch.device) -> Lists:
+    return block_lists(layout, backward=backward, masks=masks, scheduled=True, device=device)
+
+
+def _lists(
+    layout: Layout, text_lengths: Tensor | None, device: torch.device, *, backward: bool
+) -> tuple[Lists, Tensor | None]:
     """The lists of one direction, and each sample's valid keys where the text is masked."""
     masks = text_lengths is not None
-    lists: Lists = layout.derived(
-        ("fa4", backward, masks), lambda: block_lists(layout, backward=backward, masks=masks, scheduled=True)
-    )
+    if isinstance(layout, HeadLayout):
+        lists = _head_lists(layout, backward, masks, device)
+    else:
+        lists = layout.derived(
+            ("fa4", backward, masks), lambda: block_lists(layout, backward=backward, masks=masks, scheduled=True)
+        )
     if text_lengths is None:
         return lists, None
     valid = layout.grid.video_tokens + text_lengths.int()

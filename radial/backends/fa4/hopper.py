@@ -89,7 +89,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, valid: Tensor | None,
 
     Args:
         q, k, v: (batch, tokens, heads, head_dim), bf16 or fp16, head_dim contiguous, other strides multiples of 8.
-        lists: of key blocks for each query block.
+        lists: of key blocks for each query block, of all heads or of each.
         valid: (batch,) int32 keys that count in masked blocks; None without masked blocks.
         scale: factor of the scores.
 
@@ -129,7 +129,7 @@ def backward(
     for some in torch.arange(heads).tensor_split(min(groups, heads)):
         own = slice(int(some[0]), int(some[-1]) + 1)
         tensors = [t[:, :, own] for t in (grad, q, k, v, out)]
-        _backward_of(tensors, lse[:, own], lists, valid, scale, [t[:, :, own] for t in into])
+        _backward_of(tensors, lse[:, own], lists.of_heads(own), valid, scale, [t[:, :, own] for t in into])
 
 
 def _backward_of(

@@ -263,6 +263,6 @@ def _print_run(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")
     print(f"  clip       {grid.frames} latent frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
     print(f"  clips      {clips_in_words(config)}")
-    print(f"  attention  {attention.pattern}, first {attention.dense_layers} blocks dense, {precision}")
+    print(f"  attention  {config.pattern_in_words()}, first {attention.dense_layers} blocks dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")

@@ -1,8 +1,8 @@
 """Ulysses sequence parallelism: a group of ranks shares the tokens of each sample (arXiv 2309.14509).
 
 Everywhere but in self-attention a rank holds its own stretch of the video tokens; around self-attention an all-to-all
-turns stretches of tokens with all heads into all tokens of some heads, so that the attention mask, the same for all
-heads, never notices:
+turns stretches of tokens with all heads into all tokens of some heads, so that the attention mask never notices; where
+masks differ by head, a rank has those of its own heads:
 
     n tokens on S ranks: L = ceil(n / S) each, zeros after the last; head group r is heads r H/S ... (r + 1) H/S - 1
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from radial import BlockLayout, attention_over
+from radial import BlockLayout, HeadLayout, attention_over
 from train.attention.collectives import all_gather, all_to_all
 from train.errors import UserError
 
@@ -124,7 +124,7 @@ def sharded_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout,
+    layout: BlockLayout | HeadLayout,
     shard: SequenceShard | None,
     *,
     text_lengths: Tensor | None = None,
@@ -134,7 +134,8 @@ def sharded_attention(
 
     Args:
         q, k, v: (batch, shard.length + text tokens, heads, head_dim): the rank's video tokens, then all text tokens.
-        layout, text_lengths, backend: as for `radial.attention_over`, of the whole sequence.
+        layout, text_lengths, backend: as for `radial.attention_over`, of the whole sequence; masks that differ by head
+            are those of the rank's own heads.
 
     Returns:
         The output for the same tokens, of the same shape.

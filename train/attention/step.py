@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from radial import BlockLayout
+from radial import BlockLayout, HeadLayout, build_head_layouts
 from train.attention.sequence import SequenceShard
 
 
@@ -13,7 +13,7 @@ class StepAttention:
     """Fixed from a micro-batch's forward until its backward has run, because checkpointing calls forward again.
 
     Attributes:
-        pattern_layout: block lists of the configured pattern.
+        pattern_layout: block lists of the configured pattern; where its masks differ by head, the first head's.
         dense_layout: the full layout of the same grid.
         dense_layers: the first blocks, which stay dense.
         all_dense: all layers are dense in this step.
@@ -29,8 +29,17 @@ class StepAttention:
     shard: SequenceShard | None = None
 
     def layout(self, layer: int) -> BlockLayout:
-        """The layout of a layer's self-attention."""
+        """The layout of a layer's self-attention; where masks differ by head, one that stands for them."""
         return self.dense_layout if self.all_dense or layer < self.dense_layers else self.pattern_layout
+
+    def own_layout(self, layer: int, layers: int, heads: int) -> BlockLayout | HeadLayout:
+        """What this rank's self-attention of a layer runs, in a model of so many layers and heads."""
+        layout = self.layout(layer)
+        if not layout.pattern.by_head:
+            return layout
+        whole = build_head_layouts(layout.pattern, layout.grid, layout.block, layers=layers, heads=heads)
+        group = None if self.shard is None else self.shard.group
+        return (whole if group is None else whole.part(group.rank, group.size)).layer(layer)
 
     def backend_of(self, layer: int) -> str | None:
         """The configured backend where the pattern runs; layers kept dense beside it take the fastest dense kernel."""

@@ -132,7 +132,7 @@ def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
 
 def case_of(config: RunConfig, pattern: str) -> RunConfig:
     """The run with a pattern in every block; those with dense attention keep their input alone."""
-    case = replace(config, attention=replace(config.attention, pattern=pattern, dense_layers=0))
+    case = replace(config, attention=config.attention.under(pattern))
     if pattern != "dense":
         return case
     return replace(case, parallel=replace(case.parallel, activations="full", offload_activations=False))

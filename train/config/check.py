@@ -59,6 +59,7 @@ _AT_LEAST: dict[str, float] = {
 }
 _POSITIVE = (
     "attention.decay",
+    "attention.reach",
     "lora.alpha",
     "objective.shift",
     "objective.std",
@@ -157,10 +158,6 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"model.shifts is {config.model.shifts}, expected positive numbers")
     config.shift()
     attention = config.attention
-    try:
-        config.pattern()
-    except RadialError as error:
-        raise UserError(f"attention.{error}") from error
     if attention.dense_sigma is not None and attention.dense_steps:
         raise UserError(
             f"attention.dense_steps is {attention.dense_steps} and attention.dense_sigma {attention.dense_sigma}, "
@@ -183,3 +180,7 @@ def validate(config: RunConfig) -> None:
         config.grid()
     except RadialError as error:
         raise UserError(f"clip.{error}") from error
+    try:
+        config.pattern()
+    except RadialError as error:
+        raise UserError(f"attention.{error}") from error

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from radial import Pattern, VideoGrid, make_pattern
+from radial import Pattern, VideoGrid, build_layout, make_pattern, with_share
 from train.errors import UserError
 
 ROPE_KINDS = ("default", "riflex", "interpolate")
@@ -61,14 +61,22 @@ class ClipConfig:
 class AttentionConfig:
     """What replaces self-attention (`radial.patterns`, `train.attention.step`)."""
 
-    pattern: str = "released"  # released, paper, dense
+    pattern: str = "released"  # a key of radial.PATTERNS
     rule: str | None = None  # of released: wan, hunyuan, ports; null: the model's own (model.rule)
     decay: float = 1.0  # of released: below 1 is sparser
+    reach: float | None = None  # the parameter of the patterns that have one of this name; null: its default
+    share: float | None = None  # of all blocks; the pattern's parameter is what comes nearest; null: as it is given
+    per_head: bool = False  # of random: a draw for each head of each layer
     block: int = 128  # tokens
     dense_layers: int = 2  # the first blocks, which stay dense
     dense_steps: int = 0  # so many of the model's sampling steps, the noisiest, run dense (`train.attention.levels`)
     dense_sigma: float | None = None  # instead of dense_steps: the noise level itself; runs of before have it
     backend: str | None = None  # an attention backend by name; null picks the fastest
+
+    def under(self, pattern: str) -> AttentionConfig:
+        """The same with a pattern in every layer and step; what another one does not have is left out."""
+        same = self if pattern == self.pattern else replace(self, reach=None, share=None, per_head=False)
+        return replace(same, pattern=pattern, dense_layers=0, dense_steps=0, dense_sigma=None)
 
 
 @dataclass
@@ -238,13 +246,31 @@ class RunConfig:
         )
 
     def pattern(self) -> Pattern:
-        """Which blocks attention keeps.
+        """Which blocks attention keeps; with ``attention.share``, on the configured clip's grid.
 
         Raises:
             RadialError: an unknown name, or a value that it refuses.
         """
         attention = self.attention
-        return make_pattern(attention.pattern, decay=attention.decay, rule=self.rule())
+        pattern = make_pattern(
+            attention.pattern,
+            decay=attention.decay,
+            rule=self.rule(),
+            reach=attention.reach,
+            per_head=attention.per_head,
+        )
+        if attention.share is None:
+            return pattern
+        return with_share(pattern, self.grid(), attention.block, attention.share)
+
+    def pattern_in_words(self) -> str:
+        """The pattern's name; with ``attention.share`` also what was found for it on the configured clip's grid."""
+        pattern, attention = self.pattern(), self.attention
+        if attention.share is None or pattern.parameter is None:
+            return pattern.name
+        kept = 1 - build_layout(pattern, self.grid(), attention.block).sparsity
+        value = getattr(pattern, pattern.parameter)
+        return f"{pattern.name} with {kept:.1%} of the blocks ({pattern.parameter} {value:.4g})"
 
     def rule(self) -> str:
         """The released mask's rule: ``attention.rule``, or the one that the family's public inference runs."""

@@ -251,6 +251,11 @@ def header_of(config: RunConfig, step: int) -> dict[str, str]:
     attention: dict[str, Any] = {
         name: getattr(config.attention, name) for name in ("pattern", "decay", "block", "dense_layers")
     }
+    pattern = config.pattern()
+    if pattern.parameter is not None:  # as it was found, where attention.share was asked for
+        attention[pattern.parameter] = getattr(pattern, pattern.parameter)
+    if config.attention.per_head:
+        attention["per_head"] = True
     attention["rule"] = config.rule()
     attention["dense_sigma"] = clip_recipe(config).attention.dense_sigma
     attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None

@@ -105,10 +105,11 @@ def dense_steps(config: RunConfig) -> int:
 
 def script_flags(config: RunConfig) -> str:
     """The released HunyuanVideo script's arguments that set attention and clip as in training, a line each."""
-    attention, clip = config.attention, config.clip
+    attention, clip, pattern = config.attention, config.clip, config.pattern()
+    decay = pattern.decay if isinstance(pattern, Released) else attention.decay
     flags = {"pattern": "dense" if attention.pattern == "dense" else "radial"}
     flags |= {"dense_layers": f"{attention.dense_layers}", "dense_timesteps": f"{dense_steps(config)}"}
-    flags |= {"decay_factor": f"{attention.decay:g}", "num_frames": f"{clip.frames}"}
+    flags |= {"decay_factor": f"{decay:g}", "num_frames": f"{clip.frames}"}
     flags |= {"height": f"{clip.height}", "width": f"{clip.width}"}
     if config.model.steps is not None:
         flags["num_inference_steps"] = f"{config.model.steps}"

@@ -28,6 +28,8 @@ KINDS: dict[str, type] = {
     "pattern": str,
     "rule": str,
     "decay": float,
+    "reach": float,  # of the patterns that have one
+    "per_head": bool,  # of random blocks
     "block": int,
     "dense_layers": int,
     "dense_sigma": float,  # the noise level at which training changed sides
@@ -64,11 +66,15 @@ def typed(text: str, name: str, file: Path) -> Any:
         return None
     kind = KINDS[name]
     try:
-        value = kind(text)
+        value = {"True": True, "False": False}.get(text) if kind is bool else kind(text)
+        if value is None:
+            raise ValueError
         if (name == "rope" and text not in ROPE_KINDS) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError
     except ValueError as error:
-        wanted = f"one of {', '.join(ROPE_KINDS)}" if name == "rope" else f"a {'whole ' * (kind is int)}number"
+        wanted = f"a {'whole ' * (kind is int)}number"
+        if name == "rope" or kind is bool:
+            wanted = f"one of {', '.join(ROPE_KINDS if name == 'rope' else ('True', 'False'))}"
         raise UserError(
             f"{file}: its header's {PREFIX}{name} is {text!r}, expected {wanted}: give {name}=... yourself"
         ) from error

@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from radial import BlockLayout, VideoGrid
+from radial import BlockLayout, HeadLayout, VideoGrid
 from train.attention.sequence import SequenceShard, sharded_attention
 from train.attention.step import StepAttention
 from train.errors import UserError
@@ -30,7 +30,7 @@ class LayoutAttention:
     """Base of the attention processors: `ModelAdapter.set_attention` gives each the layout of its layer."""
 
     def __init__(self) -> None:
-        self.layout: BlockLayout | None = None
+        self.layout: BlockLayout | HeadLayout | None = None
         self.backend: str | None = None
         self.shard: SequenceShard | None = None
         self.observer: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None] | None = None
@@ -191,9 +191,10 @@ class ModelAdapter(PipelineTraits, ABC):
 
         It holds for the micro-batches that follow, until their backward has run.
         """
+        layers, heads, _ = self.attention_shape
         for layer, block in enumerate(self.blocks()):
             processor = self.self_attention(block).processor
-            processor.layout = attention.layout(layer)
+            processor.layout = attention.own_layout(layer, layers, heads)
             processor.backend = attention.backend_of(layer)
             processor.shard = attention.shard
         self._shard = attention.shard

@@ -56,8 +56,7 @@ class Budget:
 
     def dense(self) -> Budget:
         """The same run with dense attention in every layer."""
-        attention = replace(self.config.attention, pattern="dense", dense_layers=0, dense_steps=0, dense_sigma=None)
-        config = replace(self.config, attention=attention)
+        config = replace(self.config, attention=self.config.attention.under("dense"))
         return replace(self, config=config, sizes=replace(self.sizes, density=1.0))
 
     @property

@@ -94,7 +94,7 @@ def _measure(
 
     rows = []
     own = module.recipes.own.attention.pattern
-    name, dense, trained = own.name, functools.partial(_dense, module), module.attention_at
+    name, dense, trained = config.pattern_in_words(), functools.partial(_dense, module), module.attention_at
     if module.lora:
         module.transformer.disable_adapters()
         if short:

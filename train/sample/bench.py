@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     for run in runs:
         cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in layers]
         if with_dense:
-            cases.append(replace(run, attention=replace(run.attention, pattern="dense", dense_layers=0, backend=None)))
+            cases.append(replace(run, attention=replace(run.attention.under("dense"), backend=None)))
         for case in cases:
             results.append(bench.measure(case, steps))
             print(_line(results[-1]), flush=True)

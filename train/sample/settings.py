@@ -15,7 +15,7 @@ from data.cli import Place, parse, setting
 from data.encoders import encoder_class
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
-from radial import RadialError, VideoGrid, make_pattern
+from radial import PATTERNS, RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
 from train.attention.recipe import AttentionRecipe
 from train.config.compose import compose_run
@@ -49,9 +49,11 @@ class Settings:
     lora_2: Place | None = setting("that of the expert for low noise levels; none for none", None)
     add: Place | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
     add_2: Place | None = setting("the same for the expert for low noise levels", None)
-    pattern: str | None = setting("attention: released, paper, dense (the LoRA's, else released)", None)
+    pattern: str | None = setting(f"attention: {', '.join(PATTERNS)} (the LoRA's, else released)", None)
     rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else the model's)", None)
     decay: float | None = setting("of released (the LoRA's, else 1)", None)
+    reach: float | None = setting("of the patterns that have one (the LoRA's, else the pattern's own)", None)
+    per_head: bool | None = setting("of random: a draw for each head of each layer (the LoRA's, else no)", None)
     block: int | None = setting("tokens of a block (the LoRA's, else 128)", None)
     dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
     dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
@@ -156,6 +158,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "pattern": "released",
         "rule": model.rule,
         "decay": 1.0,
+        "per_head": False,
         "block": 128,
         "dense_layers": 2,
         "rope": model.rope,
@@ -237,7 +240,13 @@ def recipe_of(settings: Settings) -> AttentionRecipe:
     """
     assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
     try:
-        pattern = make_pattern(str(settings.pattern), decay=settings.decay, rule=str(settings.rule))
+        pattern = make_pattern(
+            str(settings.pattern),
+            decay=settings.decay,
+            rule=str(settings.rule),
+            reach=settings.reach,
+            per_head=bool(settings.per_head),
+        )
     except RadialError as error:
         raise UserError(str(error)) from error
     return AttentionRecipe(

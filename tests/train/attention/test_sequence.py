@@ -44,6 +44,20 @@ def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samp
             close(got["gradients"][name], gradient.numpy(), 1e-4)
 
 
+@pytest.mark.parametrize(("world", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_masks_that_differ_by_head_are_those_of_a_ranks_own_heads(world, size):
+    """In each of two layers each of four heads has a mask of its own, in an order of tokens of the pattern's own."""
+    settings = ("by_head", ODD)
+    ranks = run_ranks(world, sequence_ranks.wan_gradients, *settings, size, 2, True, "lora")
+    expected = sequence_ranks.wan_gradients(*settings, 1, 2, True, "lora")
+    shared = sequence_ranks.wan_gradients("released", ODD, 1, 2, True, "lora")
+    assert any(not torch.equal(expected["gradients"][n], shared["gradients"][n]) for n in shared["gradients"])
+    for got in ranks:
+        close(got["loss"], expected["loss"].numpy())
+        for name, gradient in expected["gradients"].items():
+            close(got["gradients"][name], gradient.numpy(), 1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "kept"), [("full", 4), ("selective", 7)])
 def test_compiled_blocks_hold_the_collectives_without_a_graph_break(policy, kept):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from data.errors import DataError
 from launch import doctor
+from radial import build_layout
 from train.attention.sequence import check_heads
 from train.config.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
 from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
@@ -358,3 +359,44 @@ def test_gpus_that_cannot_share_the_clips_a_step_are_told_what_can(given, remedi
     placed = replace(config, model=replace(config.model, path="hub:a/b"))
     with pytest.raises(UserError, match="optim.global_batch is 8 clips a step"):
         preflight(placed, elsewhere=True)
+
+
+RIVALS = ["spatial", "temporal", "sliding_tile", "power", "shifted", "local", "random"]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_groups_and_meet_a_share_on_the_runs_own_grid(name):
+    given = {"conf": "shapes_4x", "attention": name, "attention.block": "32"}
+    config = finish(compose_run(given))
+    assert config.attention.pattern == config.pattern().name == config.pattern_in_words() == name
+    shared = finish(compose_run({**given, "attention.share": "0.2"}))
+    layout = build_layout(shared.pattern(), shared.grid(), 32)
+    assert 1 - layout.sparsity == pytest.approx(0.2, abs=0.03)
+    words = shared.pattern_in_words()
+    assert words.startswith(f"{name} with {1 - layout.sparsity:.1%} of the blocks (reach ")
+    dense = shared.attention.under("dense")
+    assert (dense.pattern, dense.share, dense.reach, dense.dense_layers) == ("dense", None, None, 0)
+
+
+def test_the_released_masks_share_is_by_its_decay():
+    config = finish(compose_run({"conf": "shapes_4x", "attention.share": "0.1"}))
+    assert config.pattern().decay != 1.0
+    assert "released with" in config.pattern_in_words() and "(decay " in config.pattern_in_words()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"attention": "paper", "attention.share": "0.2"},
+            "attention.share is 0.2, and pattern paper has no",
+        ),
+        ({"attention.share": "1.5"}, "attention.share is 1.5"),
+        ({"attention.reach": "2"}, "attention.reach is 2.0, pattern released has none"),
+        ({"attention": "spatial", "attention.reach": "0"}, "attention.reach is 0.0, expected a positive number"),
+        ({"attention": "spatial", "attention.per_head": "true"}, "attention.per_head is of pattern random"),
+    ],
+)
+def test_what_a_pattern_cannot_be_asked_for(settings, message):
+    with pytest.raises(UserError, match=message):
+        finish(compose_run({"conf": "shapes_4x", **settings}))

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from radial import Random, Released, Spatial
 from tests.helpers.generating import close, generator, latent, stock
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
@@ -20,7 +22,7 @@ from train.lora.reading import Lora
 from train.models.pretrained import stand_in
 from train.recipe import clip_recipe
 from train.sample.__main__ import main
-from train.sample.settings import jobs, parse_settings, slots
+from train.sample.settings import jobs, parse_settings, recipe_of, slots
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,15 @@ def test_another_size_than_the_trained_one_has_its_own_shift_and_dense_level(tmp
     save_file({"x": torch.zeros(1)}, file, header_of(config, 1) | {"radial.shift": "7.0"})  # the run's own
     got = settings("height=480", "width=832")
     assert (got.shift, got.dense_sigma) == (7.0, trained.attention.dense_sigma)
+
+
+def test_a_headers_pattern_is_the_one_that_was_trained(wan, tmp_path):
+    header = {**HEADER, "radial.pattern": "random", "radial.reach": "0.25", "radial.per_head": "True"}
+    file = save_lora(wan, tmp_path / "mine.safetensors", header=header)
+    settings, _ = parse_settings(words(wan, lora=file))
+    like = Released(settings.decay, settings.rule)
+    assert recipe_of(settings).pattern == Random(like, reach=0.25, per_head=True)
+    assert recipe_of(replace(settings, pattern="spatial", per_head=False)).pattern == Spatial(0.25)
 
 
 def test_the_rule_is_the_models_own():

@@ -1,4 +1,4 @@
-"""What the figures say, in words, and the cheapest setting whose velocity stays near dense's.
+"""The findings in words, and the cheapest setting whose velocity stays near dense's.
 
 The model is as it is: a LoRA that is trained under a mask takes most of these errors back.
 """
@@ -110,15 +110,15 @@ def advice(
 
 def decaying(figures: LayerFigures) -> torch.Tensor:
     """(heads,) bool: whether attention falls exponentially with both distances."""
-    in_time = (figures.alpha.mean > 0) & (figures.alpha_r2 >= GOOD_FIT)
-    in_space = (figures.beta.mean > 0) & (figures.beta_r2 >= GOOD_FIT)
+    in_time = (figures.alpha.mean > 0) & (figures.alpha_fit.r2 >= GOOD_FIT)
+    in_space = (figures.beta.mean > 0) & (figures.beta_fit.r2 >= GOOD_FIT)
     return in_time & in_space
 
 
 def _decays(figures: Sequence[LayerFigures]) -> str:
     flags = torch.cat([decaying(one) for one in figures])
-    in_time = torch.cat([(one.alpha.mean > 0) & (one.alpha_r2 >= GOOD_FIT) for one in figures])
-    in_space = torch.cat([(one.beta.mean > 0) & (one.beta_r2 >= GOOD_FIT) for one in figures])
+    in_time = torch.cat([(one.alpha.mean > 0) & (one.alpha_fit.r2 >= GOOD_FIT) for one in figures])
+    in_space = torch.cat([(one.beta.mean > 0) & (one.beta_fit.r2 >= GOOD_FIT) for one in figures])
     share = flags.double().mean().item()
     verdict = "decays as the method assumes" if share >= 0.9 else "does not decay as the method assumes everywhere"
     if share < 0.5:

@@ -32,10 +32,12 @@ class Fit:
 
     Attributes:
         rate: (...) what the curve falls by for each unit of distance: alpha or beta.
+        start: (...) the line at distance 0, a natural logarithm.
         r2: (...) the share of the logarithm's weighted variance that the line explains.
     """
 
     rate: Tensor
+    start: Tensor
     r2: Tensor
 
 
@@ -60,13 +62,14 @@ def fit_decay(distance: Tensor, log_curve: Tensor, pairs: Tensor) -> Fit:
     weight = pairs * used
     total = weight.sum(-1, keepdim=True)
     y = log_curve.where(used, torch.zeros(()).to(log_curve))
-    x_off = distance - (weight * distance).sum(-1, keepdim=True) / total
-    y_off = y - (weight * y).sum(-1, keepdim=True) / total
+    x_mean, y_mean = ((weight * z).sum(-1, keepdim=True) / total for z in (distance, y))
+    x_off, y_off = distance - x_mean, y - y_mean
     across, along, up = ((weight * a * b).sum(-1) for a, b in ((x_off, x_off), (x_off, y_off), (y_off, y_off)))
+    rate = -along / across
+    start = (y_mean + rate[..., None] * x_mean).squeeze(-1)
     r2 = torch.where(up > 0, along**2 / (across * up), torch.ones_like(up))
     enough = used.sum(-1) >= 3
-    nan = torch.full_like(r2, torch.nan)
-    return Fit(torch.where(enough, -along / across, nan), torch.where(enough, r2, nan))
+    return Fit(*(torch.where(enough, value, torch.nan) for value in (rate, start, r2)))
 
 
 def kinds(joint: Tensor, first: Tensor, temporal_pairs: Tensor, spatial_pairs: Tensor) -> list[str]:

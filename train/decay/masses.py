@@ -75,7 +75,7 @@ def layer_masses(
         "kept": torch.zeros(len(layouts), many, heads, **at),
         "text_rows": torch.zeros(heads, frames + 1, **at),
     }
-    masks = [layout.mask().to(**at) for layout in layouts]
+    masks = [_mask(layout, q.device, work) for layout in layouts]
     step = max(1, _AT_ONCE // (len(rows.tile) * keys))
     for start in range(0, heads, step):
         own = slice(start, start + step)
@@ -96,8 +96,9 @@ def layer_masses(
             found["mass"][own, frames - frame : 2 * frames - 1 - frame] += tiled[:, 1:]
             found["sink"][own, frame] = tiled[:, 0]
             found["text_keys"][own] += text_HR @ average.T / frames
+            blocks = {size: _in_blocks(p, size) for size in {layout.block for layout in layouts}}
             for number, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):
-                in_blocks = F.pad(p, (0, -keys % layout.block)).unflatten(2, (-1, layout.block)).sum(-1)
+                in_blocks = blocks[layout.block]
                 kept = torch.einsum("hrt,rt->hr", in_blocks, mask[index // layout.block, : in_blocks.shape[2]])
                 found["kept"][number, :, own] += (kept @ share).T / frames
             if frame:
@@ -113,6 +114,16 @@ def layer_masses(
             found["text_rows"][own, frames] = words[:, video:].sum(-1)
     found["mass"] /= _pairs(frames).to(**at)[:, None, None]
     return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def _mask(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(blocks, blocks) 1 where a block is kept; made once for all layers."""
+    return layout.derived(("mask", device, dtype), lambda: layout.mask().to(device, dtype))
+
+
+def _in_blocks(p: Tensor, block: int) -> Tensor:
+    """(H, rows, keys) -> (H, rows, blocks) sums over blocks of keys, of which the last may be smaller."""
+    return F.pad(p, (0, -p.shape[2] % block)).unflatten(2, (-1, block)).sum(-1)
 
 
 def _pairs(frames: int) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from train.decay.bins import Geometry
-from train.decay.fits import chained, fit_decay, kinds, standard_error
+from train.decay.fits import Fit, chained, fit_decay, kinds, standard_error
 from train.decay.measure import Part
 from train.decay.settings import Job
 
@@ -60,7 +60,7 @@ class LayerFigures:
     Attributes:
         kinds: of each head (`train.decay.fits.KIND_RULE`).
         alpha, beta: what the curves over temporal and over spatial distance fall by, a frame and a token.
-        alpha_r2, beta_r2: of these fits, (heads,).
+        alpha_fit, beta_fit: these fits, of (heads,).
         first, text: the share of mass on the first frame and on text.
         text_on_video: of text queries, the share of mass on the video, (heads,).
         kept: by pattern, the share of mass that it keeps.
@@ -72,9 +72,9 @@ class LayerFigures:
     sigma: float
     kinds: list[str]
     alpha: Value
-    alpha_r2: Tensor
+    alpha_fit: Fit
     beta: Value
-    beta_r2: Tensor
+    beta_fit: Fit
     first: Value
     text: Value
     text_on_video: Tensor
@@ -110,8 +110,8 @@ def layer_figures(job: Job, geometry: Geometry, parts: Sequence[Part], layer: in
     in_time = geometry.temporal_pairs
     frames = torch.arange(geometry.distances, dtype=torch.float64)
     temporal, spatial, joint = read("temporal"), read("spatial"), read("joint").mean((0, 1))
-    alpha, alpha_r2, temporal_curve = _decay(temporal, frames, in_time)
-    beta, beta_r2, spatial_curve = _decay(spatial, geometry.spatial_distance, geometry.spatial_pairs)
+    alpha, alpha_fit, temporal_curve = _decay(temporal, frames, in_time)
+    beta, beta_fit, spatial_curve = _decay(spatial, geometry.spatial_distance, geometry.spatial_pairs)
     first = Value.of(read("first"))
     kept, output, rows = read("kept"), read("error"), read("text_rows").mean(0)
     names = [candidate.name for candidate in job.candidates]
@@ -120,9 +120,9 @@ def layer_figures(job: Job, geometry: Geometry, parts: Sequence[Part], layer: in
         sigma,
         kinds(joint.double(), first.mean, in_time, geometry.spatial_pairs),
         alpha,
-        alpha_r2,
+        alpha_fit,
         beta,
-        beta_r2,
+        beta_fit,
         first,
         Value.of(read("text")),
         rows[:, :-1].sum(-1).double(),
@@ -134,12 +134,12 @@ def layer_figures(job: Job, geometry: Geometry, parts: Sequence[Part], layer: in
     )
 
 
-def _decay(chain: Tensor, distance: Tensor, pairs: Tensor) -> tuple[Value, Tensor, Tensor]:
-    """Rate and R² of each head, and its curve, from (clips, replicates, heads, 2, distances - 1)."""
+def _decay(chain: Tensor, distance: Tensor, pairs: Tensor) -> tuple[Value, Fit, Tensor]:
+    """Rate and fit of each head, and its curve, from (clips, replicates, heads, 2, distances - 1)."""
     curve = chained(chain.double().sum((0, 1)))
     fit = fit_decay(distance, curve, pairs)
     single = fit_decay(distance, chained(chain.sum(1) if len(chain) > 1 else chain[0]), pairs).rate
-    return Value(fit.rate, standard_error(single)), fit.r2, curve
+    return Value(fit.rate, standard_error(single)), fit, curve
 
 
 def _error(samples: Tensor) -> Tensor:
@@ -177,9 +177,9 @@ def head_rows(figures: LayerFigures) -> list[dict[str, object]]:
                 "sigma": figures.sigma,
                 "kind": kind,
                 **both("alpha", figures.alpha, head),
-                "alpha_r2": _plain(figures.alpha_r2[head]),
+                "alpha_r2": _plain(figures.alpha_fit.r2[head]),
                 **both("beta", figures.beta, head),
-                "beta_r2": _plain(figures.beta_r2[head]),
+                "beta_r2": _plain(figures.beta_fit.r2[head]),
                 **both("first_frame", figures.first, head),
                 **both("text", figures.text, head),
                 "text_on_video": _plain(figures.text_on_video[head]),

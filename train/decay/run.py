@@ -3,7 +3,6 @@
     <out>/decay.json            what was measured, every head, every pattern, the advice
     <out>/decay.safetensors     masses and curves (`train.decay.results`)
     <out>/decay.html            the page
-    <out>/*.png                 its pictures
     <out>/parts/                finished parts (`train.decay.measure`); they may be deleted
 
 Each file is written beside and renamed.
@@ -27,7 +26,7 @@ from train.decay.advice import advice, as_json, settings
 from train.decay.bins import Geometry
 from train.decay.figures import draw_all
 from train.decay.measure import measure, pick_clips
-from train.decay.page import page
+from train.decay.page import write_page
 from train.decay.results import about, head_rows, layer_figures, tables, velocities
 from train.decay.settings import Job
 from train.errors import UserError
@@ -87,9 +86,7 @@ def run_decay(job: Job) -> list[str]:
     pictures = draw_all(job, geometry, figures, errors)
     tensors = safetensors.torch.save(tables(geometry, parts, figures), {"about": json.dumps(facts)})
     write_bytes(job.out / "decay.safetensors", tensors)
-    for name, (png, _) in pictures.items():
-        write_bytes(job.out / name, png)
-    write_bytes(job.out / "decay.html", page(job, facts, figures, errors, found, sentences, pictures).encode())
+    write_page(job, facts, figures, errors, found, sentences, pictures, job.out / "decay.html")
     result = {
         "about": facts,
         "advice": sentences,

@@ -18,25 +18,26 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = ("#3b82c4", "#e0622f", "#2f9e62", "#9a6bd0", "#c9a227", "#1aa3b5", "#d0568f", "#8a7a6a", "#6f8f2f", "#7f8794")
 """Of the lines: each reads on white and on near-black."""
-_INK = "#010203"  # stands for the page's text colour, which a matplotlib colour cannot name
-_STYLE: Any = {
+INK = "#010203"  # stands for the page's text colour, which a matplotlib colour cannot name
+STYLE: Any = {
     "svg.fonttype": "none",  # letters stay letters: they can be searched, and take the page's font
     "svg.hashsalt": "radial",  # the same chart gives the same text
     "font.size": 11,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-    "grid.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "grid.color": INK,
     "grid.alpha": 0.15,
     "grid.linewidth": 0.6,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+"""matplotlib's settings for what `svg` puts into a page."""
 _SURPLUS = (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"font-family:[^;]*; ", r' transform="rotate\(-0 [^"]*"')
 """In matplotlib's SVG: what a page has for all of its charts, or has no use for."""
 _SIZE = (5.6, 2.9)  # inches
@@ -71,7 +72,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, across: 
     if not kept:
         return ""
     ys = [y for _, points in kept for _, y in points]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         for line, points in kept:
@@ -111,7 +112,7 @@ def svg(figure: Figure, title: str) -> str:
     text = text[text.index("<svg") :]
     for surplus in _SURPLUS:
         text = re.sub(surplus, "", text, flags=re.DOTALL)
-    text = text.replace(_INK, "currentColor")
+    text = text.replace(INK, "currentColor")
     used = set(re.findall(r"#([\w.-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     box = re.search(r'viewBox="[^"]*"', text)

@@ -64,7 +64,7 @@ def test_points_below_machine_precision_are_left_out():
     curve = -3.0 * distance
     curve[6:] = -18.0  # a floor, where 2 ** -23 is exp(-15.9)
     fit = fit_decay(distance, curve, pairs)
-    assert fit.rate.item() == pytest.approx(3.0) and fit.r2.item() == pytest.approx(1.0)
+    assert (fit.rate.item(), fit.start.item(), fit.r2.item()) == pytest.approx((3.0, 0.0, 1.0))
     assert fit_decay(distance[:2], curve[:2], pairs[:2]).rate.isnan()
     unreached = curve.clone()
     unreached[5:] = -torch.inf

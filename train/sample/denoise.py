@@ -29,18 +29,18 @@ class Denoiser:
     """Stands between a pipeline and its transformers while a clip is generated.
 
     Attributes:
-        adapters: our attention on each of the pipeline's transformers.
+        pipeline: of diffusers; its scheduler counts the steps.
+        adapters: our attention on each of its transformers.
         attention: of the clip.
-        level: the noise level in (0, 1] of a step, by its number.
         split: of the ranks.
         negative: the inputs that the negative prompt has instead of the prompt's, where the pipeline asks for both one
             after the other.
         bring: called with the transformer that runs next.
     """
 
+    pipeline: Any
     adapters: list[ModelAdapter]
     attention: AttentionRecipe
-    level: Callable[[int], float]
     split: Split = field(default_factory=Split)
     negative: Mapping[str, Tensor] = field(default_factory=dict)
     bring: Callable[[Any], None] = lambda transformer: None
@@ -50,18 +50,26 @@ class Denoiser:
     """Whether each step was dense throughout."""
 
     def __post_init__(self) -> None:
-        self._new_step = True
+        self._step: tuple[Any, ...] = ()  # what the attention in place was made for
         self._ahead: Tensor | None = None
         self._started = 0.0
+        self._before = [(adapter.transformer, vars(adapter.transformer).get("forward")) for adapter in self.adapters]
         for adapter in self.adapters:
             transformer = adapter.transformer
             transformer.forward = functools.partial(self._forward, adapter, transformer.forward)
+
+    def leave(self) -> None:
+        """Gives the transformers their own forward back."""
+        for transformer, forward in self._before:
+            del transformer.forward
+            if forward is not None:
+                transformer.forward = forward
 
     def restart(self, attention: AttentionRecipe, negative: Mapping[str, Tensor]) -> None:
         """Before another clip."""
         self.attention, self.negative = attention, negative
         self.seconds, self.dense = [], []
-        self._new_step, self._ahead = True, None
+        self._step, self._ahead = (), None
         self._started = time.perf_counter()
 
     def step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -71,13 +79,14 @@ class Denoiser:
         now = time.perf_counter()
         self.seconds.append(now - self._started)
         self._started = now
-        self._new_step = True
         return {}
 
     def _forward(self, adapter: ModelAdapter, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
-        if self._new_step:
-            self._new_step, self._ahead = False, None
+        step = self.pipeline.scheduler.step_index or 0  # None before the first step
+        now = (step, noise_level(self.pipeline.scheduler, step), kwargs["hidden_states"].shape[2:])
+        if now != self._step:
+            self._step, self._ahead = now, None
             self._set_attention(kwargs["hidden_states"])
         elif self._ahead is not None:
             return (self._ahead,)  # the negative prompt's, which the other branch has computed
@@ -85,8 +94,10 @@ class Denoiser:
         return (self._predict(adapter, inner, kwargs),)
 
     def _set_attention(self, latent: Tensor) -> None:
-        recipe, step = self.attention, len(self.dense)
-        self.dense.append(isinstance(recipe.pattern, Dense) or recipe.is_dense(self.level(step), step))
+        recipe, (step, level, _) = self.attention, self._step
+        if step == 0:
+            self.dense = []
+        self.dense.append(isinstance(recipe.pattern, Dense) or recipe.is_dense(level, step))
         for adapter in self.adapters:
             grid = adapter.grid(latent)
             adapter.set_attention(recipe.step(grid, dense=self.dense[-1], sequence=self.split.sequence))
@@ -106,3 +117,9 @@ class Denoiser:
             return torch.cat(both)
         self._ahead = both[1]
         return both[0]
+
+
+def noise_level(scheduler: Any, step: int) -> float:
+    """The noise level in (0, 1] at which a pipeline's scheduler takes a step, in float32."""
+    sigma: float = scheduler.sigmas[step].item()
+    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma  # Mochi's time runs from noise to data

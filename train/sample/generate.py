@@ -21,21 +21,17 @@ from train import __version__
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.lora.files import notes
 from train.memory.compiler import compile_blocks
 from train.models.families import family_of
 from train.ranks import global_rank
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
-from train.sample.denoise import Denoiser
+from train.sample.extension import Extension
 from train.sample.pipeline import (
     check_transformers,
     encode_prompts,
     first_frame,
-    load_loras,
     load_pipeline,
-    make_adapter,
-    noise_level,
     pipeline_class,
     pipeline_folder,
     release,
@@ -43,7 +39,7 @@ from train.sample.pipeline import (
 )
 from train.sample.ranks import Ranks, Split
 from train.sample.records import check_writable, execution, identity, is_done, record_of
-from train.sample.settings import Job, Settings, jobs, recipe_of, size_of, slots
+from train.sample.settings import Job, Settings, jobs, size_of
 from train.sample.video import video_file
 
 
@@ -140,17 +136,16 @@ class Generator:
         self._say("loading the transformer")
         self.pipeline = load_pipeline(cls, family, folder, settings, device, dtype)
         self.transformers = transformers_of(self.pipeline)
-        self.loaded = self._load_loras()
-        placed = replace(model, rope=str(settings.rope))
-        adapters = [make_adapter(transformer, placed) for transformer in self.transformers]
-        for adapter in adapters:
+        self.extension = Extension(self.pipeline, settings, model, split=split, bring=self._bring)
+        self.denoiser, self.attention = self.extension.denoiser, self.extension.denoiser.attention
+        for line in self.extension.loaded:
+            self._say(line)
+        for adapter in self.extension.adapters:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "none":
                 adapter.transformer.to(device)
             if settings.compile:
                 compile_blocks(adapter.blocks())
-        self.attention = recipe_of(settings)
-        self.denoiser = Denoiser(adapters, self.attention, self._level, split, bring=self._bring)
         # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
         # forward that they found, once the first pass has shown the order of the blocks
         for transformer in self.transformers if settings.offload == "block" else ():
@@ -184,9 +179,6 @@ class Generator:
                     place = self._rescue(job, known, clips)
                     raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error
 
-    def _level(self, step: int) -> float:
-        return noise_level(self.pipeline.scheduler, step)
-
     def denoise(self, job: Job, prompt: dict[str, Tensor], attention: AttentionRecipe) -> Clip:
         """The latent of a job with an attention; every rank must call it."""
         settings, device = self.settings, self.ranks.device
@@ -215,15 +207,6 @@ class Generator:
             **given,
         )[0]
         return Clip(latent.cpu(), self.denoiser.seconds, self.denoiser.dense)
-
-    def _load_loras(self) -> list[str]:
-        settings, said = self.settings, []
-        found = slots(settings, self.model)
-        for transformer, slot in zip(self.transformers, found, strict=True):
-            said += load_loras(transformer, slot.files())
-        for line in (*notes(found, self.model), *said):
-            self._say(line)
-        return said
 
     def _bring(self, wanted: Any) -> None:
         """With ``offload=model``: that transformer on the device, the others not."""
@@ -259,7 +242,7 @@ class Generator:
             measured = {**clip.measured(), "peak_memory_gib": _peak_memory(self.ranks.device), **about}
             record |= {
                 "execution": execution(settings),
-                "loras": self.loaded,
+                "loras": self.extension.loaded,
                 "measured": measured,
                 "gpus": self.ranks.world,
                 "device": torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else "cpu",

@@ -5,9 +5,10 @@ So text encoders (UMT5 and LLaMA take 10 to 16 GB) and transformer are never in 
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from train.export.formats import named_tensors
 from train.export.verify import compare_pairs, lora_layers
 from train.lora.reading import Lora, read_lora
 from train.models.base import ModelAdapter
-from train.models.families import ADAPTERS, adapter_of, family_of
+from train.models.families import ADAPTERS, adapter_of
 from train.models.folders import fetched, read_json
-from train.models.loading import check_pipeline, temporal_rope
+from train.models.loading import check_pipeline
 from train.models.pretrained import stand_in
 from train.models.weights import check_weights
 from train.sample.settings import Job, Settings
@@ -165,25 +166,14 @@ def first_frame(file: Path, width: int, height: int) -> Image.Image:
 def load_pipeline(
     cls: Any, family: type[ModelAdapter], folder: str, settings: Settings, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """The pipeline without its text encoders, its scheduler shifted, its transformers on the CPU."""
+    """The pipeline without its text encoders, its transformers on the CPU."""
     parts: dict[str, Any] = dict.fromkeys(_taken(cls, _TEXT_PARTS))
     parts["vae"] = _load_part(folder, "vae", device, family.vae_dtype(dtype))
     for name in _taken(cls, ("image_encoder",)):
         # with offloading it looks at its one picture on the CPU, where it is for the rest of the clip
         place = device if settings.offload == "none" else torch.device("cpu")
         parts[name] = _load_part(folder, name, place, torch.float32)
-    pipeline = _load(cls, folder, **parts, torch_dtype=dtype)
-    if settings.shift is not None:
-        config = pipeline.scheduler.config
-        key = "flow_shift" if "flow_shift" in config else "shift"
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **{key: settings.shift})
-    return pipeline
-
-
-def noise_level(scheduler: Any, step: int) -> float:
-    """The noise level in (0, 1] at which a pipeline's scheduler takes a step, in float32."""
-    sigma: float = scheduler.sigmas[step].item()
-    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma  # Mochi's time runs from noise to data
+    return _load(cls, folder, **parts, torch_dtype=dtype)
 
 
 def _taken(cls: Any, names: Sequence[str]) -> list[str]:
@@ -198,20 +188,27 @@ def transformers_of(pipeline: Any) -> list[Any]:
     return [transformer for transformer in both if transformer is not None]
 
 
-def load_loras(transformer: Any, files: Sequence[tuple[Path, float]]) -> list[str]:
+def load_loras(
+    transformer: Any, files: Sequence[tuple[Path, float]], undo: list[Callable[[], None]] | None = None
+) -> list[str]:
     """Adds LoRAs with their strengths to a transformer, and returns what was loaded, and by which factor, in words.
+
+    Args:
+        undo: gets what takes each change back.
 
     Raises:
         UserError: a file that does not fit the model whole, or that did not arrive whole.
     """
-    said, strengths = [], {}
+    said, strengths, undo = [], {}, [] if undo is None else undo
     loras = [(file, strength, read_lora(file, transformer)) for file, strength in files]
     for _, strength, lora in loras:
-        _change(transformer, lora, strength)
+        if lora.differences:
+            undo.append(_change(transformer, lora, strength))
     for number, (file, strength, lora) in enumerate(loras):
         if lora.pairs:
             name = f"lora_{number}"
             tensors = named_tensors(lora.pairs)
+            undo.append(functools.partial(transformer.delete_adapters, name))
             transformer.load_lora_adapter(tensors, adapter_name=name, prefix=None)
             count = compare_pairs(lora_layers(transformer, name), lora.pairs, "diffusers", file)
             strengths[name] = strength
@@ -225,22 +222,20 @@ def load_loras(transformer: Any, files: Sequence[tuple[Path, float]]) -> list[st
 
 
 @torch.no_grad()
-def _change(transformer: nn.Module, lora: Lora, strength: float) -> None:
+def _change(transformer: nn.Module, lora: Lora, strength: float) -> Callable[[], None]:
+    """Adds a file's whole changes to the weights; what puts the weights back."""
     parameters = dict(transformer.named_parameters())
+    before = {name: parameters[name].detach().cpu().clone() for name in lora.differences}
     for name, change in lora.differences.items():
         parameter = parameters[name]
         parameter.copy_(parameter.float() + strength * change.to(parameter.device))
 
+    def back() -> None:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
 
-def make_adapter(transformer: Any, model: ModelConfig) -> ModelAdapter:
-    """Our attention, and the temporal positions of ``model.rope``, on a transformer.
-
-    Raises:
-        UserError: the transformer is of another family than ``model``.
-    """
-    adapter = family_of(model)(transformer, model.text_tokens)
-    adapter.rope = temporal_rope(model)
-    return adapter
+    return back
 
 
 def release(device: torch.device) -> None:

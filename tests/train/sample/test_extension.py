@@ -1,0 +1,93 @@
+"""`train.sample.extend`: a stock pipeline's own call gives what the command gives, and everything can be taken back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from safetensors.torch import save_file
+
+from tests.helpers.generating import close, latent
+from tests.helpers.tiny_pipelines import CLIP, HEADER, TOKENS, save_lora, save_pipeline
+from train.config.compose import compose_run
+from train.config.schema import ModelConfig
+from train.errors import UserError
+from train.sample import extend, unextend
+from train.sample.extension import model_of
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return save_pipeline("wan", tmp_path_factory.mktemp("extension") / "wan")
+
+
+@pytest.fixture(scope="module")
+def lora(wan, tmp_path_factory):
+    return save_lora(wan, tmp_path_factory.mktemp("lora") / "mine.safetensors", header=HEADER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return replace(ModelConfig(**compose_run({"conf": "wan_4x"}).model), text_tokens=TOKENS)
+
+
+def called(pipeline, **changes):
+    return pipeline(
+        "a red ball, moving & it's a clip",
+        "the bar",
+        **{"height": CLIP["height"], "width": CLIP["width"], "num_frames": CLIP["frames"], **changes},
+        num_inference_steps=CLIP["steps"],
+        guidance_scale=CLIP["guidance"],
+        generator=torch.Generator().manual_seed(CLIP["seed"]),
+        max_sequence_length=TOKENS,
+        output_type="latent",
+    ).frames
+
+
+def test_the_pipelines_own_call_is_the_command(wan, lora, model):
+    pipeline = WanPipeline.from_pretrained(wan)
+    plain = called(pipeline)
+    extend(pipeline, lora, strength=0.9, model=model, dense_steps=1)
+    got = called(pipeline)
+    close(got, latent(wan, lora=f"{lora}:0.9", dense_steps=1, block=None).latent)
+    assert (got - plain).abs().max() > 1e-2
+    assert torch.equal(called(pipeline), got)  # a second call starts anew
+    assert called(pipeline, num_frames=17).shape[2] == 5  # and so does one of another length
+    unextend(pipeline)
+    assert torch.equal(called(pipeline), plain)
+    extend(pipeline, lora, strength=0.9, model=model, dense_steps=1)
+    assert torch.equal(called(pipeline), got)
+
+
+def test_attention_alone_and_another_scheduler(wan, model):
+    pipeline = WanPipeline.from_pretrained(wan)
+    extend(pipeline, model=model, decay=0.4, block=16, dense_layers=1, dense_steps=2)
+    close(called(pipeline), latent(wan, decay=0.4, dense_layers=1, dense_steps=2).latent)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert called(pipeline).isfinite().all()
+
+
+def test_what_does_not_fit_leaves_the_pipeline_as_it_was(wan, lora, model, tmp_path):
+    pipeline = WanPipeline.from_pretrained(wan)
+    plain = called(pipeline)
+    save_file({"nothing.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="nothing"):
+        extend(pipeline, tmp_path / "other.safetensors", model=model)
+    with pytest.raises(UserError, match="decay"):
+        extend(pipeline, model=model, decay=-1.0)
+    assert torch.equal(called(pipeline), plain)
+    with pytest.raises(UserError, match="not extended"):
+        unextend(pipeline)
+    extend(pipeline, lora, model=model)
+    with pytest.raises(UserError, match="extended already"):
+        extend(pipeline, lora, model=model)
+
+
+def test_the_model_is_found_by_its_dimensions(wan):
+    pipeline = WanPipeline.from_pretrained(wan)
+    with pytest.raises(UserError, match="has dimensions of none of the known models: give model=, one of .*wan_14b"):
+        extend(pipeline)
+    with pytest.raises(UserError, match="model is 'wan_15b', expected one of"):
+        model_of(pipeline, "wan_15b")
+    pipeline.transformer.register_to_config(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+    assert model_of(pipeline).steps == model_of(pipeline, "wan_1.3b").steps

@@ -1,0 +1,241 @@
+"""Radial attention and a LoRA on a stock diffusers pipeline, for its own calls.
+
+    from train.sample import extend
+
+    pipeline = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", torch_dtype=torch.bfloat16).to("cuda")
+    extend(pipeline, "wan_4x.safetensors")
+    frames = pipeline("a boat", num_frames=321, height=720, width=1280).frames
+
+The LoRA's header holds how it was trained: pattern, decay, rule, block, dense layers and dense steps, temporal
+positions and the noise shift. ``python -m train.sample`` generates by the same class.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data.cli import Place
+from train.config.compose import compose_run, group_options
+from train.config.schema import ModelConfig
+from train.errors import UserError
+from train.lora.files import notes
+from train.models.base import ModelAdapter
+from train.models.families import adapter_of, family_of
+from train.models.loading import temporal_rope
+from train.models.rope import TemporalRope
+from train.sample.denoise import Denoiser
+from train.sample.pipeline import load_loras, transformers_of
+from train.sample.ranks import Split
+from train.sample.settings import Settings, complete, recipe_of, slots
+
+_extended: weakref.WeakKeyDictionary[Any, Extension] = weakref.WeakKeyDictionary()
+_adapters: weakref.WeakKeyDictionary[Any, ModelAdapter] = weakref.WeakKeyDictionary()  # of transformers, once for each
+
+
+def extend(
+    pipeline: Any,
+    lora: str | Path | None = None,
+    *,
+    strength: float = 1.0,
+    lora_2: str | Path | None = None,
+    add: str | None = None,
+    model: str | ModelConfig | None = None,
+    **settings: Any,
+) -> Any:
+    """Puts a LoRA and its attention on a pipeline, whose own calls then generate as ``python -m train.sample`` does.
+
+    Offloading, compiling (``pipeline.transformer.compile_repeated_blocks()``) and further LoRAs
+    (``pipeline.load_lora_weights``, then ``set_adapters``) come after it.
+
+    Args:
+        pipeline: of diffusers: Wan2.1, Wan2.2, HunyuanVideo or Mochi-1, text- or image-to-video.
+        lora: a file in any format, or an export's folder; None: attention alone.
+        strength: of the LoRA.
+        lora_2: that of the expert for low noise levels (Wan2.2-A14B), unless ``lora`` is a folder with both.
+        add: further LoRAs, as ``add=`` of ``python -m train.sample``.
+        model: one of conf/model, where the pipeline fits several or none.
+        settings: instead of the header's: ``pattern``, ``rule``, ``decay``, ``block``, ``dense_layers``,
+            ``dense_steps``, ``dense_sigma``, ``rope``, ``shift``, ``backend``; ``height`` and ``width`` where the clips
+            have another size than the LoRA was trained on, which decides the noise shift of some models.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UserError: it is extended already, is of no known model, or the LoRA does not fit it; the pipeline is then as
+            it was.
+    """
+    if pipeline in _extended:
+        raise UserError("the pipeline is extended already: call unextend(pipeline) first")
+    config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
+    words = (None if file is None else Place(f"{file}:{strength}") for file in (lora, lora_2))
+    first, second = words
+    given = Settings(prompt="", lora=first, lora_2=second, add=None if add is None else Place(add), **settings)
+    extension = Extension(pipeline, complete(given, config), config)
+    for line in extension.loaded:
+        print(line)
+    _extended[pipeline] = extension
+    return pipeline
+
+
+def unextend(pipeline: Any) -> Any:
+    """Takes back what `extend` has put on a pipeline, and returns it.
+
+    Raises:
+        UserError: it is not extended.
+    """
+    if pipeline not in _extended:
+        raise UserError("the pipeline is not extended: there is nothing to take back")
+    _extended.pop(pipeline).remove()
+    return pipeline
+
+
+def model_of(pipeline: Any, name: str | None = None) -> ModelConfig:
+    """The file of conf/model that a pipeline is of.
+
+    Args:
+        name: of the file; None looks for the one whose family, dimensions and number of experts are the pipeline's.
+
+    Raises:
+        UserError: there is none, or several, and which they are.
+    """
+    names = group_options()["model"]
+    if name is not None:
+        if name not in names:
+            raise UserError(f"model is {name!r}, expected one of {', '.join(names)}")
+        return _model_config(name)
+    found = transformers_of(pipeline)
+    family = adapter_of(type(found[0]).__name__) if found else None
+    if family is None:
+        raise UserError(
+            f"{type(pipeline).__name__} has no transformer of a known family, expected Wan, HunyuanVideo or Mochi"
+        )
+    fitting = [name for name in names if _fits(_model_config(name), pipeline)]
+    if len(fitting) != 1:
+        which = f"fits {', '.join(fitting)}" if fitting else "has dimensions of none of the known models"
+        raise UserError(f"the pipeline {which}: give model=, one of {', '.join(fitting or names)}")
+    return _model_config(fitting[0])
+
+
+def _model_config(name: str) -> ModelConfig:
+    config = OmegaConf.to_object(compose_run({"conf": "wan_4x", "model": name}).model)
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def _fits(model: ModelConfig, pipeline: Any) -> bool:
+    family, (first, *others) = family_of(model), transformers_of(pipeline)
+    if family.model_class is not type(first) or model.architecture is not None or not model.dimensions:
+        return False
+    own = {"in_channels": first.config.out_channels, **model.dimensions}  # text-to-video takes in what it predicts
+    return (
+        all(first.config.get(name) == value for name, value in own.items())
+        and len(others) == (0 if model.expert is None else 1)
+        and pipeline.config.get("boundary_ratio") == model.boundary
+        and bool(pipeline.config.get("expand_timesteps")) == family.takes_first_frame
+    )
+
+
+class Extension:
+    """What generating changes in a pipeline: LoRAs, attention, temporal positions, the scheduler's shift.
+
+    Args:
+        pipeline: with its transformers loaded, wherever they are.
+        settings: complete.
+        model: of the pipeline.
+        split: of several GPUs.
+        bring: called with the transformer that runs next.
+
+    Attributes:
+        loaded: what was loaded, in words.
+        denoiser: what stands between the pipeline and its transformers.
+        adapters: our attention on each transformer.
+
+    Raises:
+        UserError: a LoRA that does not fit; the pipeline is then as it was.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        settings: Settings,
+        model: ModelConfig,
+        *,
+        split: Split | None = None,
+        bring: Callable[[Any], None] = lambda transformer: None,
+    ) -> None:
+        self.pipeline = pipeline
+        self._changes: list[Callable[[], None]] = []
+        try:
+            self.loaded = self._load_loras(settings, model)
+            self._shift(settings.shift)
+            self.adapters = [
+                self._adapter(t, replace(model, rope=str(settings.rope))) for t in transformers_of(pipeline)
+            ]
+        except BaseException:
+            self.remove()
+            raise
+        self.denoiser = Denoiser(
+            pipeline=pipeline,
+            adapters=self.adapters,
+            attention=recipe_of(settings),
+            split=split or Split(),
+            bring=bring,
+        )
+        self._changes.append(self.denoiser.leave)
+
+    def remove(self) -> None:
+        """Takes everything back, the last change first."""
+        while self._changes:
+            self._changes.pop()()
+
+    def _load_loras(self, settings: Settings, model: ModelConfig) -> list[str]:
+        found = slots(settings, model)
+        said = notes(found, model)
+        for transformer, slot in zip(transformers_of(self.pipeline), found, strict=True):
+            files = slot.files()
+            if files and getattr(transformer, "peft_config", None):
+                raise UserError(
+                    "the pipeline has LoRAs already: extend it first, then load others with load_lora_weights"
+                )
+            said += load_loras(transformer, files, undo=self._changes)
+        return said
+
+    def _shift(self, shift: float | None) -> None:
+        if shift is None:
+            return
+        before = self.pipeline.scheduler
+        key = "flow_shift" if "flow_shift" in before.config else "shift"
+        self.pipeline.scheduler = type(before).from_config(before.config, **{key: shift})
+        self._changes.append(lambda: setattr(self.pipeline, "scheduler", before))
+
+    def _adapter(self, transformer: Any, model: ModelConfig) -> ModelAdapter:
+        """Our attention, and the temporal positions of ``model.rope``, on a transformer."""
+        family = family_of(model)
+        adapter = _adapters.get(transformer)
+        if adapter is None:
+            before = _processors(transformer)
+            adapter = family(transformer, model.text_tokens)
+            _adapters[transformer] = adapter
+        else:
+            before = _processors(transformer)
+            adapter.install_processors()
+        adapter.rope = temporal_rope(model)
+
+        def back(adapter: ModelAdapter = adapter) -> None:
+            adapter.rope = TemporalRope()
+            for module, processor in before.items():
+                module.processor = processor
+
+        self._changes.append(back)
+        return adapter
+
+
+def _processors(transformer: Any) -> Mapping[Any, Any]:
+    return {module: module.processor for module in transformer.modules() if hasattr(module, "processor")}

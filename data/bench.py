@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import cli
-from data.cli import Place, setting
-from data.errors import DataError
+from data.errors import told
 from data.io.remote import scheme_of
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
 from data.shards.sample import Prompt, Sample, TextTokens
 from data.shards.stream import LatentStream
 from data.shards.writer import ShardWriter
+from radial.cli.command import Command
+from radial.cli.settings import POSITIVE, at_least, setting
 
 ROUNDS = 3
 LEAST_OF_RAW = 0.8
@@ -38,21 +38,15 @@ MOST_WAITING = 0.01
 class Arguments:
     """The keys of the command line."""
 
-    shards: Place | None = setting(
-        "folder or URL; null: shards of Wan-14B at 4x (41 MB a sample) are made and removed", None
+    shards: str | None = setting(
+        "folder or URL; null: shards of Wan-14B at 4x (41 MB a sample) are made and removed", None, path=True
     )
-    samples: int = setting("how many to make when shards is null", 24)
-    workers: int = setting("the loader's threads", 1)
-    step_seconds: float = setting("length of the training step that the loader runs beside", 16.0)
-    steps: int = setting("how many such steps", 4)
-
-
-USAGE = cli.usage(
-    Arguments,
-    "python -m data.bench [key=value ...]",
-    "Measures the loader: samples/s and GB/s against raw tarfile reading, and the share of a step spent waiting.",
-    ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=30"],
-)
+    samples: int = setting("how many to make when shards is null", 24, must=at_least(1))
+    workers: int = setting("the loader's threads", 1, must=at_least(1))
+    step_seconds: float = setting(
+        "length of the training step that the loader runs beside", 16.0, unit="seconds", must=POSITIVE
+    )
+    steps: int = setting("how many such steps", 4, must=at_least(1))
 
 
 @dataclass(frozen=True)
@@ -119,14 +113,8 @@ def make_shards(folder: Path, samples: int) -> None:
             writer.write(Sample(f"s{i:04d}", latent.roll(i), {"text": text}, {}, {}, {"caption": ""}))
 
 
-def main(words: list[str]) -> int:
+def measure(given: Arguments) -> int:
     """Measure and print."""
-    given = cli.parse(Arguments, words)
-    for name in ("samples", "workers", "steps"):
-        if getattr(given, name) < 1:
-            raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
-    if given.step_seconds <= 0:
-        raise DataError(f"step_seconds is {given.step_seconds:g}, expected above 0")
     if given.shards is not None:
         return _report(given, given.shards)
     with tempfile.TemporaryDirectory() as folder:
@@ -164,5 +152,14 @@ def _median(measure: Callable[[], Speed]) -> Speed:
     return Speed(statistics.median(s.samples for s in found), statistics.median(s.bytes for s in found))
 
 
+main = Command(
+    "python -m data.bench",
+    "Measures the loader: samples/s and GB/s against raw tarfile reading, and the share of a step spent waiting.",
+    Arguments,
+    measure,
+    ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=30"],
+    explain=told,
+)
+
 if __name__ == "__main__":
-    cli.run(main, "python -m data.bench", USAGE)
+    main.run()

@@ -23,18 +23,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from data import cli
-from data.cli import Place, setting
 from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
-from data.errors import DataError
+from data.errors import DataError, told
 from data.io.lines import lines_of
 from data.io.remote import CHUNK, open_shard, read_all
 from data.rebuild import rebuild
 from data.shards.manifest import REJECTED, Manifest, ShardInfo, locate
 from data.shards.order import BatchOrder
 from data.shards.reader import SampleReader, decode
+from radial.cli.command import Command
+from radial.cli.settings import at_least, setting
 
 PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, height of a line of text
 
@@ -43,28 +43,16 @@ PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, hei
 class Arguments:
     """The keys of the command line."""
 
-    shards: Place = setting("folder or URL of the shards, the bare word")
+    shards: str = setting("folder or URL of the shards", path=True)
     contact_sheet: bool = setting("decode a few clips and draw them into a PNG", False)
     png: Path = setting("where the contact sheet goes", Path("contact_sheet.png"))
-    clips: int = setting("rows of the contact sheet: clips spread over the folder", 8)
-    pictures: int = setting("columns of the contact sheet: frames spread over a clip", 6)
+    clips: int = setting("rows of the contact sheet: clips spread over the folder", 8, must=at_least(1))
+    pictures: int = setting("columns of the contact sheet: frames spread over a clip", 6, must=at_least(1))
     rebuild: bool = setting("first make the manifest that a folder has lost, of the tars that are whole", False)
     weights: Path | None = setting(
         "the diffusers folder whose VAE decodes, or encodes a lost empty prompt; not needed for pixels", None
     )
     device: str | None = setting("where the VAE runs; null: a GPU where there is one", None)
-
-
-USAGE = cli.usage(
-    Arguments,
-    "python -m data.check SHARDS [--contact-sheet] [key=value ...]",
-    "Verifies every shard against the manifest and prints what the folder holds; the exit code is 1 for a damaged one.",
-    [
-        "python -m data.check shards/openvid_4x",
-        "python -m data.check shards/openvid_4x --rebuild",
-        "python -m data.check shards/mine --contact-sheet weights=weights/wan",
-    ],
-)
 
 
 @dataclass
@@ -212,12 +200,8 @@ def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> 
     return load_encoder(family, settings)
 
 
-def main(words: list[str]) -> int:
+def report(given: Arguments) -> int:
     """Check, print, draw; returns 1 when something is wrong."""
-    given = cli.parse(Arguments, words, positional="shards")
-    for name in ("clips", "pictures"):
-        if getattr(given, name) < 1:
-            raise DataError(f"{name} is {getattr(given, name)}, expected at least 1")
     if given.contact_sheet:
         _check_png(given.png)
     problems: list[str] = []
@@ -276,5 +260,19 @@ def _rejects(manifest: Manifest) -> str:
     return f"{len(lines_of(listed))} files, see {REJECTED}"
 
 
+main = Command(
+    "python -m data.check",
+    "Verifies every shard against the manifest and prints what the folder holds; the exit code is 1 for a damaged one.",
+    Arguments,
+    report,
+    [
+        "python -m data.check shards/openvid_4x",
+        "python -m data.check shards/openvid_4x --rebuild",
+        "python -m data.check shards/mine --contact-sheet weights=weights/wan",
+    ],
+    positional="shards",
+    explain=told,
+)
+
 if __name__ == "__main__":
-    cli.run(main, "python -m data.check", USAGE)
+    main.run()

@@ -7,18 +7,14 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+from radial.errors import Mistake
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DataError(ValueError):
-    """A mistake in the data or in what was asked of it, told in one line.
-
-    The message names the file or key, what was found, what was expected and what to do. Command lines print it to
-    stderr and exit with code 2.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
+class DataError(Mistake):
+    """A mistake in the data or in what was asked of it: the message names the file or key, what was found, what was
+    expected and what to do."""
 
 
 class BadSampleError(DataError):

@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data import cli
-from data.cli import setting
 from data.encoders import FAMILIES, encoder_class, fingerprint
-from data.errors import DataError
+from data.errors import DataError, told
 from data.scan import check_folder, content_of, empty_prompt_of, list_shards
 from data.shards.entries import Group, groups_of
 from data.shards.entry_map import EntryMap, check_family
 from data.shards.manifest import FILE, Manifest, SampleInfo, check_fps
 from data.shards.sample import Prompt
 from data.shards.writer import finish_folder
+from radial.cli.command import Command
+from radial.cli.settings import setting
 
 MADE_BY = "data.index"
 
@@ -35,7 +35,7 @@ MADE_BY = "data.index"
 class Arguments:
     """The keys of the command line."""
 
-    shards: Path = setting("folder of the tars, the bare word; the manifest is written into it")
+    shards: Path = setting("folder of the tars; the manifest is written into it")
     family: str = setting("the model that latents and text were made for", choices=tuple(FAMILIES))
     weights: Path | None = setting(
         "the diffusers folder whose VAE and text encoders made them; not needed for pixels", None
@@ -45,19 +45,6 @@ class Arguments:
     )
     fps: float | None = setting("frames a second of the clips; null: the family's", None)
     device: str | None = setting("where the empty prompt is encoded; null: a GPU where there is one", None)
-
-
-USAGE = cli.usage(
-    Arguments,
-    "python -m data.index SHARDS family=FAMILY [key=value ...]",
-    "Makes a manifest for tars that somebody else wrote, so that training reads them as they are. Names every sample\n"
-    "that lacks something or does not fit the family, and leaves it out; the exit code is then 1.",
-    [
-        "python -m data.index shards/theirs family=wan weights=weights/wan_14b",
-        "python -m data.index shards/theirs family=hunyuan weights=weights/hunyuan \\\n"
-        "      map='latent:vae.pth,text.text:llama.safetensors#tokens,pooled.clip:clip.npy,caption:json#title'",
-    ],
-)
 
 
 @dataclass
@@ -157,9 +144,8 @@ def _sample(group: Group, file: BinaryIO, entries: EntryMap, prompt: Prompt, cha
     return SampleInfo(group.key, (channels, frames, height, width), start, end - start, crc32, parts)
 
 
-def main(words: list[str]) -> int:
+def make(given: Arguments) -> int:
     """Make the manifest, print what was left out; returns 1 when something was."""
-    given = cli.parse(Arguments, words, positional="shards")
     entries = None if given.map is None else EntryMap.parse(given.map)
     found = index(given.shards, given.family, given.weights, entries, given.fps, given.device, progress=True)
     manifest = found.manifest
@@ -173,5 +159,20 @@ def main(words: list[str]) -> int:
     return 1 if found.problems else 0
 
 
+main = Command(
+    "python -m data.index",
+    "Makes a manifest for tars that somebody else wrote, so that training reads them as they are. Names every sample "
+    "that lacks something or does not fit the family, and leaves it out; the exit code is then 1.",
+    Arguments,
+    make,
+    [
+        "python -m data.index shards/theirs family=wan weights=weights/wan_14b",
+        "python -m data.index shards/theirs family=hunyuan weights=weights/hunyuan \\",
+        "    map='latent:vae.pth,text.text:llama.safetensors#tokens,pooled.clip:clip.npy,caption:json#title'",
+    ],
+    positional="shards",
+    explain=told,
+)
+
 if __name__ == "__main__":
-    cli.run(main, "python -m data.index", USAGE)
+    main.run()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
+from functools import partial
 
-from train.cli import guarded
-from train.errors import UserError
+from radial.cli.command import Command, Commands
 
-COMMANDS = {
+ABOUT = {
     "plan": "memory, time and settings of a run, before a GPU is touched",
     "local": "a run on this machine",
     "slurm": "a run on a SLURM cluster, or a sweep as a job array",
@@ -17,31 +16,19 @@ COMMANDS = {
     "cancel": "ends a run, or a sweep, in order",
     "doctor": "what this machine has, and what a run needs",
 }
-"""Subcommand -> what it does; each is a module launch/<name>.py with a ``USAGE`` and a ``main(arguments)``."""
+"""Subcommand -> what it does; each is a module launch/<name>.py with its ``main``."""
 
 
-def usage() -> str:
-    """The text of --help."""
-    lines = ["python -m launch COMMAND [key=value ...]", "", "commands:"]
-    lines += [f"  {name:<10} {about}" for name, about in COMMANDS.items()]
-    return "\n".join([*lines, "", "options of a command: python -m launch COMMAND --help"])
+def _find(name: str) -> Command:
+    found: Command = importlib.import_module(f"launch.{name}").main
+    return found
 
 
-def main(arguments: list[str]) -> None:
-    """Hands the rest of the command line to the subcommand."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return
-    name, *rest = arguments
-    if name not in COMMANDS:
-        guarded(_refuse, [name], "")
-    command = importlib.import_module(f"launch.{name}")
-    guarded(command.main, rest, command.USAGE)
-
-
-def _refuse(arguments: list[str]) -> None:
-    raise UserError(f"launch has no command {arguments[0]!r}, expected one of {', '.join(COMMANDS)} (see --help)")
-
+main = Commands(
+    "python -m launch",
+    "Starts runs and looks after them.",
+    {name: (about, partial(_find, name)) for name, about in ABOUT.items()},
+)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main.run()

@@ -6,32 +6,34 @@ import os
 import signal
 import socket
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.records import job_of
-from launch.run_argument import run_argument
 from launch.slurm_jobs import UNKNOWN, queued, slurm_state
-from train.cli import flag
+from radial.cli.command import Command
+from radial.cli.settings import setting
 from train.errors import UserError
 from train.storage.run_folder import command, get_state, holder, set_state
 from train.storage.sweep_folder import SweepFolder, is_sweep
 
-USAGE = """python -m launch cancel RUN [now=true]
 
-Asks a run to save a checkpoint and end; it is not queued again. A waiting job leaves the queue.
-With now=true it ends at once and keeps its last checkpoint. RUN may be the folder of a sweep: all of its runs.
-"""
+@dataclass
+class Options:
+    """What ends, and how."""
+
+    run: Path = setting("the run folder, or the folder of a sweep: all of its runs")
+    now: bool = setting("end at once and keep the last checkpoint", False)
 
 
-def main(arguments: list[str]) -> None:
+def cancel(options: Options) -> None:
     """Ends what runs or waits in the folder, and prints how to go on.
 
     Raises:
         UserError: nothing does, or it cannot be ended from here.
     """
-    folder, settings = run_argument(arguments, "now")
-    now = flag("now", settings.get("now", "false"))
+    folder, now = options.run, options.now
     if not is_sweep(folder):
         cancel_run(folder, now)
         print(f"{command('train resume=', folder)} goes on")
@@ -104,3 +106,13 @@ def _end_process(folder: Path, who: dict[str, Any], now: bool) -> None:
     except OSError as error:  # another user's, or it has ended in this moment
         raise UserError(f"{folder}: process {who['pid']}: {error.strerror}") from error
     print(f"process {who['pid']} {'is killed' if now else 'saves a checkpoint and ends'}")
+
+
+main = Command(
+    "python -m launch cancel",
+    "Asks a run to save a checkpoint and end; it is not queued again. A waiting job leaves the queue.",
+    Options,
+    cancel,
+    ["python -m launch cancel runs/wan_4x/<time>"],
+    positional="run",
+)

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.cli import MISTAKES, flag
-from train.config.compose import compose_run, finish, read_config, split_arguments
+from radial.cli.command import Command
+from radial.cli.settings import setting
+from radial.errors import Mistake
+from train.config.compose import compose_run, finish, read_config
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -22,14 +24,6 @@ from train.loggers.environment import backends, driver, environment, gpus, nccl,
 from train.preflight import preflight
 from train.storage.run_folder import going_on, gpus_given, lacks
 
-USAGE = """python -m launch doctor [conf=RUN] [key=value ...]
-python -m launch doctor run=<run folder> [quick=true]
-
-What this machine has: GPUs, driver, NCCL, attention backends, disk, SLURM. With a run: whether it has what that needs,
-and how fast it reads the data. Each line that is not ok says what to do; one that says "missing" makes the exit code 1.
-
-  quick=true    only what would stop the run, as the job scripts of launch slurm ask of every node
-"""
 _FREE_GIB = 20  # below this a run that saves optimizer states may fill the disk
 
 
@@ -46,27 +40,33 @@ class Finding:
         return f"{self.verdict:<8} {self.what:<12} {self.found}" + (f"  ->  {self.remedy}" if self.remedy else "")
 
 
-def main(arguments: list[str]) -> None:
-    """Prints the findings."""
-    settings = split_arguments(arguments)
-    quick, run = flag("quick", settings.pop("quick", "false")), settings.pop("run", None)
+@dataclass
+class Options:
+    """What is looked at."""
+
+    run: Path | None = setting("a run folder: whether this machine has what that run needs", None)
+    quick: bool = setting("only what would stop the run, as the job scripts of launch slurm ask of every node", False)
+
+
+def examine(options: Options, settings: dict[str, str]) -> int:
+    """Prints the findings; returns 1 where something is missing."""
+    quick, run = options.quick, options.run
     config = None
     if run is not None:
-        config = going_on(read_config(Path(run)), Path(run))
+        config = going_on(read_config(run), run)
     elif settings:
         config = finish(compose_run(settings))
     if run is not None and settings:
         raise UserError(f"{min(settings)} is set beside run, expected one of the two")
     findings = [] if quick else [*machine(), *attention(config), slurm()]
-    folder = Path(run) if run else Path(config.runs if config else ".")
+    folder = run or Path(config.runs if config else ".")
     findings += [disk(folder), *file_system(folder)]
     if config is not None:
-        findings += needs(config, quick, gpus_given(Path(run)) if run is not None else 0)
+        findings += needs(config, quick, gpus_given(run) if run is not None else 0)
     for finding in findings:
         if not quick or finding.verdict == "missing":
             print(f"{socket.gethostname()}: {finding}" if quick else finding)
-    if any(finding.verdict == "missing" for finding in findings):
-        raise SystemExit(1)
+    return int(any(finding.verdict == "missing" for finding in findings))
 
 
 def machine() -> Iterator[Finding]:
@@ -165,7 +165,7 @@ def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
     try:
         preflight(config)
         yield Finding("ok", "run", "weights, shards and settings fit together")
-    except MISTAKES as error:
+    except Mistake as error:
         yield Finding("missing", "run", str(error))
     if config.log.wandb == "online" and not _wandb_key():
         yield Finding("missing", "W&B", "not logged in", "run wandb login, or set log.wandb=offline")
@@ -174,7 +174,7 @@ def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
     try:
         speed, size = read_speed(config.data.shards)
         per_step = size * config.data.batch_size * micro_batches(config)
-    except MISTAKES as error:
+    except Mistake as error:
         yield Finding("missing", "data", str(error))
         return
     yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
@@ -187,3 +187,15 @@ def _wandb_key() -> bool:
         return any("wandb" in host for host in netrc.netrc().hosts)
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+main = Command(
+    "python -m launch doctor",
+    "What this machine has: GPUs, driver, NCCL, attention backends, disk, SLURM. With a run: whether it has what that "
+    'needs, and how fast it reads the data. Each line that is not ok ends in what to do; one that begins "missing" '
+    "makes the exit code 1.",
+    Options,
+    examine,
+    ["python -m launch doctor", "python -m launch doctor conf=wan_4x model.path=weights/wan_14b"],
+    others="those of a run that has not begun: conf=wan_4x data.shards=shards/openvid_4x",
+)

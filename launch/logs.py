@@ -7,34 +7,36 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.records import job_of
-from launch.run_argument import run_argument
 from launch.slurm_jobs import slurm_state
 from launch.status import standing
-from train.cli import flag, whole_number
+from radial.cli.command import Command
+from radial.cli.settings import at_least, setting
 from train.errors import UserError
 from train.storage.sweep_folder import OUTPUT, SweepFolder, is_sweep
 
-USAGE = """python -m launch logs RUN [lines=N] [follow=true]
-
-The last N lines (40 by default) of what a SLURM job printed; of a run on this machine, those of log.txt in its folder:
-every rank's warnings, and how it ended. Its figures are in metrics.csv. With follow=true what comes is printed until
-the run ends or Ctrl-C. RUN may be the folder of a sweep: the last lines of each of its runs.
-"""
 _ASK_EVERY = 3.0  # seconds
 
 
-def main(arguments: list[str]) -> None:
-    """Prints them.
+@dataclass
+class Options:
+    """Whose output is printed, and how much of it."""
+
+    run: Path = setting("the run folder, or the folder of a sweep: the last lines of each of its runs")
+    lines: int = setting("so many of the last lines", 40, must=at_least(0))
+    follow: bool = setting("print what comes until the run ends or Ctrl-C", False)
+
+
+def show(options: Options) -> None:
+    """Prints the lines.
 
     Raises:
         UserError: there is no output yet.
     """
-    folder, settings = run_argument(arguments, "lines", "follow")
-    follow = flag("follow", settings.get("follow", "false"))
-    count = whole_number("lines", settings.get("lines", "40"), least=0)
+    folder, follow, count = options.run, options.follow, options.lines
     if is_sweep(folder):
         if follow:
             raise UserError(f"follow is true and {folder} is a sweep, expected one of its runs, such as {folder / '0'}")
@@ -104,3 +106,14 @@ def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
             time.sleep(0.5)
             if time.monotonic() - asked > _ASK_EVERY:
                 ends, asked = not goes_on(), time.monotonic()
+
+
+main = Command(
+    "python -m launch logs",
+    "The last lines of what a SLURM job printed; of a run on this machine, those of log.txt in its folder: every "
+    "rank's warnings, and how it ended. Its figures are in metrics.csv.",
+    Options,
+    show,
+    ["python -m launch logs runs/wan_4x/<time> follow=true"],
+    positional="run",
+)

@@ -6,10 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from train.config.compose import RUN_PATHS
-from train.config.schema import RunConfig, structured
+from train.config.keys import value_of
+from train.config.schema import KEYS, RunConfig
 
 
 def folders_of(config: RunConfig) -> tuple[list[Path], dict[str, str]]:
@@ -18,12 +16,12 @@ def folders_of(config: RunConfig) -> tuple[list[Path], dict[str, str]]:
     Returns:
         Those that are on this machine, none within another; and by key those that are not, which may be on the nodes.
     """
-    typed, here = structured(config), Path.cwd().resolve()
+    here = Path.cwd().resolve()
     found: set[Path] = set()
     absent: dict[str, str] = {}
-    for key in sorted(RUN_PATHS):
-        value = OmegaConf.select(typed, key)
-        for text in value if OmegaConf.is_list(value) else [value]:
+    for key in sorted(name for name, key in KEYS.items() if key.is_path):
+        value = value_of(config, key)
+        for text in value if isinstance(value, list) else [value]:
             if text is None or "://" in text or text.startswith(("pipe:", "hub:")):
                 continue
             path = Path(text).expanduser().absolute()

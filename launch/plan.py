@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from train.cli import whole_number
-from train.config.compose import compose_run, finish, split_arguments
+from radial.cli.command import Command
+from radial.cli.settings import at_least, setting
+from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.planning import (
@@ -16,34 +18,32 @@ from train.planning import (
     Machine,
     best,
     fewest,
-    gpu_named,
     plan_table,
     remedies,
     setting_lines,
 )
 from train.storage.stored_plan import store_plan
 
-USAGE = f"""python -m launch plan [conf=RUN] [nodes=1] [gpus=N] [gpu={"|".join(GPUS)}] [cpu_memory=GIB] [key=value ...]
-
-Memory by part, seconds a step, hours and GPU-hours of a run, dense beside its own attention; the best setting for these
-GPUs, the fewest GPUs that do, and what to change where nothing fits. Needs neither GPU nor weights.
-
-  nodes, gpus    nodes, and GPUs of each (trainer.nodes, trainer.devices if not given)
-  gpu            their kind; h200 if not given
-  cpu_memory     GiB of CPU memory of each node; 128 for each GPU if not given
-
-Other keys are those of the run: conf=wan_4x clip.frames=161 parallel.sequence=2 trainer.compile=true"""
 CPU_GIB = 128  # for each GPU of a node
 
 
-def main(arguments: list[str]) -> None:
+@dataclass
+class Options:
+    """The machines that a run is planned for."""
+
+    nodes: int | None = setting("nodes; null: trainer.nodes", None, must=at_least(1))
+    gpus: int | None = setting("GPUs of each node; null: trainer.devices", None, must=at_least(1))
+    gpu: str = setting("their kind", "h200", tuple(GPUS))
+    cpu_memory: int | None = setting(
+        f"CPU memory of each node; null: {CPU_GIB} for each GPU", None, unit="GiB", must=at_least(1)
+    )
+
+
+def plan(options: Options, settings: dict[str, str]) -> None:
     """Prints the plan."""
-    settings = split_arguments(arguments)
-    gpu = gpu_named(settings.pop("gpu", "h200"))
-    given = {key: whole_number(key, settings.pop(key)) for key in ("nodes", "gpus", "cpu_memory") if key in settings}
     config = finish(compose_run(settings))
-    nodes, gpus = given.get("nodes", config.trainer.nodes), given.get("gpus", config.trainer.devices)
-    gib = given.get("cpu_memory", gpus * CPU_GIB)
+    nodes, gpus = options.nodes or config.trainer.nodes, options.gpus or config.trainer.devices
+    gpu, gib = GPUS[options.gpu], options.cpu_memory or gpus * CPU_GIB
     machine = Machine(gpu, gpus, nodes, gib * GIB)
     budget = Budget.of(config, machine)
     if budget is None:
@@ -96,3 +96,14 @@ def _clips_a_step(budget: Budget) -> float:
     if optim.accumulate is None and optim.global_batch is not None:
         return float(optim.global_batch)
     return Duration(budget).clips_a_step
+
+
+main = Command(
+    "python -m launch plan",
+    "Memory by part, seconds a step, hours and GPU-hours of a run, dense beside its own attention; the best setting "
+    "for these GPUs, the fewest GPUs that do, and what to change where nothing fits. Needs neither GPU nor weights.",
+    Options,
+    plan,
+    ["python -m launch plan conf=wan_4x nodes=2 gpus=8 gpu=h100"],
+    others="those of the run: conf=wan_4x clip.frames=161 parallel.sequence=2 trainer.compile=true",
+)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.records import job_of
-from launch.run_argument import run_argument
 from launch.slurm_jobs import queued, slurm_state
+from radial.cli.command import Command
+from radial.cli.settings import setting
 from train.config.compose import read_config
 from train.errors import UserError
 from train.loggers.csv_file import METRICS, read_metrics
@@ -15,23 +17,26 @@ from train.storage.checkpoints import checkpoints_of, how_to_go_on
 from train.storage.run_folder import CONFIG, get_state, holder
 from train.storage.sweep_folder import SweepFolder, is_sweep
 
-USAGE = """python -m launch status [RUN]
 
-How a run stands: who runs it where, its step, loss, pace and time left, its newest checkpoint, and what SLURM says.
-RUN may be the folder of a sweep: a line for each of its runs. Without RUN: a line for each run under runs/.
-"""
+@dataclass
+class Options:
+    """Which run."""
+
+    run: Path | None = setting(
+        "the run folder, or that of a sweep: a line for each of its runs; null: a line for each run under runs/", None
+    )
 
 
-def main(arguments: list[str]) -> None:
-    """Prints it."""
-    if not arguments:
+def status(options: Options) -> None:
+    """Prints how the run stands, or a line for each of several."""
+    folder = options.run
+    if folder is None:
         files = [*Path("runs").glob(f"*/*/{CONFIG}"), *Path("runs").glob(f"*/*/*/{CONFIG}")]
         if not files:
             raise UserError("runs/ has no run, expected one, or a run folder as in: python -m launch status RUN")
-        for folder in sorted(file.parent for file in files):
-            print(f"{folder!s:<48} {_line(folder)}")
+        for each in sorted(file.parent for file in files):
+            print(f"{each!s:<48} {_line(each)}")
         return
-    folder, _ = run_argument(arguments)
     if is_sweep(folder):
         _print_sweep(SweepFolder.read(folder))
         return
@@ -99,3 +104,14 @@ def _progress(folder: Path) -> str:
     if pace is not None:
         text += f", {float(pace['step_seconds']):.2f} s/step, {float(pace['hours_left']):.1f} h left"
     return text
+
+
+main = Command(
+    "python -m launch status",
+    "How a run stands: who runs it where, its step, loss, pace and time left, its newest checkpoint, and what SLURM "
+    "reports.",
+    Options,
+    status,
+    ["python -m launch status", "python -m launch status runs/wan_4x/<time>"],
+    positional="run",
+)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from radial.backends import BACKENDS, AttentionCall
 from radial.bench import SHAPES, bench, draw_bench, write_bench
 from radial.bench_layouts import bench_layouts
+from radial.cli.command import Command, Commands
+from radial.cli.settings import at_least, setting
 from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
 from radial.grid import VideoGrid
@@ -21,41 +24,44 @@ from radial.layout import BlockLayout, build_layout
 from radial.patterns import RULES, Dense, Released, make_pattern
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
+@dataclass
+class MaskOptions:
+    """Which mask, and what is made of it."""
+
+    tokens_per_frame: int = setting("height x width in tokens")
+    frames: int = setting("latent frames")
+    pattern: str = setting("released, paper, random or dense", "released")
+    rule: str | None = setting("variant of the released mask; null: wan", None, RULES)
+    decay: float | None = setting("of the released mask: below 1 is sparser; null: 1.0", None)
+    block: int = setting("side of a block", 128, unit="tokens")
+    text: int = setting("text tokens after the video", 0)
+    json: bool = setting("print one JSON object and nothing else", False)
+    save: Path | None = setting("write the boolean block mask as array 'mask' of this .npz file", None)
+    plot: Path | None = setting("draw the mask with frame boundaries into this .png file", None)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="python -m radial", description="Radial attention: masks, backends, measurements.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+@dataclass
+class BenchOptions:
+    """What is measured."""
 
-    mask = commands.add_parser("mask", help="sparsity, size and picture of a mask")
-    mask.add_argument("--tokens-per-frame", type=int, required=True, metavar="S", help="height x width in tokens")
-    mask.add_argument("--frames", type=int, required=True, metavar="F", help="latent frames")
-    mask.add_argument("--pattern", default="released", help="released (default), paper or dense")
-    mask.add_argument("--rule", help=f"of released: {', '.join(RULES)} (default wan)")
-    mask.add_argument("--decay", type=float, help="of released: below 1 is sparser (default 1.0)")
-    mask.add_argument("--block", type=int, default=128, metavar="B", help="block size in tokens (default 128)")
-    mask.add_argument("--text", type=int, default=0, metavar="N", help="text tokens after the video (default 0)")
-    mask.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    mask.add_argument("--save", type=Path, metavar="FILE.npz", help="write the boolean block mask as array 'mask'")
-    mask.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask with frame boundaries")
+    shapes: list[str] = setting("models and lengths", ["wan_1x", "wan_2x", "wan_4x"], tuple(SHAPES))
+    heads: int | None = setting("attention heads; null: each model's own", None, must=at_least(1))
+    backends: list[str] = setting("that compute the released mask, beside dense attention", ["fa4", "flex"])
+    rounds: int = setting("of measurement; the median counts", 3, must=at_least(1))
+    json: Path | None = setting("also write the figures to this file", None)
+    plot: Path | None = setting("also draw the speed-ups against length into this .png file", None)
 
-    bench = commands.add_parser("bench", help="measure the backends on this GPU")
-    bench.add_argument("--shapes", default="wan_1x,wan_2x,wan_4x", help=f"of {', '.join(SHAPES)} (default %(default)s)")
-    bench.add_argument("--heads", type=int, metavar="N", help="attention heads (default: each model's own)")
-    bench.add_argument("--backends", default="fa4,flex", help="under the released mask (default %(default)s)")
-    bench.add_argument("--rounds", type=int, default=3, help="of measurement; the median counts (default %(default)s)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
-    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the speed-ups against length")
 
-    layouts = commands.add_parser("layouts", help="measure how long layouts take to build on one thread")
-    layouts.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+@dataclass
+class LayoutsOptions:
+    """Where the figures go."""
 
-    commands.add_parser("backends", help="which attention backends are usable here, and why the others are not")
-    return parser
+    json: Path | None = setting("also write the figures to this file", None)
+
+
+@dataclass
+class BackendsOptions:
+    """None."""
 
 
 def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
@@ -76,14 +82,15 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
     }
 
 
-def _mask(arguments: argparse.Namespace) -> None:
+def show_mask(arguments: MaskOptions) -> None:
+    """Builds the layout, prints its figures, writes and draws it."""
     grid = VideoGrid(arguments.frames, 1, arguments.tokens_per_frame, arguments.text)
     given = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
     pattern = make_pattern(arguments.pattern, **given)
     if given and not isinstance(pattern, Released):
-        raise RadialError(f"--{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
+        raise RadialError(f"{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
     if arguments.save and arguments.save.suffix != ".npz":
-        raise RadialError(f"--save is {arguments.save}, expected a file that ends in .npz")
+        raise RadialError(f"save is {arguments.save}, expected a file that ends in .npz")
     _check_outputs(arguments.save, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
@@ -116,24 +123,26 @@ def _check_outputs(*paths: Path | None) -> None:
             raise RadialError(f"{path}: the folder {path.parent} does not exist, create it first")
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def measure_backends(arguments: BenchOptions) -> None:
+    """Measures, prints, writes and draws."""
     _check_outputs(arguments.json, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
-    for name in ("heads", "rounds"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise RadialError(f"--{name} is {value}, expected at least 1")
-    rows = bench(
-        arguments.shapes.split(","), arguments.backends.split(","), heads=arguments.heads, rounds=arguments.rounds
-    )
+    rows = bench(arguments.shapes, arguments.backends, heads=arguments.heads, rounds=arguments.rounds)
     if arguments.json:
         write_bench(rows, arguments.json)
     if arguments.plot:
         draw_bench(rows, arguments.plot)
 
 
-def _backends() -> None:
+def time_layouts(arguments: LayoutsOptions) -> None:
+    """Measures, prints and writes."""
+    _check_outputs(arguments.json)
+    bench_layouts(arguments.json)
+
+
+def show_backends(arguments: BackendsOptions) -> None:
+    """Prints a line for each backend, device and kind of layout."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sparse = build_layout(Released(), VideoGrid(8, 16, 16))
     dense = build_layout(Dense(), VideoGrid(8, 16, 16))
@@ -150,26 +159,29 @@ def _backends() -> None:
                 print(f"{name:<12} {device:<6} {kind:<8} {usable}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; a mistake is one line on stderr and exit code 2."""
-    parsed = _parser().parse_args(arguments)
-    try:
-        if parsed.command == "mask":
-            _mask(parsed)
-        elif parsed.command == "bench":
-            _bench(parsed)
-        elif parsed.command == "layouts":
-            _check_outputs(parsed.json)
-            bench_layouts(parsed.json)
-        else:
-            _backends()
-    except RadialError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
+def _explain(error: OSError) -> str:
+    return f"cannot write {error.filename}: {error.strerror}"
 
+
+COMMANDS: dict[str, tuple[str, type, Callable[..., None]]] = {
+    "mask": ("sparsity, size and picture of a mask", MaskOptions, show_mask),
+    "bench": ("measure the backends on this GPU", BenchOptions, measure_backends),
+    "layouts": ("measure how long layouts take to build on one thread", LayoutsOptions, time_layouts),
+    "backends": (
+        "which attention backends are usable here, and why the others are not",
+        BackendsOptions,
+        show_backends,
+    ),
+}
+main = Commands(
+    "python -m radial",
+    "Radial attention: masks, backends, measurements.",
+    {
+        name: (about, partial(Command, f"python -m radial {name}", f"{about[0].upper()}{about[1:]}.", schema, work,
+                              explain=_explain))
+        for name, (about, schema, work) in COMMANDS.items()
+    },
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main.run()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.config.compose import compose_run, finish
-from train.planning import GIB, Budget, Machine, best, fewest, gpu_named
+from train.planning import GIB, GPUS, Budget, Machine, best, fewest
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_README, LONGEST_LINE = 220, 120
@@ -102,7 +102,7 @@ def test_readmes_plans_are_the_planners(row):
     config = finish(compose_run({"conf": row[0].strip("`")}))
     clips = float(config.optim.global_batch or 1)
     for (name, count), cell in zip(CARDS, row[1:], strict=True):
-        budget = Budget.of(config, Machine(gpu_named(name), count, 1, count * 128 * GIB))
+        budget = Budget.of(config, Machine(GPUS[name], count, 1, count * 128 * GIB))
         assert budget is not None
         setting = best(budget, clips)
         if cell.startswith("no"):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
 from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
+from radial.cli.ranks import Rank
 from train.attention.sequence import check_heads
 from train.callbacks.bad_steps import BadSteps
 from train.callbacks.checkpoints import StepCheckpoints
@@ -45,7 +45,6 @@ from train.optimizer import Optimization
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import trainer_plan
 from train.planning import chosen_policies, resolve_precision
-from train.ranks import global_rank, slurm_tasks
 from train.recipe import Recipes
 from train.report.held_out import draw_mask
 from train.shards import validation_shards
@@ -87,7 +86,7 @@ def assemble(
     """
     precision = resolve_precision(config.trainer.precision)
     frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    loggers = loggers_of(config, folder.path, resumed_step, global_rank())
+    loggers = loggers_of(config, folder.path, resumed_step, Rank.here().index)
     trainer = L.Trainer(
         accelerator="auto",
         devices=config.trainer.devices,
@@ -165,7 +164,7 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
     inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed)
     if start is not None:
         start_from(adapter.transformer, start, lora.alpha / lora.rank)
-        if global_rank() == 0:
+        if Rank.here().index == 0:
             print("\n".join(f"lora.init: {note}" for note in start.notes))
 
 
@@ -236,15 +235,15 @@ def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place
 
 def _started_by(config: RunConfig) -> list[ClusterEnvironment]:
     """What started the processes: srun, torchrun (which Lightning sees by itself), or nobody yet."""
-    tasks, wanted = slurm_tasks(), config.trainer.nodes * config.trainer.devices
-    if tasks > 1:
-        if tasks != wanted:
+    rank, wanted = Rank.here(), config.trainer.nodes * config.trainer.devices
+    if rank.started_by == "srun":
+        if rank.world != wanted:
             raise UserError(
-                f"srun started {tasks} tasks, the run has trainer.nodes={config.trainer.nodes} x "
+                f"srun started {rank.world} tasks, the run has trainer.nodes={config.trainer.nodes} x "
                 f"trainer.devices={config.trainer.devices}: one task a GPU is expected"
             )
         return [SLURMEnvironment(auto_requeue=False)]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if rank.started_by == "torchrun":
         return []
     if config.trainer.nodes > 1:
         raise UserError(

@@ -1,7 +1,9 @@
 """How a command ends early: a mistake of the user's, or the wish that a run stops."""
 
+from radial.errors import Mistake
 
-class UserError(ValueError):
+
+class UserError(Mistake):
     """A mistake of the user's: the message names the key or file, what was found, what was expected, what to do."""
 
 

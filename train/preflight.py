@@ -15,6 +15,7 @@ from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.stages import Stage, load_stages
 from data.shards.stream import read_samples
+from radial.cli.ranks import Rank
 from train.attention.sequence import check_heads
 from train.config.compose import read_config
 from train.config.global_batch import micro_batches
@@ -28,7 +29,6 @@ from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
 from train.planning.full_memory import check_memory
-from train.ranks import global_rank
 from train.storage.checkpoints import checkpoints_of, weight_shapes
 from train.storage.inputs import hold_inputs
 from train.storage.resuming import check_changes
@@ -137,7 +137,7 @@ def preflight_resume(
             check_saved(trained, shapes)
     seen = config.data.shards is not None and not (offline and "data.shards" in remote_shards(config))
     shards = Manifest.load(config.data.shards) if seen and config.data.shards is not None else None
-    first = global_rank() == 0
+    first = Rank.here().index == 0
     for line in hold_inputs(config, folder, shards, accept=override, write=override and first):
         if first:
             print(f"replaced since the run was started: {line}")

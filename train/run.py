@@ -19,11 +19,12 @@ from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
 from data.shards.manifest import Manifest
+from radial.cli.ranks import Rank
+from radial.errors import Mistake
 from train.assemble import Watch, assemble, loader
 from train.callbacks.progress import collected
 from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, patience
-from train.cli import MISTAKES
 from train.config.schema import RunConfig
 from train.errors import EXIT_CODES, WORDS, Asked, UserError
 from train.export.run import export_run
@@ -32,7 +33,6 @@ from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.planning.full_memory import is_out_of_memory, out_of_memory
 from train.preflight import check_shapes
-from train.ranks import global_rank
 from train.report.held_out import write_report
 from train.report.page import write_page
 from train.shards import held_out, training_shards
@@ -60,14 +60,14 @@ def train(config: RunConfig, folder: RunFolder, *, extra_callbacks: Sequence[Cal
         SystemExit: the run was asked to stop (`train.callbacks.stop`) and has saved a checkpoint; or, on a rank other
             than 0, something that the user can mend, which is printed once.
     """
-    rank = global_rank()
+    rank = Rank.here().index
     with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank), wandb_closed():
         if rank == 0:
             set_state(folder.path, "running")
         try:
             with _room(folder.path):
                 asked = _train(config, folder, rank, extra_callbacks)
-        except MISTAKES as error:
+        except Mistake as error:
             if rank and _has_failed(folder.path, rank, str(error)):
                 raise SystemExit(2) from None
             set_state(folder.path, "failed", str(error))
@@ -193,11 +193,11 @@ def _finish(
 
 def resume(folder: Path, config: RunConfig) -> None:
     """Goes on from the newest checkpoint of a run folder that can be read; at the beginning where there is none yet."""
-    if global_rank() == 0:
+    if Rank.here().index == 0:
         with held(folder):
             remove_leftovers(folder / "checkpoints")
     checkpoint, damaged = last_good_checkpoint(folder)
-    if damaged and global_rank() == 0:
+    if damaged and Rank.here().index == 0:
         assert checkpoint is not None
         print(f"warning: {'; '.join(damaged)}: going on from {checkpoint.name}", flush=True)
     train(config, RunFolder(folder, checkpoint))

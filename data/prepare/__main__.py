@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import cli
-from data.cli import setting
 from data.encoders import FAMILIES, encoder_class
-from data.errors import DataError
+from data.errors import DataError, told
 from data.prepare.scaling import Size
+from radial.cli.command import Command
+from radial.cli.ranks import Rank
+from radial.cli.settings import POSITIVE, at_least, setting, within
 
 if TYPE_CHECKING:
     from data.encoders.base import Encoder
@@ -31,59 +32,36 @@ class Arguments:
     size: str | None = setting(
         "buckets as HEIGHTxWIDTH,...; the nearest in aspect is used; null: the model's own", None
     )
-    fps: float | None = setting("frames a second; null: the model's own", None)
-    clips: int | None = setting("most clips from one video; null: all that fit, end to end", None)
+    fps: float | None = setting("frames a second; null: the model's own", None, must=POSITIVE)
+    clips: int | None = setting("most clips from one video; null: all that fit, end to end", None, must=at_least(1))
     where: str | None = setting("conditions on columns, or on frames, seconds, fps, width, height, aspect", None)
     sort: str | None = setting("best first by this column, or by the sum of several joined by +", None)
-    top: int | None = setting(f"keep that many videos; null: {PUBLISHED_TOP} with sort=, all without", None)
+    top: int | None = setting(
+        f"keep that many videos; null: {PUBLISHED_TOP} with sort=, all without", None, must=at_least(1)
+    )
     videos: Path | None = setting("folder that the table's paths are relative to; null: the table's own", None)
     upscale: bool = setting("take videos that are smaller than their bucket, enlarged", True)
-    min_fps: float | None = setting("take no video of fewer frames a second; null: all, their frames repeated", None)
+    min_fps: float | None = setting(
+        "take no video of fewer frames a second; null: all, their frames repeated", None, must=POSITIVE
+    )
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
     image_to_video: bool = setting("also write the first frame's condition latent and embedding", False)
     device: str | None = setting("where to encode; null: a GPU where there is one", None)
     vae_dtype: str = setting("the VAE's numbers", "fp32", _DTYPES)
     text_dtype: str = setting("the text encoders' numbers", "bf16", _DTYPES)
-    workers: int = setting("decoding processes", 4)
-    shard_gb: float = setting("largest tar, in 10^9 bytes", 3.0)
-    shard_minutes: float = setting("finish a tar after so many minutes: a kill costs no more", 15.0)
-    bad_share: float = setting("share of bad files above which the exit code is 1", 0.05)
+    workers: int = setting("decoding processes", 4, must=at_least(1))
+    shard_gb: float = setting("largest tar, in 10^9 bytes", 3.0, must=POSITIVE)
+    shard_minutes: float = setting("finish a tar after so many minutes: a kill costs no more", 15.0, must=POSITIVE)
+    bad_share: float = setting("share of bad files above which the exit code is 1", 0.05, must=within(0, 1))
 
 
-USAGE = cli.usage(
-    Arguments,
-    "python -m data.prepare source=PATH out=FOLDER weights=FOLDER [key=value ...]",
-    "Turns videos with captions into shards of VAE latents and text embeddings for training. Kill it whenever you\n"
-    "like: the same command goes on where it stopped, and appends what was added to the list since.\n"
-    "Under torchrun or srun each rank takes its share of the videos. Bad files are listed in rejected.jsonl.\n"
-    "Values are taken as typed; null unsets.",
-    [
-        "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
-        "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
-        "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
-        "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
-    ],
-)
-
-
-def main(words: list[str]) -> int:
-    """Parse, check, run; returns the exit code."""
-    given = cli.parse(Arguments, words)
-    for name, value, least in (("workers", given.workers, 1), ("top", given.top, 1), ("clips", given.clips, 1)):
-        if value is not None and value < least:
-            raise DataError(f"{name} is {value}, expected at least {least}")
-    if not 0 <= given.bad_share <= 1:
-        raise DataError(f"bad_share is {given.bad_share}, expected a share from 0 to 1")
-    for name, most in (("shard_minutes", given.shard_minutes), ("min_fps", given.min_fps)):
-        if most is not None and most <= 0:
-            raise DataError(f"{name} is {most:g}, expected more than 0")
-    if given.shard_gb <= 0 or (given.fps is not None and given.fps <= 0):
-        raise DataError(f"shard_gb is {given.shard_gb} and fps {given.fps}, expected both above 0")
+def run(given: Arguments) -> int:
+    """Make the shards; returns the exit code."""
     # torch and diffusers take seconds to import: after what is typed is known to be right
     import torch
 
-    from data.prepare.recipe import Rank, Recipe
+    from data.prepare.recipe import Recipe
     from data.prepare.run import prepare
 
     family = encoder_class(given.model)
@@ -116,7 +94,7 @@ def main(words: list[str]) -> int:
         shard_seconds=60 * given.shard_minutes,
         bad_share=given.bad_share,
     )
-    return prepare(recipe, Rank.from_environment())
+    return prepare(recipe, Rank.here())
 
 
 def _frames(text: str, family: type[Encoder]) -> int:
@@ -137,5 +115,21 @@ def _sizes(text: str) -> list[Size]:
     return sizes
 
 
+main = Command(
+    "python -m data.prepare",
+    "Turns videos with captions into shards of VAE latents and text embeddings for training. Kill it whenever you "
+    "like: the same command goes on where it stopped, and appends what was added to the list since. Under torchrun or "
+    "srun each rank takes its share of the videos. Bad files are listed in rejected.jsonl.",
+    Arguments,
+    run,
+    [
+        "python -m data.prepare source=OpenVid-1M.csv videos=OpenVid sort='aesthetic score+motion score' \\",
+        "    where='seconds>=20.1, height>=720' out=shards/openvid_4x weights=weights/wan_14b",
+        "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
+        "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
+    ],
+    explain=told,
+)
+
 if __name__ == "__main__":
-    cli.run(main, "python -m data.prepare", USAGE)
+    main.run()

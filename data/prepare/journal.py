@@ -29,12 +29,12 @@ from data.io.locks import Lock, say_no_locks, take
 from data.prepare.arguments import check_same
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected
-from data.prepare.recipe import Rank
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
 from data.shards.begun import Begun, shards_in
 from data.shards.manifest import FILE, Manifest, ShardInfo
 from data.shards.sample import Sample
 from data.shards.writer import TarShards
+from radial.cli.ranks import Rank
 
 _LOCK = "plan.lock"
 _WORLD = "world"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,6 @@ from data.prepare.plan import Wanted
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
 from data.prepare.video import DECODING
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process's part of the run: number `index` of `world`, with device `local` of its node."""
-
-    index: int
-    world: int
-    local: int
-
-    @classmethod
-    def from_environment(cls) -> Rank:
-        """From what torchrun or srun set; alone otherwise. A batch script that runs outside srun is alone, too."""
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-            if all(name in os.environ for name in names):
-                return cls(*(int(os.environ[name]) for name in names))
-        return cls(0, 1, 0)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from data.prepare.finished import LIST, revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected, make_plan
-from data.prepare.recipe import Rank, Recipe
+from data.prepare.recipe import Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
@@ -29,6 +29,7 @@ from data.shards.begun import refuse_shards
 from data.shards.manifest import REJECTED, Manifest
 from data.shards.sample import Prompt, Sample
 from data.shards.writer import finish_folder, remove_leftovers
+from radial.cli.ranks import Rank
 
 AHEAD = 2  # decoded clips that wait in this process
 

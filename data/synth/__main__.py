@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from data import cli
-from data.synth.clips import USAGE, main
+from data.synth.clips import main
 
 if __name__ == "__main__":
-    cli.run(main, "python -m data.synth", USAGE)
+    main.run()

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import cli
-from data.cli import setting
 from data.encoders.pixels import PixelEncoder
-from data.errors import DataError
+from data.errors import DataError, told
 from data.shards.manifest import FILE, Manifest
 from data.shards.sample import Sample
 from data.shards.stream import read_samples
 from data.shards.writer import ShardWriter
 from data.synth.scenes import make_clip
 from data.text import TinyTextEncoder
+from radial.cli.command import Command
+from radial.cli.settings import setting
 
 FPS = 16.0
 SCENES = "synth-v2"
@@ -47,14 +47,6 @@ class Arguments:
     per_shard: int = setting("clips a shard", 64)
     workers: int = setting("processes that render; 0: this one alone", 0)
     preview: Path | None = setting("a .gif that shows the first 16 clips", None)
-
-
-USAGE = cli.usage(
-    Arguments,
-    "python -m data.synth out=FOLDER [key=value ...]",
-    "Makes synthetic clips as shards for training; a finished folder made with the same arguments is kept.",
-    ["python -m data.synth out=shards/shapes clips=256 frames=64 preview=shapes.gif"],
-)
 
 
 def synthesize(
@@ -188,9 +180,8 @@ def write_preview(samples: Sequence[Sample], path: str | Path, columns: int = 4,
     save_gif([Image.fromarray(frame) for frame in grid], path, round(1000 / FPS))
 
 
-def main(words: list[str]) -> int:
-    """Make the clips, show them; returns 0."""
-    given = cli.parse(Arguments, words)
+def make(given: Arguments) -> None:
+    """Make the clips, show them."""
     if given.preview is not None:
         check_preview(given.preview)
     there = (given.out / FILE).exists()
@@ -201,4 +192,13 @@ def main(words: list[str]) -> int:
     if given.preview is not None:
         write_preview(list(read_samples(manifest, 16)), given.preview)
         print(f"{given.preview}: preview")
-    return 0
+
+
+main = Command(
+    "python -m data.synth",
+    "Makes synthetic clips as shards for training; a finished folder made with the same arguments is kept.",
+    Arguments,
+    make,
+    ["python -m data.synth out=shards/shapes clips=256 frames=64 preview=shapes.gif"],
+    explain=told,
+)

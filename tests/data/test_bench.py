@@ -10,6 +10,7 @@ import pytest
 from data import bench
 from data.errors import DataError
 from data.shards.stream import read_samples
+from radial.errors import Mistake
 
 
 def test_it_measures_a_folder(make_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,14 +55,14 @@ def test_the_made_shards_are_those_of_the_recipe(tmp_path: Any) -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(DataError, match="workers is 0, expected at least 1"):
+    with pytest.raises(Mistake, match="workers is 0, expected at least 1"):
         bench.main(["workers=0"])
     for value, message in (
         ("nan", "'nan', expected a number"),
         ("inf", "'inf', expected a number"),
         ("0", "0, expected"),
     ):
-        with pytest.raises(DataError, match=f"step_seconds is {message}"):
+        with pytest.raises(Mistake, match=f"step_seconds is {message}"):
             bench.main([f"step_seconds={value}"])
     with pytest.raises(DataError, match="no manifest"):
         bench.main(["shards=nowhere"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.check import check
 from data.errors import DataError
-from data.index import USAGE, main
+from data.index import main
 from data.shards.entry_map import EntryMap
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.shards.sample import Prompt, TextTokens
@@ -248,4 +248,4 @@ def test_tensors_in_a_file_of_several_have_to_be_named() -> None:
 
 
 def test_help_names_every_key() -> None:
-    assert all(word in USAGE for word in ("shards", "family", "weights", "map", "fps", "device"))
+    assert all(word in main.usage() for word in ("shards", "family", "weights", "map", "fps", "device"))

@@ -6,7 +6,6 @@ Lightning's observer of the ranks, which looks every five seconds, is in a hurry
 from __future__ import annotations
 
 import os
-import sys
 from typing import NoReturn
 
 import lightning.fabric.strategies.launchers.subprocess_script as launcher
@@ -15,7 +14,6 @@ import torch
 import train.assemble
 import train.run
 from train.__main__ import main
-from train.cli import guarded
 from train.module import LengthExtensionModule
 
 
@@ -36,4 +34,4 @@ if os.environ.get("LOCAL_RANK") == "1":
         train.run.write_report = full
     else:
         LengthExtensionModule.training_step = full_in_step_3  # type: ignore[method-assign]
-guarded(main, sys.argv[1:], "")
+main.run()

@@ -5,8 +5,9 @@ import socket
 import pytest
 
 from launch.slurm import main
+from radial.cli.reader import settings_of
 from tests.helpers.tiny import words
-from train.config.compose import compose_run, finish, split_arguments
+from train.config.compose import compose_run, finish
 from train.preflight import preflight, remote_shards
 
 
@@ -44,7 +45,7 @@ def test_a_dry_run_needs_no_network(tmp_path, offline, capsys):
 
 
 def test_all_others_ask(tmp_path, offline):
-    config = finish(compose_run(split_arguments(far(tmp_path))))
+    config = finish(compose_run(settings_of(far(tmp_path))))
     assert set(remote_shards(config)) == {"data.shards", "validation.shards"}
     with pytest.raises(AssertionError, match="the network is asked"):
         preflight(config)

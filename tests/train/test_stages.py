@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import DataError
 from tests.helpers.tiny import run_config
-from train.config.compose import change_config
+from train.config.changes import change_config
 from train.errors import UserError
 from train.preflight import preflight
 from train.run import resume, train
@@ -62,4 +62,4 @@ def test_a_stage_that_is_not_there_is_refused_before_anything_starts(tmp_path: P
 def test_other_stages_need_override_on_resume(tmp_path: Path, named: str) -> None:
     with pytest.raises(UserError, match="data.stages"):
         change_config(run_config(tmp_path), {"data.stages": named})
-    assert change_config(run_config(tmp_path), {"data.stages": named, "override": "true"}).data.stages == [named[1:-1]]
+    assert change_config(run_config(tmp_path), {"data.stages": named}, override=True).data.stages == [named[1:-1]]

@@ -7,23 +7,19 @@ with what blocks kept then.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.bench.steps import bench_config, case_of
-from train.cli import guarded
+from radial.cli.command import Command
+from radial.cli.settings import setting
+from train.bench.steps import case_of, config_of
 from train.errors import UserError
 from train.memory.policies import BlockPolicies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine
-
-USAGE = """python -m train.bench.compare FILE [FILE ...]
-
-Predicted against measured memory and seconds a step of each case in files that python -m train.bench --json wrote"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def cases(file: Path) -> list[Case]:
     """
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
-        config, _ = bench_config(measured["arguments"])
+        config = config_of(measured["arguments"])
         found = [_case(config, result, measured) for result in measured["results"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
@@ -127,12 +123,26 @@ def comparison(found: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    """Prints the comparison."""
-    if not arguments:
-        raise UserError("no file is given, expected what python -m train.bench --json FILE wrote")
-    print(comparison([case for word in arguments for case in cases(Path(word))]))
+@dataclass
+class Options:
+    """What is compared."""
 
+    files: list[Path] = setting("what python -m train.bench json=FILE wrote, one or more")
+
+
+def compare(options: Options) -> None:
+    """Prints the comparison."""
+    print(comparison([case for file in options.files for case in cases(file)]))
+
+
+main = Command(
+    "python -m train.bench.compare",
+    "Predicted against measured memory and seconds a step of each case in files that python -m train.bench wrote.",
+    Options,
+    compare,
+    ["python -m train.bench.compare h200.json h200x2.json"],
+    positional="files",
+)
 
 if __name__ == "__main__":
-    guarded(main, sys.argv[1:], USAGE)
+    main.run()

@@ -15,17 +15,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from radial.cli.reader import read_some, words_of
+from radial.cli.settings import at_least, each, setting
 from train.attention.recipe import AttentionRecipe
 from train.attention.sequence import SequenceGroup, check_heads
 from train.callbacks.throughput import compile_seconds
-from train.cli import json_file, whole_number
 from train.config.check import validate
-from train.config.compose import compose_run, finish, split_arguments
+from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.flow import flow_loss, noised
@@ -39,19 +41,7 @@ from train.planning import chosen_policies, cpu_memory, resolve_precision
 from train.planning.flops import SampleFlops, peak_rate
 from train.planning.sizes import Sizes
 
-USAGE = """python -m train.bench [model=wan_14b] [frames=321] [blocks=2|all] [pattern=released,dense] [sp=1,2] [steps=3]
-                      [key=value ...] [--json FILE]
-
-Measures a LoRA step of each pattern on each number of GPUs that share the clip (sp), on random weights.
-With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
-Other keys are those of a run: parallel.activations=selective trainer.compile=true lora.rank=64 clip.height=480
-
-Every block runs its case's pattern. pattern=dense is the baseline: its blocks keep their input alone
-(parallel.activations=full), and at most 4 are measured. Speed-ups are those of a block; that of the whole model with
-the run's dense layers is worked out from them.
-"""
 _MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
-_OURS = {"blocks": "2", "pattern": "released,dense", "sp": "1", "steps": "3"}
 _MOST_DENSE = 4  # blocks of a dense case: 40 of Wan-14B at 4x take ten minutes a step
 # in the names of kernels on a GPU, and of operators on a CPU
 _KINDS = {
@@ -83,32 +73,40 @@ class Result:
     chosen: BlockPolicies | None = None  # what parallel.activations=auto chose
 
 
-def main(arguments: list[str]) -> None:
+@dataclass
+class Options:
+    """What is measured."""
+
+    frames: int | None = setting("length of the clip; null: 321, or that of conf=", None, must=at_least(1))
+    blocks: int | None = setting("so many blocks of the model; all: all", 2, must=at_least(1), none="all")
+    pattern: list[str] = setting("attention patterns, each a case of its own", ["released", "dense"])
+    sp: list[int] = setting("numbers of GPUs that share the clip, each a case of its own", [1], must=each(at_least(1)))
+    steps: int = setting("steps of each case; the median counts", 3, must=at_least(1))
+    json: Path | None = setting("also write the figures to this file", None)
+
+
+def measure(options: Options, settings: dict[str, str]) -> None:
     """Runs the cases and prints a line for each."""
-    out, arguments = json_file(arguments)
-    config, ours = bench_config(arguments)
+    config = bench_config(options, settings)
     if config.lora is None:
         raise UserError(f"conf={config.conf} trains all weights (lora=null), a benchmark measures a LoRA step")
     if config.parallel.strategy != "ddp":
         raise UserError(f"parallel={config.parallel.strategy}: leave it out, steps are measured without DeepSpeed")
     if config.model.dimensions is None and config.model.architecture is None:
-        raise UserError(f"model={ours['model']} has no dimensions in its file, which a benchmark needs")
-    blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
-    cases = [
-        (case_of(config, name), whole_number("sp", word))
-        for word in ours["sp"].split(",")
-        for name in ours["pattern"].split(",")
-    ]
+        model = settings.get("model", config.conf)
+        raise UserError(f"model={model} has no dimensions in its file, which a benchmark needs")
+    cases = [(case_of(config, name), sp) for sp in options.sp for name in options.pattern]
     for case, _ in cases:
         validate(case)
-    steps, results = whole_number("steps", ours["steps"]), []
+    results = []
+    words = [*words_of(replace(options, json=None)), *(f"{key}={value}" for key, value in settings.items())]
     print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
     for case, sp in cases:
-        results.append(run_case(case, sp, blocks, steps))
+        results.append(run_case(case, sp, options.blocks, options.steps))
         print(_line(results[-1]), flush=True)
-        if out is not None:  # after each case: a later one may exceed a limit of memory or time
-            about = {"torch": torch.__version__, "arguments": arguments, "cpu_memory": cpu_memory()}
-            out.write_text(
+        if options.json is not None:  # after each case: a later one may exceed a limit of memory or time
+            about = {"torch": torch.__version__, "arguments": words, "cpu_memory": cpu_memory()}
+            options.json.write_text(
                 json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
             )
     for dense in (result for result in results if result.pattern == "dense"):
@@ -116,18 +114,17 @@ def main(arguments: list[str]) -> None:
             print(speed_up(dense, other, config.attention.dense_layers, _layers(config)))
 
 
-def bench_config(arguments: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
-    """The run that a benchmark's arguments stand for, and the settings of the benchmark itself.
+def config_of(words: Sequence[str]) -> RunConfig:
+    """The run that a benchmark's words stand for."""
+    return bench_config(*read_some(Options, words))
 
-    Its steps are those at noise levels where the pattern runs: it has no dense ones.
-    """
-    settings = split_arguments(arguments)
-    model, frames = ({} if "conf" in settings else _MODEL), settings.pop("frames", None)
-    if frames is not None:
-        settings["clip.frames"] = frames
-    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    config = finish(compose_run({"parallel.activations": "full", "attention.dense_steps": "0", **model, **settings}))
-    return config, {**ours, "model": settings.get("model", config.conf)}
+
+def bench_config(options: Options, settings: dict[str, str]) -> RunConfig:
+    """The run whose steps are measured, at noise levels where the pattern runs: it has no dense ones."""
+    model = {} if "conf" in settings else _MODEL
+    frames = {} if options.frames is None else {"clip.frames": str(options.frames)}
+    fixed = {"parallel.activations": "full", "attention.dense_steps": "0"}
+    return finish(compose_run({**fixed, **model, **settings, **frames}))
 
 
 def case_of(config: RunConfig, pattern: str) -> RunConfig:

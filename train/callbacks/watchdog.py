@@ -27,13 +27,13 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from train.cli import MISTAKES
+from radial.cli.ranks import Rank
+from radial.errors import Mistake
 from train.config.schema import RunConfig
 from train.parallel.control_group import ControlGroup
 from train.parallel.processes import end_now
 from train.planning import Budget, Duration
 from train.planning.full_memory import is_out_of_memory
-from train.ranks import global_rank, slurm_tasks
 from train.storage.checkpoints import how_to_go_on
 from train.storage.run_folder import get_state, set_state
 
@@ -77,7 +77,7 @@ class Watchdog(Callback):
 
     def __init__(self, folder: Path, timeout: float, control: ControlGroup) -> None:
         self.folder, self.timeout, self.control = folder, timeout, control
-        self.rank = global_rank()
+        self.rank = Rank.here().index
         self._step, self._place, self._moved = 0, 0, time.monotonic()
         self._store: dist.Store | None = None
         self._training = self._trained = False
@@ -137,7 +137,7 @@ class Watchdog(Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         # the reason is printed elsewhere, which may take a while; one process alone waits for no other
-        if self.control.world == 1 or isinstance(exception, MISTAKES) or is_out_of_memory(exception):
+        if self.control.world == 1 or isinstance(exception, Mistake) or is_out_of_memory(exception):
             self._done.set()
 
     def progress(self) -> None:
@@ -249,7 +249,7 @@ class Watchdog(Callback):
 
     def _kill_parent(self) -> None:
         """A frozen rank 0 that started this rank would stay for ever."""
-        if self.rank and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
+        if self.rank and Rank.here().started_by == "lightning":
             os.kill(self._parent, signal.SIGKILL)
 
     def _end(self, why: str, speak: bool) -> None:

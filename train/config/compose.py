@@ -7,12 +7,9 @@ quoting rules: a value is read by the type of its key, so that a prompt may hold
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -20,22 +17,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data.cli import expanded
-from train.cli import flag
+from radial.cli.reader import expanded, guess
 from train.config.check import validate
-from train.config.global_batch import clips_a_step
-from train.config.schema import RunConfig, literal, structured
+from train.config.schema import KEYS, RunConfig, literal
 from train.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEFAULT_RUN = "shapes_4x"
-
-
-PATHS = frozenset(("run", "resume", "out", "checkpoint", "add", "add_2", "container", "mounts"))
-"""Keys of commands that are paths."""
-RUN_PATHS = frozenset(("runs", "model.path", "lora.init", "data.shards", "data.cache", "validation.shards",
-                       "validation.images"))  # fmt: skip
-"""Keys of a run that are paths, or addresses."""
 
 
 def run_names() -> list[str]:
@@ -52,23 +40,6 @@ def group_options() -> dict[str, list[str]]:
     }
 
 
-def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """``key=value`` words as a dict; the first ``=`` splits. In paths a ~ is the home folder.
-
-    Raises:
-        UserError: a word without ``=``, or a key given twice.
-    """
-    settings: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word!r} is not a setting, expected key=value (see --help)")
-        if key in settings:
-            raise UserError(f"{key} is given twice")
-        settings[key] = expanded(value) if key in PATHS else value
-    return settings
-
-
 def compose_run(settings: dict[str, str]) -> DictConfig:
     """The composed, typed config of a run; nothing is checked beyond names and types.
 
@@ -78,13 +49,13 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
     settings = dict(settings)
     run = settings.pop("conf", DEFAULT_RUN)
     if run not in run_names():
-        raise UserError(f"conf is {run!r}, expected one of {', '.join(run_names())}{_guess(run, run_names())}")
+        raise UserError(f"conf is {run!r}, expected one of {', '.join(run_names())}{guess(run, run_names())}")
     groups = group_options()
     chosen = {key: settings.pop(key) for key in list(settings) if key in groups}
     for group, option in chosen.items():
         if option not in groups[group]:
             raise UserError(
-                f"{group} is {option!r}, expected one of {', '.join(groups[group])}{_guess(option, groups[group])}"
+                f"{group} is {option!r}, expected one of {', '.join(groups[group])}{guess(option, groups[group])}"
             )
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -94,7 +65,7 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
         raise UserError(f"conf/{run}.yaml: {_one_line(error)}") from error
     assert isinstance(config, DictConfig)
     for key, text in settings.items():
-        _assign(config, key, text)
+        assign(config, key, text)
     return config
 
 
@@ -149,94 +120,27 @@ def read_config(run: Path) -> RunConfig:
     return config
 
 
-FREE = ("trainer.nodes", "trainer.devices", "trainer.checkpoint_every", "trainer.checkpoint_minutes", "trainer.keep",
-        "trainer.compile", "trainer.check_memory", "trainer.timeout", "trainer.max_skipped", "data.batch_size",
-        "data.workers", "data.cache", "data.max_bad", "optim.accumulate", "optim.global_batch", "runs")  # fmt: skip
-FREE_SECTIONS = ("parallel", "log", "validation", "report")
-"""With `FREE`: what may change on resume, as long as a step keeps its number of clips."""
-
-
-def change_config(config: RunConfig, settings: dict[str, str]) -> RunConfig:
-    """The config of a run that goes on with other settings.
-
-    Args:
-        settings: what changes; ``override=true`` lets keys in that change the results.
+def assign(config: DictConfig, key: str, text: str) -> None:
+    """Sets a key of a typed config to a value as it was typed.
 
     Raises:
-        UserError: keys that change the results, or the number of clips in a step, without ``override=true``, naming
-            the differences; or the name of the run file.
+        UserError: an unknown key, a section, or a value of another type.
     """
-    settings = dict(settings)
-    override = flag("override", settings.pop("override", "false"))
-    typed = structured(config)
-    for key, text in settings.items():
-        _assign(typed, key, text)
-    changed = finish(typed)
-    found = differences(config, changed)
-    if "conf" in found:
-        raise UserError(f"{found['conf']}: a run keeps its run file; start a new run with conf={changed.conf}")
-    if override:
-        return changed
-    matter = [line for key, line in found.items() if not _free(key)]
-    if matter:
-        raise UserError(
-            f"{'; '.join(matter)}: this changes what the run computes. Add override=true to go on with it, "
-            "or start a new run"
-        )
-    ranks = changed.trainer.nodes * changed.trainer.devices
-    if ranks % changed.parallel.sequence or not changed.clips_at_once().is_integer():
-        return changed  # preflight says what is wrong
-    before, now = int(clips_a_step(config)), int(clips_a_step(changed))
-    if now != before:
-        raise UserError(
-            f"a step would have {now} clips over all GPUs, it had {before}: {_as_many(before, changed)}add "
-            f"override=true to go on with {now}"
-        )
-    return changed
-
-
-def _as_many(clips: int, config: RunConfig) -> str:
-    """What makes a step of so many clips with the layout of ``config``, in words; empty where nothing does."""
-    share, rest = divmod(clips, int(config.clips_at_once()) // config.data.batch_size)
-    if rest:
-        return ""
-    batch = math.gcd(config.data.batch_size, share)
-    size = "" if batch == config.data.batch_size else f"data.batch_size={batch} "
-    return f"set {size}optim.accumulate={share // batch} to keep them, or "
-
-
-def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
-    """Each key that differs, and how, in words."""
-    old, new = (structured(config) for config in (before, after))
-    found = {}
-    for key in _leaves(RunConfig):
-        one, other = OmegaConf.select(old, key), OmegaConf.select(new, key)
-        if one != other:
-            found[key] = f"{key} was {one}, now {other}"
-    return found
-
-
-def _free(key: str) -> bool:
-    return key in FREE or key.split(".")[0] in FREE_SECTIONS
-
-
-def _assign(config: DictConfig, key: str, text: str) -> None:
-    known = _leaves(RunConfig)
-    text = expanded(text) if key in RUN_PATHS else text
     parts = key.split(".")
     open_ended = any(".".join(parts[:n]) == "model.architecture" for n in range(1, len(parts)))
-    if key not in known and not open_ended:
-        inner = [name for name in known if name.startswith(key + ".")]
+    if key not in KEYS and not open_ended:
+        inner = [name for name in KEYS if name.startswith(key + ".")]
         if inner and text != "null":
             raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
         if not inner:
-            raise UserError(f"{key} is not a known key{_guess(key, known)}")
-    value: Any = text
+            raise UserError(f"{key} is not a known key{guess(key, list(KEYS))}")
+    known = KEYS.get(key)
+    value: Any = expanded(text) if known is not None and known.is_path else text
     if text == "null":
         value = None
-    elif open_ended or "list" in known[key] or "dict" in known[key]:
+    elif open_ended or (known is not None and known.is_yaml):
         try:
-            value = yaml.safe_load(text)
+            value = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"{key} is {text!r}, expected a YAML value: {_one_line(error)}") from error
     section = key.rpartition(".")[0]
@@ -245,28 +149,9 @@ def _assign(config: DictConfig, key: str, text: str) -> None:
     try:
         OmegaConf.update(config, key, literal(value), merge=False, force_add=open_ended)
     except ConfigKeyError as error:
-        raise UserError(f"{key} is not a known key{_guess(key, known)}") from error
+        raise UserError(f"{key} is not a known key{guess(key, list(KEYS))}") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{key} is {text!r}, expected {known.get(key, 'another type')}") from error
-
-
-def _leaves(schema: type, prefix: str = "") -> dict[str, str]:
-    """Dotted key -> its type in words, for every leaf of the schema."""
-    found: dict[str, str] = {}
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        hint = hints[entry.name]
-        inner = next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and is_dataclass(t)), None)
-        if inner is not None:
-            found.update(_leaves(inner, f"{prefix}{entry.name}."))
-        else:
-            found[prefix + entry.name] = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-    return found
-
-
-def _guess(word: str, known: Sequence[str] | dict[str, str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{key} is {text!r}, expected {known.kind if known else 'another type'}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from data.cli import parse, setting
 from data.encoders import encoder_class
 from radial import Released
+from radial.cli.reader import read_some
+from radial.cli.settings import Bound, at_least, setting
 from train.attention.recipe import AttentionRecipe
-from train.config.compose import compose_run, finish, split_arguments
+from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.decay.bins import Tiling
 from train.errors import UserError
 from train.models.loading import encoder_of
 
 T = TypeVar("T", int, float)
+_ERROR = Bound("a number between 0 and 1, such as 0.1", lambda value: 0 < value < 1)
 LONGER = ("2x", "4x")
 
 
@@ -26,18 +28,18 @@ LONGER = ("2x", "4x")
 class Settings:
     """The command's own keys; all others are those of a training run."""
 
-    clips: int = setting("clips that are measured", 4)
+    clips: int = setting("clips that are measured", 4, must=at_least(1))
     sigmas: str = setting("noise levels, with commas", "0.3,0.6,0.9")
     layers: str = setting("layers that are looked at: all, or numbers from 0 such as 0,5,10", "all")
     frames: str = setting("length of the clips: native, 2x, 4x, or a number of latent frames", "native")
     attention: str = setting("patterns held against dense attention: options of attention=, with commas", "radial")
     decays: str = setting("decay factors at which a released pattern is tried", "0.5,1,2")
     dense_layers: str = setting("numbers of first layers left dense that are tried", "0,2")
-    rows: int = setting("query rows sampled in each tile of each frame; at least 2", 4)
+    rows: int = setting("query rows sampled in each tile of each frame; at least 2", 4, must=at_least(2))
     tile: str = setting(
         "tokens of a tile: strip (as many as a block has, in raster order), or HxW such as 8x16", "strip"
     )
-    error: float = setting("relative error of the velocity that the advice stays under", 0.1)
+    error: float = setting("relative error of the velocity that the advice stays under", 0.1, must=_ERROR)
     out: Path | None = setting("folder for the results (<runs>/decay/<model>-<frames>)", None)
 
 
@@ -90,17 +92,18 @@ class Job:
         Raises:
             UserError, DataError: an unknown key, or a value that is not possible.
         """
-        names = {field.name for field in fields(Settings)}
-        given = parse(Settings, [word for word in words if word.partition("=")[0] in names])
-        rest = split_arguments([word for word in words if word.partition("=")[0] not in names])
+        return cls.made_of(*read_some(Settings, words))
+
+    @classmethod
+    def made_of(cls, given: Settings, rest: dict[str, str]) -> Job:
+        """From the command's own settings and those of a run.
+
+        Raises:
+            UserError, DataError: a value that is not possible.
+        """
         if "conf" not in rest and "model" in rest and not rest["model"].startswith("shapes"):
             rest["conf"] = "wan_4x"  # of which the model is replaced, and attention has blocks of 128
         config = finish(compose_run(rest))
-        for key, least in (("clips", 1), ("rows", 2)):
-            if getattr(given, key) < least:
-                raise UserError(f"{key} is {getattr(given, key)}, expected at least {least}")
-        if not 0 < given.error < 1:
-            raise UserError(f"error is {given.error:g}, expected a number between 0 and 1, such as 0.1")
         sigmas = _numbers("sigmas", given.sigmas, float, "noise levels between 0 and 1", lambda x: 0 < x < 1)
         layers = None
         if given.layers != "all":

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.cli import files_with_strengths
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.lora.header import read_values, typed
+from train.lora.listed import files_with_strengths
 
 NONE = "none"
 """What stands for no LoRA where one has to be given."""

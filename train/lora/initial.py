@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.cli import split_files
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.lora.files import base_notes, check_file
+from train.lora.listed import split_files
 from train.lora.reading import Lora, read_lora
 from train.models.base import ModelAdapter
 

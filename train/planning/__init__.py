@@ -8,7 +8,7 @@ best(budget, clips_a_step=8)
 from train.planning.advice import Setting, best, fewest, remedies
 from train.planning.budget import GIB, Budget, chosen_policies
 from train.planning.duration import Duration
-from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, gpu_named, resolve_precision, this_machine
+from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, resolve_precision, this_machine
 from train.planning.table import plan_table, setting_lines
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "chosen_policies",
     "cpu_memory",
     "fewest",
-    "gpu_named",
     "plan_table",
     "remedies",
     "resolve_precision",

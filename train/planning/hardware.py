@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from train.errors import UserError
 from train.planning.flops import peak_rate
 
 
@@ -77,17 +76,6 @@ class Machine:
         if name != "auto":
             return name
         return "bf16" if self.gpu.bf16 else "fp32"
-
-
-def gpu_named(word: str) -> Gpu:
-    """The GPU that ``gpu=`` names.
-
-    Raises:
-        UserError: an unknown one.
-    """
-    if word not in GPUS:
-        raise UserError(f"gpu is {word!r}, expected one of {', '.join(GPUS)}")
-    return GPUS[word]
 
 
 def this_machine(devices: int, nodes: int = 1) -> Machine:

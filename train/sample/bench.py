@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from radial.cli.command import Command
+from radial.cli.reader import words_of
+from radial.cli.settings import at_least, each, setting
 from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
-from train.cli import flag, guarded, json_file, whole_number
-from train.config.compose import compose_run, finish, split_arguments
+from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.memory.compiler import compile_blocks
@@ -28,24 +30,8 @@ from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import resolve_precision
 
-USAGE = """python -m train.sample.bench [model=wan_14b] [frames=161,321] [dense_layers=0,2] [steps=1] [key=value ...]
-                             [--json FILE]
-
-Measures a denoising step with the pattern, for each number of dense layers, and dense, at each length.
-
-  frames, dense_layers          as given, comma-separated where several are measured
-  blocks                        all, or so many of them
-  steps                         forward passes of each case, after one of some blocks of each kind; the median counts
-  dense                         false leaves the dense case out
-With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are given too.
-Other keys are those of a run: clip.height=480 attention.decay=0.8 trainer.compile=true trainer.precision=bf16"""
 _MODEL = {"conf": "wan_4x", "model": "wan_14b"}
-_OURS = {
-    "dense_layers": "0,2",
-    "blocks": "all",
-    "steps": "1",
-    "dense": "true",
-}
+_FRAMES = (161, 321)
 
 
 @dataclass(frozen=True)
@@ -62,48 +48,55 @@ class Result:
     memory: float  # GiB, peak of the GPU
 
 
-def main(arguments: list[str]) -> None:
+@dataclass
+class Options:
+    """What is measured."""
+
+    frames: list[int] | None = setting(
+        "lengths of the clip; null: 161,321, or that of conf=", None, must=each(at_least(1))
+    )
+    dense_layers: list[int] = setting("numbers of dense layers, each a case of its own", [0, 2], must=each(at_least(0)))
+    blocks: int | None = setting("so many blocks of the model; all: all", None, must=at_least(1), none="all")
+    steps: int = setting(
+        "forward passes of each case, after one of some blocks of each kind; the median counts", 1, must=at_least(1)
+    )
+    dense: bool = setting("measure dense attention too", True)
+    json: Path | None = setting("also write the figures to this file", None)
+
+
+def measure(options: Options, settings: dict[str, str]) -> None:
     """Runs the cases and prints a line for each."""
-    out, arguments = json_file(arguments)
-    settings = split_arguments(arguments)
-    ours = {key: settings.pop(key, default) for key, default in _OURS.items()}
-    layers = [whole_number("dense_layers", word, least=0) for word in ours["dense_layers"].split(",")]
-    blocks = None if ours["blocks"] == "all" else whole_number("blocks", ours["blocks"])
-    steps = whole_number("steps", ours["steps"])
-    with_dense = flag("dense", ours["dense"])
-    runs = bench_runs(settings)
-    bench = Bench(runs[0], blocks)
+    runs = bench_runs(options.frames, settings)
+    bench = Bench(runs[0], options.blocks)
     results: list[Result] = []
     print(f"{bench.name}, {bench.layers} blocks, {bench.dtype}; {bench.passes} forward passes a step")
     print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
-    about = {"torch": torch.__version__, "device": bench.name, "arguments": arguments}
+    words = [*words_of(replace(options, json=None)), *(f"{key}={value}" for key, value in settings.items())]
+    about = {"torch": torch.__version__, "device": bench.name, "arguments": words}
     for run in runs:
-        cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in layers]
-        if with_dense:
+        cases = [replace(run, attention=replace(run.attention, dense_layers=count)) for count in options.dense_layers]
+        if options.dense:
             cases.append(replace(run, attention=replace(run.attention.under("dense"), backend=None)))
         for case in cases:
-            results.append(bench.measure(case, steps))
+            results.append(bench.measure(case, options.steps))
             print(_line(results[-1]), flush=True)
-            if out is not None:  # after each, since a job may reach its time limit
-                out.write_text(
+            if options.json is not None:  # after each, since a job may reach its time limit
+                options.json.write_text(
                     json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
                 )
-        if with_dense:
+        if options.dense:
             *others, dense = results[-len(cases) :]
             print("\n".join(_ratio(result, dense) for result in others), flush=True)
 
 
-def bench_runs(settings: dict[str, str]) -> list[RunConfig]:
+def bench_runs(frames: Sequence[int] | None, settings: dict[str, str]) -> list[RunConfig]:
     """The run of each length that is measured."""
-    settings = dict(settings)
-    frames = settings.pop("frames", None if "conf" in settings or "clip.frames" in settings else "161,321")
-    if frames is None:
-        return [finish(compose_run({**({} if "conf" in settings else _MODEL), **settings}))]
+    base = {**({} if "conf" in settings else _MODEL), **settings}
+    if frames is None and ("conf" in settings or "clip.frames" in settings):
+        return [finish(compose_run(base))]
     if "clip.frames" in settings:
         raise UserError("frames and clip.frames are both set, expected one")
-    base = {**({} if "conf" in settings else _MODEL), **settings}
-    lengths = [whole_number("frames", word) for word in frames.split(",")]
-    return [finish(compose_run({**base, "clip.frames": str(length)})) for length in lengths]
+    return [finish(compose_run({**base, "clip.frames": str(length)})) for length in frames or _FRAMES]
 
 
 class Bench:
@@ -207,5 +200,16 @@ def _ratio(result: Result, dense: Result) -> str:
     )
 
 
+main = Command(
+    "python -m train.sample.bench",
+    "Measures a denoising step with the pattern, for each number of dense layers, and dense, at each length, on random "
+    "weights of model=wan_14b. With conf=hunyuan_4x, or any other run, model and frames are that run's unless they are "
+    "given too.",
+    Options,
+    measure,
+    ["python -m train.sample.bench model=wan_14b frames=161,321 dense_layers=0,2"],
+    others="those of a run: clip.height=480 attention.decay=0.8 trainer.compile=true trainer.precision=bf16",
+)
+
 if __name__ == "__main__":
-    guarded(main, sys.argv[1:], USAGE)
+    main.run()

@@ -20,7 +20,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.cli import Place
 from train.config.compose import compose_run, group_options
 from train.config.schema import ModelConfig
 from train.errors import UserError
@@ -74,9 +73,9 @@ def extend(
     if pipeline in _extended:
         raise UserError("the pipeline is extended already: call unextend(pipeline) first")
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
-    words = (None if file is None else Place(f"{file}:{strength}") for file in (lora, lora_2))
+    words = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
     first, second = words
-    given = Settings(prompt="", lora=first, lora_2=second, add=None if add is None else Place(add), **settings)
+    given = Settings(prompt="", lora=first, lora_2=second, add=None if add is None else add, **settings)
     extension = Extension(pipeline, complete(given, config), config)
     for line in extension.loaded:
         print(line)

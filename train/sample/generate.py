@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from radial.cli.ranks import Rank
 from train import __version__
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.memory.compiler import compile_blocks
 from train.models.families import family_of
-from train.ranks import global_rank
 from train.sample.compare import write_both
 from train.sample.decode import decode_frames
 from train.sample.extension import Extension
@@ -82,7 +82,7 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
     found = jobs(settings)
     _check_negatives(found, settings, model)
     todo = [job for job in found if not is_done(job, settings, model)]
-    if len(todo) < len(found) and global_rank() == 0:
+    if len(todo) < len(found) and Rank.here().index == 0:
         print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
     if todo:
         ranks = Ranks.join()

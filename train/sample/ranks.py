@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from radial.cli.ranks import Rank
 from train.attention.sequence import SequenceGroup
 from train.errors import UserError
-from train.ranks import global_rank, local_rank, slurm_tasks, world_size
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Ranks:
     @classmethod
     def join(cls) -> Ranks:
         """Joins the other processes, if there are any."""
-        cuda = torch.cuda.is_available()
+        cuda, here = torch.cuda.is_available(), Rank.here()
         # srun may give each task a GPU that is the only one it sees
-        device = torch.device("cuda", local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        device = torch.device("cuda", here.local % torch.cuda.device_count()) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        if world_size() > 1 and not dist.is_initialized():
-            if slurm_tasks() > 1:
+        if here.world > 1 and not dist.is_initialized():
+            if here.started_by == "srun":
                 _meet_at_first_node()
             # the first rank decodes and writes while the others wait
             backend, patience = "nccl" if cuda else "gloo", timedelta(hours=12)
-            dist.init_process_group(backend, rank=global_rank(), world_size=world_size(), timeout=patience)
+            dist.init_process_group(backend, rank=here.index, world_size=here.world, timeout=patience)
         if not dist.is_initialized():
             return cls(1, 0, device)
         return cls(dist.get_world_size(), dist.get_rank(), device)

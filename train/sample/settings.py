@@ -11,12 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.cli import Place, parse, setting
 from data.encoders import encoder_class
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from radial import PATTERNS, RadialError, VideoGrid, make_pattern
 from radial.backends import BACKENDS
+from radial.cli.reader import guess, read_some
+from radial.cli.settings import setting
 from train.attention.recipe import AttentionRecipe
 from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
@@ -45,10 +46,12 @@ class Settings:
     guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None)
     shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None)
     seed: int = setting("of the noise", 0)
-    lora: Place | None = setting("the LoRA: file or folder, with :strength; an export's folder has both experts'", None)
-    lora_2: Place | None = setting("that of the expert for low noise levels; none for none", None)
-    add: Place | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None)
-    add_2: Place | None = setting("the same for the expert for low noise levels", None)
+    lora: str | None = setting(
+        "the LoRA: file or folder, with :strength; an export's folder has both experts'", None, path=True
+    )
+    lora_2: str | None = setting("that of the expert for low noise levels; none for none", None, path=True)
+    add: str | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None, path=True)
+    add_2: str | None = setting("the same for the expert for low noise levels", None, path=True)
     pattern: str | None = setting(f"attention: {', '.join(PATTERNS)} (the LoRA's, else released)", None)
     rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else the model's)", None)
     decay: float | None = setting("of released (the LoRA's, else 1)", None)
@@ -91,25 +94,22 @@ def parse_settings(words: Sequence[str]) -> tuple[Settings, ModelConfig]:
     Raises:
         UserError, DataError: an unknown key, a wrong value, settings that do not fit together.
     """
-    mine, model = [], {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--prompts":
-            if not rest:
-                raise UserError("--prompts needs a file")
-            word = f"prompts={rest.pop(0)}"
-        key, _, value = word.partition("=")
-        if key == "model" or key.startswith("model."):
-            if key in model:
-                raise UserError(f"{key} is given twice")
-            model[key] = value
-        else:
-            mine.append(word)
-    settings = parse(Settings, mine)
-    if "model" not in model:
+    return settled(*read_some(Settings, words))
+
+
+def settled(settings: Settings, others: dict[str, str]) -> tuple[Settings, ModelConfig]:
+    """The settings with every value filled in, and the model that ``model`` and ``model.*`` among the others name.
+
+    Raises:
+        UserError, DataError: an unknown key, settings that do not fit together.
+    """
+    for key in others:
+        if key != "model" and not key.startswith("model."):
+            names = [field.name for field in fields(Settings)]
+            raise UserError(f"{key} is not a known key{guess(key, names) or ' (see --help)'}")
+    if "model" not in others:
         raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
-    config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **model}).model)
+    config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **others}).model)
     assert isinstance(config, ModelConfig)
     if config.rope not in ROPE_KINDS:
         raise UserError(f"model.rope is {config.rope!r}, expected one of {', '.join(ROPE_KINDS)}")
@@ -135,7 +135,6 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
                 raise UserError(f"{name} is for the second of two experts, the model has one transformer: leave it out")
     else:
         lora, lora_2 = loras.of_experts(settings.lora, settings.lora_2)
-        lora, lora_2 = (word if word is None else Place(word) for word in (lora, lora_2))
         settings = replace(settings, lora=lora, lora_2=lora_2)
     found = slots(settings, model)
     loras.check(found, model)

@@ -26,9 +26,9 @@ from omegaconf import OmegaConf
 
 from data.io.files import can_sync
 from data.io.locks import Lock, has_locks, say_no_locks, take
+from radial.cli.ranks import Rank, slurm_job
 from train.config.schema import RunConfig, structured
 from train.errors import UserError
-from train.ranks import global_rank, slurm_job, slurm_tasks
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
 _SINCE = "%Y-%m-%d %H:%M:%S"
@@ -53,7 +53,7 @@ class RunFolder:
         if _SHARED in os.environ and "LOCAL_RANK" in os.environ:
             return cls(Path(os.environ[_SHARED]))
         store = _store_of_torchrun()
-        if store is not None and global_rank():
+        if store is not None and Rank.here().index:
             return cls(Path(store.get(_SHARED).decode()))
         path = stamped_folder(config)
         try:
@@ -88,13 +88,13 @@ def stamped_folder(config: RunConfig) -> Path:
 
 def _store_of_torchrun() -> Any:
     """Where torchrun's processes meet, a ``torch.distributed.Store``; None for a process that it has not started."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if slurm_tasks() > 1 or (torchrun and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+    starter = Rank.here().started_by
+    if starter == "srun" or (starter == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
         raise UserError(
             "several processes are started at once, each of which would make a run folder: make it first, with "
             "python -m launch slurm ... dry_run=true, and start them with resume=<run folder>"
         )
-    if not torchrun:
+    if starter != "torchrun":
         return None
     import torch.distributed as dist  # takes a second, and few need it
 

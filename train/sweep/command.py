@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from train.config.compose import compose_run, finish, split_arguments
+from radial.cli.ranks import Rank
+from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.ranks import slurm_tasks, world_size
 from train.storage.run_folder import CONFIG, command, held
 from train.storage.sweep_folder import Settings, SweepFolder
 from train.sweep.expand import expand
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(settings: Settings) -> None:
     """Runs a sweep on this machine.
 
     Args:
-        arguments: of ``python -m train``, without ``-m``.
+        settings: of ``python -m train -m``, with the values of the sweep; resume: a sweep's folder.
 
     Raises:
         UserError: settings that do not make a run, before any is started.
         SystemExit: code 1 where a run failed; as of a run where the sweep was asked to stop.
     """
-    if max(world_size(), slurm_tasks()) > 1:
+    if Rank.here().world > 1:
         raise UserError(
             "-m was started by torchrun or srun, several times at once: start it once, it starts the runs itself, "
             "with trainer.devices processes each"
         )
-    sweep = prepare(split_arguments(arguments), lambda config: None)
+    sweep = prepare(settings, lambda config: None)
     # after the configs are known to be right: lightning takes seconds to import
     from train.callbacks.stop import EXIT_CODES
     from train.report.compare import print_comparison, write_comparison
@@ -75,9 +75,9 @@ def prepare(settings: Settings, check: Callable[[RunConfig], None]) -> SweepFold
     return sweep.extended(new, configs) if new else sweep
 
 
-def show(arguments: Sequence[str]) -> None:
+def show(settings: Settings) -> None:
     """Prints the config of each run that the command would make or go on with, as documents of one YAML text."""
-    sweep, new = _asked_for(split_arguments(arguments))
+    sweep, new = _asked_for(settings)
     old = sweep.settings if sweep is not None else ()
     whole = SweepFolder(Path() if sweep is None else sweep.path, (*old, *new))
     for number in whole.unfinished():

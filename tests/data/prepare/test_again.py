@@ -226,8 +226,6 @@ def test_a_shard_is_finished_after_some_time(tmp_path: Path, words: list[str], m
 def test_a_full_disk_is_told_with_its_file(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data import cli
-    from data.prepare.__main__ import USAGE
     from data.shards import writer
 
     def full(*arguments: Any) -> None:
@@ -235,11 +233,10 @@ def test_a_full_disk_is_told_with_its_file(
 
     monkeypatch.setattr(writer._OpenShard, "write", full)
     with pytest.raises(SystemExit) as caught:
-        cli.run(main, "data.prepare", USAGE, words)
+        main.run(words)
     assert caught.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
     place = tmp_path / "out" / "shard-000-00000.tar"
     assert told.endswith(
-        f"data.prepare: {place}: cannot be written (No space left on device); make room, then start the same command "
-        "again"
+        f"error: {place}: cannot be written (No space left on device); make room, then start the same command again"
     )

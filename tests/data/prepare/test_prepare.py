@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import cli
 from data.encoders.base import EncoderSettings
 from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
 from data.prepare import run
-from data.prepare.__main__ import PUBLISHED_TOP, USAGE, main
+from data.prepare.__main__ import PUBLISHED_TOP, main
 from data.prepare.video import DECODING, probe
 from data.shards.manifest import FILE, Manifest
 from data.shards.stream import read_samples
@@ -247,10 +246,10 @@ def test_wan_end_to_end(tmp_path: Path) -> None:
 
 
 def test_help_and_mistakes_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run(main, "data.prepare", USAGE, ["--help"])
+    main.run(["--help"])
     shown = capsys.readouterr().out
     assert "source " in shown and "torchrun" in shown
     with pytest.raises(SystemExit) as caught:
-        cli.run(main, "data.prepare", USAGE, ["sorce=x"])
+        main.run(["sorce=x"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "data.prepare: sorce is not a known key; did you mean source?\n"
+    assert capsys.readouterr().err == "error: sorce is not a known key; did you mean source?\n"

@@ -20,12 +20,12 @@ from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
 from data.prepare import journal, run
 from data.prepare.__main__ import main
-from data.prepare.recipe import Rank
 from data.prepare.records import read_records
 from data.shards import writer
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from data.shards.writer import TarShards
+from radial.cli.ranks import Rank
 from tests.helpers.prepared import FAST, LENGTHS, check_complete, command, spoil
 
 
@@ -200,24 +200,6 @@ def test_ranks_that_cannot_plan_all_say_why(tmp_path: Path) -> None:
     """None waits for a plan that never comes."""
     started = ranks([f"source={tmp_path / 'gone.csv'}", f"out={tmp_path / 'out'}", *FAST], 2)
     assert [process.wait(120) for process in started] == [2, 2] and not (tmp_path / "out").exists()
-
-
-def test_ranks_come_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    assert Rank.from_environment() == Rank(0, 1, 0)
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    monkeypatch.setenv("SLURM_LOCALID", "0")
-    assert Rank.from_environment() == Rank(0, 1, 0), "a batch script outside srun is alone"
-    monkeypatch.setenv("SLURM_PROCID", "9")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert Rank.from_environment() == Rank(9, 16, 1)
-    for name, value in zip(names[:3], "352", strict=True):
-        monkeypatch.setenv(name, value)
-    assert Rank.from_environment() == Rank(3, 5, 2), "torchrun inside srun"
 
 
 def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from data.cli import parse
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
 from data.prepare.conditions import number, parse_conditions, split_conditions
 from data.prepare.selection import select
 from data.prepare.sources import Listed, Video, ranked
 from data.prepare.sources import read_source as read
+from radial.cli.reader import read as read_words
 
 
 def read_source(*arguments: Any) -> tuple[list[Video], list[str]]:
@@ -203,9 +203,9 @@ def test_unusable_sources(tmp_path: Path) -> None:
 
 
 def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
-    given = parse(Arguments, ["source=a=b.csv", "out=o", "where=score>4.5, x='y'", "top=null", "--image-to-video"])
+    given = read_words(Arguments, ["source=a=b.csv", "out=o", "where=score>4.5, x='y'", "top=null", "--image-to-video"])
     assert (given.source, given.where, given.top) == (Path("a=b.csv"), "score>4.5, x='y'", None)
-    assert parse(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
+    assert read_words(Arguments, ["source=s", "out=o"]).top is None, "no video is left out unasked"
     assert given.image_to_video and given.frames == "4x" and given.weights is None
     (tmp_path / "file").touch()
     (tmp_path / "v.mp4").touch()

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from train.bench.steps import Result, bench_config, case_of, main, speed_up
-from train.errors import UserError
+from radial.errors import Mistake
+from train.bench.__main__ import main
+from train.bench.steps import Result, case_of, config_of, speed_up
 
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
 
@@ -58,17 +59,17 @@ def test_the_figures_of_a_step(tmp_path, counts):
         (["model=shapes"], "model=shapes has no dimensions"),
         (["conf=shapes_base"], "conf=shapes_base trains all weights"),
         (["parallel=zero3"], "parallel=zero3: leave it out"),
-        (["--json"], "--json needs a file name"),
+        (["--json"], "--json needs a value"),
         (["pattern=spiral", *TINY], "attention.pattern is 'spiral'"),
     ],
 )
 def test_mistakes_stop_before_anything_runs(words, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Mistake, match=message):
         main(words)
 
 
 def test_the_baseline_is_dense_attention_with_full_checkpointing():
-    config, _ = bench_config(["parallel.activations=selective"])
+    config = config_of(["parallel.activations=selective"])
     dense, released = case_of(config, "dense"), case_of(config, "released")
     assert (dense.parallel.activations, released.parallel.activations) == ("full", "selective")
     assert dense.attention.dense_layers == released.attention.dense_layers == 0

@@ -18,6 +18,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+from radial.cli import command as commands
 from tests.helpers import HELPERS
 from tests.helpers.faults import (
     Run,
@@ -33,7 +34,6 @@ from tests.helpers.faults import (
 from tests.helpers.tiny import run_config, words
 from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, patience, relieve_observer
-from train.cli import guarded
 from train.config.compose import compose_run, finish
 from train.errors import EXIT_CODES, REQUEUE, UserError
 from train.flow import noise_like
@@ -294,7 +294,7 @@ def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        guarded(command, [], "")
+        commands.run(command, lambda words: "", [])
     assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 

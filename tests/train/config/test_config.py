@@ -13,8 +13,11 @@ from omegaconf import OmegaConf
 from data.errors import DataError
 from launch import doctor
 from radial import build_layout
+from radial.cli.reader import settings_of
+from radial.errors import Mistake
 from train.attention.sequence import check_heads
-from train.config.compose import change_config, compose_run, finish, read_config, run_names, split_arguments
+from train.config.changes import change_config
+from train.config.compose import compose_run, finish, read_config, run_names
 from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
 from train.errors import UserError
 from train.models.families import family_of
@@ -144,7 +147,7 @@ def test_the_shift_follows_resolution_and_length():
         (["conf=wan_5x"], r"conf is 'wan_5x', expected one of .*; did you mean wan_4x\?"),
         (["stpes=3"], "stpes is not a known key"),
         (["trainer.stpes=3"], r"trainer.stpes is not a known key; did you mean trainer.steps\?"),
-        (["trainer.steps=abc"], "trainer.steps is 'abc', expected int"),
+        (["trainer.steps=abc"], "trainer.steps is 'abc', expected a whole number"),
         (["trainer.steps=0"], "trainer.steps is 0, expected at least 1"),
         (["+trainer.stpes=3"], r"\+trainer.stpes is not a known key"),
         (["model=wan_15b"], r"model is 'wan_15b', expected one of .*; did you mean"),
@@ -175,7 +178,7 @@ def test_the_shift_follows_resolution_and_length():
         (["lora.targets=x", "lora.text=true"], "lora.text is true, but lora.targets names all modules"),
         (["optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
         (["optim.weight_decay=nan"], "optim.weight_decay is nan"),
-        (["validation.sigmas=[0.5, 7]"], "validation.sigmas has 7.0, expected noise levels between 0 and 1"),
+        (["validation.sigmas=[0.5, 7]"], r"validation.sigmas is \[0.5, 7.0\], expected noise levels between 0 and 1"),
         (["optim.lr=inf"], "optim.lr is inf"),
         (["seed=99999999999999999999"], "seed is 99999999999999999999"),
         (["report.clips=3"], "report.clips is 3, expected 0 or at least 12"),
@@ -197,8 +200,8 @@ def test_the_shift_follows_resolution_and_length():
     ],
 )
 def test_mistakes_name_the_key(words, message):
-    with pytest.raises(UserError, match=message) as error:
-        finish(compose_run(split_arguments(words)))
+    with pytest.raises(Mistake, match=message) as error:
+        finish(compose_run(settings_of(words)))
     assert "\n" not in str(error.value)
 
 
@@ -211,7 +214,7 @@ def test_values_are_taken_as_typed(tmp_path):
         assert again.validation.prompts == ["a ${x} b", "c\\${d}"]
     assert again.log.project == "${e}"
     words = ["runs=a=b, {000..009}'s", "lora.targets=x,y|z", "optim.lr=5e-5", "optim.betas=[0.8, 0.95]"]
-    config = finish(compose_run(split_arguments(words)))
+    config = finish(compose_run(settings_of(words)))
     assert config.runs == "a=b, {000..009}'s"
     assert config.lora is not None
     assert config.lora.targets == "x,y|z"
@@ -284,7 +287,7 @@ def test_a_run_may_go_on_with_other_gpus_but_no_other_numbers():
     assert (changed.trainer.devices, changed.parallel.sequence, changed.data.batch_size) == (8, 4, 1)
     with pytest.raises(UserError, match=r"optim.lr was 0.003, now 1.0: this changes .* Add override=true"):
         change_config(config, {"optim.lr": "1"})
-    assert change_config(config, {"optim.lr": "1", "override": "true"}).optim.lr == 1
+    assert change_config(config, {"optim.lr": "1"}, override=True).optim.lr == 1
     assert change_config(config, {"log.every": "5", "trainer.keep": "9"}).log.every == 5
     assert change_config(config, {"validation.every": "5", "trainer.timeout": "900"}).trainer.timeout == 900
     with pytest.raises(UserError, match="a step would have 1 clips .* it had 2: set optim.accumulate=2 to keep"):

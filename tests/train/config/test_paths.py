@@ -1,18 +1,15 @@
 """~ is the home folder in every path key of every command."""
 
 import re
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from launch.run_argument import run_argument
-from train.config import schema
-from train.config.compose import PATHS, RUN_PATHS, change_config, compose_run, finish, split_arguments
-from train.sample.settings import Settings
+from train.config.changes import change_config
+from train.config.compose import compose_run, finish
+from train.config.schema import KEYS
 
-CONFIG = Path(schema.__file__)
+PATHS = {name for name, key in KEYS.items() if key.is_path}
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +18,13 @@ def home(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("key", sorted(RUN_PATHS))
+@pytest.mark.parametrize("key", sorted(PATHS))
 def test_paths_of_a_run(home, key):
     value, expected = ("[~/x, ~/y]", [f"{home}/x", f"{home}/y"]) if key.endswith("images") else ("~/x", f"{home}/x")
     composed = compose_run({"conf": "wan_4x", key: value})
     assert OmegaConf.select(composed, key) == expected
     run = finish(compose_run({"conf": "shapes_4x"}))
-    changed = change_config(run, {key: value, "override": "true"})
+    changed = change_config(run, {key: value}, override=True)
     assert OmegaConf.select(OmegaConf.structured(changed), key) == expected
 
 
@@ -38,23 +35,12 @@ def test_both_experts_loras_and_addresses(home):
         assert compose_run({"conf": "wan_4x", "data.shards": address}).data.shards == address
 
 
-def test_paths_of_the_other_commands(home):
-    assert split_arguments([f"{key}=~/x" for key in sorted(PATHS)]) == dict.fromkeys(PATHS, f"{home}/x")
-    assert split_arguments(["prompt=~/x"]) == {"prompt": "~/x"}
-    assert run_argument(["run=~/x"]) == (Path(home) / "x", {})
-    assert run_argument(["~/x"]) == (Path(home) / "x", {})
-
-
 def test_no_path_of_a_run_is_forgotten():
-    """Every key whose comment calls it a folder or a file."""
-    text = CONFIG.read_text(encoding="utf-8")
-    named = set(
-        re.findall(r"^    (\w+): (?:str|list\[str\])[^#\n]*#[^\n]*(?:folder|file\b|frame for each)", text, re.M)
-    )
-    assert {"path", "shards", "cache", "runs", "images", "init"} <= named
-    assert {key.rpartition(".")[2] for key in RUN_PATHS} == named
-
-
-def test_paths_of_sampling():
-    paths = {field.name for field in fields(Settings) if field.type in ("Path | None", "Place | None")}
-    assert paths == {"prompts", "image", "out", "lora", "lora_2", "add", "add_2"}
+    """Every key whose meaning calls it a folder or a file."""
+    texts = {name: key.field.metadata["about"] for name, key in KEYS.items() if "str" in str(key.hint)}
+    named = {
+        name for name, about in texts.items() if re.search(r"folder\b|LoRA file|frame for each|place as in", about)
+    }
+    named -= {"model.subfolder", "conf", "trainer.steps"}
+    assert {"model.path", "data.shards", "data.cache", "runs", "validation.images", "lora.init"} <= named
+    assert named == PATHS

@@ -15,9 +15,8 @@ from radial import Released, build_layout
 from tests.helpers.families import shards
 from tests.helpers.tiny import save_model
 from train.attention.recipe import AttentionRecipe
-from train.cli import guarded
 from train.decay import measure as measuring
-from train.decay.__main__ import help_text, main
+from train.decay.__main__ import main
 from train.decay.capture import observed
 from train.decay.kept import dense_attention, output_errors
 from train.decay.settings import Job
@@ -202,15 +201,15 @@ def test_synthetic_clips(tmp_path):
 def test_refusals_are_one_line(tmp_path, changes, expected):
     with pytest.raises(Exception) as caught:
         main(command(tmp_path, **changes))
-    assert type(caught.value).__name__ in ("UserError", "DataError", "RadialError")
+    assert type(caught.value).__name__ in ("Mistake", "UserError", "DataError", "RadialError")
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "decay").exists()
 
 
 def test_a_mistake_is_exit_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        guarded(main, ["model=wan_14b", f"model.path={tmp_path}"], help_text())
+        main.run(["model=wan_14b", f"model.path={tmp_path}"])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.startswith("error: model.path") and error.count("\n") == 1
-    guarded(main, ["--help"], help_text())
+    main.run(["--help"])
     assert "noise levels, with commas" in capsys.readouterr().out

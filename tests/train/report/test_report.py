@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from radial.errors import Mistake
 from tests.helpers.tiny import run_config
-from train.errors import UserError
 from train.loggers.csv_file import MetricsCsv, read_metrics
 from train.report.__main__ import main
 from train.report.charts import Line, line_chart
@@ -106,9 +106,9 @@ def test_a_run_without_steps_has_a_page(tmp_path, capsys):
 def test_mistakes_are_one_line():
     done = subprocess.run([sys.executable, "-m", "train.report", "run=/nowhere"], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    with pytest.raises(UserError, match="neither run nor runs is set, give run="):
+    with pytest.raises(Mistake, match="neither run nor runs is set, give run="):
         main([])
-    with pytest.raises(UserError, match="nix is not a known key"):
+    with pytest.raises(Mistake, match="nix is not a known key"):
         main(["nix=1", "run=x"])
 
 

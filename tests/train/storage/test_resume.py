@@ -16,7 +16,8 @@ from tests.helpers.faults import Run, equal_checkpoints, losses, run
 from tests.helpers.tiny import run_config
 from train.__main__ import main
 from train.assemble import loader
-from train.config.compose import change_config, read_config
+from train.config.changes import change_config
+from train.config.compose import read_config
 from train.config.global_batch import clips_a_step
 from train.errors import UserError
 from train.loggers.csv_file import read_metrics
@@ -103,7 +104,7 @@ def check_first_step(whole, folder, config):
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_resume_changes_acts_from_its_first_step_on(whole, tmp_path, change):
     folder = copy_until(whole, 2, tmp_path)
-    config = change_config(whole[0], {**CHANGES[change], "override": "true"})
+    config = change_config(whole[0], {**CHANGES[change]}, override=True)
     write_config(config, folder)
     resume(folder, config)
     check_first_step(whole, folder, config)
@@ -183,7 +184,7 @@ def test_a_step_keeps_its_clips_unless_it_is_overridden(whole):
         assert (found and dict(word.split("=") for word in found[1].split())) == remedy
         if remedy is not None:
             assert clips_a_step(change_config(config, changes | remedy)) == 4
-        assert clips_a_step(change_config(config, {**changes, "override": "true"})) == now
+        assert clips_a_step(change_config(config, {**changes}, override=True)) == now
 
 
 @pytest.mark.parametrize(("missing", "step"), [(1, 4), (2, 3), (4, 3)])

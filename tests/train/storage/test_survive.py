@@ -39,7 +39,7 @@ from tests.helpers.tiny import run_config, words
 from train.__main__ import main
 from train.callbacks.checkpoints import StepCheckpoints, best_checkpoint
 from train.callbacks.throughput import Throughput
-from train.config.compose import change_config
+from train.config.changes import change_config
 from train.errors import UserError
 from train.loggers.csv_file import read_metrics
 from train.parallel.control_group import ControlGroup
@@ -356,5 +356,5 @@ def test_a_changed_setting_is_shown_and_wants_a_word(finished, capsys):
         "error: optim.lr was 0.002, now 1e-05: this changes what the run computes. Add override=true to go on with it, "
         "or start a new run\n"
     )
-    assert change_config(config, {"optim.lr": "1e-5", "override": "true"}).optim.lr == 1e-5
+    assert change_config(config, {"optim.lr": "1e-5"}, override=True).optim.lr == 1e-5
     assert json.dumps(config.optim.lr) == "0.002"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from radial.errors import Mistake
 from train.__main__ import main
 from train.config.compose import group_options
-from train.errors import UserError
 from train.sweep.expand import expand
 
 
@@ -71,7 +71,7 @@ def test_the_last_key_changes_fastest():
     ],
 )
 def test_a_sweep_that_makes_no_runs_is_refused(key, text, said):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(Mistake) as error:
         expand({key: text})
     assert said in str(error.value)
 
@@ -79,7 +79,7 @@ def test_a_sweep_that_makes_no_runs_is_refused(key, text, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-m", "seed=0,x"], "seed is 'x', expected int"),
+        (["-m", "seed=0,x"], "seed is 'x', expected a whole number"),
         (["--multirun", "conf=shapes_4x,wan_4x"], "conf is 'shapes_4x,wan_4x', expected one of"),
         (["-m", "resume=/nowhere"], "/nowhere has no sweep.json, expected the folder of a sweep"),
         (["-m", "lora.rank=0,4"], "lora.rank is 0, expected at least 1"),
@@ -88,7 +88,7 @@ def test_a_sweep_that_makes_no_runs_is_refused(key, text, said):
 )
 def test_mistakes_stop_a_sweep_before_its_first_run(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(Mistake) as error:
         main(arguments)
     assert said in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -96,7 +96,7 @@ def test_mistakes_stop_a_sweep_before_its_first_run(tmp_path, monkeypatch, argum
 
 def test_a_sweep_is_started_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="-m was started by torchrun or srun"):
+    with pytest.raises(Mistake, match="-m was started by torchrun or srun"):
         main(["-m", "seed=0,1"])
 
 

@@ -16,7 +16,7 @@ from radial.bench import Shape
 def test_mask_json_save_and_plot(tmp_path, capsys):
     save, plot = tmp_path / "mask.npz", tmp_path / "mask.png"
     arguments = "mask --tokens-per-frame 200 --frames 9 --rule ports --decay 0.5 --block 64 --text 30 --json"
-    main([*arguments.split(), "--save", str(save), "--plot", str(plot)])
+    main.run([*arguments.split(), "--save", str(save), "--plot", str(plot)])
     about = json.loads(capsys.readouterr().out)
     layout = build_layout(Released(0.5, "ports"), VideoGrid(9, 1, 200, 30), 64)
     assert about["tokens"] == 1830
@@ -28,7 +28,7 @@ def test_mask_json_save_and_plot(tmp_path, capsys):
     assert mask.dtype == bool
     assert (mask == layout.mask().numpy()).all()
     whole = tmp_path / "whole.png"
-    main(f"mask --tokens-per-frame 200 --frames 9 --pattern dense --block 64 --text 30 --plot {whole}".split())
+    main.run(f"mask --tokens-per-frame 200 --frames 9 --pattern dense --block 64 --text 30 --plot {whole}".split())
     shown, all_of_it = (_dark_pixels(path) for path in (plot, whole))
     assert shown / all_of_it == pytest.approx(layout.kept / 29**2, abs=0.1)
 
@@ -39,7 +39,7 @@ def _dark_pixels(picture):
 
 
 def test_mask_for_people(capsys):
-    main(["mask", "--tokens-per-frame", "3600", "--frames", "4", "--pattern", "paper"])
+    main.run(["mask", "--tokens-per-frame", "3600", "--frames", "4", "--pattern", "paper"])
     out = capsys.readouterr().out
     assert "14,400 tokens" in out
     assert "sparsity" in out
@@ -47,7 +47,7 @@ def test_mask_for_people(capsys):
 
 
 def test_backends_table(capsys):
-    main(["backends"])
+    main.run(["backends"])
     out = capsys.readouterr().out
     assert "torch" in out
     assert "no: it computes all blocks" in out
@@ -56,14 +56,14 @@ def test_backends_table(capsys):
 def test_a_backend_that_runs_forward_only_is_told_apart(monkeypatch, capsys):
     forward_only = "it runs forward only, and this call needs gradients"
     monkeypatch.setattr(FlashInfer, "why_not", lambda self, call: forward_only if call.needs_grad else None)
-    main(["backends"])
+    main.run(["backends"])
     assert re.search("flashinfer +cpu +sparse +without gradients", capsys.readouterr().out)
 
 
 def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
     grid = VideoGrid(12, 8, 32)
     monkeypatch.setattr("radial.bench_layouts.TIMED", {"tiny": Shape(grid, 4, "hunyuan")})
-    main(["layouts", "--json", str(tmp_path / "layouts.json")])
+    main.run(["layouts", "--json", str(tmp_path / "layouts.json")])
     rows = json.loads((tmp_path / "layouts.json").read_text(encoding="utf-8"))["rows"]
     assert [row["pattern"] for row in rows] == ["released", "paper"]
     assert rows[0]["kept"] == build_layout(Released(rule="hunyuan"), grid).kept < build_layout(Released(), grid).kept
@@ -75,19 +75,19 @@ def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
     [
         (["--frames", "0"], "frames is 0"),
         (["--frames", "-3"], "frames is -3"),
-        (["--frames", "x"], "invalid int value"),
+        (["--frames", "x"], "expected a whole number"),
         (["--decay", "-1"], "decay is -1.0"),
-        (["--decay", "nan"], "decay is nan"),
+        (["--decay", "nan"], "decay is 'nan', expected a number"),
         (["--rule", "wann"], "rule is 'wann'"),
-        (["--rule", "ports", "--pattern", "paper"], "--rule is of pattern released, paper has none"),
-        (["--decay", "0.3", "--pattern", "paper"], "--decay is of pattern released"),
+        (["--rule", "ports", "--pattern", "paper"], "rule is of pattern released, paper has none"),
+        (["--decay", "0.3", "--pattern", "paper"], "decay is of pattern released"),
         (["--pattern", "spiral"], "pattern is 'spiral'"),
         (["--block", "100"], "block is 100"),
         (["--text", "-1"], "text_tokens is -1"),
         (["--save", "mask.txt"], ".npz"),
         (["--plot", "no/such/folder/mask.png"], "does not exist"),
         (["--plot", "mask.xyz"], "cannot draw"),
-        (["--what"], "unrecognized"),
+        (["--what"], "is not an option"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(arguments, text, capsys):
@@ -95,7 +95,7 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments, text, capsys):
     given.update(dict(zip(arguments[::2], arguments[1::2], strict=False)))
     words = [word for pair in given.items() for word in pair] + (arguments if len(arguments) == 1 else [])
     with pytest.raises(SystemExit) as stop:
-        main(["mask", *words])
+        main.run(["mask", *words])
     captured = capsys.readouterr()
     assert stop.value.code == 2
     assert captured.out == ""

@@ -9,15 +9,14 @@ import pytest
 
 PROGRAM = r"""
 import pathlib, sys
-from data.cli import run
+from radial.cli.command import run
 def command(words):
     for line in range(3000):
         print("line", line, "\u4f60\udcff", flush=line % 2 == 0)
         print("warning", line, "\u4f60", file=sys.stderr)
     print("not flushed", end="")
     pathlib.Path(words[0]).write_text(f"{sys.stdout.isatty()} {sys.stderr.errors}", encoding="utf-8")
-    return 0
-run(command, "", "")
+run(command, lambda words: "")
 """
 
 

@@ -1,0 +1,1 @@
+"""What every command of the project shares: settings with their meaning, their reader, and how a command ends."""

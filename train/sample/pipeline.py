@@ -208,7 +208,7 @@ def load_loras(
         if lora.pairs:
             name = f"lora_{number}"
             tensors = named_tensors(lora.pairs)
-            undo.append(functools.partial(transformer.delete_adapters, name))
+            undo.append(functools.partial(_unload, transformer, name))
             transformer.load_lora_adapter(tensors, adapter_name=name, prefix=None)
             count = compare_pairs(lora_layers(transformer, name), lora.pairs, "diffusers", file)
             strengths[name] = strength
@@ -219,6 +219,12 @@ def load_loras(
     if strengths:
         transformer.set_adapters(list(strengths), list(strengths.values()))
     return said
+
+
+def _unload(transformer: Any, name: str) -> None:
+    transformer.delete_adapters(name)
+    if not getattr(transformer, "peft_config", None):  # PEFT's layers stay around the model's own ones
+        transformer.unload_lora()
 
 
 @torch.no_grad()

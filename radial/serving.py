@@ -1,0 +1,112 @@
+"""The attention that a LoRA was trained with, for inference servers: from the header of its file to a function.
+
+A server's sparse-attention plug-in has q, k and v of a layer, the size of the clip and the step. With vLLM-Omni's or
+SGLang's names for these, the whole plug-in is::
+
+    from safetensors import safe_open
+
+    from radial import VideoGrid
+    from radial.serving import attention_for
+
+    class RadialPlugin:
+        def __init__(self, lora: str, frames: int, height: int, width: int) -> None:
+            with safe_open(lora, "pt") as file:
+                self.header = file.metadata()
+            self.grid = VideoGrid.from_pixels(frames=frames, height=height, width=width)
+
+        def __call__(self, q, k, v, *, layer: int, step: int, sigma: float):
+            # q, k, v: (batch, tokens, heads, head_dim), the video's tokens in raster order, after RoPE
+            return attention_for(self.header, self.grid, layer=layer, step=step, sigma=sigma)(q, k, v)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from radial.attention import attention_over
+from radial.errors import RadialError
+from radial.grid import VideoGrid
+from radial.layout import build_layout
+from radial.patterns import Dense, Pattern, make_pattern
+
+PREFIX = "radial."
+"""Of the keys that an export writes into a LoRA's safetensors header."""
+
+
+def attention_for(
+    header: Mapping[str, str],
+    grid: VideoGrid,
+    *,
+    layer: int,
+    step: int | None = None,
+    sigma: float | None = None,
+    backend: str | None = None,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Self-attention of one layer in one denoising step, as the LoRA was trained.
+
+    Args:
+        header: of the LoRA's file, whose keys begin with ``radial.``.
+        grid: tokens of the clip.
+        layer: of the transformer, from 0.
+        step: from 0; counts where the header has a number of dense steps and no noise level.
+        sigma: the step's noise level, from 0 to 1 (pure noise); counts where the header has one for dense steps.
+        backend: an attention backend by name; None: the fastest.
+
+    Returns:
+        A function of q, k and v, each (batch, tokens, heads, head_dim); its result has the same shape.
+
+    Raises:
+        RadialError: no such header, a value in it that is none, or neither ``sigma`` nor ``step`` where one counts.
+    """
+    dense = layer < int(_number(header, "dense_layers", 0)) or _is_dense_step(header, step, sigma)
+    pattern: Pattern = Dense() if dense else pattern_of(header)
+    if pattern.by_head:
+        raise RadialError(f"the header's pattern {pattern.name} differs by head: this function has one mask a layer")
+    layout = build_layout(pattern, grid, int(_number(header, "block", 128)))
+    return functools.partial(attention_over, layout=layout, backend=None if dense else backend)
+
+
+def pattern_of(header: Mapping[str, str]) -> Pattern:
+    """The pattern of a LoRA's header.
+
+    Raises:
+        RadialError: no such header, or a value in it that is none.
+    """
+    name = _value(header, "pattern")
+    if name is None:
+        raise RadialError(f"the header has no {PREFIX}pattern: expected that of a LoRA that this project exported")
+    return make_pattern(
+        name,
+        decay=_number(header, "decay", 1.0),
+        rule=_value(header, "rule") or "wan",
+        reach=_number(header, "reach", 0.0) or None,
+        per_head=_value(header, "per_head") == "True",
+    )
+
+
+def _is_dense_step(header: Mapping[str, str], step: int | None, sigma: float | None) -> bool:
+    if _value(header, "dense_sigma") is not None:
+        level = _number(header, "dense_sigma", 1.0)
+        if sigma is None:
+            raise RadialError(f"the LoRA's steps are dense from noise level {level:g} on: give sigma")
+        return sigma >= level
+    count = int(_number(header, "dense_steps", 0))
+    if count and step is None:
+        raise RadialError(f"the LoRA's first {count} steps are dense: give step")
+    return step is not None and step < count
+
+
+def _value(header: Mapping[str, str], name: str) -> str | None:
+    text = header.get(PREFIX + name)
+    return None if text == "None" else text
+
+
+def _number(header: Mapping[str, str], name: str, default: float) -> float:
+    text = _value(header, name)
+    try:
+        return default if text is None else float(text)
+    except ValueError as error:
+        raise RadialError(f"the header's {PREFIX}{name} is {text!r}, expected a number") from error

@@ -98,8 +98,11 @@ def layer_masses(
             found["text_keys"][own] += text_HR @ average.T / frames
             blocks = {size: _in_blocks(p, size) for size in {layout.block for layout in layouts}}
             for number, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):
-                in_blocks = blocks[layout.block]
-                kept = torch.einsum("hrt,rt->hr", in_blocks, mask[index // layout.block, : in_blocks.shape[2]])
+                in_blocks, position = blocks[layout.block], index
+                orders = layout.orders(q.device)
+                if orders is not None:  # its blocks are of tokens in an order of its own
+                    in_blocks, position = _in_blocks(p[..., orders[0][:keys]], layout.block), orders[1][index]
+                kept = torch.einsum("hrt,rt->hr", in_blocks, mask[position // layout.block, : in_blocks.shape[2]])
                 found["kept"][number, :, own] += (kept @ share).T / frames
             if frame:
                 weights = share / (frames - 1)

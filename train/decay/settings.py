@@ -158,6 +158,11 @@ def _candidates(settings: dict[str, str], options: str, decays: Sequence[float])
     for option in options.split(","):
         config = finish(compose_run({**settings, "attention": option}))
         recipe = replace(AttentionRecipe.of(config), dense_layers=0)
+        if recipe.pattern.by_head:
+            raise UserError(
+                f"attention has {option}, whose masks differ by head; one mask for all heads is held against dense "
+                "attention here: leave it out"
+            )
         if isinstance(recipe.pattern, Released):
             for decay in decays:
                 pattern = replace(recipe.pattern, decay=decay)

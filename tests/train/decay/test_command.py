@@ -192,6 +192,7 @@ def test_synthetic_clips(tmp_path):
         ({"tile": "8by8"}, "tile is '8by8'"),
         ({"attention": "radial,raidal"}, "attention is 'raidal'"),
         ({"attention": "radial,radial"}, "expected each option once"),
+        ({"attention": "radial,shifted"}, "attention has shifted, whose masks differ by head"),
         ({"slayers": 1}, "slayers is not a known key"),
         ({"data.shards": "nowhere"}, "nowhere"),
         ({"model.path": "nowhere"}, "model.path nowhere is no folder"),

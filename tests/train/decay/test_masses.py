@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radial import Dense, Released, VideoGrid, build_layout
+from radial import Dense, Released, SlidingTile, Temporal, VideoGrid, build_layout
+from tests.helpers.oracles import token_mask
 from train.decay.bins import Geometry, QueryRows, Tiling
 from train.decay.fits import standard_error
 from train.decay.masses import layer_masses
@@ -71,7 +72,7 @@ def oracle(q, k, geometry, layouts, text):
     words = p[:, s:video, video:].sum(-1).mean(-1)
     kept = []
     for layout in layouts:
-        mask = layout.mask().repeat_interleave(layout.block, 0).repeat_interleave(layout.block, 1)
+        mask = token_mask(layout)
         kept.append((p[:, :video] * mask[:video, : video + text]).sum(-1).mean(-1))
     text_rows = zeros(heads, frames + 1, **f64)
     if text:
@@ -108,7 +109,8 @@ def test_all_rows_give_what_a_dense_softmax_gives(frames, height, width, text, t
     grid = VideoGrid(frames, height, width, padded)
     geometry = Geometry(grid, tiling)
     q, k = random_qk(grid)
-    layouts = [build_layout(Released(), grid, 16), build_layout(Dense(), grid, 32)]
+    patterns = ((Released(), 16), (Dense(), 32), (Temporal(0.5), 16), (SlidingTile(0.4), 32))
+    layouts = [build_layout(pattern, grid, block) for pattern, block in patterns]
     found = layer_masses(q, k, geometry, QueryRows.draw(geometry, ALL, 0), layouts, valid)
     expected = oracle(q, k, geometry, layouts, valid)
     assert found.keys() == expected.keys()

@@ -58,7 +58,7 @@ class LocalRuns:
                 if code == 0:
                     print(f"done in {(time.monotonic() - start) / 60:.1f} min, {Run.read(folder).result}")
                     continue
-                print(_ending(folder, code, said), flush=True)
+                print(self._ending(folder, code, said), flush=True)
                 if not self.asked:
                     self.failed.append(number)
 
@@ -85,6 +85,15 @@ class LocalRuns:
         lines = [line for line in printed.replace("\r", "\n").split("\n") if line.strip()]
         return code, lines[-1].strip() if lines else "nothing was printed"
 
+    def _ending(self, folder: Path, code: int, said: str) -> str:
+        """How a run ended that did not finish, in words."""
+        if code in EXIT_CODES.values():
+            return f"stopped: {get_state(folder)[1]}"
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if self.asked:  # before the run listened for signals, or in haste
+            return f"stopped, {how}"
+        return f"failed, {how}: {said.removeprefix('error: ')} ({folder / OUTPUT})"
+
     @contextmanager
     def _listening(self) -> Iterator[None]:
         taken = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -102,11 +111,3 @@ class LocalRuns:
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
         if self._process is not None:
             self._process.send_signal(number)
-
-
-def _ending(folder: Path, code: int, said: str) -> str:
-    """How a run ended that did not finish, in words."""
-    if code in EXIT_CODES.values():
-        return f"stopped: {get_state(folder)[1]}"
-    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"failed, {how}: {said.removeprefix('error: ')} ({folder / OUTPUT})"

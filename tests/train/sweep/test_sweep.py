@@ -104,6 +104,19 @@ def test_a_signal_is_passed_on_and_stops_the_sweep(tmp_path, program, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("stopped: by SIGTERM")
 
 
+def test_a_run_that_a_signal_ends_before_it_listens_is_stopped_and_not_failed(tmp_path, program, capsys):
+    sweep = sweep_of(tmp_path, seed="2,0")
+    runs = LocalRuns(sweep, program)
+    runs.asked = 2
+    runs.run()
+    assert starts(sweep) == [0, 0]
+    program[1:] = ["-c", "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"]
+    runs = LocalRuns(sweep, program)
+    runs.run()
+    assert (runs.failed, runs.asked) == ([], 2)
+    assert capsys.readouterr().out == "0  seed=2  stopped, ended by SIGTERM\n"
+
+
 def test_the_same_command_goes_on_and_more_values_are_more_runs(tmp_path):
     sweep = sweep_of(tmp_path, seed="0,1")
     assert sweep_of(tmp_path, seed="0,1", resume=sweep.path) == sweep

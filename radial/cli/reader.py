@@ -37,13 +37,7 @@ def read(schema: type[T], words: Sequence[str], positional: str | None = None) -
         Mistake: an unknown key, a key given twice, a wrong type, an empty path, a URL for a path on this machine, a
             value outside of the key's choices or bounds, a missing key.
     """
-    given, others = read_some(schema, words, positional)
-    if others:
-        name = next(iter(others))
-        known = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
-        near = guess(name, known) or (f", expected one of {', '.join(known)}" if len(known) < 10 else " (see --help)")
-        raise Mistake(f"{name} is not a known key{near}")
-    return given
+    return _read(schema, words, positional, others=False)[0]
 
 
 def read_some(schema: type[T], words: Sequence[str], positional: str | None = None) -> tuple[T, dict[str, str]]:
@@ -52,6 +46,10 @@ def read_some(schema: type[T], words: Sequence[str], positional: str | None = No
     Raises:
         Mistake: as `read`, but for unknown keys.
     """
+    return _read(schema, words, positional, others=True)
+
+
+def _read(schema: type[T], words: Sequence[str], positional: str | None, *, others: bool) -> tuple[T, dict[str, str]]:
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     hints = get_type_hints(schema)
     texts: dict[str, str] = {}
@@ -80,6 +78,13 @@ def read_some(schema: type[T], words: Sequence[str], positional: str | None = No
         if name in texts:
             raise Mistake(f"{name} is given twice")
         texts[name] = text
+    unknown = next((name for name in texts if name not in fields), None)
+    if unknown is not None and not others:
+        known = list(fields)
+        near = guess(unknown, known) or (
+            f", expected one of {', '.join(known)}" if len(known) < 10 else " (see --help)"
+        )
+        raise Mistake(f"{unknown} is not a known key{near}")
     values: dict[str, Any] = {
         name: _value(fields[name], hints[name], texts.pop(name)) for name in fields if name in texts
     }

@@ -18,6 +18,7 @@ from data.errors import DataError
 from data.prepare.__main__ import main as prepare
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.shards.writer import ShardWriter
+from radial.errors import Mistake
 from tests.helpers.tiny_models import save_wan
 from tests.helpers.videos import write_video
 
@@ -171,9 +172,9 @@ def test_a_manifest_that_lists_more_than_the_shard_has(shards: Manifest) -> None
 
 
 def test_mistakes(shards: Manifest) -> None:
-    with pytest.raises(DataError, match="shards is not set, give it; folder or URL"):
+    with pytest.raises(Mistake, match="shards is not set, give it; folder or URL"):
         main([])
-    with pytest.raises(DataError, match="clips is 0, expected at least 1"):
+    with pytest.raises(Mistake, match="clips is 0, expected at least 1"):
         main([shards.home, "clips=0"])
     with pytest.raises(DataError, match="the path of the shards is empty"):
         main(["shards="])

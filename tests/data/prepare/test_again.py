@@ -17,6 +17,7 @@ from data.prepare.records import read_records
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.shards.sample import Prompt
 from data.shards.writer import ShardWriter, TarShards
+from radial.errors import Mistake
 from tests.helpers.prepared import FAST, LENGTHS, check_complete, write_clips
 
 
@@ -219,7 +220,7 @@ def test_a_shard_is_finished_after_some_time(tmp_path: Path, words: list[str], m
     assert main([*words[:-1], "shard_minutes=1"]) == 0
     assert [len(shard.samples) for shard in Manifest.load(tmp_path / "out").shards] == [4, 4, 4, 1]
     assert records[3] == 1 and records[11] == 3, "on disk as soon as its time is over"
-    with pytest.raises(DataError, match="shard_minutes is 0, expected more than 0"):
+    with pytest.raises(Mistake, match="shard_minutes is 0.0, expected a positive number"):
         main([*words, "shard_minutes=0"])
 
 

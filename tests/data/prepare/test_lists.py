@@ -16,6 +16,7 @@ from data.prepare.selection import select
 from data.prepare.sources import read_source
 from data.prepare.tables import read_table
 from data.shards.manifest import Manifest
+from radial.errors import Mistake
 from tests.helpers.prepared import FAST
 from tests.helpers.videos import write_video
 
@@ -185,5 +186,5 @@ def test_enlarged_videos_and_repeated_frames_are_told_and_can_be_left_out(
     assert main([*words, f"out={tmp_path / 'some'}", "upscale=false", "min_fps=16"]) == 0
     shown = capsys.readouterr().out
     assert "1 videos chosen, 2 do not qualify" in shown and "are enlarged" not in shown and "are repeated" not in shown
-    with pytest.raises(DataError, match="min_fps is 0, expected more than 0"):
+    with pytest.raises(Mistake, match="min_fps is 0.0, expected a positive number"):
         main([*words, f"out={tmp_path / 'none'}", "min_fps=0"])

@@ -19,6 +19,7 @@ from data.prepare.selection import select
 from data.prepare.sources import Listed, Video, ranked
 from data.prepare.sources import read_source as read
 from radial.cli.reader import read as read_words
+from radial.errors import Mistake
 
 
 def read_source(*arguments: Any) -> tuple[list[Video], list[str]]:
@@ -217,9 +218,9 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, wan22_5b, hunyuan, mochi"),
         (["source=s", "out=o", "image_to_video=maybe"], "image_to_video is 'maybe', expected true or false"),
         (["source"], "'source' is not a setting, expected key=value"),
-        (["--top"], "'--top' is not a setting"),
+        (["--top"], "--top needs a value"),
         (["source=s", "out=o", "workers=0"], "workers is 0, expected at least 1"),
-        (["source=s", "out=o", "bad_share=2"], "bad_share is 2.0, expected a share from 0 to 1"),
+        (["source=s", "out=o", "bad_share=2"], "bad_share is 2.0, expected a number from 0 to 1"),
         (["source=s", "out=o", "model=pixels", "frames=5x"], "frames is '5x', expected a number or one of 1x, 2x, 4x"),
         (["source=s", "out=o", "model=pixels", "size=32"], "size is '32', expected HEIGHTxWIDTH"),
         (
@@ -255,7 +256,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", f"out={tmp_path / 'o'}", "model=pixels"], "s: no such folder or table"),
     ]
     for words, message in mistakes:
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(Mistake) as caught:
             main(words)
         assert message in str(caught.value), (words, caught.value)
     assert not (tmp_path / "o").exists()

@@ -19,6 +19,7 @@ from data.synth.clips import main, synthesize
 from data.synth.outlines import signed_distance
 from data.synth.scenes import PALETTE, make_clip
 from data.text import TinyTextEncoder
+from radial.errors import Mistake
 
 
 def area_of(colour: str, pixels: torch.Tensor) -> torch.Tensor:
@@ -156,7 +157,7 @@ def test_a_finished_folder_is_kept_and_another_refused(
         ([], "out is not set, give out=VALUE; folder for the shards"),
     ]
     for words, message in mistakes:
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(Mistake) as caught:
             main(words)
         assert message in str(caught.value)
     assert not (tmp_path / "new").exists() and set(rendered) == {0}, "told before the clips are rendered"

@@ -106,6 +106,7 @@ def test_keys_of_others_are_handed_back_as_they_were_typed() -> None:
         (["place="], "place is empty, expected a path; is a variable of the shell not set"),
         (["place=s3://b/x"], "place is s3://b/x, expected a path on this machine"),
         (["x", "conut=1"], r"conut is not a known key; did you mean count\?"),
+        (["conut=1"], r"conut is not a known key; did you mean count\?"),
         (["x", "--conut", "1"], r"'--conut' is not an option; did you mean --count\?"),
         (["x", "--count"], "--count needs a value"),
         (["x", "-v"], "'-v' is not a setting, expected key=value"),

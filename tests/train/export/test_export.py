@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from radial import Dense, VideoGrid
+from radial.errors import Mistake
 from tests.helpers.attention import step_attention
 from tests.helpers.tiny import run_config
 from train import __version__
@@ -189,7 +190,7 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
     ],
 )
 def test_command_mistakes(trained, tmp_path, words, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(Mistake, match=re.escape(message)):
         main([word.format(run=trained[1], out=tmp_path / "out") for word in words])
     assert not list(tmp_path.iterdir())
 

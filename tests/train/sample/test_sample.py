@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import DataError
 from radial import Released, VideoGrid, build_layout
+from radial.errors import Mistake
 from tests.helpers.generating import close, latent, stock
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.tiny_pipelines import save_pipeline, words
@@ -315,12 +316,12 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
     ],
 )
 def test_mistakes(wan, changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Mistake, match=message):
         main(words(wan, **changes))
 
 
 def test_a_setting_that_would_not_count_is_refused():
-    with pytest.raises(UserError, match="model is given twice"):
+    with pytest.raises(Mistake, match="model is given twice"):
         parse_settings(["prompt=a", "model=wan_14b", "model=mochi"])
     with pytest.raises(UserError, match="guidance is 1, which turns it off for both experts: leave guidance_2 out"):
         parse_settings(["prompt=a", "model=wan22_t2v_a14b", "guidance=1", "guidance_2=3"])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.encoders.decoding import decode_frames
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part, read_config
 from data.errors import DataError
@@ -64,6 +65,9 @@ class Encoder(ABC):
     """The same for image-to-video, where the folder has them."""
     latent_is: ClassVar[str]
     text_is: ClassVar[str]
+    decodes_tiled: ClassVar[bool] = False
+    """Whether `decode` decodes large frames in squares."""
+    vae: Any
 
     @abstractmethod
     def __init__(self, settings: EncoderSettings) -> None:
@@ -105,9 +109,9 @@ class Encoder(ABC):
     def encode(self, frames: np.ndarray) -> Tensor:
         """Frames (F, H, W, 3) uint8 as the latent (C, f, h, w) that the transformer is trained on, bfloat16, CPU."""
 
-    @abstractmethod
     def decode(self, latent: Tensor) -> np.ndarray:
         """A latent (C, f, h, w) as frames (F, H, W, 3) uint8."""
+        return np.concatenate(list(decode_frames(self.vae, latent[None], tiled=self.decodes_tiled)))
 
     @abstractmethod
     def prompt(self, text: str) -> Prompt:
@@ -220,12 +224,6 @@ def to_video(frames: np.ndarray, device: torch.device, dtype: torch.dtype) -> Te
     # Bytes travel to the device, floats are made there.
     video = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None]
     return video.to(dtype).div_(127.5).sub_(1)
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """The inverse of `to_video`: (1, 3, F, H, W) in [-1, 1] as (F, H, W, 3) uint8."""
-    pixels = video[0].float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ a PSNR of 25 dB at least.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor
 from transformers import CLIPTextModel, LlamaModel
 
-from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
+from data.encoders.decoding import normalized
 from data.encoders.tokens import check_prefix
 from data.encoders.weights import load_part
 from data.shards.sample import Prompt, TextTokens
@@ -38,6 +40,7 @@ class HunyuanEncoder(Encoder):
     lengths = {"1x": 129, "2x": 253, "4x": 509}  # noqa: RUF012
     size = (720, 1280)
     strides = (4, 8)
+    decodes_tiled = True
     parts = {  # noqa: RUF012
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -68,13 +71,8 @@ class HunyuanEncoder(Encoder):
 
     def encode(self, frames: np.ndarray) -> Tensor:
         with torch.no_grad():
-            latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode()
-        return stored(latent[0].float() * self.vae.config.scaling_factor)
-
-    def decode(self, latent: Tensor) -> np.ndarray:
-        latent = latent[None].to(self.device, torch.float32) / self.vae.config.scaling_factor
-        with torch.no_grad():
-            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
+            latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()
+        return stored(normalized(self.vae, latent)[0])
 
     def tokens(self, text: str) -> dict[str, tuple[int, int]]:
         llama = len(self.pipeline.tokenizer(TEMPLATE.format(text), verbose=False).input_ids) - CROPPED
@@ -87,3 +85,45 @@ class HunyuanEncoder(Encoder):
         tokens = stored(tokens[0][mask[0].bool()])
         words = TextTokens(tokens, torch.ones(len(tokens), dtype=torch.bool))
         return Prompt({"text": words}, {"clip": stored(pooled[0])})
+
+
+def decode_stretches(vae: Any, z: Tensor, *, tiled: bool) -> Iterator[Tensor]:
+    """A latent decoded in stretches of time that overlap and are blended, of which only two are ever held.
+
+    The decoder attends over time, so that diffusers decodes it like that, too: its frames are the same.
+
+    Args:
+        vae: an AutoencoderKLHunyuanVideo, which has the length of the stretches.
+        z: (1, C, f, h, w), as the VAE encodes it.
+        tiled: each stretch in squares, too, which are blended.
+
+    Yields:
+        (1, 3, n, H, W) in [-1, 1].
+    """
+    ratio = vae.temporal_compression_ratio
+    whole, stride = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames  # frames
+
+    def decode(part: Tensor) -> Tensor:
+        cells = vae.tile_sample_min_height // vae.spatial_compression_ratio
+        if tiled and max(part.shape[3:]) > cells:
+            return vae.tiled_decode(part, return_dict=False)[0]
+        return vae.decoder(vae.post_quant_conv(part))
+
+    frames = z.shape[2]
+    if frames <= whole // ratio:
+        yield decode(z)
+        return
+    left = (frames - 1) * ratio + 1
+    before: Tensor | None = None
+    for start in range(0, frames, stride // ratio):
+        video = decode(z[:, :, start : start + whole // ratio + 1])
+        keep = stride
+        if before is None:
+            keep += 1
+        else:
+            video = vae.blend_t(before, video[:, :, 1:], whole - stride)
+        before = video
+        yield video[:, :, : min(keep, left)]
+        left -= min(keep, left, video.shape[2])
+        if left == 0:  # the stretch that starts at the last latent frame has only what the one before has shown
+            return

@@ -7,16 +7,22 @@ overlap by a quarter and are blended: of 256 pixels, and smaller ones for long c
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLMochi, MochiPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 from diffusers.pipelines.mochi import pipeline_mochi
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import T5EncoderModel
 
-from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
+from data.encoders.decoding import normalized
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.shards.sample import Prompt, TextTokens
@@ -25,6 +31,7 @@ from data.shards.sample import Prompt, TextTokens
 # stride 2 the frames behind a cut may be shifted by one.
 UNCUT = 1 << 30
 TEXT_TOKENS = 256
+DECODED = 2  # latent frames at a time
 CHANNELS = 128  # of the largest input of a layer with a stride in time, which has half the tile's height and width
 
 
@@ -52,6 +59,7 @@ class MochiEncoder(Encoder):
     latent_is = "mode of AutoencoderKLMochi in blended tiles, (x - latents_mean) / latents_std * scaling_factor"
     text_is = "text: T5 last hidden state, up to 256 tokens, without padding"
     strides = (6, 8)
+    decodes_tiled = True
 
     def __init__(self, settings: EncoderSettings) -> None:
         folder = settings.folder
@@ -75,19 +83,12 @@ class MochiEncoder(Encoder):
         tile_of(frames)
 
     def encode(self, frames: np.ndarray) -> Tensor:
-        mean, std = self._statistics()
         side = tile_of(len(frames))
         self.vae.tile_sample_min_height = self.vae.tile_sample_min_width = side
         self.vae.tile_sample_stride_height = self.vae.tile_sample_stride_width = side * 3 // 4
         with torch.no_grad():
             latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()
-        return stored(((latent - mean) / std)[0])
-
-    def decode(self, latent: Tensor) -> np.ndarray:
-        mean, std = self._statistics()
-        latent = latent[None].to(self.device, torch.float32) * std + mean
-        with torch.no_grad():
-            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
+        return stored(normalized(self.vae, latent)[0])
 
     def tokens(self, text: str) -> dict[str, tuple[int, int]]:
         return {"T5": (len(self.pipeline.tokenizer(text, verbose=False).input_ids), TEXT_TOKENS)}
@@ -100,9 +101,43 @@ class MochiEncoder(Encoder):
         kept = tokens[0][mask[0]] if mask.any() else torch.zeros_like(tokens[0, :1])
         return Prompt({"text": TextTokens(stored(kept), mask[0, : len(kept)].cpu())}, {})
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """What the latents are shifted and divided by, (1, C, 1, 1, 1) each."""
-        config = self.vae.config
-        mean = torch.tensor(config.latents_mean or [0.0], device=self.device)
-        std = torch.tensor(config.latents_std or [1.0], device=self.device) / config.scaling_factor
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+def decode_stream(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    """A latent decoded two latent frames at a time, as in one piece: the causal convolutions' caches are carried along.
+
+    Args:
+        vae: an AutoencoderKLMochi.
+        z: (1, C, f, h, w), as the VAE encodes it.
+
+    Yields:
+        (1, 3, n, H, W) in [-1, 1].
+    """
+    cache = None
+    with _carrying_time(vae.decoder):
+        for i, part in enumerate(z.split(DECODED, dim=2)):
+            video, cache = vae.decoder(part, conv_cache=cache)
+            # the first latent frame is one frame of the clip
+            skip = vae.temporal_compression_ratio - 1 if i == 0 and vae.drop_last_temporal_frames else 0
+            yield video[:, :, skip:]
+
+
+@contextmanager
+def _carrying_time(decoder: Any) -> Iterator[None]:
+    """Makes the causal convolutions take the frames before from their cache; diffusers does so only with zeros at a
+    frame's border, where the model was trained with repeated pixels."""
+
+    def forward(conv: Any, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        before = inputs[:, :, :1].expand(-1, -1, conv.time_pad, -1, -1) if conv_cache is None else conv_cache
+        inputs = torch.cat([before, inputs], dim=2)
+        sides = (conv.width_pad, conv.width_pad, conv.height_pad, conv.height_pad, 0, 0)
+        return conv.conv(F.pad(inputs, sides, mode="replicate")), inputs[:, :, -conv.time_pad :].clone()
+
+    convolutions = [module for module in decoder.modules() if isinstance(module, CogVideoXCausalConv3d)]
+    for conv in convolutions:
+        assert conv.pad_mode == "replicate"
+        conv.forward = functools.partial(forward, conv)  # type: ignore
+    try:
+        yield
+    finally:
+        for conv in convolutions:
+            del conv.forward  # the class's own again

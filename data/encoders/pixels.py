@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.encoders.base import Encoder, EncoderSettings, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, stored, to_video
+from data.encoders.decoding import to_frames
 from data.errors import DataError
 from data.shards.sample import Prompt
 from data.text import TinyTextEncoder

@@ -3,23 +3,26 @@
 Wan2.1 and Wan2.2-A14B share one VAE and one pace, so that shards of one serve the other; Wan2.2-TI2V-5B has its own.
 
 The VAE encodes four frames at a time and carries its causal convolutions' cache from chunk to chunk, so memory does not
-grow with the clip's length and the latent is that of the whole clip.
+grow with the clip's length and the latent is that of the whole clip. Decoding carries such a cache, too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_frames, to_video
+from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_video
+from data.encoders.decoding import normalized
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.shards.sample import Prompt, TextTokens
@@ -85,12 +88,6 @@ class WanEncoder(Encoder):
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
 
-    def decode(self, latent: Tensor) -> np.ndarray:
-        mean, std = self._statistics()
-        latent = latent[None].to(self.device, torch.float32) * std + mean
-        with torch.no_grad():
-            return to_frames(self.vae.decode(latent.to(self.vae.dtype), return_dict=False)[0])
-
     def prompt(self, text: str) -> Prompt:
         with torch.no_grad():
             tokens, _ = self.pipeline.encode_prompt(
@@ -119,15 +116,8 @@ class WanEncoder(Encoder):
 
     def _latent(self, video: Tensor) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1] as the normalised latent (C, f, h, w), float32."""
-        mean, std = self._statistics()
         with torch.no_grad():
-            latent = self.vae.encode(video).latent_dist.mode().float()
-        return ((latent - mean) / std)[0]
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
-        mean, std = (torch.tensor(v, device=self.device) for v in (config.latents_mean, config.latents_std))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+            return normalized(self.vae, self.vae.encode(video).latent_dist.mode().float())[0]
 
 
 class Wan5BEncoder(WanEncoder):
@@ -148,3 +138,24 @@ class Wan5BEncoder(WanEncoder):
             f"image_to_video is true, but model={cls.family} takes the first frame from the clip's own latent: "
             "leave it out, its shards serve image-to-video as they are"
         )
+
+
+def decode_stream(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    """A latent decoded one latent frame after the other.
+
+    The causal convolutions' caches are carried along, so that the frames are those of a whole decode.
+
+    Args:
+        vae: an AutoencoderKLWan.
+        z: (1, C, f, h, w), as the VAE encodes it.
+
+    Yields:
+        (1, 3, n, H, W) in [-1, 1].
+    """
+    cache: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    z = vae.post_quant_conv(z)
+    for i in range(z.shape[2]):
+        video = vae.decoder(z[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+        if vae.config.patch_size is not None:
+            video = unpatchify(video, patch_size=vae.config.patch_size)
+        yield video.clamp(-1, 1)

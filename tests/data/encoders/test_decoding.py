@@ -1,13 +1,15 @@
 """Frames from latents: streamed decoding gives what a whole decode gives."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
-from train.sample import decode
-from train.sample.decode import decode_frames, denormalized
+from data.encoders import mochi, wan
+from data.encoders.decoding import decode_frames, decode_tiles, decode_videos, denormalized, normalized
 
 WAN = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 
@@ -59,7 +61,7 @@ def test_streamed_frames_are_those_of_a_whole_decode(family, ratio, frames):
     vae = make(family)
     latent = latent_for(vae, frames)
     expected = whole(vae, latent)
-    parts = list(decode._videos(vae, denormalized(vae, latent), False))
+    parts = list(decode_videos(vae, denormalized(vae, latent), tiled=False))
     got = torch.cat(parts, dim=2)
     assert got.shape[2] == (frames - 1) * ratio + 1
     assert all(0 < part.shape[2] <= 17 for part in parts)
@@ -84,7 +86,7 @@ def test_hunyuans_tiles_are_diffusers_own():
     vae.tile_sample_min_height = vae.tile_sample_min_width = 32
     vae.tile_sample_stride_height = vae.tile_sample_stride_width = 24
     latent = latent_for(vae, 5, 5, 4)
-    got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
+    got = torch.cat(list(decode_videos(vae, denormalized(vae, latent), tiled=True)), dim=2)
     untiled = whole(vae, latent)
     vae.enable_tiling()
     torch.testing.assert_close(got, whole(vae, latent), rtol=1e-4, atol=1e-5)
@@ -92,14 +94,14 @@ def test_hunyuans_tiles_are_diffusers_own():
 
 
 @pytest.mark.parametrize("family", ["wan", "mochi"])
-def test_tiles_are_blended_into_the_frames(family, monkeypatch):
+def test_tiles_are_blended_into_the_frames(family):
     """Tiles see less of the frame, and these decoders average over all that they see: alike is all to be asked."""
-    monkeypatch.setattr(decode, "_TILE", 4)
-    monkeypatch.setattr(decode, "_OVERLAP", 2)
     vae = make(family)
     latent = latent_for(vae, 2, 4, 7)
     expected = whole(vae, latent)
-    got = torch.cat(list(decode._videos(vae, denormalized(vae, latent), True)), dim=2)
+    stream = functools.partial({"wan": wan, "mochi": mochi}[family].decode_stream, vae)
+    with torch.no_grad():
+        got = torch.cat(list(decode_tiles(stream, denormalized(vae, latent), side=4, overlap=2)), dim=2)
     assert got.shape == expected.shape
     alike = torch.corrcoef(torch.stack([got.flatten(), expected.flatten()]))[0, 1]
     assert 0.7 < alike < 0.9999
@@ -112,6 +114,21 @@ def test_tiles_of_a_pointwise_decoder_are_exact():
         for frame in part.split(1, dim=2):
             yield frame.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
 
-    got = torch.cat(list(decode._tiles(stream, z)), dim=2)
+    got = torch.cat(list(decode_tiles(stream, z)), dim=2)
     expected = z.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["wan", "wan_5b", "hunyuan", "mochi"])
+def test_latents_of_the_transformer_are_those_of_the_vae_scaled(family):
+    """By the VAE's own statistics and factor, and back."""
+    vae = make(family)
+    if family in ("hunyuan", "mochi"):
+        vae.register_to_config(scaling_factor=0.5)
+    encoded = latent_for(vae, 2)
+    config = vae.config
+    mean, std = ([0.0], [1.0]) if family == "hunyuan" else (config.latents_mean, config.latents_std)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (mean, std))
+    found = normalized(vae, encoded)
+    torch.testing.assert_close(found, (encoded - mean) / std * (0.5 if family in ("hunyuan", "mochi") else 1.0))
+    torch.testing.assert_close(denormalized(vae, found), encoded)

@@ -1,4 +1,8 @@
-"""Writing files so that a kill at any moment leaves the old file, the new file or none, never half of one."""
+"""Writing files and folders so that a kill at any moment leaves the old, the new or none, never half of one.
+
+`beside` is how the whole project does it. Shards, which are written over hours by one process that knows their names,
+have a `temporary` name of their own, so that the process that comes after a kill finds and removes it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import errno
 import logging
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,16 +77,55 @@ def can_sync(folder: Path) -> bool:
     return True
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` under a temporary name, sync it, rename it; several processes may do so at once."""
-    file = temporary(path.with_name(f"{path.name}.{secrets.token_hex(4)}")).open("wb")
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path`: the file or folder that is written under it becomes `path` when the block ends well.
+
+    Everything is synced first, where the file system can do that, and what `path` was before is replaced. When the
+    block fails, what it wrote is removed and `path` stays as it was. Several processes may do so at once. A killed one
+    leaves a name that begins with a dot and ends in `.tmp`; or in `.old`, a folder that was being replaced.
+    """
+    token = secrets.token_hex(4)
+    fresh, old = (path.with_name(f".{path.name}.{token}.{kind}") for kind in ("tmp", "old"))
     try:
-        file.write(content)
-        commit(file, path)
-    except BaseException:
+        yield fresh
+        _sync_content(fresh)
+        if fresh.is_dir() and path.exists():  # a folder only takes the place of an empty one
+            path.rename(old)
         try:
-            with contextlib.suppress(OSError):  # it writes what is left, which fails on a full disk as it failed before
-                file.close()
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-        raise
+            rename(fresh, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            fresh.unlink(missing_ok=True)
+
+
+def _sync_content(path: Path) -> None:
+    """Wait until a file, or all that is in a folder, is on disk, where the file system can do that."""
+    inside = [each for each in path.rglob("*") if not each.is_symlink()] if path.is_dir() else []
+    for each in (*inside, path):
+        if each.is_dir():
+            sync_folder(each)
+            continue
+        try:
+            sync_file(each)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, see `beside`."""
+    with beside(path) as fresh:
+        fresh.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file in UTF-8, whole or not at all, see `beside`."""
+    write_bytes(path, content.encode())

@@ -300,8 +300,8 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(finished, tmp_path):
     """Killed between the two renames of writing a step again."""
     _, folder = finished
     saved = shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    (saved / "step-000004").rename(saved / ".step-000004.old-17")
-    for name in (".step-000002.old-17", ".step-000004.tmp-17", "step-000002.bak"):
+    (saved / "step-000004").rename(saved / ".step-000004.0a1b2c3d.old")
+    for name in (".step-000002.0a1b2c3d.old", ".step-000004.0a1b2c3d.tmp", "step-000002.bak"):
         shutil.copytree(saved / "step-000002", saved / name)
     remove_leftovers(saved)
     assert sorted(path.name for path in saved.iterdir()) == ["step-000002", "step-000002.bak", "step-000004"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 
+from data.io.files import write_text
 from train.callbacks.base import StepCallback
 from train.callbacks.metrics import VALIDATION, StepMetrics
 from train.callbacks.throughput import Throughput
@@ -104,11 +105,9 @@ class StepCheckpoints(StepCallback):
         measured = sorted(key for key in self.figures.row if key.startswith("validation/"))
         best = best_checkpoint(self.folder, measured)
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
-            temporary = self.folder / f".{BEST}"
             try:
                 about = {"checkpoint": newest.name, "loss": loss, "measured": measured}
-                temporary.write_text(json.dumps(about) + "\n", encoding="utf-8")
-                temporary.replace(self.folder / BEST)
+                write_text(self.folder / BEST, json.dumps(about) + "\n")
             except OSError as error:  # on this rank alone: raised, it would leave the others waiting
                 trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
             else:

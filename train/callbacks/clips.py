@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.encoders import load_encoder
 from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.decoding import decode_frames
 from data.errors import DataError
 from data.shards.batch import collate
 from data.shards.sample import Sample
@@ -35,7 +36,6 @@ from train.models.loading import encoder_of
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.planning import resolve_precision
-from train.sample.decode import decode_frames
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 

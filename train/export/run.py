@@ -15,8 +15,6 @@ of the second by ``load_lora_weights(folder, load_into_transformer_2=True)``. A 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.io.files import beside
 from train import __version__
 from train.config.compose import read_config
 from train.config.schema import RunConfig
@@ -135,21 +134,15 @@ def _replaced(out: Path) -> Iterator[Path]:
         UserError: ``out`` holds other files.
     """
     place = out.resolve()
-    temporary = place.with_name(f".{place.name or 'export'}.tmp-{os.getpid()}")
-    try:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"out {out} is a file, expected a folder")
-        if place.exists() and any(place.iterdir()) and not (place / ".export").exists():
-            raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        (temporary / ".export").touch()
-        yield temporary
-        if place.exists():
-            shutil.rmtree(place)
-        temporary.rename(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"out {out} is a file, expected a folder")
+    if place.exists() and any(place.iterdir()) and not (place / ".export").exists():
+        raise UserError(f"out {out} holds other files, expected a new folder or an earlier export")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with beside(place) as fresh:
+        fresh.mkdir()
+        (fresh / ".export").touch()
+        yield fresh
 
 
 def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str, RunConfig, dict[str, Tensor]]]:

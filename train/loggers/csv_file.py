@@ -14,6 +14,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from data.io.files import beside
+
 METRICS = "metrics.csv"
 
 
@@ -99,12 +101,10 @@ class MetricsCsv(Logger):
         self.save()
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self.file.with_name(f".{METRICS}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
+        with beside(self.file) as fresh, fresh.open("w", newline="", encoding="utf-8") as stream:
             writer = self._writer(stream)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.file)
 
     def _writer(self, stream: Any) -> csv.DictWriter:
         return csv.DictWriter(stream, self._columns, restval="", lineterminator="\n")

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.io.files import write_text
 from train.errors import UserError
 
 _STYLE = """
@@ -44,10 +45,8 @@ def write_document(title: str, parts: Sequence[str], out: Path) -> Path:
     page = (
         f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
+        write_text(out, page)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give out=<a file>") from error
     return out

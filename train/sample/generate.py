@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from radial.cli.ranks import Rank
+from data.encoders.decoding import decode_frames
 from train import __version__
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
@@ -25,7 +26,6 @@ from train.errors import UserError
 from train.memory.compiler import compile_blocks
 from train.models.families import family_of
 from train.sample.compare import write_both
-from train.sample.decode import decode_frames
 from train.sample.extension import Extension
 from train.sample.pipeline import (
     check_transformers,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.io.files import write_text
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.sample.settings import Job, Settings, slots
@@ -53,11 +54,10 @@ def check_writable(todo: Sequence[Job]) -> None:
         UserError: there is none.
     """
     for job in todo:
-        probe = job.out.with_name(f".{job.out.stem}.tmp-{os.getpid()}.mp4")
         try:
             job.out.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=job.out.parent):
+                pass
         except OSError as error:
             raise UserError(f"out {job.out} cannot be written ({error.strerror}): give another out") from error
 
@@ -70,20 +70,16 @@ def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         known: the job's `identity`, from before it was made.
     """
     record, file, mark = dict(known), _record_file(job), _mark(job)
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(record), encoding="utf-8")
         yield record
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.rename(file)
+        write_text(file, json.dumps(record, indent=1, ensure_ascii=False))
         mark.unlink()
     except BaseException:
         if not job.out.exists():
             mark.unlink(missing_ok=True)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def identity(job: Job, settings: Settings, model: ModelConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.colour import BT601, BT709, matrix_of
+from data.io.files import beside
 
 _LIMITED = 1  # AVCOL_RANGE_MPEG
 _MATRICES = {BT709: "bt709", BT601: "smpte170m"}  # as libavfilter calls them
@@ -70,12 +70,7 @@ def video_file(path: Path, fps: float) -> Iterator[VideoWriter]:
     import av  # here, since training imports this file and needs no videos
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.mp4")
-    try:
-        with av.open(str(temporary), "w") as container:
-            writer = VideoWriter(container, fps)
-            yield writer
-            writer.finish()
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with beside(path) as fresh, av.open(str(fresh), "w", format="mp4") as container:
+        writer = VideoWriter(container, fps)
+        yield writer
+        writer.finish()

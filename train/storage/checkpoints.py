@@ -12,7 +12,6 @@ leaves the last good one in place.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.io.files import rename, sync_file, sync_folder
+from data.io.files import beside
 from train.errors import UserError
 from train.storage.run_folder import command
 
@@ -66,28 +65,17 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError, SafetensorError: the disk is full, or what else keeps files from being written.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     remove_leftovers(path.parent)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rest = dict(checkpoint)
     weights = {name: t.detach().contiguous().cpu() for name, t in rest.pop("state_dict").items()}
     tensors: dict[str, Tensor] = {}
     tree = _encode(rest, tensors, "")
-    try:
-        save_file(weights, temporary / WEIGHTS)
-        save_file(tensors, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(tree, indent=1), encoding="utf-8")
-        for file in temporary.iterdir():
-            sync_file(file)
-        sync_folder(temporary)
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        if path.exists():
-            path.rename(old)
-        rename(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with beside(path) as fresh:
+        fresh.mkdir()
+        save_file(weights, fresh / WEIGHTS)
+        save_file(tensors, fresh / OPTIMIZER)
+        (fresh / STATE).write_text(json.dumps(tree, indent=1), encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -96,7 +84,7 @@ def remove_leftovers(folder: Path) -> None:
     A checkpoint that was to be replaced by another of its step is put back where that other did not get there.
     """
     for leftover in folder.glob(".step-*"):
-        replaced = re.fullmatch(r"\.(step-\d+)\.old-\d+", leftover.name)
+        replaced = re.fullmatch(r"\.(step-\d+)\.[0-9a-f]+\.old", leftover.name)
         if replaced and not (folder / replaced[1]).exists():
             leftover.rename(folder / replaced[1])
         else:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from data.io.files import write_text
 from data.io.remote import read_all
 from data.shards.manifest import EMPTY_PROMPT, Manifest, locate
 from train.config.schema import ModelConfig, RunConfig
@@ -65,9 +65,7 @@ def hold_inputs(
             "override=true to go on with the new one"
         )
     if write and known | found != known:
-        temporary = file.with_name(f".{FILE}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(known | found, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, json.dumps(known | found, indent=1) + "\n")
     return other
 
 

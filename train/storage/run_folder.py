@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from omegaconf import OmegaConf
 
-from data.io.files import can_sync
+from data.io.files import can_sync, write_text
 from data.io.locks import Lock, has_locks, say_no_locks, take
 from radial.cli.ranks import Rank, slurm_job
 from train.config.schema import RunConfig, structured
@@ -110,9 +110,7 @@ def command(words: str, folder: Path) -> str:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the config of a run, whole or not at all."""
-    temporary = folder / f".{CONFIG}.tmp-{os.getpid()}"
-    OmegaConf.save(structured(config), temporary)
-    temporary.replace(folder / CONFIG)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(structured(config)))
 
 
 def going_on(config: RunConfig, folder: Path) -> RunConfig:
@@ -127,12 +125,9 @@ def going_on(config: RunConfig, folder: Path) -> RunConfig:
 def set_state(folder: Path, word: str, why: str = "") -> None:
     """Says how the run stands, in its log too; a full or read-only disk is not this function's business."""
     log.info("the run is %s%s", word, f": {' '.join(why.split())}" if why else "")
-    temporary = folder / f".{STATE}.tmp-{os.getpid()}"
     try:
-        temporary.write_text(f"{word}\n{why}\n" if why else f"{word}\n", encoding="utf-8")
-        temporary.replace(folder / STATE)
+        write_text(folder / STATE, f"{word}\n{why}\n" if why else f"{word}\n")
     except OSError:
-        temporary.unlink(missing_ok=True)
         # over the old one there is room on a full disk too
         with contextlib.suppress(OSError), (folder / STATE).open("r+", encoding="utf-8") as file:
             file.write(f"{word}\n{why}\n" if why else f"{word}\n")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.io.files import write_text
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.storage.run_folder import PLAN
@@ -17,9 +18,7 @@ def store_plan(folder: Path, budget: Budget, table: str) -> None:
     # on a CPU the whole process is measured, with libraries that no plan knows
     memory = None if budget.machine.is_cpu else budget.gpu_memory / GIB
     about = {"step_seconds": duration.step, "memory_gib": memory, "mfu": duration.mfu, "table": table}
-    temporary = folder / f".{PLAN}.tmp"
-    temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / PLAN)
+    write_text(folder / PLAN, json.dumps(about, indent=1) + "\n")
 
 
 def stored_plan(folder: Path) -> dict[str, Any] | None:

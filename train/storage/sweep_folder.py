@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.io.files import write_text
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.storage.run_folder import get_state, stamped_folder, write_config
@@ -57,13 +57,11 @@ class SweepFolder:
             UserError: they cannot be written.
         """
         longer = SweepFolder(self.path, (*self.settings, *settings))
-        temporary = self.path / f".{SWEEP}.tmp-{os.getpid()}"
         try:
             for number, config in enumerate(configs, len(self.settings)):
                 self.run(number).mkdir(exist_ok=True)
                 write_config(config, self.run(number))
-            temporary.write_text(json.dumps({"runs": longer.settings}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.path / SWEEP)
+            write_text(self.path / SWEEP, json.dumps({"runs": longer.settings}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, or set runs=") from error
         return longer

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.io.files import beside
 from train.config.schema import RunConfig
 from train.errors import Asked
 from train.parallel.control_group import ControlGroup
@@ -65,9 +65,8 @@ class Unfinished:
         made = make()
         if first:
             file.parent.mkdir(exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-            save_file({"part": made.contiguous()}, temporary)
-            temporary.replace(file)
+            with beside(file) as fresh:
+                save_file({"part": made.contiguous()}, fresh)
         return made
 
     def done(self) -> None:

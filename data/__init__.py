@@ -11,12 +11,14 @@ Read these five files first, in this order:
 The folders:
 
     io/            bytes and files from wherever they lie: remote, locked, tried again, written whole
-    shards/        samples, manifest, writer, reader, order, stream, batches
-    encoders/      VAE and text encoders, one file a model family
+    shards/        samples, manifest, writer, reader, order, stages, stream, batches; entries of others' tars
+    encoders/      VAE, its streamed decoder, and text encoders, one file a model family
     prepare/       `python -m data.prepare`: lists of videos, decoding, clips, restarts
     synth/         `python -m data.synth`: the synthetic clips of the default run
 
-Beside them are the commands `data.check`, which verifies shards, and `data.bench`, which measures the loader.
+Beside them are the commands `data.index`, which makes a manifest for tars that somebody else wrote, `data.check`, which
+reads every byte of shards and names what is damaged, and `data.bench`, which measures the loader. A user's own stages
+of the stream are in `shards/stages.py`.
 `README.md` beside this file is the manual.
 """
 

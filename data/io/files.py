@@ -126,6 +126,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         fresh.write_bytes(content)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_utf8(path: Path, content: str) -> None:
     """Write a file in UTF-8, whole or not at all, see `beside`."""
     write_bytes(path, content.encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from train.callbacks.base import StepCallback
 from train.callbacks.metrics import VALIDATION, StepMetrics
 from train.callbacks.throughput import Throughput
@@ -107,7 +107,7 @@ class StepCheckpoints(StepCallback):
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             try:
                 about = {"checkpoint": newest.name, "loss": loss, "measured": measured}
-                write_text(self.folder / BEST, json.dumps(about) + "\n")
+                write_utf8(self.folder / BEST, json.dumps(about) + "\n")
             except OSError as error:  # on this rank alone: raised, it would leave the others waiting
                 trainer.print(f"\nwarning: {newest.name} is the best, but {BEST} could not be written: {error}")
             else:

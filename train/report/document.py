@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from train.errors import UserError
 
 _STYLE = """
@@ -46,7 +46,7 @@ def write_document(title: str, parts: Sequence[str], out: Path) -> Path:
         f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
     try:
-        write_text(out, page)
+        write_utf8(out, page)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give out=<a file>") from error
     return out

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radial.cli.ranks import Rank
 from data.encoders.decoding import decode_frames
+from radial.cli.ranks import Rank
 from train import __version__
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.sample.settings import Job, Settings, slots
@@ -74,7 +74,7 @@ def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(record), encoding="utf-8")
         yield record
-        write_text(file, json.dumps(record, indent=1, ensure_ascii=False))
+        write_utf8(file, json.dumps(record, indent=1, ensure_ascii=False))
         mark.unlink()
     except BaseException:
         if not job.out.exists():

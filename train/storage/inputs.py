@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from data.io.remote import read_all
 from data.shards.manifest import EMPTY_PROMPT, Manifest, locate
 from train.config.schema import ModelConfig, RunConfig
@@ -65,7 +65,7 @@ def hold_inputs(
             "override=true to go on with the new one"
         )
     if write and known | found != known:
-        write_text(file, json.dumps(known | found, indent=1) + "\n")
+        write_utf8(file, json.dumps(known | found, indent=1) + "\n")
     return other
 
 

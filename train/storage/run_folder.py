@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from omegaconf import OmegaConf
 
-from data.io.files import can_sync, write_text
+from data.io.files import can_sync, write_utf8
 from data.io.locks import Lock, has_locks, say_no_locks, take
 from radial.cli.ranks import Rank, slurm_job
 from train.config.schema import RunConfig, structured
@@ -110,7 +110,7 @@ def command(words: str, folder: Path) -> str:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Writes the config of a run, whole or not at all."""
-    write_text(folder / CONFIG, OmegaConf.to_yaml(structured(config)))
+    write_utf8(folder / CONFIG, OmegaConf.to_yaml(structured(config)))
 
 
 def going_on(config: RunConfig, folder: Path) -> RunConfig:
@@ -126,7 +126,7 @@ def set_state(folder: Path, word: str, why: str = "") -> None:
     """Says how the run stands, in its log too; a full or read-only disk is not this function's business."""
     log.info("the run is %s%s", word, f": {' '.join(why.split())}" if why else "")
     try:
-        write_text(folder / STATE, f"{word}\n{why}\n" if why else f"{word}\n")
+        write_utf8(folder / STATE, f"{word}\n{why}\n" if why else f"{word}\n")
     except OSError:
         # over the old one there is room on a full disk too
         with contextlib.suppress(OSError), (folder / STATE).open("r+", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.storage.run_folder import PLAN
@@ -18,7 +18,7 @@ def store_plan(folder: Path, budget: Budget, table: str) -> None:
     # on a CPU the whole process is measured, with libraries that no plan knows
     memory = None if budget.machine.is_cpu else budget.gpu_memory / GIB
     about = {"step_seconds": duration.step, "memory_gib": memory, "mfu": duration.mfu, "table": table}
-    write_text(folder / PLAN, json.dumps(about, indent=1) + "\n")
+    write_utf8(folder / PLAN, json.dumps(about, indent=1) + "\n")
 
 
 def stored_plan(folder: Path) -> dict[str, Any] | None:

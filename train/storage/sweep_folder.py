@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.io.files import write_text
+from data.io.files import write_utf8
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.storage.run_folder import get_state, stamped_folder, write_config
@@ -61,7 +61,7 @@ class SweepFolder:
             for number, config in enumerate(configs, len(self.settings)):
                 self.run(number).mkdir(exist_ok=True)
                 write_config(config, self.run(number))
-            write_text(self.path / SWEEP, json.dumps({"runs": longer.settings}, indent=1) + "\n")
+            write_utf8(self.path / SWEEP, json.dumps({"runs": longer.settings}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}): make room, or set runs=") from error
         return longer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.io.files import beside, write_text
+from data.io.files import beside, write_utf8
 
 
 def names(folder: Path) -> list[str]:
@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
-    write_text(path, "old")
+    write_utf8(path, "old")
     with beside(path) as fresh:
         fresh.write_text("né", encoding="utf-8")
         assert path.read_text(encoding="utf-8") == "old"
@@ -43,7 +43,7 @@ def test_what_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, folder: 
     path = tmp_path / "out"
     if folder:
         path.mkdir()
-    write_text(path / "old" if folder else path, "old")
+    write_utf8(path / "old" if folder else path, "old")
     with pytest.raises(RuntimeError, match="enough"), beside(path) as fresh:
         fresh.mkdir()
         (fresh / "half").write_text("half", encoding="utf-8")
@@ -57,7 +57,7 @@ def test_a_folder_comes_back_where_the_new_one_cannot_take_its_place(
 ) -> None:
     path = tmp_path / "out"
     path.mkdir()
-    write_text(path / "old", "old")
+    write_utf8(path / "old", "old")
 
     def full(self: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "no space left")
@@ -73,7 +73,7 @@ def test_what_cannot_be_synced_is_written_all_the_same(tmp_path: Path, monkeypat
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", sync)
-    write_text(tmp_path / "f", "whole")
+    write_utf8(tmp_path / "f", "whole")
     assert (tmp_path / "f").read_text(encoding="utf-8") == "whole"
 
 
@@ -89,10 +89,10 @@ with beside(Path(sys.argv[1])) as fresh:
 
 def test_what_a_killed_process_leaves_is_no_file_of_that_name(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
-    write_text(path, "old")
+    write_utf8(path, "old")
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL and path.read_text(encoding="utf-8") == "old"
     (left,) = set(names(tmp_path)) - {"f.json"}
     assert left.startswith(".") and left.endswith(".tmp")
-    write_text(path, "new")
+    write_utf8(path, "new")
     assert path.read_text(encoding="utf-8") == "new"

@@ -91,7 +91,7 @@ def _cancel_job(folder: Path, job: str, state: str, now: bool) -> None:
         encoding="utf-8",
         errors="replace",
     )
-    if done.returncode != 0:
+    if done.returncode != 0 and done.stderr.strip():  # of a task that it has signalled it returns 1 without a word
         raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
     if starting:
         set_state(folder, "stopped", "its job was cancelled before it had begun")

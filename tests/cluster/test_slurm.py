@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cancel
+from launch import cancel, status
 from tests.helpers.slurm import wait_until
 from tests.helpers.tiny import words
 
@@ -47,8 +47,8 @@ def losses(folder: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["loss"]) for row in csv.DictReader(stream) if row.get("loss")]
 
 
-def wait_for_step(slurm, folder, job, step):
-    end = time.monotonic() + 150
+def wait_for_step(slurm, folder, job, step, seconds=150):
+    end = time.monotonic() + seconds
     while len(losses(folder)) < step:
         assert time.monotonic() < end and slurm.state(job) in ("PENDING", "CONFIGURING", "RUNNING"), output(folder)
         time.sleep(0.2)
@@ -169,3 +169,30 @@ def test_what_slurm_refuses_is_told_in_its_words_and_ours(slurm, tmp_path, optio
     assert "This cluster's partitions: main (2 nodes, time infinite, no GPUs)" in said
     assert "submits it with other options" in said
     assert said.startswith("error: SLURM") and said.count("\n") == 1
+
+
+def test_a_sweep_is_a_job_array_whose_runs_stand_alone(slurm, tmp_path, monkeypatch, capsys):
+    """Each of four runs is a task; one is cancelled with a checkpoint while another waits, and the rest are untouched."""
+    given = words(tmp_path, seed="0,1,2,3", trainer__steps=60, trainer__checkpoint_every=20)
+    options = ["partition=main", "processes=1", "cpus=1", "at_once=2", "time=30"]
+    launch(slurm, "slurm", "-m", *options, *given)
+    for name in ("SLURM_CONF", "PATH"):  # status and cancel run in this process: another takes longer to start
+        monkeypatch.setenv(name, slurm.environment[name])
+    (path,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    runs = [path / str(number) for number in range(4)]
+    jobs = [json.loads((run / "launch.json").read_text(encoding="utf-8"))["job"] for run in runs]
+    array = jobs[0].removesuffix("_0")
+    assert jobs == [f"{array}_{number}" for number in range(4)]
+    status.main([str(path)])
+    said = capsys.readouterr().out
+    assert f"{path}: 0 of 4 runs done" in said and f"job {jobs[2]}: PENDING" in said
+    for run, job in zip(runs[:2], jobs[:2], strict=True):
+        wait_for_step(slurm, run, job, 7, seconds=400)
+    cancel.main([str(runs[1])])
+    assert f"job {jobs[1]} saves a checkpoint and ends" in capsys.readouterr().out
+    slurm.wait(jobs[1], "COMPLETED", "FAILED", seconds=90)
+    assert slurm.state(jobs[1]) == "COMPLETED" and "stopped, newest checkpoint: step-" in output(runs[1])
+    assert slurm.state(jobs[0]) in ("RUNNING", "COMPLETED") and "SIGINT" not in output(runs[0])
+    slurm.run("scancel", array)
+    for job in jobs:
+        slurm.wait(job, "COMPLETED", "CANCELLED", "FAILED", seconds=90)

@@ -172,7 +172,7 @@ def test_what_slurm_refuses_is_told_in_its_words_and_ours(slurm, tmp_path, optio
 
 
 def test_a_sweep_is_a_job_array_whose_runs_stand_alone(slurm, tmp_path, monkeypatch, capsys):
-    """Each of four runs is a task; one is cancelled with a checkpoint while another waits, and the rest are untouched."""
+    """Each of four runs is a task; one is cancelled with a checkpoint, and the others stay as they are."""
     given = words(tmp_path, seed="0,1,2,3", trainer__steps=60, trainer__checkpoint_every=20)
     options = ["partition=main", "processes=1", "cpus=1", "at_once=2", "time=30"]
     launch(slurm, "slurm", "-m", *options, *given)

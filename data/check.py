@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,10 +32,9 @@ from data.rebuild import rebuild
 from data.shards.manifest import REJECTED, Manifest, ShardInfo, locate
 from data.shards.order import BatchOrder
 from data.shards.reader import SampleReader, decode
+from data.sheet import row_of, sheet_of
 from radial.cli.command import Command
 from radial.cli.settings import at_least, setting
-
-PICTURE, LABEL = 240, 16  # pixels: width of a picture of the contact sheet, height of a line of text
 
 
 @dataclass
@@ -161,27 +159,12 @@ def contact_sheet(
             sample = reader.read(*order.shard_of(numbers[place]))
             frames = encoder.decode(sample.latent)
             chosen = sorted({round(i * (len(frames) - 1) / max(1, pictures - 1)) for i in range(pictures)})
-            rows.append(
-                _row([frames[i] for i in chosen], f"{sample.key}  {list(sample.latent.shape)}  {sample.caption}")
+            place_of = (
+                f"{sample.meta['source']} at {sample.meta['clip_start']:.2f} s  " if "source" in sample.meta else ""
             )
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    return sheet
-
-
-def _row(frames: Sequence[np.ndarray], label: str) -> Image.Image:
-    height, width = frames[0].shape[:2]
-    scale = PICTURE / width
-    size = (PICTURE, max(1, round(height * scale)))
-    row = Image.new("RGB", (len(frames) * (PICTURE + 2), size[1] + LABEL), "white")
-    for i, frame in enumerate(frames):
-        row.paste(Image.fromarray(frame).resize(size), (i * (PICTURE + 2), LABEL))
-    line = " ".join(label.splitlines())
-    ImageDraw.Draw(row).text((2, 2), line[: row.width // 7], fill="black")
-    return row
+            label = f"{sample.key}  {place_of}{list(sample.latent.shape)}  {sample.caption}"
+            rows.append(row_of([frames[i] for i in chosen], label))
+    return sheet_of(rows)
 
 
 def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> Encoder:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.encoders import FAMILIES, encoder_class
 from data.errors import DataError, told
+from data.prepare.looks import BARS, CUTS, Rules
 from data.prepare.scaling import Size
 from radial.cli.command import Command
 from radial.cli.ranks import Rank
@@ -24,7 +26,7 @@ PUBLISHED_TOP = 2000  # videos of each length, the best by their scores: the pap
 class Arguments:
     """The keys of the command line."""
 
-    source: Path = setting("folder of videos with .txt captions, or a .csv, .tsv, .jsonl or .parquet table")
+    source: Path = setting("folder of videos with .txt captions, or a .csv, .tsv, .json, .jsonl or .parquet table")
     out: Path = setting("folder for the shards; an unfinished one is continued")
     model: str = setting("model family", "wan", tuple(FAMILIES))
     weights: Path | None = setting("the model's diffusers folder, with vae, text_encoder and tokenizer", None)
@@ -44,8 +46,24 @@ class Arguments:
     min_fps: float | None = setting(
         "take no video of fewer frames a second; null: all, their frames repeated", None, must=POSITIVE
     )
+    dedup: bool = setting("leave out videos that are there already, as the same file or encoded again", False)
+    cuts: str = setting("at a cut begin a new clip (split), leave the clip out (drop), or go on (keep)", "split", CUTS)
+    cut_threshold: float = setting(
+        "how much a picture changes at a cut, in levels of 255; lower finds more", 15.0, must=within(0, 255)
+    )
+    min_motion: float | None = setting(
+        "leave out clips that change less from frame to frame, in levels of 255", None, must=within(0, 255)
+    )
+    max_black: float | None = setting("leave out clips with a larger share of black frames", None, must=within(0, 1))
+    max_repeated: float | None = setting(
+        "leave out clips with a larger share of repeated frames", None, must=within(0, 1)
+    )
+    bars: str = setting("black bars at a video's edges: keep or crop them, or drop the video", "keep", BARS)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
+    captions: str = setting("videos without: bad (require), an empty one (empty), or that of this column", "require")
+    start_column: str | None = setting("the table's column of when a piece begins; null: start, start_time, ...", None)
+    end_column: str | None = setting("the table's column of when a piece ends; null: end, end_time, ...", None)
     image_to_video: bool = setting("also write the first frame's condition latent and embedding", False)
     device: str | None = setting("where to encode; null: a GPU where there is one", None)
     vae_dtype: str = setting("the VAE's numbers", "fp32", _DTYPES)
@@ -53,14 +71,19 @@ class Arguments:
     workers: int = setting("decoding processes", 4, must=at_least(1))
     shard_gb: float = setting("largest tar, in 10^9 bytes", 3.0, must=POSITIVE)
     shard_minutes: float = setting("finish a tar after so many minutes: a kill costs no more", 15.0, must=POSITIVE)
+    preview: Path | None = setting("draw chosen clips into this PNG and print an estimate, instead of encoding", None)
+    dry_run: bool = setting("decode everything and print what each filter leaves out, instead of encoding", False)
     bad_share: float = setting("share of bad files above which the exit code is 1", 0.05, must=within(0, 1))
 
 
 def run(given: Arguments) -> int:
     """Make the shards; returns the exit code."""
+    if given.cuts != "keep" and importlib.util.find_spec("scenedetect") is None:
+        raise DataError(f"cuts={given.cuts} needs PySceneDetect: pip install scenedetect-headless, or give cuts=keep")
     # torch and diffusers take seconds to import: after what is typed is known to be right
     import torch
 
+    from data.prepare.preview import preview
     from data.prepare.recipe import Recipe
     from data.prepare.run import prepare
 
@@ -79,12 +102,17 @@ def run(given: Arguments) -> int:
             "videos": given.videos,
             "path_column": given.path_column,
             "caption_column": given.caption_column,
+            "captions": given.captions,
+            "start_column": given.start_column,
+            "end_column": given.end_column,
             "where": given.where,
             "sort": given.sort,
             "top": PUBLISHED_TOP if given.top is None and given.sort is not None else given.top,
         },
         upscale=given.upscale,
         min_fps=given.min_fps,
+        dedup=given.dedup,
+        rules=Rules(given.cuts, given.cut_threshold, given.min_motion, given.max_black, given.max_repeated, given.bars),
         image_to_video=given.image_to_video,
         device=given.device,
         vae_dtype=dtypes[given.vae_dtype],
@@ -94,6 +122,9 @@ def run(given: Arguments) -> int:
         shard_seconds=60 * given.shard_minutes,
         bad_share=given.bad_share,
     )
+    if given.preview is not None or given.dry_run:
+        family.check(recipe.frames, recipe.sizes)
+        return preview(recipe, given.preview, given.dry_run)
     return prepare(recipe, Rank.here())
 
 

@@ -4,13 +4,23 @@ same."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data.encoders import same_encoder
 from data.errors import DataError
+from data.prepare.looks import ALL
 
-YOUNGER = {"upscale": True, "min_fps": None}
+YOUNGER = {
+    "upscale": True,
+    "min_fps": None,
+    "start_column": None,
+    "end_column": None,
+    "captions": "require",
+    "dedup": False,
+    **asdict(ALL),
+}
 """Arguments that folders of earlier versions do not know, with what they were made with."""
 
 

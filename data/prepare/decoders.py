@@ -13,8 +13,9 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.errors import DataError
+from data.prepare.laying import Passed
+from data.prepare.looks import ALL, Rules
 from data.prepare.scaling import Size
 from data.prepare.video import Clip, read_clips
 
@@ -30,20 +33,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Task:
-    """A video to decode: its number, where it lies, and the numbers of its clips that are not needed."""
+    """A video to decode: its number, where it lies, the numbers of its clips that are not needed, and the piece of it
+    that is meant, in seconds."""
 
     row: int
     path: Path
     skip: Collection[int]
+    start: float = 0.0
+    end: float | None = None
 
 
 @dataclass(frozen=True)
 class End:
-    """A video's end: how many of its clips there are, and the reason when the file is bad."""
+    """A video's end: how many of its clips there are, the reason when the file is bad, and how much of it is not taken
+    and why, by the keys of `data.prepare.looks.REASONS`."""
 
     row: int
     clips: int
     reason: str | None
+    left: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """The message before a clip's frames."""
+
+    index: int
+    start: float
+    shape: tuple[int, ...]
 
 
 class Decoders:
@@ -52,7 +69,7 @@ class Decoders:
     Args:
         tasks: the videos.
         workers: how many processes.
-        fps, frames, sizes, most: as in `read_clips`.
+        fps, frames, sizes, most, rules: as in `read_clips`.
     """
 
     def __init__(
@@ -64,9 +81,10 @@ class Decoders:
         frames: int,
         sizes: Sequence[Size],
         most: int | None,
+        rules: Rules = ALL,
     ) -> None:
         self._tasks = tasks
-        self._options: dict[str, Any] = {"fps": fps, "frames": frames, "sizes": sizes, "most": most}
+        self._options: dict[str, Any] = {"fps": fps, "frames": frames, "sizes": sizes, "most": most, "rules": rules}
         self._closing, self._closed = threading.Lock(), False
         # Spawned, not forked: a fork of a process whose torch has run threads can hang.
         self._context = multiprocessing.get_context("spawn")
@@ -88,7 +106,7 @@ class Decoders:
                         if self._closed:
                             return
                         self._workers[position % count] = self._start(self._tasks[position + count :: count])
-                    event = (clips, f"the decoder died ({_death(process.exitcode)})")
+                    event = (clips, f"the decoder died ({_death(process.exitcode)})", {})
                 if isinstance(event, Clip):
                     clips += 1
                     yield task.row, event
@@ -120,30 +138,33 @@ def _decode(connection: Connection, tasks: Sequence[Task], options: dict[str, An
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         for task in tasks:
             clips, reason = 0, None
+            left: Counter[str] = Counter()
             try:
-                for clip in read_clips(task.path, skip=task.skip, **options):
-                    connection.send((clip.index, clip.start, clip.frames.shape))
+                for clip in read_clips(task.path, skip=task.skip, start=task.start, end=task.end, **options):
+                    if isinstance(clip, Passed):
+                        left[clip.why] += 1
+                        continue
+                    connection.send(_Coming(clip.index, clip.start, clip.frames.shape))
                     _send(connection, clip.frames)
                     clips += 1
                     del clip  # the next one is made before the loop would let go of it
             except DataError as error:
                 reason = str(error)
-            connection.send((clips, reason))
+            connection.send((clips, reason, dict(left)))
 
 
-def _receive(connection: Connection) -> Clip | tuple[int, str | None]:
+def _receive(connection: Connection) -> Clip | tuple[int, str | None, dict[str, int]]:
     message = connection.recv()
-    if len(message) == 2:
+    if not isinstance(message, _Coming):
         return message
-    index, start, shape = message
-    frames = np.empty(shape, np.uint8)
+    frames = np.empty(message.shape, np.uint8)
     room = frames.data.cast("B")
     while room:
         count = os.readv(connection.fileno(), [room])
         if not count:
             raise EOFError
         room = room[count:]
-    return Clip(index, start, frames)
+    return Clip(message.index, message.start, frames)
 
 
 def _send(connection: Connection, frames: np.ndarray) -> None:

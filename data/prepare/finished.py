@@ -61,13 +61,13 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         check_same(out, found, arguments)
         if not writable:
             raise DataError(
-                f"{there}, but {_some([row.path for row in added])} added to the list and it is read-only; make it "
+                f"{there}, but {_some([row.name for row in added])} added to the list and it is read-only; make it "
                 "writable to append, or give the list as it was"
             )
         say(
-            f"{there}; {_some([row.path for row in added])} added to the list: appending, without a manifest until then"
+            f"{there}; {_some([row.name for row in added])} added to the list: appending, without a manifest until then"
         )
-        known = {row.path for row in before.rows}
+        known = {row.name for row in before.rows}
         late = [entry for entry in _rejected(out) if entry.path in known]
         plan = replace(now, rows=[*before.rows, *added])
         journal.reopen(out, plan, manifest, len(before.rows), late)
@@ -89,7 +89,7 @@ def _list_now(recipe: Recipe, before: Plan | None) -> tuple[Plan | None, str]:
 
 def _differences(before: Plan, now: Plan) -> tuple[list[Row], list[str], list[str]]:
     """Added rows, the paths of those with another caption, and of those that are no longer chosen."""
-    old, new = ({row.path: row for row in plan.rows} for plan in (before, now))
+    old, new = ({row.name: row for row in plan.rows} for plan in (before, now))
     added = [row for path, row in new.items() if path not in old]
     changed = [path for path, row in new.items() if path in old and row.caption != old[path].caption]
     return added, changed, [path for path in old if path not in new]
@@ -103,7 +103,7 @@ def _check_appendable(recipe: Recipe, before: Plan, added: list[Row], changed: l
     top = recipe.selection["top"]
     full = top is not None and len(before.rows) + len(added) > top
     if added and (changed or full):
-        differs.append(f"{_some([row.path for row in added])} added to the list")
+        differs.append(f"{_some([row.name for row in added])} added to the list")
     if full and added and gone:
         differs.append(f"{_some(gone)} displaced by them from the best {top}")
     if differs:

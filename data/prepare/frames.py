@@ -16,7 +16,9 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from data.errors import DataError
+from data.prepare.packed import packed, unpacked
 
+_TICK = 0.002  # seconds by which a timestamp may be off: Matroska counts milliseconds
 _GENPTS = 0x1  # AVFMT_FLAG_GENPTS
 _HDR = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 
@@ -46,7 +48,8 @@ def opened(path: str | Path) -> Iterator[Any]:
     Raises:
         av.error.FFmpegError, OSError, ValueError: it cannot be read.
     """
-    with av.open(str(path)) as container:
+    inside = packed(Path(path))
+    with av.open(unpacked(*inside) if inside else str(path)) as container:
         container.flags &= ~_GENPTS
         yield container
 
@@ -105,6 +108,64 @@ def decoded(container: Any, stream: Any) -> Iterator[Timed]:
         yield from deinterlacer(timed)
     if deinterlacer is not None:
         yield from deinterlacer.rest()
+
+
+def between(container: Any, stream: Any, start: float, end: float | None) -> Iterator[Timed]:
+    """The frames of a stream that are shown from `start` to `end`, in seconds after its first frame, with times from 0.
+
+    It decodes from the key frame before `start` where that can be found, and from the beginning otherwise.
+
+    Raises:
+        av.error.FFmpegError: as `decoded`.
+        DataError: with the reason alone: the file does not say when its frames are shown.
+    """
+    if start == 0 and end is None:
+        yield from decoded(container, stream)
+        return
+    origin = _seek(container, stream, start)
+    waiting: Timed | None = None
+    for timed in decoded(container, stream):
+        if timed.time is None:
+            raise DataError("its frames have no times, so that start and end cannot be found")
+        origin = timed.time if origin is None else origin
+        time = timed.time - origin - start
+        if end is not None and time >= end - start - _TICK:
+            break
+        here = Timed(timed.frame, time, timed.seconds, timed.damaged)
+        if time < _TICK:  # shown at the start, unless another one comes before it
+            waiting = Timed(here.frame, 0.0, max(0.0, time + here.seconds), here.damaged)
+            continue
+        if waiting is not None:
+            yield _until(waiting, start, end)
+            waiting = None
+        yield _until(here, start, end)
+    if waiting is not None and waiting.seconds > _TICK:
+        yield _until(waiting, start, end)
+
+
+def _until(timed: Timed, start: float, end: float | None) -> Timed:
+    """A frame that is not shown after the end."""
+    if end is None or timed.time is None:
+        return timed
+    return Timed(timed.frame, timed.time, min(timed.seconds, end - start - timed.time), timed.damaged)
+
+
+def _seek(container: Any, stream: Any, start: float) -> float | None:
+    """Go to the key frame before `start`, or to the beginning; the first frame's time, None where that comes next."""
+    if stream.start_time is None or stream.time_base is None:
+        return None
+    origin = float(stream.start_time * stream.time_base)
+    try:
+        container.seek(int((origin + start) / stream.time_base), stream=stream)
+        first = next(container.decode(stream), None)
+        if first is None or first.time is None or first.time - origin > start + _TICK:
+            container.seek(0 if stream.start_time > 0 else stream.start_time, stream=stream)
+            return None
+        container.seek(int((origin + start) / stream.time_base), stream=stream)
+    except av.error.FFmpegError:
+        container.seek(stream.start_time, stream=stream)
+        return None
+    return origin
 
 
 class _Clock:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -118,6 +119,7 @@ class Journal:
         self._rows: list[int] = []
         self._bad: list[Rejected] = []
         self._cut: list[Cut] = []
+        self._left: Counter[str] = Counter()
         self._torn = False
         self._begun = Begun(self._home / f"begun-{rank:03d}.txt")
         self._shards = TarShards(
@@ -145,9 +147,10 @@ class Journal:
             self._torn = True
             raise
 
-    def finish_row(self, row: int, rejected: Rejected | None) -> None:
-        """The video's last sample is written; `rejected` when the file is bad."""
+    def finish_row(self, row: int, rejected: Rejected | None, left: Mapping[str, int]) -> None:
+        """The video's last sample is written; `rejected` when the file is bad; `left`: what is not taken of it."""
         self._rows.append(row)
+        self._left.update(left)
         if rejected is not None:
             self._bad.append(rejected)
             self.rejected += 1
@@ -170,9 +173,9 @@ class Journal:
         self._lock.close()
 
     def _record(self, shard: ShardInfo | None) -> None:
-        write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut)
+        write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut, self._left)
         self._next += 1
-        self._rows, self._bad, self._cut = [], [], []
+        self._rows, self._bad, self._cut, self._left = [], [], [], Counter()
 
     def _claimed(self, world: int) -> TextIO:
         """This rank's lock, of a run with this number of ranks."""
@@ -305,8 +308,8 @@ def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Se
     if manifest_of(folder) != manifest:
         return  # another rank has reopened it since
     for number, shard in enumerate(manifest.shards):
-        write_record(home, 0, number, shard, [], [], [])
-    write_record(home, 0, len(manifest.shards), None, range(done), rejected, [])
+        write_record(home, 0, number, shard, [], [], [], {})
+    write_record(home, 0, len(manifest.shards), None, range(done), rejected, [], {})
     plan.save(home)
     with contextlib.suppress(FileNotFoundError):
         (folder / FILE).rename(home / FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from tqdm import tqdm
 from data.errors import DataError
 from data.io.files import write_bytes
 from data.prepare.conditions import Condition
+from data.prepare.duplicates import Duplicates, fingerprint_of
+from data.prepare.packed import packed
 from data.prepare.scaling import Size, nearest_size
 from data.prepare.selection import Candidates
-from data.prepare.sources import NoVideosError, Video
+from data.prepare.sources import NoVideosError, Video, name_of
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
@@ -32,12 +34,29 @@ class Aside(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """A chosen video: the path as listed, its caption, and how many clips its header promises; 0 where it may be a
-    little too short, which decoding decides."""
+    """A chosen video, or a piece of one.
+
+    Attributes:
+        path: as listed.
+        caption: its caption.
+        clips: how many clips its header promises; 0 where it may be a little too short, which decoding decides.
+        start, end: the piece in seconds; None is the video's end.
+        piece: what tells it from other pieces of the same video, as in `data.prepare.sources.name_of`.
+        look: its fingerprint, where duplicates are left out.
+    """
 
     path: str
     caption: str
     clips: int
+    start: float = 0.0
+    end: float | None = None
+    piece: str | None = None
+    look: Sequence[int] | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages and lists."""
+        return self.piece or self.path
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class Wanted:
         upscale: take videos that are smaller than their bucket, enlarged.
         min_fps: take no video of fewer frames a second; None takes all, their frames repeated.
         top: how many videos; None takes all.
+        dedup: take no video that is there already.
     """
 
     fps: float
@@ -68,6 +88,7 @@ class Wanted:
     upscale: bool
     min_fps: float | None
     top: int | None
+    dedup: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,24 +166,30 @@ def make_plan(
     rejected: list[Rejected] = []
     unfit: list[str] = []
     lost: list[str] = []
-    compromises = _Compromises(wanted)
+    twins: list[tuple[str, str]] = []
+    compromises, duplicates = _Compromises(wanted), Duplicates()
+    for row in before.rows if before else []:
+        if row.look:
+            duplicates.twin(row.name, row.look)
     most = len(matching) if wanted.top is None else wanted.top
     with tqdm(total=min(most, len(matching)), disable=not progress) as bar:
         bar.set_description("choosing")
-        for video, found in _judged(candidates, wanted, before):
+        for video, info, found in _judged(candidates, wanted, before):
             if len(rows) == most:
                 break
-            if isinstance(found, VideoInfo):
-                compromises.add(video.path, found)
-                found = _row(video, found, wanted, candidates.probed)
-            if isinstance(found, Row):
+            if info is not None:
+                compromises.add(name_of(video), info)
+            twin = duplicates.twin(found.name, found.look) if isinstance(found, Row) and found.look and info else None
+            if twin is not None:
+                twins.append((name_of(video), twin))
+            elif isinstance(found, Row):
                 rows.append(found)
                 bar.update()
             elif isinstance(found, Rejected):
                 rejected.append(found)
             else:
-                (unfit if found is Aside.UNFIT else lost).append(video.path)
-    passed = candidates.listed - len(matching) + len(unfit)
+                (unfit if found is Aside.UNFIT else lost).append(name_of(video))
+    passed = candidates.listed - len(matching) + len(unfit) + len(twins)
     told = list(candidates.told)
     if lost:
         some = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
@@ -174,30 +201,39 @@ def make_plan(
             f"{candidates.listed}: {passed} are too short or do not meet the conditions, {len(lost)} are not on disk "
             f"in {candidates.root}, none is bad{hint}"
         )
-    told += compromises.told({row.path for row in rows})
+    if twins:
+        told.append(f"duplicates, left out: {len(twins)}, such as {twins[0][0]}, which is {twins[0][1]} once more")
+    told += compromises.told({row.name for row in rows})
     return Plan(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 
 def _judged(
     candidates: Candidates, wanted: Wanted, before: Plan | None
-) -> Iterator[tuple[Video, VideoInfo | Row | Rejected | Aside]]:
-    """Each candidate with its header, with what an earlier plan made of it, with why it is bad, or is left out."""
+) -> Iterator[tuple[Video, VideoInfo | None, Row | Rejected | Aside]]:
+    """Each candidate with its header where that was read, and as a row, or why it is bad or left out."""
     known: dict[str, Row | Aside] = {}
     if before is not None:
         # Bad files are looked at again: they may have been mended, or got a caption.
-        known = {**dict.fromkeys(before.unfit, Aside.UNFIT), **{row.path: row for row in before.rows}}
+        known = {**dict.fromkeys(before.unfit, Aside.UNFIT), **{row.name: row for row in before.rows}}
     root = Path(candidates.root)
 
-    def judge(video: Video) -> VideoInfo | Row | Rejected | Aside:
-        there = known.get(video.path)
+    def judge(video: Video) -> tuple[VideoInfo | None, Row | Rejected | Aside]:
+        there = known.get(name_of(video))
         if isinstance(there, Row):
-            return Row(video.path, video.caption or "", there.clips)
-        return _probed(root, video) if there is None else there
+            return None, replace(there, caption=video.caption or "")
+        found = _probed(root, video) if there is None else there
+        if not isinstance(found, VideoInfo):
+            return None, found
+        row = _row(video, found, wanted, candidates.probed)
+        if wanted.dedup and isinstance(row, Row):
+            row = replace(row, look=fingerprint_of(root / row.path, row.start, row.end))
+        return found, row
 
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(candidates.matching), 64):
             group = candidates.matching[start : start + 64]
-            yield from zip(group, pool.map(judge, group), strict=True)
+            for video, (info, found) in zip(group, pool.map(judge, group), strict=True):
+                yield video, info, found
 
 
 def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
@@ -209,7 +245,8 @@ def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
     if not video.path:
         return Rejected(video.path, video.problem or "no path")
     try:
-        (root / video.path).stat()
+        inside = packed(root / video.path)
+        (inside[0] if inside else root / video.path).stat()
     except (FileNotFoundError, NotADirectoryError):
         return Aside.MISSING
     except (OSError, ValueError) as error:
@@ -218,11 +255,16 @@ def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
         info = probe(root / video.path)
     except DataError as error:
         return Rejected(video.path, str(error))
-    return info if video.problem is None else Rejected(video.path, video.problem)
+    return info if video.problem is None else Rejected(name_of(video), video.problem)
 
 
-def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Aside:
+def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Rejected | Aside:
     """The video as a row of the plan, or that it does not qualify."""
+    try:
+        start, end = video.span.seconds(info.fps) if video.span else (0.0, None)
+    except DataError as error:
+        return Rejected(name_of(video), str(error))
+    info = info.within(start, end)
     available = info.frames_at(wanted.fps)
     # A header without a length: decoding tells.
     count = 1 if available is None else available // wanted.frames
@@ -232,7 +274,7 @@ def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Conditi
     fits = all(condition.holds(_columns(info, wanted.fps)) for condition in probed)
     if not info.may_hold(wanted.frames, wanted.fps) or slow or small or not fits or video.caption is None:
         return Aside.UNFIT
-    return Row(video.path, video.caption, count)
+    return Row(video.path, video.caption, count, start, end, name_of(video) if video.span else None)
 
 
 def enlargement(info: VideoInfo, sizes: Sequence[Size]) -> float:

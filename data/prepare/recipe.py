@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.prepare.looks import Rules
 from data.prepare.plan import Wanted
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
+from data.prepare.sources import Columns
 from data.prepare.video import DECODING
 
 
@@ -24,7 +26,8 @@ class Recipe:
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
         selection: the arguments of `data.prepare.selection.select`, and `top`, as they are.
-        upscale, min_fps: as in `data.prepare.plan.Wanted`.
+        upscale, min_fps, dedup: as in `data.prepare.plan.Wanted`.
+        rules: which clips are taken.
         image_to_video: write the first frame's conditions.
         device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.
         workers: decoding processes.
@@ -42,6 +45,8 @@ class Recipe:
     selection: dict[str, Any]
     upscale: bool
     min_fps: float | None
+    dedup: bool
+    rules: Rules
     image_to_video: bool
     device: str | None
     vae_dtype: torch.dtype
@@ -54,11 +59,14 @@ class Recipe:
     def wanted(self) -> Wanted:
         """What a video has to be to be chosen."""
         top = self.selection["top"]
-        return Wanted(self.fps, self.frames, self.clips, self.sizes, self.upscale, self.min_fps, top)
+        return Wanted(self.fps, self.frames, self.clips, self.sizes, self.upscale, self.min_fps, top, self.dedup)
 
     def select(self) -> Candidates:
         """The candidates of the list."""
-        return select(**{name: value for name, value in self.selection.items() if name != "top"})
+        asked = dict(self.selection)
+        path, caption, start, end = (asked.pop(f"{name}_column") for name in ("path", "caption", "start", "end"))
+        columns = Columns(path, caption, start, end, asked.pop("captions"))
+        return select(**{name: value for name, value in asked.items() if name != "top"}, columns=columns)
 
     def arguments(self) -> dict[str, Any]:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""
@@ -72,6 +80,8 @@ class Recipe:
             "clips": self.clips,
             "upscale": self.upscale,
             "min_fps": self.min_fps,
+            "dedup": self.dedup,
+            **asdict(self.rules),
             "image_to_video": self.image_to_video,
             "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
             "text_dtype": str(self.text_dtype).removeprefix("torch."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ class Cut:
 
 @dataclass
 class Records:
-    """What all ranks have done so far: shards in the order of their names, done videos, bad files, cut captions."""
+    """What all ranks have done so far: shards in the order of their names, done videos, bad files, cut captions, and
+    how much of the videos is left out and why, by the keys of `data.prepare.looks.REASONS`."""
 
     shards: list[ShardInfo] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
     rejected: list[Rejected] = field(default_factory=list)
     cut: list[Cut] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
 
 
 def write_record(
@@ -47,6 +50,7 @@ def write_record(
     rows: Sequence[int],
     rejected: Sequence[Rejected],
     cut: Sequence[Cut],
+    left: Mapping[str, int],
 ) -> None:
     """Write record `number` of a rank into the journal's folder `home`, atomically."""
     content = {
@@ -54,6 +58,7 @@ def write_record(
         "rows": list(rows),
         "rejected": [asdict(entry) for entry in rejected],
         "cut": [asdict(entry) for entry in cut],
+        "left": dict(left),
     }
     path = home / f"record-{rank:03d}-{number:05d}.json"
     with naming(path):
@@ -74,6 +79,7 @@ def read_records(folder: Path) -> Records:
             records.done.update(raw["rows"])
             rejected.update((Rejected(**entry), None) for entry in raw["rejected"])
             records.cut += [Cut(**entry) for entry in raw.get("cut", [])]
+            records.left.update(raw.get("left", {}))
     records.shards = [shards[file] for file in sorted(shards)]
     records.rejected = list(rejected)
     return records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,7 @@ from data.prepare.arguments import check_same, same
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.finished import LIST, revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
+from data.prepare.looks import REASONS
 from data.prepare.plan import FILE as PLAN
 from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.recipe import Recipe
@@ -112,13 +114,22 @@ def _encode_all(
 ) -> None:
     """Decode, encode and write this rank's videos that are not done."""
     rows = [row for row in range(rank.index, len(planned.rows), rank.world) if row not in records.done]
-    tasks = [Task(row, planned.path(row), records.present.get(row, set())) for row in rows]
+    tasks = [
+        Task(row, planned.path(row), records.present.get(row, set()), planned.rows[row].start, planned.rows[row].end)
+        for row in rows
+    ]
     expected = {task.row: max(0, planned.rows[task.row].clips - len(task.skip)) for task in tasks}
     bar = tqdm(total=sum(expected.values()), unit="clip", disable=rank.index != 0, smoothing=0.05)
     bar.set_description(f"encoding (rank 0 of {rank.world})" if rank.world > 1 else "encoding")
     bad = len(planned.rejected) + records.rejected
     decoders = Decoders(
-        tasks, recipe.workers, fps=recipe.fps, frames=recipe.frames, sizes=recipe.sizes, most=recipe.clips
+        tasks,
+        recipe.workers,
+        fps=recipe.fps,
+        frames=recipe.frames,
+        sizes=recipe.sizes,
+        most=recipe.clips,
+        rules=recipe.rules,
     )
     events = prefetch(iter(decoders), AHEAD)
     try:
@@ -131,13 +142,13 @@ def _encode_all(
                 kept += len(records.present.get(event.row, ()))
                 promised = planned.rows[event.row].clips
                 reason = event.reason or failed
-                if not (kept or reason) and promised:
+                if not (kept or reason or event.left) and promised:
                     reason = f"ends before {recipe.frames} frames"
-                elif not (kept or reason):
-                    bar.write(f"too short after all: {planned.rows[event.row].path}", file=sys.stderr)
-                rejected = Rejected(planned.rows[event.row].path, reason, kept) if reason else None
+                elif not (kept or reason or event.left):
+                    bar.write(f"too short after all: {planned.rows[event.row].name}", file=sys.stderr)
+                rejected = Rejected(planned.rows[event.row].name, reason, kept) if reason else None
                 with stopping.held():
-                    records.finish_row(event.row, rejected)
+                    records.finish_row(event.row, rejected, event.left)
                 bar.total = (bar.total or 0) + event.clips - expected[event.row]
                 if rejected:
                     bad += 1
@@ -149,7 +160,7 @@ def _encode_all(
                 if row != captioned:
                     caption = planned.rows[row].caption
                     prompt, captioned = encoder.prompt(caption), row
-                    records.cut(planned.rows[row].path, encoder.tokens(caption))
+                    records.cut(planned.rows[row].name, encoder.tokens(caption))
                 sample = make_sample(encoder, recipe, planned, row, clip, prompt)
                 with stopping.held():
                     records.write(sample)
@@ -231,12 +242,7 @@ def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
     files = len(planned.rows) + len(planned.rejected)
     if not shards:
         journal.remove(recipe.out)
-        first, passed = rejected[0], f"; {planned.passed} more did not qualify" if planned.passed else ""
-        print(
-            f"{recipe.out}: no clip came out, all {files} files are bad, such as {first.path}: {first.reason}{passed}; "
-            f"see {REJECTED}",
-            file=sys.stderr,
-        )
+        print(_nothing(recipe, planned, rejected, records.left), file=sys.stderr)
         return 1
     manifest = Manifest(
         shards=tuple(shards),
@@ -256,9 +262,25 @@ def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
         f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(planned.rows)} videos, "
         f"{len(rejected)} bad files"
     )
-    for line in _cuts(records.cut):
+    for line in [*_left(records.left), *_cuts(records.cut)]:
         print(line)
     return _code(recipe, manifest)
+
+
+def _nothing(recipe: Recipe, planned: Plan, rejected: list[Rejected], left: Counter[str]) -> str:
+    """Why no clip came out."""
+    if rejected:
+        bad = f"{len(rejected)} files are bad" if left else f"all {len(rejected)} files are bad"
+        why = f"{bad}, such as {rejected[0].path}: {rejected[0].reason}"
+    else:
+        why = f"of {len(planned.rows)} videos"
+    passed = f"; {planned.passed} more did not qualify" if planned.passed else ""
+    return f"{recipe.out}: no clip came out, {'; '.join([why, *_left(left)])}{passed}; see {REJECTED}"
+
+
+def _left(left: Counter[str]) -> list[str]:
+    """How much of the videos is left out, a line a reason."""
+    return [f"left out: {left[reason]} {words}" for reason, words in REASONS.items() if left[reason]]
 
 
 def _cuts(cut: list[Cut]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import av.error
@@ -18,6 +19,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from data.colour import matrix_of
 from data.errors import DataError
+from data.prepare.bars import WHOLE, Box
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -27,22 +29,24 @@ _MATRICES = {0: "RGB", 1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPT
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
 
-def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
+def nearest_size(height: float, width: float, sizes: Sequence[Size]) -> Size:
     """The bucket whose aspect ratio is nearest."""
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
 
 
 class Scaler:
-    """Frames as RGB in the size of their bucket: scaled to cover it, turned upright, cropped in the centre."""
+    """Frames as RGB in the size of their bucket: what is in `box` is scaled to cover it, turned upright, cropped in the
+    centre."""
 
-    def __init__(self, sizes: Sequence[Size]) -> None:
+    def __init__(self, sizes: Sequence[Size], box: Box = WHOLE) -> None:
         self._sizes = sizes
+        self._box = box
         self._reformatter = VideoReformatter()
         self._last: tuple[VideoFrame, np.ndarray] | None = None
         self._size: Size | None = None
 
-    def __call__(self, frame: VideoFrame, stream: Any) -> np.ndarray:
-        """A frame of `stream` as (H, W, 3) uint8.
+    def __call__(self, frame: VideoFrame, aspect: Fraction | None) -> np.ndarray:
+        """A frame as (H, W, 3) uint8; `aspect` is that of its pixels, None for square ones.
 
         Raises:
             DataError: with the reason alone, when it cannot be scaled.
@@ -50,19 +54,22 @@ class Scaler:
         if self._last is not None and self._last[0] is frame:
             return self._last[1]
         try:
-            picture = self._scaled(frame, stream)
+            picture = self._scaled(frame, aspect)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise DataError(f"a frame cannot be scaled: {reason_of(error)}") from error
         self._last = (frame, picture)
         return picture
 
-    def _scaled(self, frame: VideoFrame, stream: Any) -> np.ndarray:
-        shown = shown_size(frame, stream)
+    def _scaled(self, frame: VideoFrame, aspect: Fraction | None) -> np.ndarray:
+        whole, box = shown_size(frame, aspect), self._box
+        across, down, left = _orientation(frame)
+        parts = (box.bottom - box.top, box.right - box.left)
+        tall, wide = parts[::-1] if across else parts
+        shown = (whole[0] * tall, whole[1] * wide)
         # The first frame decides, also where a stream changes its size on the way.
         self._size = size = self._size or nearest_size(*shown, self._sizes)
         scale = max(size[0] / shown[0], size[1] / shown[1])
-        height, width = (max(side, round(was * scale)) for side, was in zip(size, shown, strict=True))
-        across, down, left = _orientation(frame)
+        height, width = (max(side, round(was * scale)) for side, was in zip(size, whole, strict=True))
         if across:
             height, width = width, height
         range_ = _range(frame)
@@ -81,6 +88,7 @@ class Scaler:
         ).to_ndarray()
         if deep:
             picture = np.rint(picture / np.float32(257)).astype(np.uint8)
+        picture = _inside(picture, box, size[::-1] if across else size)
         if across:
             picture = picture.swapaxes(0, 1)
         picture = picture[:: -1 if down else 1, :: -1 if left else 1]
@@ -88,9 +96,19 @@ class Scaler:
         return picture[top : top + size[0], start : start + size[1]]
 
 
-def shown_size(frame: VideoFrame, stream: Any) -> Size:
-    """The size in which a player shows a frame: upright and with square pixels."""
-    aspect = stream.sample_aspect_ratio
+def _inside(picture: np.ndarray, box: Box, size: Size) -> np.ndarray:
+    """What of a picture lies in the box, of the given size at least."""
+    if box == WHOLE:
+        return picture
+    slices = []
+    for length, first, last, least in zip(picture.shape, box[::2], box[1::2], size, strict=False):
+        begin = min(round(first * length), length - least)
+        slices.append(slice(begin, max(round(last * length), begin + least)))
+    return picture[tuple(slices)]
+
+
+def shown_size(frame: VideoFrame, aspect: Fraction | None) -> Size:
+    """The size in which a player shows a frame whose pixels have an aspect ratio: upright and with square pixels."""
     width = round(frame.width * float(aspect)) if aspect else frame.width
     return (width, frame.height) if _orientation(frame)[0] else (frame.height, width)
 

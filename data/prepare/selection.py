@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.prepare.conditions import Condition, parse_conditions, split_conditions
-from data.prepare.sources import Video, ranked, read_source
+from data.prepare.sources import Columns, Video, name_of, ranked, read_source
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,14 @@ def select(
     *,
     source: Path,
     videos: Path | None,
-    path_column: str | None,
-    caption_column: str | None,
+    columns: Columns,
     where: str | None,
     sort: str | None,
 ) -> Candidates:
     """Read the list and choose by its columns.
 
     Args:
-        source, path_column, caption_column: as in `read_source`.
+        source, columns: as in `read_source`.
         videos: the folder that the paths are relative to; None is the source's own.
         where: conditions, as `parse_conditions` takes them.
         sort: as `ranked` takes it; None keeps the order of the list.
@@ -50,7 +49,7 @@ def select(
     Raises:
         DataError: as `read_source`, `parse_conditions` and `ranked`.
     """
-    found = read_source(source, path_column, caption_column)
+    found = read_source(source, columns)
     own, probed = split_conditions(parse_conditions(where) if where else [], found.columns)
     matching = [video for video in found.videos if all(condition.holds(video.columns) for condition in own)]
     if sort is not None:
@@ -66,12 +65,12 @@ def select(
 def _once(videos: list[Video], source: Path) -> tuple[list[Video], list[str]]:
     """Each path once, as it comes first, and what to say of the others."""
     first: dict[str, Video] = {}
-    again = [video for video in videos if video.path and first.setdefault(video.path, video) is not video]
+    again = [video for video in videos if video.path and first.setdefault(name_of(video), video) is not video]
     if not again:
         return videos, []
     repeated = {id(video) for video in again}
-    other = [video for video in again if video.caption != first[video.path].caption]
-    captions = f" ({len(other)} with another caption, such as {other[0].path})" if other else ""
-    rows = f"rows whose video an earlier row names: {len(again)}, such as {again[0].path}{captions}"
+    other = [video for video in again if video.caption != first[name_of(video)].caption]
+    captions = f" ({len(other)} with another caption, such as {name_of(other[0])})" if other else ""
+    rows = f"rows whose video an earlier row names: {len(again)}, such as {name_of(again[0])}{captions}"
     told = f"{source}: {rows}; the first of each counts"
     return [video for video in videos if id(video) not in repeated], [told]

@@ -1,4 +1,4 @@
-"""Tables of videos, read strictly: CSV, TSV, JSON lines and Parquet, every row with the place that errors name."""
+"""Tables of videos, read strictly: CSV, TSV, JSON, JSON lines and Parquet, every row with its place for errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from data.prepare.folder import SUFFIXES as VIDEOS
+from data.prepare.packed import packed_columns, packed_path
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 LONGEST = 1 << 24  # characters of a field; more are an unclosed quote
 
 Row = tuple[str, dict[str, Any]]
@@ -29,7 +30,7 @@ def read_table(source: Path) -> list[Row]:
     if not source.exists():
         raise DataError(f"{source}: no such folder or table; correct source=")
     if suffix not in SUFFIXES:
-        raise DataError(f"{source}: unknown kind of list, expected a folder, .csv, .tsv, .jsonl or .parquet")
+        raise DataError(f"{source}: unknown kind of list, expected a folder, .csv, .tsv, .json, .jsonl or .parquet")
     try:
         if suffix == ".parquet":
             return _parquet_rows(source)
@@ -40,7 +41,7 @@ def read_table(source: Path) -> list[Row]:
         raise DataError(f"{source}: cannot be read as {suffix[1:]} ({error})") from error
     if suffix in (".csv", ".tsv"):
         return list(_csv_rows(source, text, "\t" if suffix == ".tsv" else ","))
-    return list(_json_rows(source, text))
+    return _json_table(source, text) if suffix == ".json" else list(_json_rows(source, text))
 
 
 def _csv_rows(source: Path, text: str, delimiter: str) -> Iterator[Row]:
@@ -119,11 +120,37 @@ def _json_rows(source: Path, text: str) -> Iterator[Row]:
         yield f"line {number}", row
 
 
+def _json_table(source: Path, text: str) -> list[Row]:
+    """A list of objects, or one object for each path."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}: is not JSON ({error.msg} in line {error.lineno}, column {error.colno}); for an object on each "
+            "line name it .jsonl"
+        ) from error
+    if isinstance(found, dict) and found and all(isinstance(row, dict) for row in found.values()):
+        found = [{"path": path, **row} for path, row in found.items()]
+    if not isinstance(found, list):
+        raise DataError(f"{source}: is {type(found).__name__}, expected a list of objects [{{...}}, ...]")
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{source}: entry {number} is {row!r:.60}, expected an object {{...}}")
+    return [(f"entry {number}", row) for number, row in enumerate(found, 1)]
+
+
 def _parquet_rows(source: Path) -> list[Row]:
-    """Binary cells that hold UTF-8 are text: many writers do not say that a column of theirs is."""
+    """Binary cells that hold UTF-8 are text: many writers do not say that a column of theirs is. Of cells that hold
+    whole files the bytes are left where they are."""
     from pyarrow import parquet
 
-    rows = parquet.read_table(source).to_pylist()
+    with parquet.ParquetFile(source) as file:
+        inside = packed_columns(file.schema_arrow)
+        names = [f"{name}.path" if name in inside else name for name in file.schema_arrow.names]
+        rows = file.read(names).to_pylist()
+    for number, row in enumerate(rows):
+        for name in inside:
+            row[name] = packed_path(source, number, (row[name] or {}).get("path"))
     return [
         (f"row {number}", {name: _as_text(cell) for name, cell in row.items()}) for number, row in enumerate(rows, 1)
     ]

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av.error
 import numpy as np
 from av.video.frame import VideoFrame
 
 from data.errors import DataError
-from data.prepare.frames import decoded, opened, stream_seconds, video_stream
+from data.prepare.bars import WHOLE, find_bars
+from data.prepare.frames import between, opened, stream_seconds, video_stream
+from data.prepare.laying import Laying, Passed, looked
+from data.prepare.looks import ALL, Measures, Rules
 from data.prepare.scaling import Scaler, Size, reason_of, shown_size
 
 DECODING = 2
@@ -52,6 +55,11 @@ class VideoInfo:
         """How many frames there are at a pace; None where the length is unknown."""
         return None if self.seconds is None else math.floor((self.seconds + _TICK) * fps)
 
+    def within(self, start: float, end: float | None) -> VideoInfo:
+        """The same of a piece, in seconds."""
+        last = end if self.seconds is None else self.seconds if end is None else min(end, self.seconds)
+        return replace(self, seconds=None if last is None else max(0.0, last - start))
+
     def may_hold(self, frames: int, fps: float) -> bool:
         """Whether so many frames at a pace may be there: a header can be short by a second or a quarter of the clip."""
         return self.seconds is None or self.seconds + min(_SHORT, frames / fps / 4) + _TICK >= frames / fps
@@ -59,11 +67,13 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its number within the video, where it starts in seconds, and frames (F, H, W, 3) uint8 RGB."""
+    """One clip: its number within the video, where it starts in seconds, frames (F, H, W, 3) uint8 RGB, and its
+    measures where they are asked for."""
 
     index: int
     start: float
     frames: np.ndarray
+    measures: Measures | None = None
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -78,7 +88,7 @@ def probe(path: str | Path) -> VideoInfo:
             first = next(container.decode(stream), None)
             if first is None:
                 raise DataError("no frame can be decoded")
-            height, width = shown_size(first, stream)
+            height, width = shown_size(first, stream.sample_aspect_ratio)
             rate = stream.average_rate
             return VideoInfo(height, width, float(rate) if rate else None, stream_seconds(stream, container))
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -93,8 +103,12 @@ def read_clips(
     sizes: Sequence[Size],
     most: int | None = None,
     skip: Collection[int] = (),
-) -> Iterator[Clip]:
-    """The clips of a video, one after the other without a gap, in constant memory: one clip.
+    rules: Rules = ALL,
+    start: float = 0.0,
+    end: float | None = None,
+    measure: bool = False,
+) -> Iterator[Clip | Passed]:
+    """The clips of a video, one after the other without a gap but where `rules` leave one, in the memory of one clip.
 
     Args:
         fps: pace of the output.
@@ -102,44 +116,61 @@ def read_clips(
         sizes: buckets; the one of the nearest aspect ratio is covered and cropped in its centre.
         most: at most this many clips.
         skip: numbers of clips that are passed over: decoded, as what follows needs it, but not scaled.
+        rules: which clips are taken; clips are numbered without the others.
+        start, end: the piece of the video that is meant, in seconds after its first frame; None is its end.
+        measure: measure all clips, whatever the rules need.
 
     Raises:
         DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, its clock
             jumps, or it ends before its header says.
     """
+    laying = Laying(fps, frames, rules, start)
     buffer: np.ndarray | None = None
-    filled = index = 0
-    scaler = Scaler(sizes)
-    for frame, repeats, stream in _paced(path, fps):
+    try:
+        box = WHOLE if rules.bars == "keep" else find_bars(path)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DataError(reason_of(error)) from error
+    if box != WHOLE and rules.bars == "drop":
+        yield Passed(start, "bars")
+        return
+    scaler = Scaler(sizes, box)
+    for frame, repeats, aspect, look, cut in looked(_paced(path, fps, start, end), rules, measure):
+        yield from laying.cut(cut)
         for _ in range(repeats):
-            if index not in skip:
-                picture = scaler(frame, stream)
+            if laying.index not in skip:
+                picture = scaler(frame, aspect)
                 if buffer is None:
                     buffer = np.empty((frames, *picture.shape), np.uint8)
-                buffer[filled] = picture
-            filled += 1
-            if filled == frames:
+                buffer[laying.filled] = picture
+            found = laying.add(look)
+            if isinstance(found, Passed):
+                yield found
+            elif found is not None:
                 if buffer is not None:
-                    yield Clip(index, index * frames / fps, buffer)
-                buffer, filled, index = None, 0, index + 1
-                if index == most:
+                    yield Clip(laying.index - 1, found, buffer, laying.measures)
+                buffer = None
+                if laying.index == most:
                     return
+    yield from laying.end()
 
 
-def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]]:
-    """Each decoded frame with how many output frames show it: those whose time lies before the next frame's."""
+def _paced(
+    path: str | Path, fps: float, begin: float, until: float | None
+) -> Iterator[tuple[VideoFrame, int, Fraction | None]]:
+    """Each decoded frame with how many output frames show it, those whose time lies before the next frame's, and the
+    aspect ratio of its pixels."""
     shown: VideoFrame | None = None
     failure: str | None = None
     origin: float | None = None
     last, held, end, done = 0.0, 0.0, 0.0, 0
-    behind, fall, before, until = 0, 0.0, shown, 0.0
+    behind, fall, before, ahead = 0, 0.0, shown, 0.0
     try:
         with opened(path) as container:
             stream = video_stream(container)
             stream.thread_count = 1  # many processes decode at once
             usual = 1 / float(stream.average_rate or fps)
             step, longest = usual, max(_JUMP, 10 * usual)
-            frames = decoded(container, stream)
+            frames = between(container, stream, begin, until)
             while True:
                 try:
                     timed = next(frames, None)
@@ -148,7 +179,7 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                 if timed is not None and timed.damaged:
                     if shown is None:
                         continue  # the stream starts between two key frames
-                    timed, failure = None, f"damaged frame at {end:.2f} s"
+                    timed, failure = None, f"damaged frame at {begin + end:.2f} s"
                 if timed is None:
                     break
                 if origin is None and timed.time is not None:
@@ -159,9 +190,9 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                     if time < last - _TICK:
                         behind += 1
                         if behind == 1:
-                            fall, before, until = time - last, shown, last + step
+                            fall, before, ahead = time - last, shown, last + step
                         elif last - time > _REORDER * usual:
-                            failure, shown, end = _jump(until - step, fall), before, until
+                            failure, shown, end = _jump(ahead - step, fall), before, ahead
                             break
                         time = last + min(held, longest)
                     else:
@@ -171,22 +202,24 @@ def _paced(path: str | Path, fps: float) -> Iterator[tuple[VideoFrame, int, Any]
                         break
                     step = max(time - last, 0.0) or step
                     repeats = max(0, math.ceil((time - _TICK) * fps) - done)
-                    yield shown, repeats, stream
+                    yield shown, repeats, stream.sample_aspect_ratio
                     done += repeats
                 shown, last, held = timed.frame, time, timed.seconds or usual
                 end = max(end, time + held)
             if held > longest:
                 failure, end = failure or _jump(last, held), last + step
             if shown is not None:
-                yield shown, max(0, math.floor((end + _TICK) * fps) - done), stream
+                yield shown, max(0, math.floor((end + _TICK) * fps) - done), stream.sample_aspect_ratio
             # A file's length may be that of its sound.
             expected = stream_seconds(stream, container if len(container.streams) == 1 else None)
+            if expected is not None:
+                expected = (expected if until is None else min(expected, until)) - begin
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(reason_of(error)) from error
     if failure is None and shown is None:
         failure = "no frame can be decoded"
     if failure is None and expected is not None and end < expected - max(_SLACK, 3 * usual):
-        failure = f"truncated: ends after {end:.2f} s, its header says {expected:.2f} s"
+        failure = f"truncated: ends after {begin + end:.2f} s, its header says {begin + expected:.2f} s"
     if failure is not None:
         raise DataError(failure)
 

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data.check import _row, check, main
+from data.check import check, main
 from data.encoders import check_encoder, fingerprint
 from data.errors import DataError
 from data.prepare.__main__ import main as prepare
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.shards.writer import ShardWriter
+from data.sheet import row_of
 from radial.errors import Mistake
 from tests.helpers.tiny_models import save_wan
 from tests.helpers.videos import write_video
@@ -30,7 +31,7 @@ def shards(tmp_path: Path) -> Manifest:
         picture = np.broadcast_to(np.array(colour, np.uint8), (64, 96, 3)).copy()
         write_video(tmp_path / "videos" / f"{name}.mp4", 21, picture=lambda i, p=picture: p, caption=f"all {name}")
     out = tmp_path / "out"
-    words = ["model=pixels", "frames=10", "size=16x32", "workers=1", "shard_gb=0.0001"]
+    words = ["model=pixels", "frames=10", "size=16x32", "workers=1", "cuts=keep", "shard_gb=0.0001"]
     assert prepare([f"source={tmp_path / 'videos'}", f"out={out}", *words]) == 0
     return Manifest.load(out)
 
@@ -206,7 +207,7 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> 
             assert np.abs(centre - colour).max() < 25, (row, column, centre)
     assert (sheet[:14, :200] < 100).any(), "the label is written"
     frame = np.zeros((32, 64, 3), np.uint8)
-    assert _row([frame], "one\ntwo") == _row([frame], "one two"), "a label is one line"
+    assert row_of([frame], "one\ntwo") == row_of([frame], "one two"), "a label is one line"
 
 
 def test_the_contact_sheet_of_a_damaged_folder_shows_what_is_whole(
@@ -232,7 +233,12 @@ def test_latents_are_decoded_by_the_vae_that_made_them(tmp_path: Path) -> None:
     write_video(tmp_path / "videos" / "v.mp4", 9, caption="a red ball")
     weights, other = save_wan(tmp_path / "wan"), save_wan(tmp_path / "other", seed=1)
     out, png = tmp_path / "out", tmp_path / "sheet.png"
-    assert prepare([f"source={tmp_path / 'videos'}", f"out={out}", f"weights={weights}", "frames=9", "size=32x48"]) == 0
+    assert (
+        prepare(
+            [f"source={tmp_path / 'videos'}", f"out={out}", f"weights={weights}", "frames=9", "size=32x48", "cuts=keep"]
+        )
+        == 0
+    )
     assert main([str(out), "--contact-sheet", f"png={png}", f"weights={weights}", "pictures=2"]) == 0
     assert Image.open(png).size == (484, 176)
     with pytest.raises(DataError, match=r"was made with wan:vae-\w+\+text-\w+\+ids-\w+, expected wan:vae-"):

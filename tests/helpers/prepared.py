@@ -13,7 +13,7 @@ from data.shards.sample import Sample
 from data.shards.stream import read_samples
 from tests.helpers.videos import number_of, numbered, write_sound, write_video
 
-FAST = ["model=pixels", "frames=10", "size=16x32", "workers=1"]
+FAST = ["model=pixels", "frames=10", "size=16x32", "workers=1", "cuts=keep"]
 
 
 def write_clips(folder: Path, i: int, length: int, **more: Any) -> Path:

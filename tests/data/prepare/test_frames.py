@@ -14,7 +14,7 @@ import pytest
 from av.stream import Disposition
 
 from data.errors import DataError
-from data.prepare import video
+from data.prepare import frames
 from data.prepare.frames import Timed, _Clock, video_stream
 from data.prepare.video import Clip, probe, read_clips
 from tests.helpers.videos import number_of, numbered, orient, write_video
@@ -62,13 +62,13 @@ def test_best_effort_times_are_ffmpeg_s() -> None:
 def timed_video(monkeypatch: pytest.MonkeyPatch, path: Path, times: list[float]) -> Path:
     """A video whose frames come with these times, in seconds."""
     write_video(path, len(times))
-    honest = video.decoded
+    honest = frames.decoded
 
     def decoded(container: Any, stream: Any) -> Any:
         for given, time in zip(honest(container, stream), times, strict=True):
             yield Timed(given.frame, time, given.seconds, given.damaged)
 
-    monkeypatch.setattr(video, "decoded", decoded)
+    monkeypatch.setattr(frames, "decoded", decoded)
     return path
 
 

@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from data.prepare.__main__ import main
 from data.prepare.selection import select
-from data.prepare.sources import read_source
+from data.prepare.sources import Columns, read_source
 from data.prepare.tables import read_table
 from data.shards.manifest import Manifest
 from radial.errors import Mistake
@@ -144,7 +144,7 @@ def test_rows_without_a_path_bytes_and_rows_that_come_twice(tmp_path: Path) -> N
         None, "row 2 has no path in the column path", "caption is of type bytes, expected text",
         "row 4 has a path of type bytes, expected text", None,
     ]  # fmt: skip
-    found = select(source=source, videos=None, path_column=None, caption_column=None, where=None, sort="score")
+    found = select(source=source, videos=None, columns=Columns(), where=None, sort="score")
     best = found.matching[0]
     assert (best.path, best.caption) == ("a.mp4", "another")
     assert len(found.matching) == 4 and found.about == str(source), "without a where that was not given"
@@ -178,7 +178,7 @@ def test_enlarged_videos_and_repeated_frames_are_told_and_can_be_left_out(
 ) -> None:
     for name, fps, height, width in (("fine", 16, 64, 96), ("slow", 5, 64, 96), ("small", 16, 16, 24)):
         write_video(tmp_path / "videos" / f"{name}.mp4", 3 * fps, fps=fps, height=height, width=width, caption=name)
-    words = [f"source={tmp_path / 'videos'}", *FAST[:2], "size=32x48", "workers=1"]
+    words = [f"source={tmp_path / 'videos'}", *FAST[:2], "size=32x48", "workers=1", "cuts=keep"]
     assert main([*words, f"out={tmp_path / 'all'}"]) == 0
     shown = capsys.readouterr().out
     assert "videos that are enlarged: 1, small.mp4 the most (16x24 to 32x48, 2.00 times); upscale=false leaves" in shown

@@ -16,14 +16,14 @@ from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
 from data.prepare.conditions import number, parse_conditions, split_conditions
 from data.prepare.selection import select
-from data.prepare.sources import Listed, Video, ranked
+from data.prepare.sources import Columns, Listed, Video, ranked
 from data.prepare.sources import read_source as read
 from radial.cli.reader import read as read_words
 from radial.errors import Mistake
 
 
 def read_source(*arguments: Any) -> tuple[list[Video], list[str]]:
-    found: Listed = read(*arguments)
+    found: Listed = read(arguments[0], Columns(*arguments[1:]))
     return found.videos, found.columns
 
 
@@ -126,7 +126,7 @@ def test_conditions_on_every_column_of_a_table(tmp_path: Path, kind: str) -> Non
         source.write_text("path,caption,ok\na.mp4,a,True\nb.mp4,b,False\nc.mp4,c,\n", encoding="utf-8")
 
     def left(where: str) -> str:
-        found = select(source=source, videos=None, path_column=None, caption_column=None, where=where, sort=None)
+        found = select(source=source, videos=None, columns=Columns(), where=where, sort=None)
         return "".join(video.path[0] for video in found.matching)
 
     assert left("path=b.mp4") == "b" and left("path!=b.mp4") == "ac"

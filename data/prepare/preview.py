@@ -1,0 +1,207 @@
+"""What a command would make, before anything is encoded: a contact sheet, an estimate, and what each filter leaves out.
+
+Videos are decoded as for encoding, some of them for `preview=`, all of them for `dry_run=true`; the folder of shards is
+neither made nor read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av.error
+import numpy as np
+from tqdm import tqdm
+
+from data.encoders import load_encoder
+from data.encoders.base import EncoderSettings, find_device
+from data.errors import DataError
+from data.prepare.bars import WHOLE, find_bars
+from data.prepare.laying import Passed
+from data.prepare.looks import REASONS, Measures
+from data.prepare.plan import Plan, make_plan
+from data.prepare.recipe import Recipe
+from data.prepare.run import make_sample
+from data.prepare.video import Clip, read_clips
+from data.sheet import row_of, sheet_of
+
+VIDEOS, CLIPS = 16, 8
+"""Of a contact sheet: videos spread over the plan, and how much of each is looked at, in clips."""
+
+_STEPS = {"min_motion": (0.1, 0.3, 1.0), "max_black": (0.0, 0.1, 0.5), "max_repeated": (0.1, 0.25, 0.5)}
+"""Bounds of which a dry run counts what they leave out."""
+
+
+@dataclass
+class Survey:
+    """What decoding a video showed.
+
+    Attributes:
+        taken, left: each clip, or piece that is left out, with its start in seconds.
+        pictures: first, middle and last frame of the first clip that is taken.
+        clip: that clip, where it is asked for.
+        bars: whether it has black bars.
+        seconds: that it took.
+        reason: why it is bad, where it is.
+    """
+
+    taken: list[tuple[float, Measures | None]] = field(default_factory=list)
+    left: list[Passed] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    clip: Clip | None = None
+    bars: bool = False
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+def survey(path: Path, options: dict[str, Any], most: int | None, keep: bool) -> Survey:
+    """Decode a video, or so much of it as shows `most` clips; `keep` its first clip."""
+    found, began = Survey(), time.monotonic()
+    try:
+        found.bars = find_bars(path) != WHOLE
+        for event in itertools.islice(read_clips(path, measure=True, **options), most):
+            if isinstance(event, Passed):
+                found.left.append(event)
+                continue
+            found.taken.append((event.start, event.measures))
+            if not found.pictures:
+                last = len(event.frames) - 1
+                found.pictures = [event.frames[k].copy() for k in (0, last // 2, last)]
+                found.clip = event if keep else None
+    except (DataError, av.error.FFmpegError, OSError, ValueError) as error:
+        found.reason = str(error)
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
+    """Print an estimate, draw `sheet`, and print what filters leave out where `everything` is decoded.
+
+    Returns:
+        the exit code, 0.
+
+    Raises:
+        DataError: an unusable source, no video that is left, or a sheet that cannot be written.
+    """
+    if sheet is not None and not (sheet.suffix == ".png" and sheet.parent.is_dir()):
+        raise DataError(f"preview is {sheet}, expected the name of a .png in a folder that is there")
+    planned = make_plan(recipe.arguments(), recipe.select(), recipe.wanted(), progress=True)
+    for line in planned.told:
+        print(line)
+    rows = range(len(planned.rows)) if everything else _spread(len(planned.rows), VIDEOS)
+    surveys = dict(zip(rows, _surveys(recipe, planned, rows, None if everything else CLIPS), strict=True))
+    print("\n".join(_estimate(recipe, planned, surveys, everything)))
+    if everything:
+        print("\n".join(_filters(recipe, planned, surveys)))
+    drawn = [(row, surveys[row]) for row in surveys if surveys[row].pictures]
+    if sheet is not None and drawn:
+        shown = [drawn[k] for k in _spread(len(drawn), VIDEOS)]
+        sheet_of([row_of(found.pictures, _label(planned, row, found)) for row, found in shown]).save(sheet)
+        print(f"{sheet}: first, middle and last frame of {len(shown)} clips")
+    return 0
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` numbers, evenly spread."""
+    return sorted({round(k * (count - 1) / max(1, most - 1)) for k in range(most)}) if count else []
+
+
+def _surveys(recipe: Recipe, planned: Plan, rows: Sequence[int], most: int | None) -> Iterator[Survey]:
+    options = {"fps": recipe.fps, "frames": recipe.frames, "sizes": recipe.sizes, "rules": recipe.rules}
+    with ProcessPoolExecutor(recipe.workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = [
+            pool.submit(
+                survey,
+                planned.path(row),
+                {**options, "most": recipe.clips, "start": planned.rows[row].start, "end": planned.rows[row].end},
+                most,
+                row == rows[0],
+            )
+            for row in rows
+        ]
+        for future in tqdm(waiting, unit="video", desc="looking"):
+            yield future.result()
+
+
+def _estimate(recipe: Recipe, planned: Plan, surveys: dict[int, Survey], everything: bool) -> list[str]:
+    """How much would come of it."""
+    seen = sum(len(found.taken) for found in surveys.values())
+    passed = sum(len(found.left) for found in surveys.values())
+    bad = sum(found.reason is not None for found in surveys.values())
+    ended = all(len(found.taken) + len(found.left) < CLIPS for found in surveys.values())
+    whole = everything or (ended and len(surveys) == len(planned.rows))
+    promised = sum(row.clips for row in planned.rows)
+    clips = seen if whole else round(promised * seen / max(1, seen + passed))
+    hours = clips * recipe.frames / recipe.fps / 3600
+    about = "" if whole else "about "
+    lines = [
+        f"{len(planned.rows)} videos chosen, {planned.passed} do not qualify, {len(planned.rejected)} files are bad; "
+        f"{len(surveys)} looked at: {seen} clips, {passed} pieces left out, {bad} bad files",
+        f"estimate: {about}{clips} clips of {recipe.frames} frames, {hours:.2f} hours of video",
+    ]
+    first = next((found for found in surveys.values() if found.clip is not None), None)
+    if first is None or first.clip is None:
+        return lines
+    try:
+        size, seconds = _trial(recipe, planned, next(iter(surveys)), first.clip)
+    except DataError as error:
+        return [*lines, f"no estimate of gigabytes and of hours of encoding: {error}"]
+    decoding = sum(found.seconds for found in surveys.values()) / max(1, seen) / recipe.workers
+    encoding = clips * max(seconds, decoding) / 3600
+    lines.append(
+        f"estimate: {clips * size / 1e9:.3g} GB of shards, {encoding:.2g} hours of encoding on one device (a trial "
+        f"clip took {seconds:.1f} s, decoding takes {decoding:.1f} s a clip in {recipe.workers} processes)"
+    )
+    return lines
+
+
+def _trial(recipe: Recipe, planned: Plan, row: int, clip: Clip) -> tuple[int, float]:
+    """Bytes and seconds of one clip's sample."""
+    device = find_device(recipe.device)
+    settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
+    encoder = load_encoder(recipe.family, settings)
+    arguments = {**planned.arguments, "encoder": "trial"}
+    trial = Plan(arguments, planned.root, planned.rows, [], 0)
+    began = time.monotonic()
+    prompt = encoder.prompt(planned.rows[row].caption)
+    entry = make_sample(encoder, recipe, trial, row, clip, prompt).to_entry()
+    return sum(len(part) for part in entry.values() if isinstance(part, bytes)), time.monotonic() - began
+
+
+def _filters(recipe: Recipe, planned: Plan, surveys: dict[int, Survey]) -> list[str]:
+    """What the rules of the command leave out, and what other bounds would."""
+    lines = []
+    for reason, words in REASONS.items():
+        places = [(row, p.start) for row, found in surveys.items() for p in found.left if p.why == reason]
+        if places:
+            some = ", ".join(f"{planned.rows[row].path} at {start:.2f} s" for row, start in places[:3])
+            lines.append(f"left out: {len(places)} {words}, such as {some}")
+    bars = [planned.rows[row].path for row, found in surveys.items() if found.bars]
+    if bars and recipe.rules.bars == "keep":
+        lines.append(f"{len(bars)} videos have black bars, such as {bars[0]}; bars=crop or bars=drop")
+    measured = [m for found in surveys.values() for _, m in found.taken if m is not None]
+    measured += [p.measures for found in surveys.values() for p in found.left if p.measures is not None]
+    for key, steps in _STEPS.items():
+        name = key.partition("_")[2]
+        values = sorted(getattr(measures, name) for measures in measured)
+        if values:
+            low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.1, 0.5, 0.9))
+            asked = getattr(recipe.rules, key)
+            bounds = sorted({*steps, *([] if asked is None else [asked])})
+            counts = [sum(v < b if key == "min_motion" else v > b for v in values) for b in bounds]
+            told = ", ".join(f"{key}={bound:g} {count}" for bound, count in zip(bounds, counts, strict=True))
+            lines.append(
+                f"{name}: {low:.2f} to {high:.2f} in most of {len(values)} clips, {middle:.2f} in the middle; these "
+                f"bounds leave out: {told}"
+            )
+    return lines
+
+
+def _label(planned: Plan, row: int, found: Survey) -> str:
+    return f"{planned.rows[row].path} at {found.taken[0][0]:.2f} s: {planned.rows[row].caption}"

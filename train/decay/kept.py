@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from radial import BlockLayout, Dense, VideoGrid, attention_over
+from radial import BlockLayout, Dense, HeadLayout, VideoGrid, attention_over
 from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
 from train.decay.capture import Attended
@@ -30,7 +30,7 @@ def dense_attention(grid: VideoGrid) -> StepAttention:
     return AttentionRecipe(Dense()).step(grid, dense=False)
 
 
-def output_errors(attended: Attended, layout: BlockLayout) -> Tensor:
+def output_errors(attended: Attended, layout: BlockLayout | HeadLayout) -> Tensor:
     """(heads,) the norm of what a pattern changes in each head's output, over the norm of the dense output.
 
     Of the video's tokens, from the same q, k and v.

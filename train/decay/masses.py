@@ -19,14 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radial import BlockLayout
+from radial import BlockLayout, HeadLayout
 from train.decay.bins import Geometry, QueryRows
 
 _AT_ONCE = 1 << 26  # probabilities in memory at a time
 
 
 def layer_masses(
-    q: Tensor, k: Tensor, geometry: Geometry, rows: QueryRows, layouts: Sequence[BlockLayout], text_tokens: int = 0
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    rows: QueryRows,
+    layouts: Sequence[BlockLayout | HeadLayout],
+    text_tokens: int = 0,
 ) -> dict[str, Tensor]:
     """What the attention of one layer's heads does, in one clip.
 
@@ -75,7 +80,7 @@ def layer_masses(
         "kept": torch.zeros(len(layouts), many, heads, **at),
         "text_rows": torch.zeros(heads, frames + 1, **at),
     }
-    masks = [_mask(layout, q.device, work) for layout in layouts]
+    masks = [layout.mask().to(q.device) for layout in layouts]
     step = max(1, _AT_ONCE // (len(rows.tile) * keys))
     for start in range(0, heads, step):
         own = slice(start, start + step)
@@ -96,13 +101,8 @@ def layer_masses(
             found["mass"][own, frames - frame : 2 * frames - 1 - frame] += tiled[:, 1:]
             found["sink"][own, frame] = tiled[:, 0]
             found["text_keys"][own] += text_HR @ average.T / frames
-            blocks = {size: _in_blocks(p, size) for size in {layout.block for layout in layouts}}
             for number, (layout, mask) in enumerate(zip(layouts, masks, strict=True)):
-                in_blocks, position = blocks[layout.block], index
-                orders = layout.orders(q.device)
-                if orders is not None:  # its blocks are of tokens in an order of its own
-                    in_blocks, position = _in_blocks(p[..., orders[0][:keys]], layout.block), orders[1][index]
-                kept = torch.einsum("hrt,rt->hr", in_blocks, mask[position // layout.block, : in_blocks.shape[2]])
+                kept = _kept(p, index, layout, mask[own] if layout.by_head else mask)
                 found["kept"][number, :, own] += (kept @ share).T / frames
             if frame:
                 weights = share / (frames - 1)
@@ -119,14 +119,19 @@ def layer_masses(
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
-def _mask(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(blocks, blocks) 1 where a block is kept; made once for all layers."""
-    return layout.derived(("mask", device, dtype), lambda: layout.mask().to(device, dtype))
+def _kept(p: Tensor, index: Tensor, layout: BlockLayout | HeadLayout, mask: Tensor) -> Tensor:
+    """(H, rows) the mass of (H, rows, keys) probabilities on the blocks that a layout keeps.
 
-
-def _in_blocks(p: Tensor, block: int) -> Tensor:
-    """(H, rows, keys) -> (H, rows, blocks) sums over blocks of keys, of which the last may be smaller."""
-    return F.pad(p, (0, -p.shape[2] % block)).unflatten(2, (-1, block)).sum(-1)
+    Args:
+        index: (rows,) the query tokens.
+        mask: the layout's, (blocks, blocks), or with a head's masks before them.
+    """
+    orders = layout.orders(p.device)
+    if orders is not None:  # blocks are of tokens in the pattern's own order
+        order, inverse = orders
+        p, index = F.pad(p, (0, layout.grid.tokens - p.shape[2]))[..., order], inverse[index]
+    in_blocks = F.pad(p, (0, -p.shape[2] % layout.block)).unflatten(2, (-1, layout.block)).sum(-1)
+    return (in_blocks * mask[..., index // layout.block, : in_blocks.shape[2]]).sum(-1)
 
 
 def _pairs(frames: int) -> Tensor:

@@ -132,7 +132,8 @@ def _measure(
 ) -> dict[str, Tensor]:
     geometry = Geometry(grid, job.tiling)
     rows = QueryRows.draw(geometry, job.rows, job.config.seed, clip.key, sigma)
-    layouts = [attention_of(candidate, grid).pattern_layout for candidate in job.candidates]
+    count, heads, _ = adapter.attention_shape
+    attentions = [attention_of(candidate, grid) for candidate in job.candidates]
     device = next(adapter.transformer.parameters()).device
     batch = collate([clip], 0).to(device)
     conditions = Conditions.of(batch, job.config.objective.guidance).first_frames(job.frames)
@@ -142,6 +143,7 @@ def _measure(
     found: dict[str, Tensor] = {}
 
     def see(layer: int, attended: Attended) -> None:
+        layouts = [attention.own_layout(layer, count, heads) for attention in attentions]
         sums = layer_masses(attended.q, attended.k, geometry, rows, layouts, attended.text_tokens)
         sums["error"] = torch.stack([output_errors(attended, layout) for layout in layouts])
         found.update({f"{layer}/{name}": tensor.float().contiguous() for name, tensor in sums.items()})

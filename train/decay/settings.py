@@ -103,7 +103,8 @@ class Job:
         """
         if "conf" not in rest and "model" in rest and not rest["model"].startswith("shapes"):
             rest["conf"] = "wan_4x"  # of which the model is replaced, and attention has blocks of 128
-        config = finish(compose_run(rest))
+        # with the first option already, since attention.per_head and the like are not every pattern's
+        config = finish(compose_run({**rest, "attention": given.attention.split(",")[0]}))
         sigmas = _numbers("sigmas", given.sigmas, float, "noise levels between 0 and 1", lambda x: 0 < x < 1)
         layers = None
         if given.layers != "all":
@@ -158,11 +159,6 @@ def _candidates(settings: dict[str, str], options: str, decays: Sequence[float])
     for option in options.split(","):
         config = finish(compose_run({**settings, "attention": option}))
         recipe = replace(AttentionRecipe.of(config), dense_layers=0)
-        if recipe.pattern.by_head:
-            raise UserError(
-                f"attention has {option}, whose masks differ by head; one mask for all heads is held against dense "
-                "attention here: leave it out"
-            )
         if isinstance(recipe.pattern, Released):
             for decay in decays:
                 pattern = replace(recipe.pattern, decay=decay)

@@ -6,8 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from radial import Dense, Released, SlidingTile, Temporal, VideoGrid, build_layout
+from radial import (
+    Dense,
+    Released,
+    SlidingTile,
+    Temporal,
+    VideoGrid,
+    attention_over,
+    build_head_layouts,
+    build_layout,
+    make_pattern,
+)
 from tests.helpers.oracles import token_mask
 from train.decay.bins import Geometry, QueryRows, Tiling
 from train.decay.fits import standard_error
@@ -118,6 +129,30 @@ def test_all_rows_give_what_a_dense_softmax_gives(frames, height, width, text, t
         assert found[name].shape == tensor.shape, name
         assert torch.allclose(found[name], tensor, atol=1e-12), name
     assert torch.allclose(found["joint"].sum((0, 2, 3)) + found["first"][0] + found["text"][0], torch.ones(()).double())
+
+
+def test_what_is_kept_follows_the_order_of_tokens_and_each_heads_mask(monkeypatch):
+    """Against outputs of one-hot values, which are positive where attention is computed."""
+    grid = VideoGrid(5, 6, 7, 9)
+    geometry, text = Geometry(grid, Tiling(1, 16, strip=True)), 4
+    q, k = random_qk(grid, heads=3)
+    layouts = [
+        build_layout(make_pattern("temporal"), grid, 16),
+        build_layout(make_pattern("sliding_tile"), grid, 16),
+        build_head_layouts(make_pattern("random", per_head=True), grid, 16, layers=2, heads=3).layer(1),
+    ]
+    assert layouts[0].orders(q.device) is not None and layouts[1].orders(q.device) is not None
+    monkeypatch.setattr("train.decay.masses._AT_ONCE", 1)  # heads one by one
+    found = layer_masses(q, k, geometry, QueryRows.draw(geometry, ALL, 0), layouts, text)["kept"]
+    p = (torch.einsum("qhd,khd->hqk", q, k[: grid.video_tokens + text]) * q.shape[2] ** -0.5).softmax(-1)
+    wide = [F.pad(x, (0, grid.tokens - x.shape[2]))[None] for x in (q, k)]
+    values = torch.eye(grid.tokens).double()[None, :, None].expand(-1, -1, 3, -1)
+    for number, layout in enumerate(layouts):
+        out = attention_over(*wide, values, layout, text_lengths=torch.tensor([text]), scale=q.shape[2] ** -0.5)[0]
+        seen = out.transpose(0, 1)[:, : grid.video_tokens, : p.shape[2]] > 0
+        assert torch.allclose(found[number, 0], (p[:, : grid.video_tokens] * seen).sum(-1).mean(-1), atol=1e-9)
+        assert (found[number, 0] < 0.999).all()
+    assert len(set(found[2, 0].tolist())) == 3
 
 
 def test_chunks_of_heads_change_nothing(monkeypatch):

@@ -10,7 +10,7 @@ of all layers, and the layer goes in as a tensor: a number would be a constant o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,19 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from radial.backends.base import AttentionCall, Layout
 from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import layout_of
+
+
+class Kept(NamedTuple):
+    """What a backward needs beside the gradient of the output: the forward's arguments and what it returned."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    layout: Layout
+    text_lengths: Tensor | None
+    scale: float
 
 
 class KernelBackend(ABC):
@@ -44,36 +57,14 @@ class KernelBackend(ABC):
         Arguments as in `radial.backends.base.Backend`, with a `BlockLayout` on the device of q.
         """
 
-    def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: Layout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
         """Contiguous gradients of q, k and v, from the gradient of the output and what `forward` returned."""
         raise NotImplementedError(f"attention backend {self.name} runs forward only")
 
-    def backward_into(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: Layout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> None:
+    def backward_into(self, grad: Tensor, kept: Kept) -> None:
         """`backward` that overwrites q, k and v by their gradients."""
-        gradients = self.backward(grad, q, k, v, out, lse, layout, text_lengths, scale)
-        for x, gradient in zip((q, k, v), gradients, strict=True):
+        gradients = self.backward(grad, kept)
+        for x, gradient in zip((kept.q, kept.k, kept.v), gradients, strict=True):
             x.copy_(gradient)
 
     def __call__(
@@ -129,7 +120,7 @@ def _attention_backward(
     layer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = _layout(layout, layer, q.device)
-    return _kernels(backend).backward(grad, q, k, v, out, lse, own, text_lengths, scale)
+    return _kernels(backend).backward(grad, Kept(q, k, v, out, lse, own, text_lengths, scale))
 
 
 @torch.library.custom_op("radial::attention_backward_into", mutates_args=("q", "k", "v"))
@@ -147,7 +138,7 @@ def _attention_backward_into(
     layer: Tensor | None = None,
 ) -> None:
     own = _layout(layout, layer, q.device)
-    _kernels(backend).backward_into(grad, q, k, v, out, lse, own, text_lengths, scale)
+    _kernels(backend).backward_into(grad, Kept(q, k, v, out, lse, own, text_lengths, scale))
 
 
 @_attention.register_fake

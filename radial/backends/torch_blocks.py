@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from radial.backends.base import AttentionCall, Layout
-from radial.backends.op import KernelBackend
+from radial.backends.op import Kept, KernelBackend
 from radial.head_layouts import HeadLayout
 
 
@@ -52,18 +52,8 @@ class TorchBlocks(KernelBackend):
             out = _forward(q, k, v, layout, layout.row_offsets, layout.columns, text_lengths, scale)
         return out, q.new_empty(0, dtype=torch.float32)
 
-    def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: Layout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _, layout, text_lengths, scale = kept
         if isinstance(layout, HeadLayout):
             gradients = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
             for heads, offsets, columns in _masks_of(layout, q.device):

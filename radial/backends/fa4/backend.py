@@ -16,7 +16,7 @@ from torch import Tensor
 
 from radial.backends.base import AttentionCall, Layout
 from radial.backends.lists import Lists, block_lists, masked_counts
-from radial.backends.op import KernelBackend
+from radial.backends.op import Kept, KernelBackend
 from radial.head_layouts import HeadLayout
 
 
@@ -52,56 +52,24 @@ class Fa4(KernelBackend):
         lists, valid = _lists(layout, text_lengths, q.device, backward=False)
         return hopper.forward(q, k, v, lists, valid, scale)
 
-    def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: Layout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        _gradients(grad, q, k, v, out, lse, layout, text_lengths, scale, (dq, dk, dv))
+    def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (kept.q, kept.k, kept.v))
+        _gradients(grad, kept, (dq, dk, dv))
         return dq, dk, dv
 
-    def backward_into(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: Layout,
-        text_lengths: Tensor | None,
-        scale: float,
-    ) -> None:
-        own = (_aligned(q), _aligned(k), _aligned(v))
-        _gradients(grad, *own, out, lse, layout, text_lengths, scale, own)
-        for x, gradient in zip((q, k, v), own, strict=True):
+    def backward_into(self, grad: Tensor, kept: Kept) -> None:
+        q, k, v = own = (_aligned(kept.q), _aligned(kept.k), _aligned(kept.v))
+        _gradients(grad, kept._replace(q=q, k=k, v=v), own)
+        for x, gradient in zip((kept.q, kept.k, kept.v), own, strict=True):
             if gradient is not x:
                 x.copy_(gradient)
 
 
-def _gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: Layout,
-    text_lengths: Tensor | None,
-    scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
-) -> None:
+def _gradients(grad: Tensor, kept: Kept, into: tuple[Tensor, Tensor, Tensor]) -> None:
     from radial.backends.fa4 import hopper
 
-    grad, q, k, v = (_aligned(t) for t in (grad, q, k, v))
+    out, lse, layout, text_lengths, scale = kept[3:]
+    grad, q, k, v = (_aligned(t) for t in (grad, kept.q, kept.k, kept.v))
     if layout.is_dense and text_lengths is None:
         hopper.dense_backward(grad, q, k, v, out, lse, scale, into)
     else:

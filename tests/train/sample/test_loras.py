@@ -151,7 +151,7 @@ def test_files_with_commas_in_their_names(wan, tmp_path, capsys):
     (slot,) = slots(settings, model)
     assert slot.files() == [(mine, 0.5), (style, -0.7), (style, 1.0)]
     assert jobs(settings)[0].prompt == "a ball, red"
-    said = generator(wan, lora=f"{mine}:0.5", add=style).loaded
+    said = generator(wan, lora=f"{mine}:0.5", add=style).extension.loaded
     assert f"{style}: alpha / rank is 1, from its alpha tensors" in said
 
 

@@ -88,7 +88,7 @@ def index(
         raise DataError(f"{folder}: holds no *.tar, nothing to make a manifest of{hint}")
     kind = encoder_class(family)
     channels = kind.latent_channels(weights)
-    fps = kind.fps if fps is None else fps
+    fps = kind.facts.fps if fps is None else fps
     check_fps(fps)
     encoder = fingerprint(family, weights)
     prompt = empty_prompt_of(folder, family, encoder, weights, device)

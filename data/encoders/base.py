@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encoders.decoding import decode_frames
+from data.encoders.facts import Facts
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part, read_config
 from data.errors import DataError
@@ -46,20 +47,14 @@ class Encoder(ABC):
 
     Class attributes:
         family: the name in `data.encoders.FAMILIES`.
-        fps: pace of the family's clips.
-        lengths: frames of a clip at 1x, 2x and 4x of the native length, those of the published recipe.
-        size: (height, width) of a clip unless told otherwise.
-        strides: (time, space), pixels of a latent cell; a clip has 1 + n * time frames.
+        facts: of the family's model: pace, lengths, size, strides; a clip has 1 + n * time stride frames.
         parts: kind (vae, text) -> subfolders of the diffusers folder that make it up.
         latent_is: what the latents are, in words, for the manifest.
         text_is: what the text tensors are, in words, for the manifest.
     """
 
     family: ClassVar[str]
-    fps: ClassVar[float]
-    lengths: ClassVar[dict[str, int]]
-    size: ClassVar[tuple[int, int]]
-    strides: ClassVar[tuple[int, int]]
+    facts: ClassVar[Facts]
     parts: ClassVar[dict[str, tuple[str, ...]]]
     image_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The same for image-to-video, where the folder has them."""
@@ -75,8 +70,8 @@ class Encoder(ABC):
 
     @classmethod
     def size_of(cls, folder: Path | None) -> tuple[int, int]:
-        """(height, width) of a clip for the model in a diffusers folder, unless told otherwise."""
-        return cls.size
+        """(height, width) of a clip for the model in a diffusers folder, where none is given."""
+        return cls.facts.size
 
     @classmethod
     def latent_channels(cls, folder: Path | None) -> int:
@@ -101,9 +96,6 @@ class Encoder(ABC):
         names["ids"] = ids_of([open_tokenizer(folder / part) for part in tokenizers])
         names |= fingerprint_of(folder, image if image_to_video else {})
         return f"{cls.family}:{'+'.join(f'{kind}-{digest}' for kind, digest in names.items())}"
-
-    patch: ClassVar[int] = 2
-    """Latent cells of a token, in height and width."""
 
     @abstractmethod
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -140,11 +132,11 @@ class Encoder(ABC):
     @classmethod
     def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
         """Raise a DataError that names the nearest fit unless clips of this length and these sizes can be encoded."""
-        time, space = cls.strides
+        time, space = cls.facts.strides
         if frames < 1 or (frames - 1) % time:
             below = max(0, (frames - 1) // time) * time + 1
             raise DataError(f"frames is {frames}, expected 1 + a multiple of {time}, such as {below} or {below + time}")
-        step = space * cls.patch
+        step = space * cls.facts.patch
         for height, width in sizes:
             if min(height, width) < step or height % step or width % step:
                 near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))
@@ -153,8 +145,8 @@ class Encoder(ABC):
     @classmethod
     def check_vae(cls, folder: Path, found: tuple[int, int], hint: str) -> None:
         """Raise a DataError that ends in `hint` unless the strides of the VAE in `folder` are the family's."""
-        if found != cls.strides:
-            there, here = (f"{time}x{space}x{space}" for time, space in (found, cls.strides))
+        if found != cls.facts.strides:
+            there, here = (f"{time}x{space}x{space}" for time, space in (found, cls.facts.strides))
             raise DataError(f"{folder}: a cell of its latents is {there} pixels, model={cls.family} has {here}; {hint}")
 
 

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, LlamaModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
 from data.encoders.decoding import normalized
+from data.encoders.facts import facts_of
 from data.encoders.tokens import check_prefix
 from data.encoders.weights import load_part
 from data.shards.sample import Prompt, TextTokens
@@ -28,7 +29,7 @@ from data.shards.sample import Prompt, TextTokens
 _TEMPLATE: Any = DEFAULT_PROMPT_TEMPLATE
 TEMPLATE: str = _TEMPLATE["template"]
 CROPPED: int = _TEMPLATE["crop_start"]
-LLAMA_TOKENS, CLIP_TOKENS = 256, 77
+LLAMA_TOKENS, CLIP_TOKENS = facts_of("hunyuan").text_tokens, 77
 TILES = {"tile_sample_min_num_frames": 64, "tile_sample_stride_num_frames": 48}
 
 
@@ -36,10 +37,7 @@ class HunyuanEncoder(Encoder):
     """Encoder of HunyuanVideo; `text.text` is LLaMA's, `pooled.clip` is CLIP's pooled output."""
 
     family = "hunyuan"
-    fps = 24.0
-    lengths = {"1x": 129, "2x": 253, "4x": 509}  # noqa: RUF012
-    size = (720, 1280)
-    strides = (4, 8)
+    facts = facts_of("hunyuan")
     decodes_tiled = True
     parts = {  # noqa: RUF012
         "vae": ("vae",),

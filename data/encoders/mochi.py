@@ -23,6 +23,7 @@ from transformers import T5EncoderModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
 from data.encoders.decoding import normalized
+from data.encoders.facts import facts_of
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.shards.sample import Prompt, TextTokens
@@ -30,7 +31,7 @@ from data.shards.sample import Prompt, TextTokens
 # diffusers cuts a layer's input of more numbers than this in time. That is exact in layers of stride 1; in those of
 # stride 2 the frames behind a cut may be shifted by one.
 UNCUT = 1 << 30
-TEXT_TOKENS = 256
+TEXT_TOKENS = facts_of("mochi").text_tokens
 DECODED = 2  # latent frames at a time
 CHANNELS = 128  # of the largest input of a layer with a stride in time, which has half the tile's height and width
 
@@ -52,13 +53,10 @@ class MochiEncoder(Encoder):
     """Encoder of Mochi-1; the empty prompt is one masked token where model_index.json says that it is zeroed."""
 
     family = "mochi"
-    fps = 30.0
-    lengths = {"1x": 163, "2x": 331, "4x": 667}  # noqa: RUF012
-    size = (480, 848)
+    facts = facts_of("mochi")
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLMochi in blended tiles, (x - latents_mean) / latents_std * scaling_factor"
     text_is = "text: T5 last hidden state, up to 256 tokens, without padding"
-    strides = (6, 8)
     decodes_tiled = True
 
     def __init__(self, settings: EncoderSettings) -> None:

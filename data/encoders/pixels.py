@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.encoders.base import Encoder, EncoderSettings, stored, to_video
 from data.encoders.decoding import to_frames
+from data.encoders.facts import facts_of
 from data.errors import DataError
 from data.shards.sample import Prompt
 from data.text import TinyTextEncoder
@@ -22,13 +23,10 @@ class PixelEncoder(Encoder):
     """Latents are the pixels themselves, (3, F, H, W) in [-1, 1]."""
 
     family = "pixels"
-    fps = 16.0
-    lengths = {"1x": 16, "2x": 32, "4x": 64}  # noqa: RUF012
-    size = (32, 64)
+    facts = facts_of("shapes")
     parts = {}  # noqa: RUF012
     latent_is = "RGB pixels in [-1, 1]"
     text_is = "text: one random vector a word plus its position (data.text)"
-    strides = (1, 1)
 
     def __init__(self, settings: EncoderSettings) -> None:
         self._text = TinyTextEncoder()

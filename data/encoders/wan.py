@@ -23,11 +23,12 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, stored, to_video
 from data.encoders.decoding import normalized
+from data.encoders.facts import facts_of
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.shards.sample import Prompt, TextTokens
 
-TEXT_TOKENS = 512
+TEXT_TOKENS = facts_of("wan_14b").text_tokens
 HEADS_OF_1_3B = 12
 
 
@@ -40,10 +41,7 @@ class WanEncoder(Encoder):
     """
 
     family = "wan"
-    fps = 16.0
-    lengths = {"1x": 81, "2x": 161, "4x": 321}  # noqa: RUF012
-    size = (720, 1280)
-    strides = (4, 8)
+    facts = facts_of("wan_14b")
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     image_parts = {"image": ("image_encoder", "image_processor")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
@@ -55,7 +53,7 @@ class WanEncoder(Encoder):
         self.device = settings.device
         self.vae = load_part(AutoencoderKLWan, folder / "vae", self.device, settings.vae_dtype)
         found = (self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial)
-        fits = [kind.family for kind in (WanEncoder, Wan5BEncoder) if kind.strides == found]
+        fits = [kind.family for kind in (WanEncoder, Wan5BEncoder) if kind.facts.strides == found]
         self.check_vae(folder / "vae", found, f"choose model={fits[0]}" if fits else "it is none of Wan's")
         text_encoder = load_text(UMT5EncoderModel, settings, "text_encoder")
         tokenizer = load_tokenizer(settings, "tokenizer")
@@ -77,9 +75,9 @@ class WanEncoder(Encoder):
         """720p, and 480p of the 1.3B, which is made for that; a folder without a transformer may be of either."""
         file = folder / "transformer" / "config.json" if folder is not None else None
         if file is None or not file.is_file():
-            return cls.size
+            return cls.facts.size
         heads = json.loads(file.read_text(encoding="utf-8")).get("num_attention_heads")
-        return (480, 832) if heads == HEADS_OF_1_3B else cls.size
+        return facts_of("wan_1.3b").size if heads == HEADS_OF_1_3B else cls.facts.size
 
     @classmethod
     def check_image_to_video(cls) -> None:
@@ -127,10 +125,7 @@ class Wan5BEncoder(WanEncoder):
     """
 
     family = "wan22_5b"
-    fps = 24.0
-    lengths = {"1x": 121, "2x": 241, "4x": 481}  # noqa: RUF012
-    size = (704, 1280)
-    strides = (4, 16)
+    facts = facts_of("wan22_5b")
 
     @classmethod
     def check_image_to_video(cls) -> None:

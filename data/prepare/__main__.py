@@ -93,7 +93,7 @@ def run(given: Arguments) -> int:
         out=given.out,
         family=given.model,
         weights=given.weights,
-        fps=given.fps or family.fps,
+        fps=given.fps or family.facts.fps,
         frames=_frames(given.frames, family),
         sizes=[family.size_of(given.weights)] if given.size is None else _sizes(given.size),
         clips=given.clips,
@@ -129,10 +129,10 @@ def run(given: Arguments) -> int:
 
 
 def _frames(text: str, family: type[Encoder]) -> int:
-    if text in family.lengths:
-        return family.lengths[text]
+    if text in family.facts.lengths:
+        return family.facts.lengths[text]
     if not text.isdecimal():
-        raise DataError(f"frames is {text!r}, expected a number or one of {', '.join(family.lengths)}")
+        raise DataError(f"frames is {text!r}, expected a number or one of {', '.join(family.facts.lengths)}")
     return int(text)
 
 

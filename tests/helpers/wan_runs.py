@@ -30,7 +30,7 @@ def make_shards(out: Path, folder: Path, variant: str, image: bool) -> Path:
     encoder = load_encoder(family, settings)
     writer = ShardWriter(
         out,
-        fps=encoder.fps,
+        fps=encoder.facts.fps,
         encoder=type(encoder).fingerprint(folder),
         latent=encoder.latent_is,
         text=encoder.text_is,

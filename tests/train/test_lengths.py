@@ -4,12 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from data.encoders import encoder_class
 from train.config.check import validate
 from train.config.compose import compose_run, finish, group_options
 from train.config.schema import ClipConfig
 from train.errors import UserError
-from train.models.families import family_of
 
 PUBLIC = [name for name in group_options()["model"] if not name.startswith("shapes")]
 
@@ -18,9 +16,8 @@ PUBLIC = [name for name in group_options()["model"] if not name.startswith("shap
 def test_native_2x_and_4x_fit_the_vae_and_other_lengths_do_not(name):
     any_clip = {"clip.frames": "1", "clip.height": "480", "clip.width": "832"}
     config = finish(compose_run({"conf": "wan_2x", "model": name, **any_clip}))
-    encoder, model = encoder_class(family_of(config.model).encoder), config.model
-    assert encoder.lengths["1x"] == model.native_frames
-    height, width = encoder.size
+    model = config.model
+    (height, width), lengths = model.native_size, {"1x": model.native_frames, **model.longer}
 
     def grid(frames):
         clip = replace(config, clip=ClipConfig(frames, height, width))
@@ -28,8 +25,8 @@ def test_native_2x_and_4x_fit_the_vae_and_other_lengths_do_not(name):
         return clip.grid()
 
     stride = model.vae[0]
-    for times, frames in encoder.lengths.items():
+    for times, frames in lengths.items():
         assert grid(frames).frames * model.patch[0] == (frames - 1) // stride + 1
-        assert grid(frames).frames / grid(encoder.lengths["1x"]).frames == pytest.approx(float(times[:-1]), rel=0.05)
+        assert grid(frames).frames / grid(lengths["1x"]).frames == pytest.approx(float(times[:-1]), rel=0.05)
         with pytest.raises(UserError, match=rf"clip.frames is {frames + 1}, .* use {frames} or {frames + stride}$"):
             grid(frames + 1)

@@ -160,7 +160,7 @@ class PromptClips(StepCallback):
         """Decodes a latent and writes it, or warns why there is no room for it."""
         encoder = self._decoder()
         try:
-            with video_file(file, encoder.fps) as video:
+            with video_file(file, encoder.facts.fps) as video:
                 if not hasattr(encoder, "vae"):
                     video.add(encoder.decode(latent.float().cpu()))
                     return

@@ -8,6 +8,7 @@ quoting rules: a value is read by the type of its key, so that a prompt may hold
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,15 +70,15 @@ def compose_run(settings: dict[str, str]) -> DictConfig:
     return config
 
 
-def run_file(run: str) -> dict[str, Any]:
-    """What ``conf/<run>.yaml`` says itself, without its groups; empty where this version has no such run."""
-    file = CONF / f"{run}.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+@cache
+def composed_default(run: str, key: str) -> Any:
+    """What a run file and its groups have for a key; None where this version has no such run."""
+    return OmegaConf.select(compose_run({"conf": run}), key) if run in run_names() else None
 
 
 def _override(run: str, group: str, option: str) -> str:
     """Hydra's override; a group that the run file leaves at the schema's defaults is added with ``+``."""
-    defaults = run_file(run).get("defaults", [])
+    defaults = yaml.safe_load((CONF / f"{run}.yaml").read_text(encoding="utf-8")).get("defaults", [])
     listed = any(isinstance(entry, dict) and group in entry for entry in defaults)
     return f"{'' if listed else '+'}{group}={option}"
 

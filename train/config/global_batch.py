@@ -36,14 +36,14 @@ def clips_a_step(config: RunConfig) -> float:
 
 def clips_in_words(config: RunConfig) -> str:
     """Such as ``8 a step: 1 x 8 GPUs / 4 a clip, 4 micro-batches``, with the run file's number where it differs."""
-    from train.config.compose import run_file  # which needs the number of clips itself
+    from train.config.compose import composed_default  # which needs the number of clips itself
 
     count, times = clips_a_step(config), micro_batches(config)
     world, sequence = config.trainer.nodes * config.trainer.devices, config.parallel.sequence
     text = f"{count:g} a step: {config.data.batch_size} x {world} process{'es' if world > 1 else ''}"
     text += f" / {sequence} a clip" if sequence > 1 else ""
     text += f", {times} micro-batch{'es' if times > 1 else ''}"
-    own = run_file(config.conf).get("optim", {}).get("global_batch")
+    own = composed_default(config.conf, "optim.global_batch")
     if own not in (None, count):
         text += f"; conf/{config.conf}.yaml has {own} a step"
     return text

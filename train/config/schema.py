@@ -60,6 +60,8 @@ class ModelConfig:
     text_tokens: int = key("every prompt is padded to so many", MISSING, unit="tokens", must=at_least(1))
     native_frames: int | None = key("length of the clips that the model was made for", None, unit="frames of the video",
                                     must=at_least(1))  # fmt: skip
+    longer: dict[str, int] = key("lengths at 2x and 4x of the native one, those of the published recipes", {})
+    fps: float | None = key("pace of its clips", None, unit="frames a second")
     rope: str = key("temporal positions past that length; the group rope sets it", "default", ROPE_KINDS)
     boundary: float | None = key("of two experts: the noise level from which on the first one runs", None,
                                  must=_BETWEEN)  # fmt: skip

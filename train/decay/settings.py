@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from data.encoders import encoder_class
 from radial import Released
 from radial.cli.reader import read_some
 from radial.cli.settings import Bound, at_least, setting
@@ -17,7 +16,6 @@ from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.decay.bins import Tiling
 from train.errors import UserError
-from train.models.loading import encoder_of
 
 T = TypeVar("T", int, float)
 _ERROR = Bound("a number between 0 and 1, such as 0.1", lambda value: 0 < value < 1)
@@ -148,7 +146,9 @@ def _latent_frames(config: RunConfig, length: str) -> int:
             raise UserError("frames is native, and the model has no native length (model.native_frames): give a number")
         return (config.model.native_frames - 1) // step + 1
     if length in LONGER:
-        return (encoder_class(encoder_of(config.model)[0]).lengths[length] - 1) // step + 1
+        if length not in config.model.longer:
+            raise UserError(f"frames is {length}, and the model has no such length (model.longer): give a number")
+        return (config.model.longer[length] - 1) // step + 1
     if not length.isdigit() or int(length) < 3:
         raise UserError(f"frames is {length!r}, expected native, {', '.join(LONGER)}, or 3 latent frames or more")
     return int(length)

@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.encoders import encoder_class
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from radial import PATTERNS, RadialError, VideoGrid, make_pattern
@@ -142,15 +141,14 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     from train.models.families import family_of  # takes seconds to import
 
     family = family_of(model)
-    native = encoder_class(family.encoder)
-    size = model.native_size or native.size
+    size: list[Any] = list(model.native_size or (None, None))
     guidance = (model.guidance or []) if settings.guidance is None else []  # what is given is for both experts
     fallback: dict[str, Any] = {
         "out": Path("clip.mp4" if settings.prompts is None else "clips"),
-        "frames": model.native_frames or native.lengths["1x"],
+        "frames": model.native_frames,
         "height": size[0],
         "width": size[1],
-        "fps": native.fps,
+        "fps": model.fps,
         "steps": model.steps,
         "guidance": guidance[0] if guidance else None,
         "guidance_2": guidance[1] if len(guidance) == 2 else None,
@@ -163,6 +161,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "rope": model.rope,
         "tiled": family.decodes_tiled,
     }
+    for name in ("frames", "height", "width", "fps"):
+        if (getattr(settings, name) or told.get(name) or fallback[name]) is None:
+            raise UserError(f"{name} is not set, and neither the LoRA nor the model has one: set it")
     if settings.shift is None:
         height, width = (getattr(settings, n) or told.get(n) or fallback[n] for n in ("height", "width"))
         told |= levels.at_size(loras.told(found, levels.TRAINED, model), height, width, model)

@@ -42,7 +42,7 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
         "prepare", "rebuild", "check", "bench",
     ),
     "train": (
-        "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "recipe", "planning",
+        "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",
         "storage", "loggers", "shards", "objective", "optimizer", "preflight", "module", "evaluation", "export",
         "sample", "report", "decay", "callbacks", "bench", "assemble", "run", "sweep", "__main__",
     ),

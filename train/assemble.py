@@ -29,6 +29,7 @@ from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.validation import Validation, lengths_of, validation_levels
 from train.callbacks.watchdog import Watchdog
+from train.clip_recipe import Recipes
 from train.config.global_batch import clips_in_words, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -45,7 +46,6 @@ from train.optimizer import Optimization
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import trainer_plan
 from train.planning import chosen_policies, resolve_precision
-from train.recipe import Recipes
 from train.report.held_out import draw_mask
 from train.shards import validation_shards
 from train.storage.checkpoints import FolderCheckpointIO, Place

@@ -73,7 +73,7 @@ class SigmaSchedule:
 
 @dataclass(frozen=True)
 class StepDraw:
-    """What the step's own RNG decides: one side for the whole world, then a noise level for each sample."""
+    """The random draw of one step: dense or sparse attention, the same on all ranks, then each sample's noise level."""
 
     dense: bool
     low: float

@@ -15,15 +15,15 @@ from data.shards.stream import LatentStream
 from radial import Pattern
 from train.attention.sequence import SequenceGroup
 from train.attention.step import StepAttention
+from train.clip_recipe import Recipes
 from train.errors import UserError
 from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
-from train.memory.policies import BlockPolicies, check_agreement
+from train.memory.block_policies import BlockPolicies, check_agreement
 from train.models.base import ModelAdapter
 from train.objective import Objective
 from train.optimizer import Optimization
 from train.parallel.zero import whole_parameter
-from train.recipe import Recipes
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def train(config: RunConfig, folder: RunFolder, *, extra_callbacks: Sequence[Cal
 
 @contextmanager
 def _room(folder: Path) -> Iterator[None]:
-    """A full disk in words, wherever it is met beside the checkpoints and the logs, which bear it."""
+    """Turns the error of a full disk into a readable message; checkpoints and logs handle theirs themselves."""
     try:
         yield
     except (OSError, SafetensorError) as error:

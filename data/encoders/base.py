@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.encoders.decoding import decode_frames
-from data.encoders.facts import Facts
+from data.encoders.model_facts import Facts
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part, read_config
 from data.errors import DataError

@@ -23,7 +23,7 @@ from transformers import T5EncoderModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
 from data.encoders.decoding import normalized
-from data.encoders.facts import facts_of
+from data.encoders.model_facts import facts_of
 from data.encoders.weights import load_part
 from data.errors import DataError
 from data.shards.sample import Prompt, TextTokens

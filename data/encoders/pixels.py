@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.encoders.base import Encoder, EncoderSettings, stored, to_video
 from data.encoders.decoding import to_frames
-from data.encoders.facts import facts_of
+from data.encoders.model_facts import facts_of
 from data.errors import DataError
 from data.shards.sample import Prompt
 from data.text import TinyTextEncoder

@@ -1,6 +1,6 @@
 """Streaming: from shards to batches in the exact order of a `BatchOrder`, as a `webdataset` pipeline.
 
-    exact-order reader (`data.shards.ordered`)  →  the user's stages (`data.shards.stages`)  →  batches
+    exact-order reader (`data.shards.ordered_samples`)  →  the user's stages (`data.shards.stages`)  →  batches
 
 The reader is a source like any other of a `wds.DataPipeline`, so that stages are those that webdataset knows. Each
 stage turns one sample into one, so that the number of steps consumed is where training stands, whatever the stages do:
@@ -32,7 +32,7 @@ from data.io.retry import give_up_on
 from data.shards.batch import Batch, collate
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
-from data.shards.ordered import OrderedSamples
+from data.shards.ordered_samples import OrderedSamples
 from data.shards.reader import SampleReader
 from data.shards.sample import Sample
 from data.shards.stages import Stage

@@ -24,7 +24,7 @@ from train.evaluation.losses import clip_losses
 from train.flow import SigmaSchedule, flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
-from train.memory.policies import BlockPolicies, check_agreement
+from train.memory.block_policies import BlockPolicies, check_agreement
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
 

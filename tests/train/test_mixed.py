@@ -15,12 +15,12 @@ from data.synth.clips import synthesize
 from tests.helpers.faults import losses
 from tests.helpers.tiny import run_config
 from train.assemble import build_module
+from train.clip_recipe import clip_recipe
 from train.config.schema import ClipConfig
 from train.errors import UserError
 from train.flow import StepDraw
 from train.models.loading import load_adapter
 from train.preflight import preflight
-from train.recipe import clip_recipe
 from train.run import resume, train
 from train.storage.run_folder import RunFolder
 

@@ -16,7 +16,7 @@ from radial.cli.command import Command
 from radial.cli.settings import setting
 from train.bench.steps import case_of, config_of
 from train.errors import UserError
-from train.memory.policies import BlockPolicies
+from train.memory.block_policies import BlockPolicies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine

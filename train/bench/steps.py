@@ -33,8 +33,8 @@ from train.errors import UserError
 from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
+from train.memory.block_policies import BlockPolicies
 from train.memory.fp8 import use_fp8
-from train.memory.policies import BlockPolicies
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import chosen_policies, cpu_memory, resolve_precision
@@ -229,7 +229,10 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         optimizer.zero_grad()
         if not torch.isfinite(loss + norm) or norm == 0:
-            raise UserError(f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: no speed to tell")
+            raise UserError(
+                f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: not finite or zero, so no speed "
+                "is reported"
+            )
         return loss.item()
 
     first = _timed(step)

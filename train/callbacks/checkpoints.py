@@ -24,8 +24,8 @@ BEST = "best.json"
 class StepCheckpoints(StepCallback):
     """Saves ``checkpoints/step-<n>`` every ``every`` optimizer steps, when ``minutes`` have passed, and at the end.
 
-    The newest ``keep`` stay, and the best: that with the least validation loss of those saved at a step with one. One
-    that cannot be written is named, and training goes on; only when the run ends with it is that an error.
+    The newest ``keep`` stay, and the best: that with the least validation loss of those saved at a step with one. A
+    checkpoint that cannot be written gives a warning, and training goes on; only for the run's last one it is an error.
 
     Raises:
         UserError: the last checkpoint of the run could not be written, or the ranks go on from different ones.

@@ -30,7 +30,7 @@ from train.config.schema import RunConfig
 from train.errors import Asked, UserError
 from train.evaluation.euler import generate
 from train.flow import noise_like
-from train.loggers.csv_file import Forgiving
+from train.loggers.forgiving import Forgiving
 from train.models.families import family_of
 from train.models.loading import encoder_of
 from train.module import LengthExtensionModule

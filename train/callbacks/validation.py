@@ -28,13 +28,13 @@ from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
+from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
 from train.flow import flow_loss, noise_like, noised
 from train.models.conditions import Conditions
 from train.models.loading import sigma_range
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
-from train.recipe import clip_recipe
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

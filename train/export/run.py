@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data.io.files import beside
 from train import __version__
+from train.clip_recipe import clip_recipe
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -38,7 +39,6 @@ from train.lora.header import to_header
 from train.lora.reading import Lora, Pairs, read_lora
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
-from train.recipe import clip_recipe
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radial import Released, build_layout
+from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
 from train.models.families import family_of
-from train.recipe import clip_recipe
 
 
 @dataclass(frozen=True)

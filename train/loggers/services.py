@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from train.config.schema import RunConfig
 from train.errors import EXIT_CODES
-from train.loggers.csv_file import Forgiving, MetricsCsv
+from train.loggers.csv_file import MetricsCsv
 from train.loggers.environment import environment
+from train.loggers.forgiving import Forgiving
 from train.planning import Budget, plan_table
 from train.storage.run_folder import CONFIG, PLAN
 from train.storage.stored_plan import store_plan, stored_plan

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from train.config.schema import ParallelConfig
-from train.memory.activations import block_runner, call_block, chunk_tokens, mixed_runner
+from train.memory.block_policies import BlockPolicies, configured
+from train.memory.block_runners import block_runner, call_block, chunk_tokens, mixed_runner
 from train.memory.compiler import compile_blocks
 from train.memory.offload import Offload
-from train.memory.policies import BlockPolicies, configured
 from train.models.base import ModelAdapter
 from train.parallel.zero import call_gathered, forward_alone, gather_whole
 

@@ -53,7 +53,7 @@ class LayoutAttention:
 class ModelAdapter(PipelineTraits, ABC):
     """A frozen diffusers transformer with our attention on each self-attention (or joint attention).
 
-    A new family is one file in this folder with a subclass, and a YAML in conf/model. Whatever a family's own
+    A new family is one file in train/models/families with a subclass, and a YAML in conf/model. Whatever a family's own
     convention is, an adapter takes noise levels sigma in (0, 1), 1 being pure noise, and gives the velocity eps - x0.
     """
 

@@ -1,4 +1,4 @@
-"""A process group for words among the ranks, beside the one for tensors: over gloo, on the CPU, whatever trains."""
+"""A gloo process group on the CPU for small messages between ranks, separate from the group that moves tensors."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from functools import cached_property
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.memory.policies import BlockPolicies, configured
+from train.memory.block_policies import BlockPolicies, configured
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.calibration import BlockCosts
+from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
-from train.planning.policies import chosen
 from train.planning.sizes import Sizes
 
 GIB = 2**30

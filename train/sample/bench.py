@@ -141,7 +141,9 @@ class Bench:
         def forward() -> None:
             out = self.adapter.velocity(latent, sigma, conditions)
             if not out.isfinite().all():  # also waits for the device
-                raise UserError(f"pattern {attention.pattern} gives numbers that are not finite: no speed to tell")
+                raise UserError(
+                    f"pattern {attention.pattern} gives numbers that are not finite, so no speed is reported"
+                )
 
         self._warm_up(forward, of_step)
         seconds = statistics.median(_timed(forward) for _ in range(steps))

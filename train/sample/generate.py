@@ -101,7 +101,11 @@ def _check_negatives(found: Sequence[Job], settings: Settings, model: ModelConfi
     """Raise a UserError for a negative prompt that nothing would look at."""
     family = family_of(model)
     if any(job.negative for job in found) and not family.takes_negative(settings.guidance or 1.0):
-        why = f"guidance {settings.guidance:g} is off" if family.guided_by_prompt else "the model is told the guidance"
+        why = (
+            f"guidance {settings.guidance:g} is off"
+            if family.guided_by_prompt
+            else "the model takes the guidance as an input"
+        )
         raise UserError(f"negative is set, but {why}: there is no pass with a negative prompt, leave it out")
 
 

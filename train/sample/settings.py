@@ -22,7 +22,7 @@ from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
 from train.errors import UserError
 from train.lora import files as loras
-from train.sample import levels
+from train.sample import dense_steps
 
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
@@ -166,8 +166,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
             raise UserError(f"{name} is not set, and neither the LoRA nor the model has one: set it")
     if settings.shift is None:
         height, width = (getattr(settings, n) or told.get(n) or fallback[n] for n in ("height", "width"))
-        told |= levels.at_size(loras.told(found, levels.TRAINED, model), height, width, model)
-    told |= levels.dense_side({name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, told)
+        told |= dense_steps.at_size(loras.told(found, dense_steps.TRAINED, model), height, width, model)
+    told |= dense_steps.dense_side({name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, told)
     filled = {
         f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
     }

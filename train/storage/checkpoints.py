@@ -129,9 +129,13 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         state = _decode(tree, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no readable part of a checkpoint (it is no tree of ours: {error!r})") from error
+        raise UserError(
+            f"{file} is no readable part of a checkpoint (it was not written by this project, or is damaged: {error!r})"
+        ) from error
     if not isinstance(state, dict) or not {"position", "global_step"} <= state.keys():
-        raise UserError(f"{file} is no readable part of a checkpoint (it has no position)")
+        raise UserError(
+            f"{file} is no readable part of a checkpoint (it has no position): delete its folder, and the run goes on from the one before it"
+        )
     return state
 
 

@@ -16,11 +16,11 @@ from train.assemble import build_module
 from train.callbacks.checkpoints import best_checkpoint
 from train.callbacks.metrics import lora_norms
 from train.callbacks.validation import lengths_of, validation_levels
+from train.clip_recipe import clip_recipe
 from train.config.compose import compose_run, finish
 from train.loggers.csv_file import read_metrics
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
-from train.recipe import clip_recipe
 from train.run import resume, train
 from train.shards import training_shards
 from train.storage.checkpoints import checkpoints_of, load_weights

@@ -16,13 +16,13 @@ from radial import build_layout
 from radial.cli.reader import settings_of
 from radial.errors import Mistake
 from train.attention.sequence import check_heads
+from train.clip_recipe import Recipes, clip_recipe
 from train.config.changes import change_config
 from train.config.compose import compose_run, finish, read_config, run_names
 from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
 from train.errors import UserError
 from train.models.families import family_of
 from train.preflight import preflight
-from train.recipe import Recipes, clip_recipe
 from train.storage.run_folder import going_on, write_config
 
 

@@ -14,10 +14,10 @@ from tests.helpers.sequence_ranks import PATTERNS, clips, tiny_adapter
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
-from train.memory.activations import block_runner
 from train.memory.apply import set_memory_policy
+from train.memory.block_policies import BlockPolicies
+from train.memory.block_runners import block_runner
 from train.memory.offload import Offload, Stored
-from train.memory.policies import BlockPolicies
 from train.models.conditions import Conditions
 
 CELLS = (3, 12, 20)  # 45 tokens

@@ -16,6 +16,7 @@ from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 from tests.helpers.tiny_models import save_hunyuan
+from train.clip_recipe import Recipes
 from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.evaluation.euler import generate
@@ -26,7 +27,6 @@ from train.models.families.hunyuan import HunyuanAdapter
 from train.module import LengthExtensionModule
 from train.objective import Objective
 from train.optimizer import Optimization
-from train.recipe import Recipes
 
 TOKENS = (3, 4, 5)
 CPU = torch.device("cpu")

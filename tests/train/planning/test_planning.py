@@ -33,10 +33,10 @@ from train.planning import (
     remedies,
     this_machine,
 )
+from train.planning.choose_policies import chosen
 from train.planning.duration import between
 from train.planning.flops import SampleFlops
 from train.planning.full_memory import check_memory
-from train.planning.policies import chosen
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):

@@ -12,9 +12,9 @@ from tests.helpers import sample_ranks
 from tests.helpers.generating import close, latent
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import save_lora, save_pipeline, words
+from train.clip_recipe import dense_level
 from train.errors import UserError
 from train.models.families import family_of
-from train.recipe import dense_level
 from train.sample.__main__ import main
 from train.sample.generate import Generator
 from train.sample.pipeline import load_pipeline, pipeline_class
@@ -107,7 +107,9 @@ def test_the_joint_families_compare_compile_offload_and_take_styles(
     plain = latent(folder, **changes).latent
     changes["add"] = f"{style}:0.5"
     if family == "hunyuan":
-        with pytest.raises(UserError, match="negative is set, but the model is told the guidance: there is no pass"):
+        with pytest.raises(
+            UserError, match="negative is set, but the model takes the guidance as an input: there is no pass"
+        ):
             main(words(folder, **changes, out=tmp_path / "clip.mp4"))
         changes["negative"] = None
     expected = latent(folder, **changes).latent

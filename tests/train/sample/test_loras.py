@@ -13,6 +13,7 @@ from radial import Random, Released, Spatial
 from tests.helpers.generating import close, generator, latent, stock
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
+from train.clip_recipe import clip_recipe
 from train.config.compose import compose_run, finish
 from train.config.schema import ClipConfig
 from train.errors import UserError
@@ -20,7 +21,6 @@ from train.export.merge import merge
 from train.export.run import folded, header_of
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
-from train.recipe import clip_recipe
 from train.sample.__main__ import main
 from train.sample.settings import jobs, parse_settings, recipe_of, slots
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from train.memory.policies import BlockPolicies
+from train.memory.block_policies import BlockPolicies
 
 
 def chosen(

@@ -39,7 +39,8 @@ def persistently(url: str, action: Callable[[], T]) -> T:
     """What `action` returns; it is tried again after failures that may pass, after 1 s, 2 s, 4 s and so on.
 
     A refused connection or an unknown host fails at once if nothing was ever read from that host in this process;
-    later its server may be starting anew, and it is tried again. Errors that are neither the system's nor HTTP's are raised as they are.
+    later its server may be starting anew, and it is tried again. Errors that are neither the system's nor HTTP's are
+    raised as they are.
 
     Raises:
         DataError: it failed and `PATIENCE` seconds were waited, or it failed in a way that time does not mend, or it is

@@ -86,7 +86,7 @@ def read_records(folder: Path) -> Records:
 
 
 def check_unique(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """Raise a DataError where two samples have one key: two processes wrote it at once, where files cannot be locked."""
+    """Raise a DataError where two samples have one key: two processes wrote it, where no file can be locked."""
     home: dict[str, str] = {}
     for shard in shards:
         for sample in shard.samples:

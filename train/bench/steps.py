@@ -230,8 +230,8 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
         optimizer.zero_grad()
         if not torch.isfinite(loss + norm) or norm == 0:
             raise UserError(
-                f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: not finite or zero, so no speed "
-                "is reported"
+                f"pattern {attention.pattern}: loss {loss:.3g}, gradient norm {norm:.3g}: not finite or zero, so no "
+                "speed is reported"
             )
         return loss.item()
 

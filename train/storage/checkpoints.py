@@ -130,12 +130,10 @@ def load_state(path: str | Path) -> dict[str, Any]:
         state = _decode(tree, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is no readable part of a checkpoint (it was not written by this project, or is damaged: {error!r})"
+            f"{file} is no readable part of a checkpoint (damaged, or not of this project: {error!r})"
         ) from error
     if not isinstance(state, dict) or not {"position", "global_step"} <= state.keys():
-        raise UserError(
-            f"{file} is no readable part of a checkpoint (it has no position): delete its folder, and the run goes on from the one before it"
-        )
+        raise UserError(f"{file} is no readable part of a checkpoint (it has no position)")
     return state
 
 

@@ -14,7 +14,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class DataError(Mistake):
     """A mistake in the data or in what was asked of it: the message names the file or key, what was found, what was
-    expected and what to do."""
+    expected and what to do, in one line: line breaks, as in messages of libraries, are taken out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
 class BadSampleError(DataError):

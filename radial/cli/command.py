@@ -172,5 +172,5 @@ def run(
 def _refused(message: str) -> int:
     if not Rank.here().first_of_node:
         time.sleep(5)  # where the first fails alike, it prints this, and srun or torchrun ends this process
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return 2

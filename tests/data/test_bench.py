@@ -60,7 +60,7 @@ def test_mistakes() -> None:
     for value, message in (
         ("nan", "'nan', expected a number"),
         ("inf", "'inf', expected a number"),
-        ("0", "0, expected"),
+        ("0", "0.0, expected a positive number"),
     ):
         with pytest.raises(Mistake, match=f"step_seconds is {message}"):
             bench.main([f"step_seconds={value}"])

@@ -44,7 +44,7 @@ def test_help_names_every_command():
         assert f"\n  {name} " in said
     wrong = launch("nix")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: launch has no command 'nix', expected one of ")
+    assert wrong.stderr.startswith("error: 'nix' is not a command of python -m launch, expected one of ")
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ def test_a_dry_run_needs_no_network(tmp_path, offline, capsys):
     main(["processes=2", "dry_run=true", *far(tmp_path)])
     (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
     said = capsys.readouterr().out
-    assert "not asked  data.shards http://nobody.invalid/shards: the job looks at it before it starts" in said
-    assert "not asked  validation.shards s3://nobody/held-out: the job looks" in said
+    assert "not seen   data.shards http://nobody.invalid/shards: the job looks at it before it starts" in said
+    assert "not seen   validation.shards s3://nobody/held-out: the job looks" in said
     assert (folder / "job.sbatch").is_file()
     main([f"resume={folder}", "dry_run=true"])
-    assert "not asked  data.shards" in capsys.readouterr().out
+    assert "not seen   data.shards" in capsys.readouterr().out
 
 
 def test_all_others_ask(tmp_path, offline):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from launch.plan import main
-from train.errors import UserError
+from radial.errors import Mistake
 
 
 def lines(capsys, *words):
@@ -87,7 +87,7 @@ def test_where_nothing_fits(capsys):
     ],
 )
 def test_mistakes(words, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Mistake, match=message):
         main(words)
 
 

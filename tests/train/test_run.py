@@ -147,14 +147,14 @@ def test_the_line_of_progress(capsys):
     figures = SimpleNamespace(row={})
     progress = Progress(figures)
     trainer = SimpleNamespace(global_step=0, max_steps=300, is_global_zero=True)
-    progress.on_train_start(trainer)
+    progress.on_train_start(trainer, None)
     pace = {"step_seconds": 12.3, "tokens_per_second": 23700.0, "mfu": 0.41, "memory_gib": 68.0, "hours_left": 8.1}
     for step in range(1, 301):
         figures.row = {"loss": math.nan if step == 2 else 2.0 - step / 300, **(pace if step == 1 else {})}
         figures.row["skipped"] = float(step >= 2)
         trainer.global_step = step
-        progress.on_train_batch_end(trainer)
-        progress.on_train_batch_end(trainer)  # a micro-batch
+        progress.on_train_batch_end(trainer, None)
+        progress.on_train_batch_end(trainer, None)  # a micro-batch
     told = capsys.readouterr().out.splitlines()  # no terminal: the first step, the last, and one each half minute
     assert told[0] == (
         "step 1/300  loss 1.9967 (1.9967 steady)  12.30 s/step  23.7k tokens/s  MFU 41%  68.0 GiB  8.1 h left"
@@ -166,14 +166,14 @@ def test_the_line_of_progress(capsys):
 def test_the_line_of_progress_fits_the_terminal(capsys, monkeypatch):
     progress = Progress(SimpleNamespace(row={}))
     trainer = SimpleNamespace(global_step=119, max_steps=2500, is_global_zero=True)
-    progress.on_train_start(trainer)
+    progress.on_train_start(trainer, None)
     pace = {"step_seconds": 12.3, "tokens_per_second": 23700.0, "mfu": 0.41, "memory_gib": 68.0, "hours_left": 8.1}
     progress.figures.row = {"loss": 2.0, **pace}
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     for columns in (200, 80, 60, 20):
         monkeypatch.setattr("shutil.get_terminal_size", lambda size=columns: os.terminal_size((size, 24)))
         trainer.global_step += 1
-        progress.on_train_batch_end(trainer)
+        progress.on_train_batch_end(trainer, None)
     assert capsys.readouterr().out.split("\r\x1b[K")[1:] == [
         "step 120/2500  loss 2.0000 (2.0000 steady)  12.30 s/step  23.7k tokens/s  MFU 41%  68.0 GiB  8.1 h left",
         "step 121/2500  loss 2.0000 (2.0000 steady)  12.30 s/step  MFU 41%  8.1 h left",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from radial.errors import Mistake
 from train.bench.compare import cases, main
 from train.errors import UserError
 
@@ -76,7 +77,7 @@ def test_files_that_are_none(tmp_path, content, message):
 
 
 def test_no_file_is_given():
-    with pytest.raises(UserError, match="no file is given"):
+    with pytest.raises(Mistake, match="files is not set, give it"):
         main([])
 
 

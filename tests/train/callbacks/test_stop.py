@@ -155,10 +155,10 @@ def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
     assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
 
 
-@pytest.mark.parametrize("where", ["samples", "validation"])
+@pytest.mark.parametrize("where", ["clips", "validation"])
 def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path, monkeypatch, where):
     given = {
-        "samples": {"samples_every": 2, "samples_steps": 3, "prompts": "[a, b, c]"},
+        "clips": {"samples_every": 2, "samples_steps": 3, "prompts": "[a, b, c]"},
         "validation": {"every": 2, "clips": 3},
     }
     config = run_config(tmp_path, **{f"validation__{key}": value for key, value in given[where].items()})
@@ -173,7 +173,7 @@ def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path,
         return noise_like(*words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"train.{where}.noise_like", ask)
+        patch.setattr(f"train.callbacks.{where}.noise_like", ask)
         with pytest.raises(SystemExit) as end:
             run(config)
     folder = only_run(tmp_path / "runs")

@@ -79,7 +79,7 @@ def test_without_locks_a_run_of_another_machine_is_known_by_its_word(folder, mon
     set_state(folder, "running")
     word, why = status.standing(folder)
     assert word == "running"
-    assert why.startswith("process 77 on node7, SLURM job 12 since 2026-01-01 10:00:00, by its own word (there are no")
+    assert why.startswith("process 77 on node7, SLURM job 12 since 2026-01-01 10:00:00, by its own record (there are")
     (folder / "metrics.csv").write_text("step\n", encoding="utf-8")
     assert status.standing(folder)[1].endswith(", its last figures are 0 minutes old")
     set_state(folder, "stopped")

@@ -158,8 +158,8 @@ def keys_in_order(config, count):
 def test_other_micro_batches_go_on_with_the_next_clip(whole, tmp_path, trained_on, accumulate, batch):
     """Two steps of 2 x 2 clips, then two of others: each step has its clips, and none is left out or comes twice."""
     folder = copy_until(whole, 2, tmp_path)
-    changes = {"optim.accumulate": str(accumulate), "data.batch_size": str(batch), "override": "true"}
-    config = change_config(whole[0], changes)
+    changes = {"optim.accumulate": str(accumulate), "data.batch_size": str(batch)}
+    config = change_config(whole[0], changes, override=True)
     resume(folder, config)
     assert [step for step, _ in trained_on] == [2] * accumulate + [3] * accumulate
     assert [key for _, keys in trained_on for key in keys] == keys_in_order(config, 8 + 2 * accumulate * batch)[8:]

@@ -1,5 +1,6 @@
 """What goes wrong in a day of training, done for real: the run says it, and goes on or resumes with nothing lost."""
 
+import errno
 import json
 import math
 import os
@@ -144,7 +145,10 @@ def test_ranks_save_by_the_clock_of_the_first_and_from_one_step(tmp_path):
         )
 
 
-def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
+def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     figures = SimpleNamespace(row={})
     saves = StepCheckpoints(tmp_path, 1, 0, 1, ControlGroup(), figures, Throughput())
     trainer = SimpleNamespace(print=print, strategy=SimpleNamespace(remove_checkpoint=shutil.rmtree))
@@ -153,15 +157,15 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys):
         figures.row = {"validation/loss": loss}
         newest = tmp_path / f"step-{step:06d}"
         newest.mkdir()
-        if step == 2:
-            (tmp_path / ".best.json").mkdir()  # in the way of the file
-        saves._tidy(trainer, newest)
+        with monkeypatch.context() as patch:
+            if step == 2:
+                patch.setattr("train.callbacks.checkpoints.write_utf8", full)
+            saves._tidy(trainer, newest)
         found.append(best_checkpoint(tmp_path))
     assert found == [None, *[(tmp_path / "step-000001", 2.0)] * 3]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003"]
     assert "step-000002 is the best, but best.json could not be written" in capsys.readouterr().out
     # a loss at other noise levels is no smaller or larger than these
-    (tmp_path / ".best.json").rmdir()
     figures.row = {"validation/loss": 9.0, "validation/8_frames/sigma_0.9": 9.0}
     (tmp_path / "step-000004").mkdir()
     saves._tidy(trainer, tmp_path / "step-000004")

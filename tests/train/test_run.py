@@ -256,6 +256,7 @@ def test_two_processes_train_like_one(tmp_path):
         torch.testing.assert_close(one[index], two[index], rtol=1e-3, atol=1e-3 * one[index].abs().max().item())
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_each_clip_train_like_one(tmp_path):
     """Sequence parallelism with a token count that two ranks cannot split evenly; the report runs in the group."""
     odd = {"clip__frames": 5, "clip__height": 20, "clip__width": 20, "attention__block": 16, **samples_after(3)}

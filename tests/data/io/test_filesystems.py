@@ -89,6 +89,7 @@ def test_preparing_without_locks_and_syncs(
     assert sum("another data.prepare that writes into it would go unnoticed" in said for said in caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_wait_for_each_other_make_one_folder(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "out"
     words = [sys.executable, HELPERS / "filesystems.py", "data.prepare", f"source={videos}"]

@@ -196,12 +196,14 @@ def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path) -> 
     assert {file[:9] for file in files.values()} == {"shard-000", "shard-001"}
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_plan_all_say_why(tmp_path: Path) -> None:
     """None waits for a plan that never comes."""
     started = ranks([f"source={tmp_path / 'gone.csv'}", f"out={tmp_path / 'out'}", *FAST], 2)
     assert [process.wait(120) for process in started] == [2, 2] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(tmp_path: Path, videos: Path) -> None:
     out, words = tmp_path / "out", [f"source={videos}", *FAST, "shard_gb=0.00003"]
     started = ranks([*words, f"out={out}"], 3)

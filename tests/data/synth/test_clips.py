@@ -114,6 +114,7 @@ def test_impossible_clips() -> None:
     assert make_clip(0, 0, 4, 16, 16)[0].shape == (3, 4, 16, 16)
 
 
+@pytest.mark.slow
 def test_folders_do_not_depend_on_number_or_processes(tmp_path: Path) -> None:
     one = synthesize(tmp_path / "one", clips=6, frames=5, per_shard=4)
     two = synthesize(tmp_path / "two", clips=6, frames=5, per_shard=4, workers=2)

@@ -45,7 +45,9 @@ def own_terminal():
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.parametrize("ignored", [True, False], ids=["SIGHUP ignored", "SIGHUP"])
+@pytest.mark.parametrize(
+    "ignored", [pytest.param(True, marks=pytest.mark.slow), False], ids=["SIGHUP ignored", "SIGHUP"]
+)
 def test_a_run_survives_the_end_of_its_terminal(tmp_path, ignored):
     """Under nohup it trains to its end; else it saves a checkpoint and says that it wants to go on."""
     terminal, other = pty.openpty()

@@ -179,7 +179,7 @@ def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path,
     folder = only_run(tmp_path / "runs")
     assert end.value.code == 75 and get_state(folder)[0] == "requeue"
     (saved,) = asked
-    assert len(saved) == (where == "samples")  # a checkpoint waits for its validation, and not for clips
+    assert len(saved) == (where == "clips")  # a checkpoint waits for its validation, and not for clips
     assert [path.name for path in checkpoints_of(folder / "checkpoints")] == ["step-000002"]
     assert not list(folder.rglob("*.mp4")) and not (folder / "checkpoints" / "best.json").exists()
     resume(folder, config)

@@ -44,6 +44,7 @@ def compare(family, world, changes, shares, tmp_path_factory):
         np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_srun_are_one_run():
     """With what SLURM sets for two tasks of a step, and nothing of torchrun's."""
     program = "from train.sample.ranks import Ranks; r = Ranks.join(); print(r.world, r.rank, r.share(f'of {r.rank}'))"

@@ -97,7 +97,7 @@ def curve(folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["parallel.strategy=zero3", "trainer.devices=2", "data.batch_size=1"],
+        pytest.param(["parallel.strategy=zero3", "trainer.devices=2", "data.batch_size=1"], marks=pytest.mark.slow),
         pytest.param(
             [
                 "parallel.strategy=zero3",

@@ -67,6 +67,11 @@ class StepMetrics(StepCallback):
             # a rank its own; with fewer ranks those of the others are spread over them
             self._sums += self._saved[self.control.rank :: self.control.world].sum(0)
 
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints hold its state; those of earlier versions too."""
+        return "Figures"
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": torch.stack(self.control.gather(self._sums))}  # (rank, bucket, loss and count)
 

@@ -225,7 +225,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "model=pixels", "size=32"], "size is '32', expected HEIGHTxWIDTH"),
         (
             ["source=s", "out=o", "model=pixels", "size=33x64"],
-            "size is 33x64, expected sides that divide by 2, such as",
+            "size is 33x64, expected sides that divide by 4, such as",
         ),
         (
             ["source=s", "out=o", "model=hunyuan", "weights=w", "frames=10"],

@@ -171,7 +171,7 @@ def test_the_line_of_progress_fits_the_terminal(capsys, monkeypatch):
     progress.figures.row = {"loss": 2.0, **pace}
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     for columns in (200, 80, 60, 20):
-        monkeypatch.setattr("shutil.get_terminal_size", lambda size=columns: os.terminal_size((size, 24)))
+        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, size=columns: os.terminal_size((size, 24)))
         trainer.global_step += 1
         progress.on_train_batch_end(trainer, None)
     assert capsys.readouterr().out.split("\r\x1b[K")[1:] == [

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from radial import Dense
 from train.attention.recipe import AttentionRecipe
+from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.sample.ranks import Split
 
@@ -59,7 +60,17 @@ class Denoiser:
             transformer.forward = functools.partial(self._forward, adapter, transformer.forward)
 
     def leave(self) -> None:
-        """Gives the transformers their own forward back."""
+        """Gives the transformers their own forward back.
+
+        Raises:
+            UserError: something has wrapped the forward since, as offloading does; all stays as it is.
+        """
+        for transformer, _ in self._before:
+            own = vars(transformer).get("forward")
+            if not isinstance(own, functools.partial) or own.func != self._forward:
+                raise UserError(
+                    "the pipeline was offloaded after it was extended: call pipeline.remove_all_hooks() first"
+                )
         for transformer, forward in self._before:
             del transformer.forward
             if forward is not None:

@@ -12,7 +12,6 @@ positions and the noise shift. ``python -m train.sample`` generates by the same 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +32,8 @@ from train.sample.pipeline import load_loras, transformers_of
 from train.sample.ranks import Split
 from train.sample.settings import Settings, complete, recipe_of, slots
 
-_extended: weakref.WeakKeyDictionary[Any, Extension] = weakref.WeakKeyDictionary()
-_adapters: weakref.WeakKeyDictionary[Any, ModelAdapter] = weakref.WeakKeyDictionary()  # of transformers, once for each
+# what belongs to a pipeline or a transformer is kept in it, to be freed with it
+_EXTENSION, _ADAPTER = "radial_extension", "radial_adapter"
 
 
 def extend(
@@ -70,16 +69,15 @@ def extend(
         UserError: it is extended already, is of no known model, or the LoRA does not fit it; the pipeline is then as
             it was.
     """
-    if pipeline in _extended:
+    if hasattr(pipeline, _EXTENSION):
         raise UserError("the pipeline is extended already: call unextend(pipeline) first")
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
-    words = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
-    first, second = words
-    given = Settings(prompt="", lora=first, lora_2=second, add=None if add is None else add, **settings)
+    first, second = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
+    given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)
     extension = Extension(pipeline, complete(given, config), config)
     for line in extension.loaded:
         print(line)
-    _extended[pipeline] = extension
+    setattr(pipeline, _EXTENSION, extension)
     return pipeline
 
 
@@ -87,11 +85,12 @@ def unextend(pipeline: Any) -> Any:
     """Takes back what `extend` has put on a pipeline, and returns it.
 
     Raises:
-        UserError: it is not extended.
+        UserError: it is not extended, or was offloaded since; nothing is taken back then.
     """
-    if pipeline not in _extended:
+    if not hasattr(pipeline, _EXTENSION):
         raise UserError("the pipeline is not extended: there is nothing to take back")
-    _extended.pop(pipeline).remove()
+    getattr(pipeline, _EXTENSION).remove()
+    delattr(pipeline, _EXTENSION)
     return pipeline
 
 
@@ -192,7 +191,8 @@ class Extension:
     def remove(self) -> None:
         """Takes everything back, the last change first."""
         while self._changes:
-            self._changes.pop()()
+            self._changes[-1]()
+            self._changes.pop()
 
     def _load_loras(self, settings: Settings, model: ModelConfig) -> list[str]:
         found = slots(settings, model)
@@ -217,13 +217,12 @@ class Extension:
     def _adapter(self, transformer: Any, model: ModelConfig) -> ModelAdapter:
         """Our attention, and the temporal positions of ``model.rope``, on a transformer."""
         family = family_of(model)
-        adapter = _adapters.get(transformer)
-        if adapter is None:
-            before = _processors(transformer)
+        before = _processors(transformer)
+        adapter: ModelAdapter | None = getattr(transformer, _ADAPTER, None)
+        if adapter is None:  # once for each transformer: it hooks the positions
             adapter = family(transformer, model.text_tokens)
-            _adapters[transformer] = adapter
+            setattr(transformer, _ADAPTER, adapter)
         else:
-            before = _processors(transformer)
             adapter.install_processors()
         adapter.rope = temporal_rope(model)
 

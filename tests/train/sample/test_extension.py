@@ -1,5 +1,7 @@
 """`train.sample.extend`: a stock pipeline's own call gives what the command gives, and everything can be taken back."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -81,6 +83,24 @@ def test_what_does_not_fit_leaves_the_pipeline_as_it_was(wan, lora, model, tmp_p
     extend(pipeline, lora, model=model)
     with pytest.raises(UserError, match="extended already"):
         extend(pipeline, lora, model=model)
+
+
+def test_what_was_wrapped_since_is_not_torn_apart(wan, model):
+    pipeline = extend(WanPipeline.from_pretrained(wan), model=model, decay=0.4, block=16)
+    ours = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *args, **kwargs: ours(*args, **kwargs)  # as accelerate's hooks do
+    with pytest.raises(UserError, match="remove_all_hooks"):
+        unextend(pipeline)
+    pipeline.transformer.forward = ours
+    unextend(pipeline)
+
+
+def test_an_extended_pipeline_is_freed_with_its_last_reference(wan, lora, model):
+    pipeline = extend(WanPipeline.from_pretrained(wan), lora, model=model)
+    gone = weakref.ref(pipeline.transformer)
+    del pipeline
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_model_is_found_by_its_dimensions(wan):

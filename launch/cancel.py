@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.records import job_of
-from launch.slurm_jobs import UNKNOWN, queued, slurm_state
+from launch.slurm_jobs import UNKNOWN, queued, running_steps, slurm_state
 from radial.cli.command import Command
 from radial.cli.settings import setting
 from train.errors import UserError
@@ -81,17 +81,14 @@ def cancel_sweep(folder: Path, now: bool) -> None:
 
 
 def _cancel_job(folder: Path, job: str, state: str, now: bool) -> None:
-    # SIGINT reaches the processes and not the script, which then sees that the user wanted the end; while it still
-    # checks the nodes there is no run that could save anything
+    # SIGINT goes to the job's step and not to the script, which then sees that the user wanted the end; while it still
+    # checks the nodes there is no run that could save anything. Nor does it go to the job: of an array's task scancel
+    # cannot see that the signal has arrived, and repeats it every few seconds, which ends a run without a checkpoint.
     starting = get_state(folder)[0] == "starting"
     waiting = starting or not state.startswith("RUNNING")
-    done = subprocess.run(
-        ["scancel", *([] if now or waiting else ["--signal=INT"]), job],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    if done.returncode != 0 and done.stderr.strip():  # of a task that it has signalled it returns 1 without a word
+    words = [job] if now or waiting else ["--signal=INT", *running_steps(job)]
+    done = subprocess.run(["scancel", *words], capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode != 0:
         raise UserError(f"scancel of job {job}: {' '.join(done.stderr.split())}")
     if starting:
         set_state(folder, "stopped", "its job was cancelled before it had begun")

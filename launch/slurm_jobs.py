@@ -41,6 +41,26 @@ def slurm_state(job: str) -> str:
     return out.stdout.strip().replace(" (None)", "")
 
 
+def running_steps(job: str) -> list[str]:
+    """The steps that srun has started in a running job, such as ``["7.1"]``; of an array's task ``["7_2.1"]``.
+
+    Args:
+        job: its number; of a task of a job array ``<number>_<task>``.
+
+    Raises:
+        UserError: none runs.
+    """
+    out = subprocess.run(
+        ["squeue", "-h", "--steps", "-j", job, "-o", "%i"], capture_output=True, encoding="utf-8", errors="replace"
+    )
+    # SLURM's own are named: .batch for the script, .extern for what it keeps beside it
+    steps = [step for step in out.stdout.split() if step.rpartition(".")[2].isdigit()]
+    if not steps:
+        said = f": {' '.join(out.stderr.split())}" if out.stderr.strip() else ""
+        raise UserError(f"job {job} runs, but no step of it{said}; it begins or ends just now: try again in a moment")
+    return steps
+
+
 def queued(job: str | None) -> str:
     """The state of a job that waits or runs; empty of any other, and where SLURM cannot be asked."""
     if job is None or shutil.which("squeue") is None:

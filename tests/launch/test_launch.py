@@ -256,7 +256,9 @@ def test_status_logs_and_cancel_know_a_sweep(sweep, tmp_path, monkeypatch, capsy
         set_state(sweep.run(number), state)
         record(sweep.run(number), how="slurm", job=f"7_{number}")
     (sweep.run(1) / "slurm-7_1.out").write_text("of run 1\n", encoding="utf-8")
-    asked = "#!/bin/sh\ncase \"$*\" in *7_2*) echo 'PENDING (Resources)' ;; *7_1*) echo RUNNING ;; esac\n"
+    asked = """#!/bin/sh
+case "$*" in *--steps*) echo 7_1.batch 7_1.1 ;; *7_2*) echo 'PENDING (Resources)' ;; *7_1*) echo RUNNING ;; esac
+"""
     for name, text in (("squeue", asked), ("scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')):
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -274,7 +276,7 @@ def test_status_logs_and_cancel_know_a_sweep(sweep, tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="is a sweep, expected one of its runs"):
         logs.main([str(sweep.path), "follow=true"])
     cancel.main([str(sweep.path)])
-    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "--signal=INT 7_1\n7_2\n"
+    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "--signal=INT 7_1.1\n7_2\n"
     assert f"python -m train -m resume={sweep.path} goes on" in capsys.readouterr().out
 
 
@@ -360,19 +362,26 @@ def test_a_job_that_was_submitted_by_hand_is_known_while_it_runs(folder, monkeyp
 def test_cancelling_a_job_that_still_checks_its_nodes_ends_it(folder, monkeypatch, capsys):
     called = []
 
-    def scancel(words, **_):
+    def slurm(words, **_):
+        if words[0] == "squeue":
+            return SimpleNamespace(returncode=0, stdout=steps, stderr="")
         called.append(words)
         return SimpleNamespace(returncode=0)
 
+    steps = "7.batch\n7.extern\n7.1\n"
     monkeypatch.setattr(cancel, "slurm_state", lambda job: "RUNNING")
-    monkeypatch.setattr("launch.cancel.subprocess.run", scancel)
+    monkeypatch.setattr("launch.cancel.subprocess.run", slurm)
     record(folder, how="slurm", job="7")
     set_state(folder, "running")
     cancel.main([str(folder)])
     set_state(folder, "starting")
     cancel.main([str(folder)])
-    assert called == [["scancel", "--signal=INT", "7"], ["scancel", "7"]]
+    assert called == [["scancel", "--signal=INT", "7.1"], ["scancel", "7"]]
     assert get_state(folder)[0] == "stopped" and "job 7 is cancelled" in capsys.readouterr().out
+    set_state(folder, "running")
+    steps = "7.batch\n"
+    with pytest.raises(UserError, match="job 7 runs, but no step of it; it begins or ends just now: try again"):
+        cancel.main([str(folder)])
 
 
 def test_a_process_that_cannot_be_ended_is_told(folder, monkeypatch):

@@ -1,6 +1,6 @@
 """Signals: a run that is asked to stop ends after its micro-batch, saves a checkpoint and reports whether it goes on.
 
-    SIGINT                  stop: checkpoint and exit; a second one exits at once
+    SIGINT                  stop: checkpoint and exit; a second one, half a second later or more, exits at once
     SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
     SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,9 @@ from train.storage.checkpoints import how_to_go_on
 from train.storage.run_folder import set_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_ONE_WISH = 0.5
+"""Seconds within which a SIGINT that comes again is the same wish: a terminal sends it to torchrun and to its ranks, to
+whom torchrun passes it on; SLURM sends it to a job's step twice."""
 
 
 class StopSignals(Callback):
@@ -46,6 +50,7 @@ class StopSignals(Callback):
     def __init__(self, folder: Path, rank: int, control: ControlGroup) -> None:
         self.folder, self.rank, self.control = folder, rank, control
         self.asked = self.agreed = 0
+        self._interrupted = 0.0
         self._taken = tuple(n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
     @contextmanager
@@ -76,8 +81,10 @@ class StopSignals(Callback):
                     self._heard(number)
 
     def _heard(self, number: int) -> None:
-        if number == signal.SIGINT and self.asked == STOP:
-            self._exit_now()
+        if number == signal.SIGINT:
+            if self.asked == STOP and time.monotonic() - self._interrupted > _ONE_WISH:
+                self._exit_now()
+            self._interrupted = time.monotonic()
         if self.asked == 0 and self.rank == 0:
             again = "; again: at once" if number == signal.SIGINT else ""
             with suppress(OSError):  # the terminal may be what is gone

@@ -31,11 +31,12 @@ from tests.helpers.faults import (
     poisoned,
     run,
 )
+from tests.helpers.slurm import wait_until
 from tests.helpers.tiny import run_config, words
 from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, patience, relieve_observer
 from train.config.compose import compose_run, finish
-from train.errors import EXIT_CODES, REQUEUE, UserError
+from train.errors import EXIT_CODES, REQUEUE, STOP, UserError
 from train.flow import noise_like
 from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
@@ -296,6 +297,23 @@ def test_an_interrupt_before_a_run_listens_is_a_line(capsys):
     with pytest.raises(SystemExit) as end:
         commands.run(command, lambda words: "", [])
     assert end.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_interrupt_that_arrives_twice_within_a_moment_is_one_wish(tmp_path, monkeypatch):
+    """torchrun passes on what the terminal has sent to its ranks already; SLURM signals a step twice."""
+    ended, asked_the_time, now = [], [], [100.0]
+    clock = SimpleNamespace(monotonic=lambda: asked_the_time.append(now[0]) or now[0])
+    monkeypatch.setattr("train.callbacks.stop.end_now", ended.append)
+    monkeypatch.setattr("train.callbacks.stop.time", clock)
+    stop = StopSignals(tmp_path, 1, ControlGroup())
+    with stop.listening():
+        for later, times in ((0.0, 1), (0.1, 3), (0.7, 5)):
+            assert not ended
+            now[0] = 100 + later
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda times=times: len(asked_the_time) == times)
+            assert stop.asked == STOP
+    assert ended == [130]
 
 
 @pytest.mark.slow

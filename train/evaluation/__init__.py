@@ -1,1 +1,1 @@
-"""Held-out clips: losses, the table, the Euler sampler."""
+"""Held-out clips: losses, the table, the Euler sampler; measures of generated clips."""

@@ -182,7 +182,7 @@ def _unrelated(frames: Tensor) -> float:
 
 
 def _frame_distances(frames: Tensor) -> Tensor:
-    """The mean squared difference of each two frames, (F, F) float64 on the CPU; channel by channel, to spare memory."""
+    """The mean squared difference of each two frames: (F, F) float64 on the CPU. One channel at a time, for memory."""
     count = frames.shape[1]
     products = torch.zeros(count, count, dtype=torch.float64)
     for channel in frames:

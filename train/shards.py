@@ -36,9 +36,11 @@ def held_out(config: RunConfig, clips: int, frames: int) -> Manifest:
 
 def synthetic_shards(config: RunConfig, clips: int, frames: int, seed: int) -> Manifest:
     """A folder of synthetic clips beside the runs, shared by all runs that need the same."""
-    height, width = config.clip.height, config.clip.width
+    height, width, scenes = config.clip.height, config.clip.width, config.data.synthetic_scenes
     name = f"{clips}-clips-{frames}x{height}x{width}-seed-{seed}"
+    if scenes != "sunrise":
+        name = f"{scenes}-{name}"
     folder = Path(config.runs) / "synthetic" / name
     # long sets of short clips are for machines with many cores
     workers = torch.get_num_threads() if clips >= 1024 else 0
-    return synthesize(folder, clips, frames, height, width, seed, workers=workers, progress=True)
+    return synthesize(folder, clips, frames, height, width, seed, workers=workers, progress=True, scenes=scenes)

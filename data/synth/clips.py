@@ -25,13 +25,16 @@ from data.shards.manifest import FILE, Manifest
 from data.shards.sample import Sample
 from data.shards.stream import read_samples
 from data.shards.writer import ShardWriter
+from data.synth import SCENES
 from data.synth.scenes import make_clip
+from data.synth.worlds import make_world
 from data.text import TinyTextEncoder
 from radial.cli.command import Command
 from radial.cli.settings import setting
 
 FPS = 16.0
-SCENES = "synth-v2"
+VERSIONS = {"sunrise": "synth-v2", "memory": "memory-v1"}
+"""Of what makes the clips, by what they show: their manifest has it."""
 
 
 @dataclass
@@ -44,6 +47,10 @@ class Arguments:
     height: int = setting("pixels", 32)
     width: int = setting("pixels", 64)
     seed: int = setting("draws the clips", 0)
+    scenes: str = setting(
+        "sunrise: shapes, and a sky that turns from night to day once a clip; memory: worlds in which what was seen "
+        "has to be remembered, of sides from 48 pixels", "sunrise", SCENES,
+    )  # fmt: skip
     per_shard: int = setting("clips a shard", 64)
     workers: int = setting("processes that render; 0: this one alone", 0)
     preview: Path | None = setting("a .gif that shows the first 16 clips", None)
@@ -59,6 +66,7 @@ def synthesize(
     per_shard: int = 64,
     workers: int = 0,
     progress: bool = False,
+    scenes: str = "sunrise",
 ) -> Manifest:
     """Make a folder of synthetic clips, or keep the finished one that is there.
 
@@ -70,13 +78,14 @@ def synthesize(
         per_shard: clips a shard, at most.
         workers: processes that render; 0 renders in this one. The bytes written are the same.
         progress: show a progress bar on stderr.
+        scenes: what they show, one of `data.synth.SCENES`.
 
     Raises:
         DataError: when `out` is finished with other arguments, is a file or holds other files, or an argument is out of
             range; before the clips are rendered.
     """
     arguments = {
-        "made_by": f"data.synth {SCENES}",
+        "made_by": f"data.synth {VERSIONS[scenes]}",
         "clips": clips,
         "frames": frames,
         "height": height,
@@ -89,7 +98,7 @@ def synthesize(
             raise DataError(f"{name} is {value}, expected at least {least}")
     if (Path(out) / FILE).exists():
         return _kept(Manifest.load(out), arguments)
-    render = functools.partial(_render, seed, frames, height, width)
+    render = functools.partial(_render, scenes, seed, frames, height, width)
     render(0)  # An impossible size is told before the folder is made.
     if Path(out).is_file():
         raise DataError(f"{out}: is a file, expected a folder; choose another place")
@@ -133,9 +142,10 @@ def synthesize(
         return _kept(Manifest.load(out), arguments)
 
 
-def _render(seed: int, frames: int, height: int, width: int, index: int) -> dict[str, Any]:
+def _render(scenes: str, seed: int, frames: int, height: int, width: int, index: int) -> dict[str, Any]:
     """Clip `index` as a shard entry: plain bytes, which travel between processes as they are."""
-    pixels, meta = make_clip(seed, index, frames, height, width)
+    make = make_world if scenes == "memory" else make_clip
+    pixels, meta = make(seed, index, frames, height, width)
     prompt = TinyTextEncoder().prompt(meta["caption"])
     latent = pixels.to(torch.bfloat16)
     return Sample(f"clip-{index:06d}", latent, prompt.text, {}, {}, {**meta, "fps": FPS}).to_entry()

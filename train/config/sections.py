@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
 
+from data.synth import SCENES
 from radial.backends import BACKENDS
 from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, within
 from radial.patterns import PATTERNS, RULES
@@ -103,6 +104,7 @@ class DataConfig:
     synthetic_clips: int = key(
         "make so many synthetic clips where data.shards is not set; 0: none", 0, must=at_least(0)
     )
+    synthetic_scenes: str = key("what synthetic clips show (python -m data.synth --help)", "sunrise", SCENES)
 
 
 @dataclass

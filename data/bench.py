@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.errors import told
+from data.errors import explained
 from data.io.remote import scheme_of
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
@@ -158,7 +158,7 @@ main = Command(
     Arguments,
     measure,
     ["python -m data.bench", "python -m data.bench shards=shards/openvid_4x workers=2 step_seconds=30"],
-    explain=told,
+    explain=explained,
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.encoders import FAMILIES, check_encoder, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.encoders.pixels import LATENTS
-from data.errors import DataError, told
+from data.errors import DataError, explained
 from data.io.lines import lines_of
 from data.io.remote import CHUNK, open_shard, read_all
 from data.rebuild import rebuild
@@ -254,7 +254,7 @@ main = Command(
         "python -m data.check shards/mine --contact-sheet weights=weights/wan",
     ],
     positional="shards",
-    explain=told,
+    explain=explained,
 )
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def told(error: OSError) -> str:
+def explained(error: OSError) -> str:
     """An error of the system in a line that says what to do where the disk is full."""
     if error.errno not in FULL:
         return str(error)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.encoders import FAMILIES, encoder_class, fingerprint
-from data.errors import DataError, told
+from data.errors import DataError, explained
 from data.scan import check_folder, content_of, empty_prompt_of, list_shards
 from data.shards.entries import Group, groups_of
 from data.shards.entry_map import EntryMap, check_family
@@ -171,7 +171,7 @@ main = Command(
         "    map='latent:vae.pth,text.text:llama.safetensors#tokens,pooled.clip:clip.npy,caption:json#title'",
     ],
     positional="shards",
-    explain=told,
+    explain=explained,
 )
 
 if __name__ == "__main__":

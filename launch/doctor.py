@@ -139,7 +139,7 @@ def disk(folder: Path) -> Finding:
 def file_system(folder: Path) -> Iterator[Finding]:
     """What the file system of the runs' folder cannot do; none where it cannot be written."""
     there = _nearest(folder)
-    with contextlib.suppress(OSError):  # which is told of the disk
+    with contextlib.suppress(OSError):  # the check of the disk reports it
         for lack in lacks(there):
             yield Finding("note", "file system", f"{there}: {lack}", "set runs=<a folder on another file system>")
 

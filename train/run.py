@@ -126,7 +126,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
     stop = StopSignals(folder.path, rank, control)
     watchdog = Watchdog(folder.path, patience(config), control)
     watch = Watch(control=control, stop=stop, watchdog=watchdog)
-    with stop.listening(), _told(config, folder.path, watchdog, rank):
+    with stop.listening(), _in_words(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
         check_shapes(config, shards)
@@ -146,7 +146,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
 
 
 @contextmanager
-def _told(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Iterator[None]:
+def _in_words(config: RunConfig, folder: Path, watchdog: Watchdog, rank: int) -> Iterator[None]:
     """Puts into words what ends a run from outside of it: lost ranks, memory that is full."""
     try:
         yield

@@ -1,6 +1,6 @@
 """What turns clips and captions into shard entries: one file a model family, around diffusers' own classes.
 
-`data.encoders.base.Encoder` says what a family tells; `fingerprint` names its weights without loading them.
+`data.encoders.base.Encoder` lists what a family provides; `fingerprint` names its weights without loading them.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def check_encoder(manifest: Manifest, family: str, folder: Path | None) -> None:
         )
     if "ids" in here and "ids" not in there:
         log.warning(
-            "%s: made with %s, which does not tell how captions were tokenised: that is not compared",
+            "%s: made with %s, which does not record how captions were tokenised: that is not compared",
             manifest.home,
             manifest.encoder,
         )
 
 
 def same_encoder(one: str, other: str) -> bool:
-    """Whether two fingerprints are equal, but for the ids that captions become, which earlier versions do not tell."""
+    """Whether two fingerprints are equal, but for the ids that captions become, which earlier versions lack."""
     if "ids" in _kinds(one) and "ids" in _kinds(other):
         return one == other
     return _but(one, "ids") == _but(other, "ids")

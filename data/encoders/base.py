@@ -1,4 +1,4 @@
-"""What a model family must tell to make shards for it."""
+"""What a model family must provide so that shards can be made for it."""
 
 from __future__ import annotations
 

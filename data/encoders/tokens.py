@@ -1,4 +1,4 @@
-"""Tokenizers: opened, held to what they must not lose, and told apart by the ids that they give.
+"""Tokenizers: opened, checked for what they must not lose, and distinguished by the ids that they give.
 
 A tokenizer's files are not all of it: transformers 5.0 to 5.21 lose the spaces of byte-level vocabularies that call
 themselves LlamaTokenizer, HunyuanVideo's among them, without a word (huggingface/transformers#45488).
@@ -19,7 +19,7 @@ from data.errors import DataError
 PLAIN = "a red ball rolls over the green grass"
 """A sentence that every tokenizer gives back as it is."""
 SENTENCE = "A red ball, 3 dogs & \u201ctwo\u201d caf\u00e9s \u2014 it's 10:30.  \u4e00\u53ea\u7ea2\u8272\u7684\u7403"
-"""A sentence whose ids tell tokenizers apart: capitals, digits, marks, two spaces, letters of three kinds."""
+"""A sentence whose ids differ between tokenizers: capitals, digits, marks, two spaces, letters of three kinds."""
 
 
 def open_tokenizer(folder: Path) -> Any:

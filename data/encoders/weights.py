@@ -114,7 +114,7 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
 
 
 def _check_loaded(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raise a DataError unless every tensor of the model came out of the files; `about` as `from_pretrained` tells."""
+    """Raise a DataError unless every tensor came out of the files; `about` is what `from_pretrained` returns of it."""
     lacking, other = sorted(about["missing_keys"]), sorted(key for key, *_ in about["mismatched_keys"])
     for names, what in ((lacking, "missing"), (other, "of another shape")):
         if names:

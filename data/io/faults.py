@@ -1,4 +1,4 @@
-"""Which failures of reading may pass, and which stay: a wrong address is told at once, a busy server is asked again."""
+"""Which failures of reading may pass, and which stay: a wrong address ends at once, a busy server is tried again."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Wait until a folder's entries are on disk.
 
-    Some file systems cannot do that, CIFS and some shared folders of virtual machines: it is told once, and work goes
+    Some file systems cannot do that, CIFS and some shared folders of virtual machines: it is logged once, and work goes
     on. What was renamed there is whole under its old name or its new one all the same, unless the power goes.
     """
     if can_sync(folder):

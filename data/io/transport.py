@@ -18,7 +18,7 @@ from data.io.faults import CommandError, client_errors
 
 TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
-_SAID = 4096  # bytes at the end of what a command writes to stderr, of which the last line is told
+_SAID = 4096  # bytes at the end of what a command writes to stderr, of which an error quotes the last line
 
 
 def scheme_of(url: str) -> str:
@@ -51,7 +51,7 @@ def stream(url: str) -> Iterator[bytes]:
         while chunk := source.read(CHUNK):
             yield chunk
         if scheme in ("http", "https") and source.length:
-            raise http.client.IncompleteRead(b"", source.length)  # reading in pieces does not tell
+            raise http.client.IncompleteRead(b"", source.length)  # reading in pieces does not notice it
 
 
 def _output_of(command: str) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.encoders import FAMILIES, encoder_class
-from data.errors import DataError, told
+from data.errors import DataError, explained
 from data.prepare.looks import BARS, CUTS, Rules
 from data.prepare.scaling import Size
 from radial.cli.command import Command
@@ -159,7 +159,7 @@ main = Command(
         "python -m data.prepare source=my_videos out=shards/mine weights=weights/wan_1.3b size=480x832 frames=161",
         "torchrun --nproc-per-node 8 -m data.prepare source=list.parquet out=shards/h model=hunyuan weights=weights/h",
     ],
-    explain=told,
+    explain=explained,
 )
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
     Args:
         recipe: what is asked for.
         arguments: of the recipe, with the encoder's fingerprint.
-        say: is told in lines what differs.
+        say: called with each line of what differs.
 
     Raises:
         DataError: other arguments, changed captions, more videos than `top` allows, or more in a read-only folder.

@@ -169,7 +169,7 @@ def _seek(container: Any, stream: Any, start: float) -> float | None:
 
 
 class _Clock:
-    """FFmpeg's best-effort time of a frame, which PyAV does not tell.
+    """FFmpeg's best-effort time of a frame, which PyAV does not pass on.
 
     The presentation times count as long as they went back no oftener than the decoding times, which take over from
     there: AVI, for one, has only the latter.

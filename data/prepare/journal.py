@@ -5,7 +5,7 @@ and the videos that were done and the bad files that were met since the record b
 its record has its name: a tar that was begun and has none is written anew, and a tar that nothing here names is left as
 it is. Any number of ranks may continue what any other number
 began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`; the
-plan stays beside it as `videos.json`, so that the next run can tell what was added, and append it (`reopen`).
+plan stays beside it as `videos.json`, so that the next run can see what was added, and append it (`reopen`).
 
 Ranks plan, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
 number of ranks is kept: a run with another number begins only when no rank writes any more. Where the file system has

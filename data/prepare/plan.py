@@ -41,7 +41,7 @@ class Row:
         caption: its caption.
         clips: how many clips its header promises; 0 where it may be a little too short, which decoding decides.
         start, end: the piece in seconds; None is the video's end.
-        piece: what tells it from other pieces of the same video, as in `data.prepare.sources.name_of`.
+        piece: what distinguishes it from other pieces of the same video, as in `data.prepare.sources.name_of`.
         look: its fingerprint, where duplicates are left out.
     """
 
@@ -266,7 +266,7 @@ def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Conditi
         return Rejected(name_of(video), str(error))
     info = info.within(start, end)
     available = info.frames_at(wanted.fps)
-    # A header without a length: decoding tells.
+    # A header without a length: decoding finds it.
     count = 1 if available is None else available // wanted.frames
     count = count if wanted.clips is None else min(count, wanted.clips)
     slow = wanted.min_fps is not None and info.fps is not None and info.fps < wanted.min_fps

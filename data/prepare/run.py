@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     device = find_device(recipe.device, rank.local)
     while True:
         try:
-            # What is wrong with the list is told before weights are loaded.
+            # What is wrong with the list is reported before weights are loaded.
             planned = _plan(recipe, rank, arguments)
             encoder = _load(recipe, rank, device)
             records = Journal(recipe.out, planned, rank, recipe.shard_bytes, recipe.shard_seconds)

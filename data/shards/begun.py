@@ -1,7 +1,7 @@
 """Which shards a run began: only these may be removed by the next one.
 
 The name of each shard goes into a file before the shard itself is made. A tar that no such file and no record names is
-somebody's finished work, as far as anyone can tell, and is never removed.
+somebody's finished work, as far as anyone can know, and is never removed.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Manifest:
                 `pipe:aws s3 cp s3://bucket/shards/{} -`.
             missing: local shards may be missing.
 
-        A local shard of another size than it should have is told in the log, and read as far as it goes.
+        A local shard of another size than it should have is named in the log, and read as far as it goes.
 
         Raises:
             DataError: no manifest, not a manifest, wrong version, a bad field, or a shard missing.

@@ -97,12 +97,12 @@ class _OpenShard:
 
 
 class TarShards:
-    """Writes samples into one tar after the other; each is whole on disk before it is told.
+    """Writes samples into one tar after the other; each is whole on disk before it is announced.
 
     Args:
         folder: where they go; it has to be there.
         name: the file name of shard n, n from 0.
-        finished: is told of each shard that is whole on disk under its name.
+        finished: called with each shard that is whole on disk under its name.
         max_samples: at most this many samples a shard.
         max_bytes: at most this many bytes a shard; a larger sample gets a shard of its own.
         max_seconds: a shard is finished with the first sample after this time: what a kill costs at most.

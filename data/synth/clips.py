@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.encoders.pixels import PixelEncoder
-from data.errors import DataError, told
+from data.errors import DataError, explained
 from data.shards.manifest import FILE, Manifest
 from data.shards.sample import Sample
 from data.shards.stream import read_samples
@@ -99,7 +99,7 @@ def synthesize(
     if (Path(out) / FILE).exists():
         return _kept(Manifest.load(out), arguments)
     render = functools.partial(_render, scenes, seed, frames, height, width)
-    render(0)  # An impossible size is told before the folder is made.
+    render(0)  # An impossible size is refused before the folder is made.
     if Path(out).is_file():
         raise DataError(f"{out}: is a file, expected a folder; choose another place")
     # A manifest may have come meanwhile, with the folder of a run that makes the same.
@@ -210,5 +210,5 @@ main = Command(
     Arguments,
     make,
     ["python -m data.synth out=shards/shapes clips=256 frames=64 preview=shapes.gif"],
-    explain=told,
+    explain=explained,
 )

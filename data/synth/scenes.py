@@ -3,12 +3,12 @@
 A scene is drawn from (seed, index) and simulated frame by frame. Residents stay in the frame: they bounce off its walls
 and collide elastically. The visitor crosses the frame in front of them along a straight line, leaves through one side,
 is away for 12 to 28 frames and comes back through the same side, the same in colour, shape, size and lane. The caption
-tells colour and shape, but size, lane and moment of return only memory tells: that is what a model needs
+names colour and shape, but size, lane and moment of return take memory: that is what a model needs
 long-range attention for.
 
 Every clip runs from night through dawn to day, whatever its length: a clip four times as long shows the same sunrise
-four times as slowly. The hour that a frame shows is told by its place in the clip alone, so a model that was trained on
-short clips must learn anew to tell it in long ones.
+four times as slowly. The hour that a frame shows follows from its place in the clip alone, so a model that was trained
+on short clips must learn anew to place it in long ones.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ class Watchdog(Callback):
             set_state(self.folder, "died", why)
             print(f"\nerror: {why}\n{how_to_go_on(self.folder)}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # the one that speaks comes first
+            time.sleep(2)  # the one that prints comes first
         end_now(2 if told else EXIT_CODE)
 
 

@@ -103,7 +103,7 @@ def base_notes(path: Path, model: ModelConfig) -> list[str]:
     return [f"was trained on {base}, model.path is {mine}: are they the same model?"]
 
 
-def told(slots: Sequence[Slot], names: Sequence[str], model: ModelConfig) -> dict[str, Any]:
+def header_settings(slots: Sequence[Slot], names: Sequence[str], model: ModelConfig) -> dict[str, Any]:
     """Settings by the header of the first LoRA, or of a merged model's weights: those of ``names`` that it has.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Kept activations in CPU memory: copied out while the forward goes on, and back before the backward asks for them.
+"""Kept activations in CPU memory: copied out while the forward goes on, and back before the backward needs them.
 
 Page-locked memory copies at the bus's full rate and beside the GPU's work. torch's pinned allocator rounds sizes up to
 a power of two (2.99 GB takes 4.29), so buffers are ordinary memory of the exact size that CUDA is asked to lock; they
@@ -33,12 +33,12 @@ class Stored:
 class Offload:
     """Moves tensors out (`put`) and back (`get`) on a stream of its own.
 
-    Each `get` also starts bringing back what was stored last, which the backward asks for next.
+    Each `get` also starts bringing back what was stored last, which the backward needs next.
 
     Args:
         least: smaller tensors stay where they are, in bytes.
         limit: bytes of CPU memory to take at most. Once it is full tensors stay: those of the last blocks, which the
-            backward asks for first.
+            backward needs first.
     """
 
     def __init__(self, least: int = 2**20, limit: float = math.inf) -> None:

@@ -19,18 +19,18 @@ TRAINED = ("height", "width", "shift", "dense_steps")
 """What `at_size` reads of a header."""
 
 
-def dense_side(given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def dense_side(given: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """``dense_steps`` or ``dense_sigma``, the other None; both None where one of them is given.
 
     Args:
         given: the user's settings of them.
-        told: those of the LoRA's header; one from before ``dense_steps`` has ``dense_sigma`` alone.
+        trained: those of the LoRA's header; one from before ``dense_steps`` has ``dense_sigma`` alone.
     """
     if given["dense_steps"] is not None or given["dense_sigma"] is not None:
         return {"dense_steps": None, "dense_sigma": None}
-    if told.get("dense_sigma") is not None:
-        return {"dense_steps": None, "dense_sigma": told["dense_sigma"]}
-    steps = told.get("dense_steps")
+    if trained.get("dense_sigma") is not None:
+        return {"dense_steps": None, "dense_sigma": trained["dense_sigma"]}
+    steps = trained.get("dense_steps")
     return {"dense_steps": _DENSE_STEPS if steps is None else steps, "dense_sigma": None}
 
 

@@ -137,7 +137,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         settings = replace(settings, lora=lora, lora_2=lora_2)
     found = slots(settings, model)
     loras.check(found, model)
-    told = loras.told(found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model)
+    trained = loras.header_settings(
+        found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model
+    )
     from train.models.families import family_of  # takes seconds to import
 
     family = family_of(model)
@@ -162,14 +164,16 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "tiled": family.decodes_tiled,
     }
     for name in ("frames", "height", "width", "fps"):
-        if (getattr(settings, name) or told.get(name) or fallback[name]) is None:
+        if (getattr(settings, name) or trained.get(name) or fallback[name]) is None:
             raise UserError(f"{name} is not set, and neither the LoRA nor the model has one: set it")
     if settings.shift is None:
-        height, width = (getattr(settings, n) or told.get(n) or fallback[n] for n in ("height", "width"))
-        told |= dense_steps.at_size(loras.told(found, dense_steps.TRAINED, model), height, width, model)
-    told |= dense_steps.dense_side({name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, told)
+        height, width = (getattr(settings, n) or trained.get(n) or fallback[n] for n in ("height", "width"))
+        trained |= dense_steps.at_size(loras.header_settings(found, dense_steps.TRAINED, model), height, width, model)
+    trained |= dense_steps.dense_side(
+        {name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, trained
+    )
     filled = {
-        f.name: told.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
+        f.name: trained.get(f.name, fallback.get(f.name)) for f in fields(Settings) if getattr(settings, f.name) is None
     }
     settings = replace(settings, **{key: value for key, value in filled.items() if value is not None})
     for name in ("steps", "guidance"):

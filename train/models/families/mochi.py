@@ -1,7 +1,7 @@
 """Mochi-1 text-to-video: diffusers' MochiTransformer3DModel with radial joint attention.
 
 48 blocks, in which the text has a narrower stream with weights of its own; the last has no text output. The model's
-own convention runs time from noise to data: it is told 1000 (1 - sigma) and predicts x0 - eps. Its rotary angles are
+own convention runs time from noise to data: its input is 1000 (1 - sigma), its output x0 - eps. Its rotary angles are
 learned mixtures of the three axes, other ones in each head. Its sampler takes half of its steps above sigma 0.975.
 """
 

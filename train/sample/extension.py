@@ -66,11 +66,16 @@ def extend(
         The pipeline.
 
     Raises:
-        UserError: it is extended already, is of no known model, or the LoRA does not fit it; the pipeline is then as
-            it was.
+        UserError: it is extended or offloaded already, is of no known model, or the LoRA does not fit it; the pipeline
+            is then as it was.
     """
     if hasattr(pipeline, _EXTENSION):
         raise UserError("the pipeline is extended already: call unextend(pipeline) first")
+    if any(hasattr(transformer, "_hf_hook") for transformer in transformers_of(pipeline)):
+        # after each clip diffusers removes accelerate's hooks, and all that lies over them
+        raise UserError(
+            "the pipeline is offloaded already: call pipeline.remove_all_hooks(), extend it, and offload it after that"
+        )
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
     first, second = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
     given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.pipelines import pipeline_utils
 from safetensors.torch import save_file
 
 from tests.helpers.generating import close, latent
@@ -59,6 +60,54 @@ def test_the_pipelines_own_call_is_the_command(wan, lora, model):
     assert torch.equal(called(pipeline), plain)
     extend(pipeline, lora, strength=0.9, model=model, dense_steps=1)
     assert torch.equal(called(pipeline), got)
+
+
+def test_a_second_lora_beside_it(wan, lora, model, tmp_path):
+    style = save_lora(wan, tmp_path / "style.safetensors", header={}, seed=2, format_name="comfyui")
+    pipeline = extend(WanPipeline.from_pretrained(wan), lora, model=model, dense_steps=1)
+    alone = called(pipeline)
+    pipeline.load_lora_weights(style, adapter_name="style")
+    pipeline.set_adapters(["lora_0", "style"], [0.9, 0.5])
+    expected = latent(wan, lora=f"{lora}:0.9", add=f"{style}:0.5", dense_steps=1, block=None).latent
+    close(called(pipeline), expected)
+    pipeline.delete_adapters("style")
+    pipeline.set_adapters(["lora_0"], [1.0])
+    close(called(pipeline), alone)
+
+
+def test_offloaded_models_run_the_same(wan, lora, model, monkeypatch):
+    pipeline = WanPipeline.from_pretrained(wan)
+    plain = called(pipeline)
+    monkeypatch.setattr(pipeline_utils, "get_device", lambda: "cpu")  # without a GPU, the hooks alone
+    pipeline.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(UserError, match="offloaded already: call pipeline.remove_all_hooks"):
+        extend(pipeline, lora, model=model, dense_steps=1)
+    pipeline.remove_all_hooks()
+    extend(pipeline, lora, model=model, dense_steps=1)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    expected = latent(wan, lora=lora, dense_steps=1, block=None).latent
+    close(called(pipeline), expected)
+    close(called(pipeline), expected)  # the hooks were put on anew
+    with pytest.raises(UserError, match="remove_all_hooks"):
+        unextend(pipeline)
+    pipeline.remove_all_hooks()
+    unextend(pipeline)
+    close(called(pipeline), plain)
+
+
+@pytest.mark.slow
+def test_compiled_layers_run_the_same(wan, lora, model):
+    pipeline = extend(WanPipeline.from_pretrained(wan), lora, model=model, dense_steps=1)
+    expected = called(pipeline)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipeline.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
+    close(called(pipeline), expected)
+    assert graphs
 
 
 def test_attention_alone_and_another_scheduler(wan, model):

@@ -11,10 +11,11 @@ from PIL import ExifTags, Image
 from tests.helpers import sample_ranks
 from tests.helpers.generating import close, latent
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_pipelines import save_lora, save_pipeline, words
+from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.clip_recipe import dense_level
 from train.errors import UserError
 from train.models.families import family_of
+from train.sample import extend, unextend
 from train.sample.__main__ import main
 from train.sample.generate import Generator
 from train.sample.pipeline import load_pipeline, pipeline_class
@@ -45,12 +46,17 @@ def settings(folders, family, image=None):
     return folders[1][family], changes
 
 
+def pipeline_of(changes):
+    return diffusers.WanImageToVideoPipeline if "image" in changes else diffusers.DiffusionPipeline
+
+
 def stock(folder, changes):
-    """The pipeline as users of diffusers call it."""
-    image = "image" in changes
-    cls = diffusers.WanImageToVideoPipeline if image else diffusers.DiffusionPipeline
-    pipeline = cls.from_pretrained(folder)
-    more = {"image": Image.open(changes["image"])} if image else {}
+    return call(pipeline_of(changes).from_pretrained(folder), changes)
+
+
+def call(pipeline, changes):
+    """As users of diffusers do."""
+    more = {"image": Image.open(changes["image"])} if "image" in changes else {}
     if "guidance_2" in changes:
         more["guidance_scale_2"] = changes["guidance_2"]
     return pipeline(
@@ -66,6 +72,26 @@ def stock(folder, changes):
         output_type="latent",
         **more,
     ).frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
+def test_an_extended_pipelines_own_call_is_the_command(folders, family, tmp_path):
+    folder, changes = settings(folders, family, family == "wan_i2v")
+    model = parse_settings(words(folder, **changes))[1]
+    header = {**HEADER, **{f"radial.{name}": f"{changes[name]}" for name in ("frames", "height", "width")}}
+    targets = family if family in ("hunyuan", "mochi") else "wan"
+    way = "diffusers" if family == "mochi" else "comfyui"  # file's keys
+    lora = tmp_path / ("pytorch_lora_weights.safetensors" if family == "mochi" else "mine.safetensors")
+    save_lora(folder, lora, header=header, family=targets, format_name=way)
+    lora_2 = lora if family == "wan_a14b" else None
+    given = {"lora": lora, "dense_steps": 1, "block": None, **({"lora_2": lora_2} if lora_2 else {})}
+    expected = latent(folder, **{**changes, **given}).latent
+    pipeline = pipeline_of(changes).from_pretrained(folder)
+    extend(pipeline, lora, lora_2=lora_2, model=model, dense_steps=1)
+    close(call(pipeline, changes), expected)
+    unextend(pipeline)
+    close(call(pipeline, changes), stock(folder, changes))
 
 
 def test_two_of_fifty_steps_are_dense_in_bf16(folders):

@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.io.files import write_utf8
 from train.errors import UserError
 from train.storage.run_folder import CONFIG, LAUNCH, holder
 
 
 def record(folder: Path, **about: Any) -> None:
     """Notes how the run was started, for `status`, `logs` and `cancel`."""
-    (folder / LAUNCH).write_text(
-        json.dumps({**about, "at": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1) + "\n", encoding="utf-8"
-    )
+    about["at"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_utf8(folder / LAUNCH, json.dumps(about, indent=1) + "\n")
 
 
 def recorded(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.io.files import write_utf8
 from launch.mounts import folders_of
 from launch.plan import CPU_GIB, show_plan
 from launch.prepare import RunOptions, layout, prepare
@@ -205,7 +206,7 @@ def _write_script(path: Path, config: RunConfig, options: Asked, grace: int, arr
         **options.words,
     )
     script = path / SCRIPT
-    script.write_text(job.script(), encoding="utf-8")
+    write_utf8(script, job.script())
     print(f"script     {script}")
     return script
 

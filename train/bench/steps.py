@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.io.files import write_utf8
 from radial.cli.reader import read_some, words_of
 from radial.cli.settings import at_least, each, setting
 from train.attention.recipe import AttentionRecipe
@@ -106,9 +107,8 @@ def measure(options: Options, settings: dict[str, str]) -> None:
         print(_line(results[-1]), flush=True)
         if options.json is not None:  # after each case: a later one may exceed a limit of memory or time
             about = {"torch": torch.__version__, "arguments": words, "cpu_memory": cpu_memory()}
-            options.json.write_text(
-                json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
-            )
+            about["results"] = [asdict(result) for result in results]
+            write_utf8(options.json, json.dumps(about, indent=1))
     for dense in (result for result in results if result.pattern == "dense"):
         for other in (result for result in results if result.pattern != "dense" and result.sp == dense.sp):
             print(speed_up(dense, other, config.attention.dense_layers, _layers(config)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.io.files import write_utf8
 from train.evaluation.losses import Interval
 
 TABLE, TEXT = "report.json", "report.txt"
@@ -62,8 +63,8 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
         )
     lines += ["", *findings(rows)]
     print("\n" + "\n".join(lines))
-    (folder / TABLE).write_text(json.dumps(table, indent=1), encoding="utf-8")
-    (folder / TEXT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_utf8(folder / TABLE, json.dumps(table, indent=1))
+    write_utf8(folder / TEXT, "\n".join(lines) + "\n")
 
 
 def read_results(folder: Path) -> list[Row]:

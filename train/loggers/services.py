@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from data.io.files import write_utf8
 from train.config.schema import RunConfig
 from train.errors import EXIT_CODES
 from train.loggers.csv_file import MetricsCsv
@@ -69,7 +70,7 @@ def _wandb(config: RunConfig, folder: Path) -> list[Logger]:
 
     file = folder / WANDB_ID
     number = file.read_text(encoding="utf-8").strip() if file.exists() else uuid.uuid4().hex[:12]
-    file.write_text(number + "\n", encoding="utf-8")
+    write_utf8(file, number + "\n")
     options: dict[str, Any] = {
         "project": config.log.project,
         "name": f"{config.conf}/{folder.name}",
@@ -108,7 +109,7 @@ def note_once(config: RunConfig, folder: Path, loggers: list[Logger]) -> None:
             store_plan(folder, budget, plan_table(budget))
     plan = stored_plan(folder)
     about = environment()
-    (folder / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_utf8(folder / ENVIRONMENT, json.dumps(about, indent=1) + "\n")
     text = json.dumps(about, indent=1)
     for logger in loggers:
         if not isinstance(logger, Forgiving):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.io.files import write_utf8
 from radial.cli.command import Command
 from radial.cli.reader import words_of
 from radial.cli.settings import at_least, each, setting
@@ -81,9 +82,8 @@ def measure(options: Options, settings: dict[str, str]) -> None:
             results.append(bench.measure(case, options.steps))
             print(_line(results[-1]), flush=True)
             if options.json is not None:  # after each, since a job may reach its time limit
-                options.json.write_text(
-                    json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1), encoding="utf-8"
-                )
+                table = {**about, "results": [asdict(result) for result in results]}
+                write_utf8(options.json, json.dumps(table, indent=1))
         if options.dense:
             *others, dense = results[-len(cases) :]
             print("\n".join(_ratio(result, dense) for result in others), flush=True)

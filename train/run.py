@@ -191,8 +191,12 @@ def _finish(
         parts.done()
 
 
-def resume(folder: Path, config: RunConfig) -> None:
-    """Goes on from the newest checkpoint of a run folder that can be read; at the beginning where there is none yet."""
+def resume(folder: Path, config: RunConfig, *, extra_callbacks: Sequence[Callback] = ()) -> None:
+    """Goes on from the newest checkpoint of a run folder that can be read; at the beginning where there is none yet.
+
+    Args:
+        extra_callbacks: as in `train`.
+    """
     if Rank.here().index == 0:
         with held(folder):
             remove_leftovers(folder / "checkpoints")
@@ -200,7 +204,7 @@ def resume(folder: Path, config: RunConfig) -> None:
     if damaged and Rank.here().index == 0:
         assert checkpoint is not None
         print(f"warning: {'; '.join(damaged)}: going on from {checkpoint.name}", flush=True)
-    train(config, RunFolder(folder, checkpoint))
+    train(config, RunFolder(folder, checkpoint), extra_callbacks=extra_callbacks)
 
 
 @contextmanager

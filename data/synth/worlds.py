@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,15 @@ class Actor:
         """Distance in pixels from the centre to the farthest corner."""
         return self.size * REACH.get(self.shape, math.hypot(1, 1))
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Actor:
+        """The inverse of `to_json`, without angles."""
+        places = torch.tensor(stored["positions"], dtype=torch.float64)
+        own = {name: stored[name] for name in ("role", "shape", "size", "colours", "seen", "lane")}
+        return cls(positions=places, angles=torch.zeros(len(places), dtype=torch.float64), **own)
+
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values, positions to a hundredth of a pixel."""
+        """All but the angles as plain values, positions to a hundredth of a pixel."""
         places = [[round(value, 2) for value in place] for place in self.positions.tolist()]
         return {"role": self.role, "shape": self.shape, "size": self.size, "colours": self.colours,
                 "positions": places, "seen": self.seen, "lane": self.lane}  # fmt: skip

@@ -29,6 +29,7 @@ def generate(
     guidance: float,
     label: str = "Sampling",
     quiet: bool = False,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Integrates the flow from noise to a clean latent.
 
@@ -42,6 +43,8 @@ def generate(
         guidance: classifier-free guidance weight; 1 is off and costs half.
         label: of the progress bar.
         quiet: no progress bar.
+        start: (batch, C, f, H, W) clean first frames that the clip goes on from: at each noise level the model sees
+            them under that level's share of their own noise, as in training.
 
     Returns:
         The latent, float32, of the shape of ``noise``.
@@ -51,12 +54,15 @@ def generate(
     if adapter.sigma_range != (0.0, 1.0):
         least, end = adapter.sigma_range
         raise UserError(f"the model is an expert for noise levels {least:g} to {end:g}: sample with model.expert=both")
-    x = noise.float()
+    x = noise.float().clone()
     for step, timestep in enumerate(
         tqdm(scheduler.timesteps, desc=label, unit="step", dynamic_ncols=True, disable=quiet)
     ):
         level = scheduler.sigmas[step].float()
         sigma = level.expand(len(x))
+        if start is not None:
+            given = start.shape[2]
+            x[:, :, :given] = (1 - level) * start + level * noise[:, :, :given]
         adapter.set_attention(attention(level.item()))
         velocity = adapter.velocity(x, sigma, conditions)
         if guidance != 1.0:
@@ -64,4 +70,6 @@ def generate(
             unconditional = adapter.velocity(x, sigma, empty)
             velocity = unconditional + guidance * (velocity - unconditional)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    if start is not None:
+        x[:, :, : start.shape[2]] = start
     return x

@@ -73,7 +73,7 @@ def test_the_published_recipe(name, tokens, steps):
         {"attention.dense_steps": "5"},
     ],
 )
-@pytest.mark.parametrize("name", [name for name in run_names() if not name.startswith("shapes")])
+@pytest.mark.parametrize("name", [name for name in run_names() if not name.startswith(("shapes", "study"))])
 def test_the_first_sampling_steps_are_dense_and_the_next_is_not(name, settings):
     """With as many steps as the model is sampled with, whatever the clip, the shift and the steps."""
     config = finish(compose_run({"conf": name, **settings}))

@@ -34,7 +34,7 @@ class TinyTextEncoder:
             raise DataError(f"TinyTextEncoder: length {length}, dim {dim}; expected length >= 1 and an even dim >= 2")
         self.length = length
         self.dim = dim
-        self._positions = _sinusoids(length, dim)
+        self.positions = _sinusoids(length, dim)
         self._words: dict[str, Tensor] = {}
 
     @property
@@ -48,7 +48,7 @@ class TinyTextEncoder:
         tokens = torch.zeros(self.length, self.dim)
         mask = torch.zeros(self.length, dtype=torch.bool)
         for i, word in enumerate(words):
-            tokens[i] = self._word(word) + self._positions[i]
+            tokens[i] = self.word(word) + self.positions[i]
             mask[i] = True
         return TextTokens(tokens, mask)
 
@@ -56,7 +56,7 @@ class TinyTextEncoder:
         """Encode a caption as a `Prompt` with the one text named `text` and nothing pooled."""
         return Prompt(text={"text": self(text)}, pooled={})
 
-    def _word(self, word: str) -> Tensor:
+    def word(self, word: str) -> Tensor:
         """The word's vector (D,), of mean 0 and variance 1."""
         if word not in self._words:
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")

@@ -53,7 +53,7 @@ def test_a_map_names_every_folder(package):
     assert {name for name in named if name.endswith("/")} == folders
 
 
-OWN = {"_replace", "_exit", "_group", "_fill"}
+OWN = {"_replace", "_exit", "_group"}
 """Of named tuples, of os, and of this project's own classes."""
 
 

@@ -84,7 +84,7 @@ class WanEncoder(Encoder):
         """Wan2.1 and Wan2.2-A14B have such models."""
 
     def encode(self, frames: np.ndarray) -> Tensor:
-        return stored(self._latent(to_video(frames, self.device, self.vae.dtype)))
+        return stored(self.latent(to_video(frames, self.device, self.vae.dtype)))
 
     def prompt(self, text: str) -> Prompt:
         with torch.no_grad():
@@ -103,7 +103,7 @@ class WanEncoder(Encoder):
         first = to_video(frames[:1], self.device, self.vae.dtype)
         video = first.new_zeros(1, 3, len(frames), *first.shape[3:])  # grey
         video[:, :, :1] = first
-        conditions = {"condition": stored(self._latent(video))}
+        conditions = {"condition": stored(self.latent(video))}
         if self.images.image_encoder is not None:
             from PIL import Image
 
@@ -112,7 +112,7 @@ class WanEncoder(Encoder):
             conditions["clip"] = stored(embeds[0])
         return conditions
 
-    def _latent(self, video: Tensor) -> Tensor:
+    def latent(self, video: Tensor) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1] as the normalised latent (C, f, h, w), float32."""
         with torch.no_grad():
             return normalized(self.vae, self.vae.encode(video).latent_dist.mode().float())[0]

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 log = logging.getLogger(__name__)
-_told: set[int] = set()  # file systems whose folders cannot be synced, by device number
+warned: set[int] = set()  # file systems whose folders cannot be synced, by device number
 
 
 def temporary(path: Path) -> Path:
@@ -61,8 +61,8 @@ def sync_folder(folder: Path) -> None:
     if can_sync(folder):
         return
     device = folder.stat().st_dev
-    if device not in _told:
-        _told.add(device)
+    if device not in warned:
+        warned.add(device)
         log.warning("%s: its file system syncs no folders; a power cut may lose what was last renamed", folder)
 
 

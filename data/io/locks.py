@@ -18,7 +18,7 @@ from typing import IO, Any
 
 _NONE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 log = logging.getLogger(__name__)
-_told: set[Path] = set()  # folders of which it was said
+warned: set[Path] = set()  # folders of which it was said
 
 
 class Lock(enum.Enum):
@@ -68,6 +68,6 @@ def has_locks(folder: Path) -> bool:
 
 def say_no_locks(folder: Path, unnoticed: str) -> None:
     """Warn, once for each folder, that its file system has no locks, and of what goes unnoticed therefore."""
-    if folder not in _told:
-        _told.add(folder)
+    if folder not in warned:
+        warned.add(folder)
         log.warning("%s: its file system has no locks: %s would go unnoticed", folder, unnoticed)

@@ -53,13 +53,13 @@ def open_shard(url: str, sha256: str, cache: Path | None) -> ShardFile:
         return _open_local(Path(url.removeprefix("file://")))
     if cache is not None:
         kept = whole.fetch_into(cache, url, sha256)
-        return _open_local(kept) if isinstance(kept, Path) else _File(url, kept)
+        return _open_local(kept) if isinstance(kept, Path) else RemoteFile(url, kept)
     if scheme == "pipe":
-        return _File(url, whole.fetch(url, sha256, "commands cannot be read from the middle"))
+        return RemoteFile(url, whole.fetch(url, sha256, "commands cannot be read from the middle"))
     if scheme in ("http", "https"):
         if persistently(url, lambda: knows_ranges(url)):
             return _HttpFile(url)
-        return _File(url, whole.fetch(url, sha256, "this server does not answer ranges"))
+        return RemoteFile(url, whole.fetch(url, sha256, "this server does not answer ranges"))
     return _FsspecFile(url)
 
 
@@ -72,16 +72,17 @@ def read_all(url: str) -> bytes:
     return persistently(url, lambda: b"".join(stream(url)))
 
 
-class _File:
+class RemoteFile:
     """An open file that can be read from the middle."""
 
     def __init__(self, url: str, file: Any, light: bool = False) -> None:
         self._url, self._file, self.light = url, file, light
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        return persistently(self._url, lambda: self._fill(offset, buffer))
+        return persistently(self._url, lambda: self.fill(offset, buffer))
 
-    def _fill(self, offset: int, buffer: memoryview) -> int:
+    def fill(self, offset: int, buffer: memoryview) -> int:
+        """Read into a buffer from this byte on; returns how many bytes came, less than asked at the end alone."""
         self._file.seek(offset)
         return _fill(self._file, buffer)
 
@@ -89,7 +90,7 @@ class _File:
         self._file.close()
 
 
-class _FsspecFile(_File):
+class _FsspecFile(RemoteFile):
     """A file of fsspec's: S3 and the like."""
 
     def __init__(self, url: str) -> None:
@@ -99,9 +100,9 @@ class _FsspecFile(_File):
 
         super().__init__(url, persistently(url, opened))
 
-    def _fill(self, offset: int, buffer: memoryview) -> int:
+    def fill(self, offset: int, buffer: memoryview) -> int:
         with client_errors():
-            return super()._fill(offset, buffer)
+            return super().fill(offset, buffer)
 
 
 class _HttpFile:
@@ -113,9 +114,9 @@ class _HttpFile:
         self._url = url
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        return persistently(self._url, lambda: self._fill(offset, buffer))
+        return persistently(self._url, lambda: self.fill(offset, buffer))
 
-    def _fill(self, offset: int, buffer: memoryview) -> int:
+    def fill(self, offset: int, buffer: memoryview) -> int:
         try:
             with request(self._url, offset, len(buffer)) as answer:
                 place = answer.headers.get("Content-Range", "none")
@@ -144,4 +145,4 @@ def _fill(file: Any, buffer: memoryview) -> int:
 
 
 def _open_local(path: Path) -> ShardFile:
-    return _File(str(path), persistently(str(path), lambda: path.open("rb", buffering=0)), light=True)
+    return RemoteFile(str(path), persistently(str(path), lambda: path.open("rb", buffering=0)), light=True)

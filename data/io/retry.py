@@ -21,7 +21,7 @@ T = TypeVar("T")
 PATIENCE = 120.0  # seconds that are waited in all, whatever a server asks for
 log = logging.getLogger(__name__)
 _unwanted: ContextVar[threading.Event] = ContextVar("unwanted", default=threading.Event())  # noqa: B039  never set
-_answered: set[str] = set()  # places that have given something to this process
+answered: set[str] = set()  # places that have given something to this process
 
 
 def give_up_on(unwanted: threading.Event) -> None:
@@ -53,7 +53,7 @@ def persistently(url: str, action: Callable[[], T]) -> T:
         except (OSError, http.client.HTTPException) as error:
             if is_too_many_files(error):
                 raise DataError(f"{url}: {too_many_files()}") from error
-            nobody = place not in _answered and is_nobody(error, before)
+            nobody = place not in answered and is_nobody(error, before)
             if nobody or left <= 0 or is_lasting(error):
                 hint = "check that it can be reached"
                 raise DataError(f"{url}: cannot be read ({reason_of(error)}); {hint}") from error
@@ -62,7 +62,7 @@ def persistently(url: str, action: Callable[[], T]) -> T:
             log.warning("%s: %s, trying again in %.0f s", url, reason_of(error), seconds)
             check_wanted(url, seconds)
         else:
-            _answered.add(place)
+            answered.add(place)
             return found
     raise AssertionError
 

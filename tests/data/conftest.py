@@ -97,5 +97,5 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited before something is tried again; nothing has answered before."""
     waited: list[float] = []
     monkeypatch.setattr(patience, "check_wanted", lambda url, seconds: waited.append(seconds))
-    monkeypatch.setattr(patience, "_answered", set())
+    monkeypatch.setattr(patience, "answered", set())
     return waited

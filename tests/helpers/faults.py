@@ -167,9 +167,9 @@ def save_by_the_clock(folder: Path) -> tuple[list[int], str]:
 
     def save(trainer: SimpleNamespace) -> None:
         saved.append(trainer.global_step)
-        saves._tried_at = now
+        saves.tried_at = now
 
-    saves._save = save  # type: ignore[method-assign,assignment]
+    saves.save = save  # type: ignore[method-assign,assignment]
     trainer = SimpleNamespace(
         global_step=0, is_global_zero=False, global_rank=dist.get_rank(), world_size=dist.get_world_size()
     )

@@ -45,7 +45,7 @@ class StepCheckpoints(StepCallback):
         self.folder, self.every, self.minutes, self.keep = folder, every, minutes, keep
         self.control, self.figures, self.throughput = control, figures, throughput
         self._saved = -1  # the step of the last checkpoint
-        self._tried_at = time.monotonic()
+        self.tried_at = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -59,12 +59,12 @@ class StepCheckpoints(StepCallback):
             )
         # a resumed run must not write the checkpoint it came from again
         self._saved = trainer.global_step
-        self._tried_at = time.monotonic()
+        self.tried_at = time.monotonic()
 
     def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         if self._is_time() or trainer.global_step % self.every == 0:
             start = time.perf_counter()
-            problem = self._save(trainer)
+            problem = self.save(trainer)
             self.throughput.busy(time.perf_counter() - start)
             if problem:
                 or_minutes = f" or {self.minutes:g} minutes" if self.minutes else ""
@@ -75,17 +75,17 @@ class StepCheckpoints(StepCallback):
         """Whether a checkpoint is due by rank 0's clock; every rank must call it."""
         if not self.minutes:
             return False
-        late = self.control.rank == 0 and time.monotonic() - self._tried_at >= 60 * self.minutes
+        late = self.control.rank == 0 and time.monotonic() - self.tried_at >= 60 * self.minutes
         return self.control.any([late])[0]
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step != self._saved:
-            problem = self._save(trainer)
+            problem = self.save(trainer)
             if problem:
                 raise UserError(f"{problem}. Make room and resume: the run goes on from its last checkpoint")
 
-    def _save(self, trainer: L.Trainer) -> str | None:
-        """Returns why it could not be saved, on every rank."""
+    def save(self, trainer: L.Trainer) -> str | None:
+        """Saves a checkpoint of the step; returns why it could not be saved, on every rank, None where it was."""
         if trainer.global_step == 0:
             return None
         path = self.folder / f"step-{trainer.global_step:06d}"
@@ -93,14 +93,15 @@ class StepCheckpoints(StepCallback):
         plugin = trainer.strategy.checkpoint_io
         assert isinstance(plugin, FolderCheckpointIO)
         problem = self.control.from_first(plugin.problem)
-        self._tried_at = time.monotonic()
+        self.tried_at = time.monotonic()
         if problem is None:
             self._saved = trainer.global_step
             if trainer.is_global_zero:
-                self._tidy(trainer, path)
+                self.tidy(trainer, path)
         return problem
 
-    def _tidy(self, trainer: L.Trainer, newest: Path) -> None:
+    def tidy(self, trainer: L.Trainer, newest: Path) -> None:
+        """Notes whether the newest checkpoint is the best, and removes those that are neither best nor newest."""
         loss = self.figures.row.get(VALIDATION)
         measured = sorted(key for key in self.figures.row if key.startswith("validation/"))
         best = best_checkpoint(self.folder, measured)

@@ -40,14 +40,14 @@ class Throughput(Callback):
     def _reset(self, step: int) -> None:
         self._first_step = step
         self._start = self._idle_since = time.perf_counter()
-        self._waited = self._flops = self._tokens = 0.0
+        self.waited = self._flops = self._tokens = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._reset(trainer.global_step)
         self._compiled_before = compile_seconds()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, index: int) -> None:
-        self._waited += time.perf_counter() - self._idle_since
+        self.waited += time.perf_counter() - self._idle_since
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, index: int
@@ -82,7 +82,7 @@ class Throughput(Callback):
             "tokens_per_second": self._tokens / seconds,
             "tflops": self._flops / seconds / 1e12,
             "memory_gib": memory / 2**30,
-            "data_wait": self._waited / steps,
+            "data_wait": self.waited / steps,
             "step_seconds": seconds / steps,
             "hours_left": (trainer.max_steps - trainer.global_step) * seconds / steps / 3600,
         }

@@ -92,7 +92,7 @@ class Watchdog(Callback):
         self._launcher = trainer.strategy.launcher
         # of the ranks that are about to be started: torch prints stacks of its own for a lost connection
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
         try:
             yield
         finally:
@@ -151,31 +151,33 @@ class Watchdog(Callback):
         if not lost and not isinstance(error, dist.DistError):
             return
         for _ in range(30):  # a killed process takes a moment to be seen as such
-            self._look_at_family()
+            self.look_at_family()
             time.sleep(0.1)
         what = "has lost another rank" if lost else "cannot reach the others"
-        self._end(f"rank {self.rank} {what}: {text.splitlines()[0]}", speak=True)
+        self.end(f"rank {self.rank} {what}: {text.splitlines()[0]}", speak=True)
 
-    def _look_at_family(self) -> None:
+    def look_at_family(self) -> None:
+        """Ends this rank when the one that started it, or one that it started, has ended otherwise than well."""
         # one that has trained may be left by a rank 0 that has nothing more to do
         if self.rank and not self._trained and os.getppid() != self._parent:
-            self._end("rank 0 was killed", speak=self.rank == 1)
+            self.end("rank 0 was killed", speak=self.rank == 1)
         for rank, child in enumerate(getattr(self._launcher, "procs", ()), 1):
             if child.poll():
-                self._end(f"rank {rank} (process {child.pid}) {_how_it_ended(child.returncode)}", speak=True)
+                self.end(f"rank {rank} (process {child.pid}) {_how_it_ended(child.returncode)}", speak=True)
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """The body of the watchdog's thread, until the run ends; a fault of its own ends the run in words."""
         try:
             self._keep_watch()
         except Exception as error:  # without this thread the run might wait for ever
-            self._end(f"the watchdog of rank {self.rank} broke: {error!r}", speak=True)
+            self.end(f"the watchdog of rank {self.rank} broke: {error!r}", speak=True)
 
     def _keep_watch(self) -> None:
         count = 0
         while not self._done.wait(1.0):
             count += 1
             relieve_observer()
-            self._look_at_family()
+            self.look_at_family()
             if not self._training:
                 continue
             self._beat(count)
@@ -227,7 +229,7 @@ class Watchdog(Callback):
             if self.control.world == 1:
                 why = f"the run hangs in {PLACES[last.place]} after step {last.step}"
         stacks = f"stacks: {self.folder}/stack-rank-*.txt"
-        self._end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.rank == speaker)
+        self.end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.rank == speaker)
 
     def _ask_all(self) -> dict[int, Beat]:
         """The ranks' last reports; empty when the store does not answer, for which its own time-outs cannot be used:
@@ -252,7 +254,7 @@ class Watchdog(Callback):
         if self.rank and Rank.here().started_by == "lightning":
             os.kill(self._parent, signal.SIGKILL)
 
-    def _end(self, why: str, speak: bool) -> None:
+    def end(self, why: str, speak: bool) -> None:
         """Ends this process, the ranks that it started, and a rank 0 on this machine that started it.
 
         Where a rank has ended for a reason of its own, the run's state holds it already: the others follow it.

@@ -25,7 +25,7 @@ from train.storage.run_folder import CONFIG, PLAN
 from train.storage.stored_plan import store_plan, stored_plan
 
 WANDB_ID, ENVIRONMENT, MASK = "wandb_id", "environment.json", "mask.png"
-_PATIENCE = 60  # seconds for W&B's service to answer at the start
+PATIENCE = 60  # seconds for W&B's service to answer at the start
 
 
 def loggers_of(config: RunConfig, folder: Path, resumed_step: int, rank: int) -> list[Logger]:
@@ -78,7 +78,7 @@ def _wandb(config: RunConfig, folder: Path) -> list[Logger]:
         "resume": "allow",
         "dir": str(folder),
         "config": asdict(config),
-        "settings": wandb.Settings(init_timeout=_PATIENCE, console="off", silent=True),
+        "settings": wandb.Settings(init_timeout=PATIENCE, console="off", silent=True),
     }
     sync = f"afterwards: wandb sync {folder}/wandb/*"
     mode: Any = config.log.wandb

@@ -112,7 +112,7 @@ def test_wan_encodes_four_frames_at_a_time_and_equals_the_whole(folders: dict[st
     seen: list[int] = []
     counting = encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
     video = to_video(moving(33, 64, 96), torch.device("cpu"), torch.float32)
-    found = encoder._latent(video)
+    found = encoder.latent(video)
     assert found.shape[1] == 9 and max(seen) == 4 and len(seen) == 9
     counting.remove()
     for layer in encoder.vae.encoder.modules():

@@ -125,12 +125,12 @@ def test_nobody_at_a_port_is_believed_until_somebody_was_there(
     with pytest.raises(DataError, match=r"cannot be read \(.*not known"):
         read_all("http://nobody.invalid/x")
     assert not waits
-    patience._answered.add(f"http127.0.0.1:{port}")
+    patience.answered.add(f"http127.0.0.1:{port}")
     with pytest.raises(DataError, match="refused"):
         read_all(url)
     assert sum(waits) == 120
     read_all(f"{server.url}/manifest.json")
-    assert f"http127.0.0.1:{server.url.rpartition(':')[2]}" in patience._answered
+    assert f"http127.0.0.1:{server.url.rpartition(':')[2]}" in patience.answered
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:x/y", "http://127.0.0.1/a\tb\x00"])

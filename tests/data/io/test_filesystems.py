@@ -26,8 +26,8 @@ from tests.helpers.prepared import FAST, LENGTHS, check_complete
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_told", set())
-    monkeypatch.setattr(locks, "_told", set())
+    monkeypatch.setattr(files, "warned", set())
+    monkeypatch.setattr(locks, "warned", set())
 
 
 @pytest.mark.parametrize("number", NO_SYNC)

@@ -67,13 +67,13 @@ def test_ranks_share_the_global_batch(manifest: Manifest, world: int) -> None:
 
 def test_only_the_bytes_of_ours_are_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of(manifest)
-    read, fill = [], remote._File._fill
+    read, fill = [], remote.RemoteFile.fill
 
     def watch(self: Any, offset: int, buffer: memoryview) -> int:
         read.append((Path(self._url).name, offset, len(buffer)))
         return fill(self, offset, buffer)
 
-    monkeypatch.setattr(remote._File, "_fill", watch)
+    monkeypatch.setattr(remote.RemoteFile, "fill", watch)
     (batch,) = LatentStream(manifest, order, start_step=4, num_steps=1)
     where = {info.key: (shard.file, info.offset, info.bytes) for shard in manifest.shards for info in shard.samples}
     assert read == [where[key] for key in batch.keys]

@@ -177,18 +177,18 @@ def test_tiny_text_encoder() -> None:
     encode = TinyTextEncoder(length=4, dim=8)
     text = encode("A red, RED circle!")
     assert text.tokens.shape == (4, 8) and text.tokens.dtype == torch.float32 and text.mask.tolist() == [True] * 4
-    position = encode._positions
+    position = encode.positions
     assert torch.allclose(text.tokens[1] - position[1], text.tokens[2] - position[2], atol=1e-6)
     assert encode("red").mask.tolist() == [True, False, False, False] and not encode("red").tokens[1:].any()
     assert encode("one two three four five six").mask.all()
     empty = encode("")
     assert not empty.mask.any() and not empty.tokens.any()
     words: list[Any] = [
-        TinyTextEncoder(1, 64)(f"w{i}").tokens[0] - TinyTextEncoder(1, 64)._positions[0] for i in range(99)
+        TinyTextEncoder(1, 64)(f"w{i}").tokens[0] - TinyTextEncoder(1, 64).positions[0] for i in range(99)
     ]
     assert abs(torch.cat(words).var().item() - 1) < 0.05
     # Bits that must hold on every machine.
-    assert encode._word("red")[:3].tolist() == [-0.3430609703063965, -1.384053349494934, -1.460512399673462]
+    assert encode.word("red")[:3].tolist() == [-0.3430609703063965, -1.384053349494934, -1.460512399673462]
     with pytest.raises(DataError, match="even dim"):
         TinyTextEncoder(dim=7)
 

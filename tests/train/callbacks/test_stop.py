@@ -79,7 +79,7 @@ def test_a_full_gpu_before_and_after_training_is_told_too(tmp_path, monkeypatch,
 
 def test_what_nccl_says_of_a_full_memory_and_of_a_lost_rank_is_told_apart(tmp_path, monkeypatch):
     ended = []
-    monkeypatch.setattr(Watchdog, "_end", lambda dog, why, speak: ended.append(why))
+    monkeypatch.setattr(Watchdog, "end", lambda dog, why, speak: ended.append(why))
     monkeypatch.setattr("train.callbacks.watchdog.time.sleep", lambda seconds: None)
     dog = Watchdog(tmp_path, 5, ControlGroup())
     head = "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.3\n"
@@ -349,12 +349,12 @@ def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr("train.callbacks.watchdog.end_now", codes.append)
     dog = Watchdog(tmp_path, 5, ControlGroup())
-    monkeypatch.setattr(dog, "_look_at_family", lambda: {}[1])
-    dog._watch()
+    monkeypatch.setattr(dog, "look_at_family", lambda: {}[1])
+    dog.watch()
     assert codes == [1]
     assert "error: the watchdog of rank 0 broke: KeyError(1)" in capsys.readouterr().err
     set_state(tmp_path, "failed", "sample x is damaged")
-    dog._end("rank 0 was killed", speak=True)
+    dog.end("rank 0 was killed", speak=True)
     assert codes == [1, 2] and get_state(tmp_path) == ("failed", "sample x is damaged")
     assert capsys.readouterr().err == ""
 

@@ -66,7 +66,7 @@ def test_what_ends_a_step_is_no_wait_for_data(monkeypatch):
     throughput.leave_out(4.0)
     throughput.busy(5.0)
     throughput.on_train_batch_start(None, None, None, 1)
-    assert throughput._waited == 1.0
+    assert throughput.waited == 1.0
 
 
 @pytest.mark.slow

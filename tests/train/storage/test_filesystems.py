@@ -24,8 +24,8 @@ SCRIPT = Path(doctor.__file__).with_name("template.sbatch")
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(files, "_told", set())
-    monkeypatch.setattr(locks, "_told", set())
+    monkeypatch.setattr(files, "warned", set())
+    monkeypatch.setattr(locks, "warned", set())
 
 
 @pytest.fixture

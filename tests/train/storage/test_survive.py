@@ -160,7 +160,7 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys, mon
         with monkeypatch.context() as patch:
             if step == 2:
                 patch.setattr("train.callbacks.checkpoints.write_utf8", full)
-            saves._tidy(trainer, newest)
+            saves.tidy(trainer, newest)
         found.append(best_checkpoint(tmp_path))
     assert found == [None, *[(tmp_path / "step-000001", 2.0)] * 3]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003"]
@@ -168,7 +168,7 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys, mon
     # a loss at other noise levels is no smaller or larger than these
     figures.row = {"validation/loss": 9.0, "validation/8_frames/sigma_0.9": 9.0}
     (tmp_path / "step-000004").mkdir()
-    saves._tidy(trainer, tmp_path / "step-000004")
+    saves.tidy(trainer, tmp_path / "step-000004")
     assert best_checkpoint(tmp_path) == (tmp_path / "step-000004", 9.0)
 
 
@@ -182,7 +182,7 @@ def test_what_is_kept_is_never_only_damaged(tmp_path):
     removed = []
     trainer = SimpleNamespace(strategy=SimpleNamespace(remove_checkpoint=lambda path: removed.append(path.name)))
     checkpoints = StepCheckpoints(tmp_path, 50, 0, 1, ControlGroup(), SimpleNamespace(row={}), Throughput())
-    checkpoints._tidy(trainer, tmp_path / "step-000250")
+    checkpoints.tidy(trainer, tmp_path / "step-000250")
     assert removed == ["step-000200"]
 
 
@@ -260,7 +260,7 @@ def unreachable(monkeypatch):
     wandb.teardown()  # its service keeps the environment of the process's first run
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("train.loggers.services._PATIENCE", 3)
+    monkeypatch.setattr("train.loggers.services.PATIENCE", 3)
     yield
     wandb.teardown()
 

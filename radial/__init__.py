@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Temporal,
         make_pattern,
     )
+    from radial.serving import attention_for
     from radial.share import with_share
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Spatial",
     "Temporal",
     "VideoGrid",
+    "attention_for",
     "attention_over",
     "build_head_layouts",
     "build_layout",
@@ -68,6 +70,7 @@ _HOMES = {
     "patterns": ("PATTERNS", "Dense", "Local", "Paper", "Pattern", "Power", "Random", "Released", "ShiftedGroups",
                  "SlidingTile", "Spatial", "Temporal", "make_pattern"),
     "head_layouts": ("HeadLayout", "HeadLayouts", "build_head_layouts"),
+    "serving": ("attention_for",),
     "share": ("with_share",),
 }  # fmt: skip
 

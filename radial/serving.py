@@ -1,34 +1,21 @@
 """The attention that a LoRA was trained with, for inference servers: from the header of its file to a function.
 
-A server's sparse-attention plug-in has q, k and v of a layer, the size of the clip and the step. With vLLM-Omni's or
-SGLang's names for these, the whole plug-in is::
-
-    from safetensors import safe_open
-
-    from radial import VideoGrid
-    from radial.serving import attention_for
-
-    class RadialPlugin:
-        def __init__(self, lora: str, frames: int, height: int, width: int) -> None:
-            with safe_open(lora, "pt") as file:
-                self.header = file.metadata()
-            self.grid = VideoGrid.from_pixels(frames=frames, height=height, width=width)
-
-        def __call__(self, q, k, v, *, layer: int, step: int, sigma: float):
-            # q, k, v: (batch, tokens, heads, head_dim), the video's tokens in raster order, after RoPE
-            return attention_for(self.header, self.grid, layer=layer, step=step, sigma=sigma)(q, k, v)
+A server's sparse-attention plug-in has q, k and v of a layer, the size of the clip and the step. A whole one, of 30
+lines, is in README.md beside this file.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from radial.attention import attention_over
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.head_layouts import build_head_layouts
 from radial.layout import build_layout
 from radial.patterns import Dense, Pattern, make_pattern
 
@@ -43,8 +30,9 @@ def attention_for(
     layer: int,
     step: int | None = None,
     sigma: float | None = None,
+    layers: int | None = None,
     backend: str | None = None,
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Self-attention of one layer in one denoising step, as the LoRA was trained.
 
     Args:
@@ -53,20 +41,36 @@ def attention_for(
         layer: of the transformer, from 0.
         step: from 0; counts where the header has a number of dense steps and no noise level.
         sigma: the step's noise level, from 0 to 1 (pure noise); counts where the header has one for dense steps.
+        layers: how many the transformer has; needed where the header's masks differ by layer and head.
         backend: an attention backend by name; None: the fastest.
 
     Returns:
-        A function of q, k and v, each (batch, tokens, heads, head_dim); its result has the same shape.
+        A function of q, k and v, each (batch, tokens, heads, head_dim), and of `attention_over`'s ``text_lengths`` and
+        ``scale``; its result has the same shape.
 
     Raises:
         RadialError: no such header, a value in it that is none, or neither ``sigma`` nor ``step`` where one counts.
     """
-    dense = layer < int(_number(header, "dense_layers", 0)) or _is_dense_step(header, step, sigma)
+    dense = is_dense(header, layer=layer, step=step, sigma=sigma)
     pattern: Pattern = Dense() if dense else pattern_of(header)
-    if pattern.by_head:
-        raise RadialError(f"the header's pattern {pattern.name} differs by head: this function has one mask a layer")
-    layout = build_layout(pattern, grid, int(_number(header, "block", 128)))
-    return functools.partial(attention_over, layout=layout, backend=None if dense else backend)
+    block = int(_number(header, "block", 128))
+    if not pattern.by_head:
+        layout = build_layout(pattern, grid, block)
+        return functools.partial(attention_over, layout=layout, backend=None if dense else backend)
+    if layers is None:
+        raise RadialError(f"the header's pattern {pattern.name} differs by layer and head: give layers")
+    count = layers
+
+    def by_head(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        found = build_head_layouts(pattern, grid, block, layers=count, heads=q.shape[2])
+        return attention_over(q, k, v, found.layer(layer), backend=backend, **given)
+
+    return by_head
+
+
+def is_dense(header: Mapping[str, str], *, layer: int, step: int | None = None, sigma: float | None = None) -> bool:
+    """Whether a layer's attention is dense in a denoising step; arguments and errors as of `attention_for`."""
+    return layer < int(_number(header, "dense_layers", 0)) or _is_dense_step(header, step, sigma)
 
 
 def pattern_of(header: Mapping[str, str]) -> Pattern:

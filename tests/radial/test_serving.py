@@ -1,10 +1,24 @@
 """The attention of a LoRA's header, as a server's plug-in asks for it."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from radial import Dense, RadialError, Released, VideoGrid, attention_over, build_layout
-from radial.serving import attention_for
+import radial
+from radial import (
+    Dense,
+    RadialError,
+    Released,
+    VideoGrid,
+    attention_for,
+    attention_over,
+    build_layout,
+    make_pattern,
+    radial_attention,
+)
 
 GRID = VideoGrid(9, 4, 8)
 HEADER = {
@@ -39,6 +53,17 @@ def test_a_header_with_a_number_of_dense_steps():
     assert torch.equal(outs[0], outs[1]) and not torch.allclose(outs[1], outs[2])
 
 
+def test_masks_that_differ_by_head():
+    header = {**HEADER, "radial.pattern": "random", "radial.per_head": "True"}
+    q, k, v = tokens()
+    pattern = make_pattern("random", decay=0.4, rule="ports", per_head=True)
+    for layer in (1, 2):
+        expected = radial_attention(q, k, v, GRID, pattern, block=16, layer=layer)
+        torch.testing.assert_close(attention_for(header, GRID, layer=layer, layers=3, sigma=0.1)(q, k, v), expected)
+    dense = attention_for(header, GRID, layer=0, layers=3, sigma=0.1)(q, k, v)
+    torch.testing.assert_close(dense, radial_attention(q, k, v, GRID, Dense()))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -47,10 +72,24 @@ def test_a_header_with_a_number_of_dense_steps():
         ({"radial.rule": "other"}, "rule"),
         ({}, "dense from noise level 0.9 on: give sigma"),
         ({"radial.dense_sigma": "None"}, "first 2 steps are dense: give step"),
-        ({"radial.pattern": "random", "radial.per_head": "True"}, "differs by head"),
+        ({"radial.pattern": "random", "radial.per_head": "True"}, "differs by layer and head"),
     ],
 )
 def test_what_a_header_lacks(changes, message):
     sigma = None if "give" in message else 0.1
     with pytest.raises(RadialError, match=message):
         attention_for({**HEADER, **changes}, GRID, layer=1, sigma=sigma)
+
+
+def test_the_manuals_plug_in_runs(tmp_path, monkeypatch):
+    manual = Path(radial.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (example,) = [
+        code for code in re.findall(r"```python\n(.*?)```", manual, re.DOTALL) if "class RadialPlugin" in code
+    ]
+    monkeypatch.chdir(tmp_path)
+    save_file({"x": torch.zeros(1)}, "wan_4x.safetensors", HEADER)
+    names = {}
+    exec(example, names)
+    assert names["plugin"].header == HEADER and names["out"].shape == names["q"].shape
+    dense = names["plugin"](names["q"], names["k"], names["v"], layer=0, step=2, sigma=0.5)
+    assert not torch.allclose(names["out"], dense, atol=1e-3)

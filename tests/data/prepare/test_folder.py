@@ -186,7 +186,7 @@ with ShardWriter(sys.argv[1], fps=16.0, encoder="e", latent="l", text="t", argum
 @pytest.mark.parametrize("rename", [2, 4])
 def test_killed_writer_leaves_no_manifest_and_no_half_file(tmp_path: Path, rename: int) -> None:
     def write(dying: int) -> int:
-        return subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(dying)], timeout=60).returncode
+        return subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(dying)], timeout=300).returncode
 
     assert write(rename) == -9
     with pytest.raises(DataError, match="no manifest"):

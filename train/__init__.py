@@ -19,12 +19,13 @@ The folders, in the order in which a run passes them:
     planning/      memory and time before a GPU is touched
     storage/       the run's folder and its lock, checkpoints, resuming
     loggers/       metrics.csv, TensorBoard, Weights & Biases, the record of the environment
-    evaluation/    held-out losses and tables, the Euler sampler
+    evaluation/    held-out losses and tables, the Euler sampler, measures of clips
     export/        the LoRA as files of other tools, merged models, verification
     sample/        generating clips with diffusers' pipelines
     report/        the run as one page, its charts and pictures
     decay/         how attention falls off with distance in each head, and what a mask would keep of it
     callbacks/     what happens around a step: metrics, checkpoints, validation, stops, the watchdog
+    evaluate/      a tuned model against controls: losses, generated clips, what is wrong with them
     bench/         a step, measured and taken apart
     sweep/         `python -m train -m`: many runs, one for each combination of values
 

@@ -15,8 +15,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from data.encoders import load_encoder
-from data.encoders.base import Encoder, EncoderSettings
+from data.encoders.base import Encoder
 from data.encoders.decoding import decode_frames
 from data.errors import DataError
 from data.shards.batch import collate
@@ -28,14 +27,13 @@ from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
 from train.errors import Asked, UserError
+from train.evaluation.decoding import encoder_for
 from train.evaluation.euler import generate
 from train.flow import noise_like
 from train.loggers.forgiving import Forgiving
 from train.models.families import family_of
-from train.models.loading import encoder_of
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
-from train.planning import resolve_precision
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 
@@ -174,23 +172,15 @@ class PromptClips(StepCallback):
 
     def _decoder(self) -> Encoder:
         if self._encoder is None:
-            self._encoder = self._load(torch.device("cpu"), vae_only=True)
+            self._encoder = encoder_for(self.config, torch.device("cpu"), vae_only=True)
         return self._encoder
-
-    def _load(self, device: torch.device, vae_only: bool) -> Encoder:
-        family, folder = encoder_of(self.config.model)
-        precision = torch.bfloat16 if resolve_precision(self.config.trainer.precision) == "bf16" else torch.float32
-        vae_dtype = family_of(self.config.model).vae_dtype(precision)
-        text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        images = bool(self.config.validation.images) and not family_of(self.config.model).takes_first_frame
-        settings = EncoderSettings(folder, device, vae_dtype, text_dtype, images and not vae_only, vae_only)
-        return load_encoder(family, settings)
 
     def _encode(self, module: LengthExtensionModule) -> list[Sample]:
         """What the model sees of each prompt, beside a latent of the clip's shape; the encoders are gone afterwards."""
         clip, given = self.config.clip, self.config.validation
         takes_first_frame = family_of(self.config.model).takes_first_frame
-        encoder = self._load(module.device, vae_only=False)
+        images = bool(given.images) and not takes_first_frame
+        encoder = encoder_for(self.config, module.device, images=images)
         found = []
         for number, text in enumerate(given.prompts):
             prompt, image = encoder.prompt(text), {}

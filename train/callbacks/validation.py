@@ -16,9 +16,7 @@ from itertools import pairwise
 
 import lightning as L
 import torch
-from torch import Tensor
 
-from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stages import Stage
@@ -30,8 +28,7 @@ from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
-from train.flow import flow_loss, noise_like, noised
-from train.models.conditions import Conditions
+from train.evaluation.losses import loss_at
 from train.models.loading import sigma_range
 from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
@@ -142,17 +139,8 @@ class Validation(StepCallback):
         return {**row, VALIDATION: row[f"validation/{self.lengths[-1]}_frames"]}
 
     def _loss(self, module: LengthExtensionModule, clip: Sample, length: int, sigma: float) -> float:
-        batch = collate([clip], 0).to(module.device)
-        latent = batch.latent[:, :, :length]
-        level = torch.tensor([sigma], device=latent.device)
-        noise = noise_like(latent, self.seed, "validation", clip.key, length)
-        x, target = noised(latent, noise, level)
-        attention = module.attention_at(latent, sigma)
-        module.adapter.set_attention(attention)
-        conditions = Conditions.of(batch, module.objective.guidance).first_frames(length)
-        velocity, given = module.adapter.velocity(x, level, conditions), module.adapter.given_frames(conditions)
-        loss: Tensor = flow_loss(velocity, target, attention.shard, module.adapter.patch, given)
-        return loss.item()
+        attention, guidance = module.attention_at, module.objective.guidance
+        return loss_at(module.adapter, clip, length, sigma, attention, seed=self.seed, guidance=guidance)
 
 
 def lengths_of(latent_frames: int) -> list[int]:

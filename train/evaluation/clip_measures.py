@@ -13,7 +13,7 @@ from torch import Tensor
 
 WINDOW = 4
 """Frames of the windows that are compared, in clips that are long enough."""
-STILL = 0.01
+STILL = 0.003
 """A step from one frame to the next is still below this share of what two unrelated frames differ by."""
 
 

@@ -88,3 +88,34 @@ def clip_losses(
         velocity = adapter.velocity(x, sigma, conditions)
         losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())
     return losses
+
+
+@torch.no_grad()
+def loss_at(
+    adapter: ModelAdapter,
+    clip: Sample,
+    frames: int,
+    sigma: float,
+    attention: Callable[[Tensor, float], StepAttention],
+    *,
+    seed: int,
+    guidance: float = 1.0,
+) -> float:
+    """Flow loss of the beginning of a clip at one noise level; the noise is a function of seed, clip and length.
+
+    A shorter clip is the beginning of a longer one: the VAEs are causal in time, so its latents are the longer's first.
+
+    Args:
+        frames: latent frames from the clip's start.
+        attention: gives that of a latent at a noise level; of ranks that share the tokens, each gets its share.
+        guidance: the weight that a guidance-distilled model takes as an input.
+    """
+    batch = collate([clip], 0).to(next(adapter.transformer.parameters()).device)
+    latent = batch.latent[:, :, :frames]
+    level = torch.tensor([sigma], device=latent.device)
+    x, target = noised(latent, noise_like(latent, seed, "validation", clip.key, frames), level)
+    step = attention(latent, sigma)
+    adapter.set_attention(step)
+    conditions = Conditions.of(batch, guidance).first_frames(frames)
+    velocity, given = adapter.velocity(x, level, conditions), adapter.given_frames(conditions)
+    return flow_loss(velocity, target, step.shard, adapter.patch, given).item()

@@ -1,0 +1,223 @@
+"""Evaluating runs: rows against the run's own validation, intervals, clips, what is missing, stopping and going on."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from train.errors import UserError
+from train.evaluate.alignment import TextAlignment
+from train.evaluate.model import EvaluatedModel
+from train.evaluate.results import Row, cells, tuned_of
+from train.evaluate.run import run_evaluation
+from train.evaluate.settings import Job, Settings
+from train.evaluation.losses import Interval
+from train.loggers.csv_file import read_metrics
+from train.storage.run_folder import RunFolder
+
+FRAMES = {"model__native_frames": 4, "clip__frames": 16, "clip__width": 32, "model__longer": "{2x: 8, 4x: 16}"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run of 16 frames, four times its model's own length, validated at its end."""
+    from tests.helpers.tiny import run_config
+    from train.run import train
+
+    root = tmp_path_factory.mktemp("evaluated")
+    config = run_config(root, validation__every=4, validation__clips=3, lora__rank=2, trainer__steps=4, **FRAMES)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    return folder.path
+
+
+def job(run, tmp_path, **changes):
+    given = {"clips": 3, "samples": 1, "steps": 1, "lengths": "1,4", "out": tmp_path / "out", **changes}
+    return Job.of(Settings(run=run, **given))
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    one = job(run, tmp_path_factory.mktemp("results"))
+    return one, run_evaluation(one)
+
+
+def results(of):
+    return json.loads((of.out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_tuned_rows_losses_are_those_of_the_runs_validation(run, evaluated):
+    last = read_metrics(run / "metrics.csv")[-1]
+    for row in results(evaluated[0])["rows"]:
+        if row["tuned"]:
+            for level, found in row["by_noise_level"].items():
+                logged = float(last[f"validation/{row['frames']}_frames/sigma_{level}"])
+                assert found["loss"]["mean"] == pytest.approx(logged, rel=1e-5)
+
+
+def test_rows_lengths_and_what_is_missing(evaluated):
+    one, text = evaluated
+    found = results(one)
+    names = ["held-out clips", "base, released", "base, dense", "tuned, released"]
+    assert [(row["name"], row["times"]) for row in found["rows"]] == [(n, t) for t in (1, 4) for n in names]
+    assert found["not_measured"] == [
+        "text alignment is not measured: clip= is not set, expected the folder of a CLIP of transformers"
+    ]
+    assert "* text alignment is not measured" in text
+    for row in found["rows"]:
+        truth = row["name"] == "held-out clips"
+        assert (row["loss"] is None) == truth
+        assert len(row["measures_of_clips"]) == (3 if truth else 1)
+        assert row["text_alignment"] is None
+    dense, tuned = found["rows"][6:]
+    assert dense["attention_gflops"] > tuned["attention_gflops"] > 0
+
+
+def test_differences_are_paired_over_clips(evaluated):
+    found = {(row["name"], row["times"]): row for row in results(evaluated[0])["rows"]}
+    tuned, base = found["tuned, released", 4], found["base, dense", 4]
+    level = list(base["by_noise_level"])[2]
+    pairs = zip(tuned["losses"], base["losses"], strict=True)
+    expected = Interval.of([mine[2] - its[2] for mine, its in pairs])
+    assert base["by_noise_level"][level]["tuned_minus_this"] == {"mean": expected.mean, "half_width_95": expected.half}
+    assert tuned["tuned_minus_this"] is None
+
+
+def test_the_files_that_other_tools_read(evaluated):
+    one, _ = evaluated
+    with (one.out / "results.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["row"] for row in table[:2]] == ["held-out clips", "base, released"]
+    assert float(table[1]["loss"]) > 0 and table[0]["loss"] == ""
+    folders = sorted(path.name for path in (one.out / "clips").iterdir() if path.is_dir())
+    assert folders == [f"{name}-{t}x" for name in ("base-dense", "base-released", "tuned-released") for t in (1, 4)]
+    for name in folders:  # what VBench's custom_input mode reads: videos alone, and a prompt for each
+        videos = sorted(path.name for path in (one.out / "clips" / name).iterdir())
+        prompts = json.loads((one.out / "clips" / f"{name}.json").read_text(encoding="utf-8"))
+        assert list(prompts) == videos and all(video.endswith(".mp4") for video in videos)
+    page = (one.out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 6 and "Loss by noise level" in page
+
+
+def test_what_is_there_is_not_made_again(evaluated, monkeypatch):
+    one, text = evaluated
+    monkeypatch.setattr("train.evaluate.run.EvaluatedModel", None)  # is not loaded
+    assert run_evaluation(one) == text
+    with pytest.raises(UserError, match=r"has results of another evaluation \(seed was 0, now 1\): give another out"):
+        run_evaluation(replace(one, given=replace(one.given, seed=1)))
+
+
+def test_a_control_has_the_base_models_velocity(run, tmp_path):
+    one = job(run, tmp_path)
+    model = EvaluatedModel(one)
+    from train.models.loading import load_adapter
+
+    plain = load_adapter(one.config.model, torch.float32, one.config.seed)
+    base, _, tuned = one.variants
+    x, sigma = torch.randn(1, 3, 4, 32, 32), torch.tensor([0.5])
+    conditions = plain.random_conditions(x)
+    plain.set_attention(model.attention(base, x, 0.5))
+    model.adapter.set_attention(model.attention(base, x, 0.5))
+    with torch.no_grad():
+        expected = plain.velocity(x, sigma, conditions)
+        model.put(base)
+        torch.testing.assert_close(model.adapter.velocity(x, sigma, conditions), expected)
+        model.put(tuned)
+        assert (model.adapter.velocity(x, sigma, conditions) - expected).abs().max() > 1e-6
+
+
+def test_a_lora_file_stands_for_the_runs_own(run, tmp_path, evaluated):
+    file = run / "export" / "diffusers"
+    one = job(run, tmp_path, lora=str(file), against=None, lengths="1", samples=0)
+    run_evaluation(one)
+    (mine,) = [row for row in results(one)["rows"] if row["tuned"]]
+    own = next(row for row in results(evaluated[0])["rows"] if row["tuned"])
+    assert np.allclose(mine["losses"], own["losses"], rtol=1e-4)
+
+
+def test_prompts_of_a_file_and_a_length_that_no_held_out_clip_has(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red ball\n\na red ball\na blue star, it's here\n", encoding="utf-8")
+    one = job(run, tmp_path, prompts=file, against=None, lengths="1", shards=None)
+    assert one.prompts == ("a red ball", "a blue star, it's here")
+    run_evaluation(one)
+    prompts = json.loads((one.out / "clips" / "tuned-released-1x.json").read_text(encoding="utf-8"))
+    assert prompts == {"0001-a-red-ball.mp4": "a red ball", "0002-a-blue-star-it-s-here.mp4": "a blue star, it's here"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": "0"}, "lengths is '0', expected multiples of the model's own length such as 1,2,4"),
+        ({"against": "bas"}, "against has 'bas': pattern is 'bas', expected one of .*, or base"),
+        ({"lora": "a.safetensors,b.safetensors"}, "expected one file, with :strength if wanted"),
+    ],
+)
+def test_refusals(run, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        job(run, tmp_path, **changes)
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        job(tmp_path, tmp_path)
+
+
+def test_a_clip_of_transformers_scores_text(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    scorer = TextAlignment(folder)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    score = scorer.score(frames, "a red ball " * 50)
+    assert -1 <= score <= 1
+    single = [scorer.score(frame[None], "a red ball " * 50) for frame in frames]
+    assert score == pytest.approx(sum(single) / 3, abs=1e-5)
+    with pytest.raises(UserError, match=r"no config\.json, expected the folder of a CLIP"):
+        TextAlignment(tmp_path)
+
+
+def save_clip(folder):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    side = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**side, "vocab_size": 600, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0}
+    config = CLIPConfig(text_config=text, vision_config={**side, "image_size": 16, "patch_size": 8}, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    letters = [chr(code) for code in range(33, 127)]
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({n: i for i, n in enumerate(names)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_rows_of_one_clip_have_no_interval():
+    row = Row("tuned", 1, 16, tuned=True, alignment=[0.5])
+    assert cells([row])[1][-1] == "0.500"
+    assert tuned_of([row], 1) is row
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_within_a_step_and_the_command_goes_on(run, tmp_path):
+    """SIGTERM while losses are measured; the same command then makes what was left."""
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "train.evaluate", f"run={run}", f"out={out}", "clips=8", "samples=0", "lengths=1"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    parts = out / "parts"
+    while process.poll() is None and len(list(parts.glob("*.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    left = {path.name: path.stat().st_mtime_ns for path in parts.iterdir() if not path.name.startswith(".")}
+    assert not (out / "results.json").exists()
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+    assert (out / "report.html").exists()
+    assert all((parts / name).stat().st_mtime_ns == when for name, when in left.items())

@@ -171,7 +171,8 @@ class _Evaluation:
         if not job.prompts:
             chosen = {held.caption: held for held in self.held[: job.given.samples]}
             if not chosen:
-                self.notes.append("clips are not generated: prompts= is not set, and there are no held-out clips")
+                wanted = job.given.samples > 0
+                self.notes += wanted * ["clips are not generated: prompts= is not set, and there are no held-out clips"]
                 return [], None
             assert self.shards is not None
             return list(chosen.values()), self.shards.load_empty_prompt()

@@ -22,9 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.encoders import FAMILIES, check_encoder, load_encoder
+from data.encoders import check_encoder, family_of, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
-from data.encoders.pixels import LATENTS
 from data.errors import DataError, explained
 from data.io.lines import lines_of
 from data.io.remote import CHUNK, open_shard, read_all
@@ -174,10 +173,10 @@ def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> 
         DataError: no family is known for them, weights are missing, the weights are not those that made them, or there
             is no such device.
     """
-    pixels = manifest.encoder.partition("+")[0] == LATENTS
-    family = "pixels" if pixels else manifest.encoder.partition(":")[0]
-    if family not in FAMILIES:
-        raise DataError(f"{manifest.home}: was made with {manifest.encoder}, which nothing here decodes")
+    try:
+        family = family_of(manifest.encoder)
+    except DataError as error:
+        raise DataError(f"{manifest.home}: {error}; nothing here decodes it") from error
     check_encoder(manifest, family, weights)
     settings = EncoderSettings(weights, find_device(device), torch.float32, torch.float32, vae_only=True)
     return load_encoder(family, settings)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.encoders import FAMILIES, encoder_class
-from data.encoders.pixels import LATENTS
+from data.encoders import encoder_class, family_of
 from data.errors import DataError
 from data.prepare.records import FOLDER
 from data.scan import check_folder, content_of, empty_prompt_of, list_shards
@@ -67,9 +66,10 @@ def rebuild(folder: Path, weights: Path | None, device: str | None, progress: bo
         some = ", ".join(f"{count} of {encoder} at {fps:g} fps" for (encoder, fps), count in abouts.items())
         raise DataError(f"{folder}: its samples are of several makes, {some}; move those that do not belong there away")
     ((encoder, fps),) = abouts
-    family = "pixels" if encoder.partition("+")[0] == LATENTS else encoder.partition(":")[0]
-    if family not in FAMILIES:
-        raise DataError(f"{folder}: its samples were made with {encoder}, which is none of {', '.join(FAMILIES)}")
+    try:
+        family = family_of(encoder)
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from error
     kind = encoder_class(family)
     prompt = empty_prompt_of(folder, family, encoder, weights, device)
     manifest = Manifest(tuple(shards), fps, encoder, kind.latent_is, kind.text_is, {"made_by": MADE_BY})

@@ -169,15 +169,14 @@ def needs(config: RunConfig, quick: bool, given: int = 0) -> Iterator[Finding]:
         yield Finding("missing", "run", str(error))
     if config.log.wandb == "online" and not _wandb_key():
         yield Finding("missing", "W&B", "not logged in", "run wandb login, or set log.wandb=offline")
-    if quick or config.data.shards is None:
-        return
-    try:
-        speed, size = read_speed(config.data.shards)
-        per_step = size * config.data.batch_size * micro_batches(config)
-    except Mistake as error:
-        yield Finding("missing", "data", str(error))
-        return
-    yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
+    for place in [] if quick else config.data.places:
+        try:
+            speed, size = read_speed(place)
+            per_step = size * config.data.batch_size * micro_batches(config)
+        except Mistake as error:
+            yield Finding("missing", "data", str(error))
+            continue
+        yield Finding("ok", "data", f"{speed / 1e6:,.0f} MB/s; a rank's step reads {per_step / 1e6:,.1f} MB")
 
 
 def _wandb_key() -> bool:

@@ -20,7 +20,7 @@ def folders_of(config: RunConfig) -> tuple[list[Path], dict[str, str]]:
     found: set[Path] = set()
     absent: dict[str, str] = {}
     for key in sorted(name for name, key in KEYS.items() if key.is_path):
-        value = value_of(config, key)
+        value = config.data.places if key == "data.shards" else value_of(config, key)
         for text in value if isinstance(value, list) else [value]:
             if text is None or "://" in text or text.startswith(("pipe:", "hub:")):
                 continue

@@ -215,6 +215,7 @@ def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place
         seed=config.seed,
         global_batch=int(config.clips_at_once()),
         shuffle_window=config.data.shuffle_window,
+        weights=shards.weights or None,
         taken=start.taken,
         first=0 if start.taken is None else start.position,
     )

@@ -29,6 +29,7 @@ from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
 from train.planning.full_memory import check_memory
+from train.shards import training_shards, validation_shards
 from train.storage.checkpoints import checkpoints_of, weight_shapes
 from train.storage.inputs import hold_inputs
 from train.storage.resuming import check_changes
@@ -75,13 +76,14 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     stages = load_stages(config.data.stages)
     unseen = remote_shards(config) if offline else {}
     if config.data.shards is not None and "data.shards" not in unseen:
-        shards = Manifest.load(config.data.shards)
+        shards = training_shards(config)
         check_encoder(shards, *encoder_of(config.model))
         check_shapes(config, shards)
         if adapter is not None:
             _check_sample(adapter, shards, stages)
     if config.validation.every:
-        _check_validation(config, adapter, "validation.shards" not in unseen)
+        held = "data.shards" if config.data.holdout else "validation.shards"
+        _check_validation(config, adapter, held not in unseen)
     if config.validation.samples_every:
         _check_prompts(config, adapter)
     if config.report.clips and config.model.expert in ("high", "low"):
@@ -96,10 +98,11 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
 
 def remote_shards(config: RunConfig) -> dict[str, str]:
     """The keys of shards that are read over the network or from a command, and what they are."""
-    named = {"data.shards": config.data.shards}
-    if config.validation.every:
-        named["validation.shards"] = config.validation.shards
-    return {key: url for key, url in named.items() if url is not None and scheme_of(url) != "file"}
+    named = {"data.shards": config.data.places}
+    if config.validation.every and config.validation.shards is not None:
+        named["validation.shards"] = [config.validation.shards]
+    remote = {key: [url for url in urls if scheme_of(url) != "file"] for key, urls in named.items()}
+    return {key: ", ".join(urls) for key, urls in remote.items() if urls}
 
 
 def preflight_resume(
@@ -136,7 +139,7 @@ def preflight_resume(
         if shapes is not None:
             check_saved(trained, shapes)
     seen = config.data.shards is not None and not (offline and "data.shards" in remote_shards(config))
-    shards = Manifest.load(config.data.shards) if seen and config.data.shards is not None else None
+    shards = training_shards(config) if seen else None
     first = Rank.here().index == 0
     for line in hold_inputs(config, folder, shards, accept=override, write=override and first):
         if first:
@@ -170,16 +173,17 @@ def _check_validation(config: RunConfig, adapter: ModelAdapter | None, seen: boo
             f"validation.sigmas {given.sigmas} has no noise level of model.expert={config.model.expert}, "
             f"{low:g} to {high:g}: give some"
         )
-    if given.shards is None:
+    if given.shards is None and not config.data.holdout:
         if config.data.shards is None:
             return  # new synthetic ones
         raise UserError(
             f"validation.every is {given.every}, but validation.shards is not set: give shards of videos that "
-            "data.shards does not have, or set validation.every=0"
+            "data.shards does not have, hold some of its own out with data.holdout=64, or set validation.every=0"
         )
     if not seen:
         return
-    shards = Manifest.load(given.shards)
+    shards = validation_shards(config)
+    assert shards is not None
     check_encoder(shards, *encoder_of(config.model))
     for info in shards.samples[: given.clips]:
         if tuple(info.shape[1:]) != config.latent_size():

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from data.encoders.base import Encoder, EncoderSettings
     from data.shards.manifest import Manifest
 
-__all__ = ["FAMILIES", "check_encoder", "encoder_class", "fingerprint", "load_encoder", "same_encoder"]
+__all__ = [
+    "FAMILIES", "check_cut", "check_encoder", "encoder_class", "family_of", "fingerprint", "load_encoder",
+    "same_encoder", "same_vae",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,50 @@ def check_encoder(manifest: Manifest, family: str, folder: Path | None) -> None:
             manifest.home,
             manifest.encoder,
         )
+
+
+def family_of(encoder: str) -> str:
+    """The family that a fingerprint is of.
+
+    Raises:
+        DataError: it is none of `FAMILIES`.
+    """
+    family = "pixels" if encoder.startswith("pixels-") else encoder.partition(":")[0]
+    if family not in FAMILIES:
+        raise DataError(f"was made with {encoder}, which is none of {', '.join(FAMILIES)}")
+    return family
+
+
+def check_cut(manifest: Manifest, frames: int) -> int:
+    """How many latent frames a clip of `frames` frames has, which is going to be cut from longer ones of a folder.
+
+    Raises:
+        DataError: no clip of the family has so many, or the family's longer clips do not begin with the shorter ones.
+    """
+    try:
+        kind = encoder_class(family_of(manifest.encoder))
+        kind.check(frames, [])
+    except DataError as error:
+        raise DataError(f"{manifest.home}: {error}") from error
+    stride = kind.facts.strides[0]
+    latent = 1 + (frames - 1) // stride
+    for longer in sorted({sample.shape[1] for sample in manifest.samples if sample.shape[1] > latent}):
+        why = kind.why_not_cut(1 + (longer - 1) * stride, frames)
+        if why is not None:
+            raise DataError(
+                f"{manifest.home}: clips of {frames} frames cannot be cut from its latents of {longer} frames: {why}; "
+                f"make shards of frames={frames}"
+            )
+    return latent
+
+
+def same_vae(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one family, VAE and image encoder, whatever the text encoders."""
+    mine, its = _kinds(one), _kinds(other)
+    if not mine or not its:
+        return one == other
+    named = [name for name in mine.keys() | its.keys() if name not in ("text", "ids")]
+    return one.partition(":")[0] == other.partition(":")[0] and all(mine.get(n) == its.get(n) for n in named)
 
 
 def same_encoder(one: str, other: str) -> bool:

@@ -130,6 +130,12 @@ class Encoder(ABC):
         )
 
     @classmethod
+    @abstractmethod
+    def why_not_cut(cls, frames: int, shorter: int) -> str | None:
+        """Why the first latent frames of a clip of `frames` frames are not the latent of its first `shorter` frames;
+        None where they are."""
+
+    @classmethod
     def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
         """Raise a DataError that names the nearest fit unless clips of this length and these sizes can be encoded."""
         time, space = cls.facts.strides

@@ -67,6 +67,10 @@ class HunyuanEncoder(Encoder):
             tokenizer_2=load_tokenizer(settings, "tokenizer_2"),
         )
 
+    @classmethod
+    def why_not_cut(cls, frames: int, shorter: int) -> str | None:
+        return "HunyuanVideo's VAE normalises over all frames of a tile, so that each depends on the later ones"
+
     def encode(self, frames: np.ndarray) -> Tensor:
         with torch.no_grad():
             latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()

@@ -80,6 +80,13 @@ class MochiEncoder(Encoder):
         super().check(frames, sizes)
         tile_of(frames)
 
+    @classmethod
+    def why_not_cut(cls, frames: int, shorter: int) -> str | None:
+        one, other = tile_of(frames), tile_of(shorter)
+        if one == other:
+            return None  # its layers look back alone, and tiles are cut in space
+        return f"Mochi's VAE encodes clips of {frames} frames in tiles of {one} pixels, of {shorter} in {other}"
+
     def encode(self, frames: np.ndarray) -> Tensor:
         side = tile_of(len(frames))
         self.vae.tile_sample_min_height = self.vae.tile_sample_min_width = side

@@ -41,6 +41,10 @@ class PixelEncoder(Encoder):
             raise DataError(f"weights is {folder}, but model=pixels has none; leave it out")
         return f"{LATENTS}+{TinyTextEncoder().fingerprint}"
 
+    @classmethod
+    def why_not_cut(cls, frames: int, shorter: int) -> str | None:
+        return None
+
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(to_video(frames, torch.device("cpu"), torch.float32)[0])
 

@@ -83,6 +83,10 @@ class WanEncoder(Encoder):
     def check_image_to_video(cls) -> None:
         """Wan2.1 and Wan2.2-A14B have such models."""
 
+    @classmethod
+    def why_not_cut(cls, frames: int, shorter: int) -> str | None:
+        return None  # each latent frame is made of its own frames and those before
+
     def encode(self, frames: np.ndarray) -> Tensor:
         return stored(self.latent(to_video(frames, self.device, self.vae.dtype)))
 

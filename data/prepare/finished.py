@@ -17,9 +17,7 @@ from data.prepare.plan import Plan, Rejected, Row, make_plan
 from data.prepare.recipe import Recipe
 from data.prepare.sources import NoVideosError
 from data.shards.manifest import REJECTED, Manifest
-
-LIST = "videos.json"
-"""The plan of a finished folder."""
+from data.shards.origins import LIST
 
 
 def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Manifest | None:

@@ -33,6 +33,7 @@ from data.prepare.plan import Plan, Rejected
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
 from data.shards.begun import Begun, shards_in
 from data.shards.manifest import FILE, Manifest, ShardInfo
+from data.shards.origins import numbers_of
 from data.shards.sample import Sample
 from data.shards.writer import TarShards
 from radial.cli.ranks import Rank
@@ -99,8 +100,9 @@ class Journal:
         self.present: dict[int, set[int]] = {}
         for shard in records.shards:
             for sample in shard.samples:
-                row, clip = _numbers_of(sample.key)
-                self.present.setdefault(row, set()).add(clip)
+                clip = numbers_of(sample.key)
+                assert clip is not None
+                self.present.setdefault(clip[0], set()).add(clip[1])
         self.rejected = len(records.rejected)
         recorded = {shard.file for shard in records.shards}
         named = set(recorded)
@@ -204,17 +206,6 @@ class Journal:
                 "or choose another out="
             )
         return file
-
-
-def key_of(row: int, clip: int) -> str:
-    """The key of a video's clip: the same in every run of a plan."""
-    return f"v{row:07d}-{clip:04d}"
-
-
-def _numbers_of(key: str) -> tuple[int, int]:
-    """The inverse of `key_of`."""
-    row, _, clip = key.removeprefix("v").partition("-")
-    return int(row), int(clip)
 
 
 @contextlib.contextmanager

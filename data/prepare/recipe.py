@@ -14,6 +14,7 @@ from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
 from data.prepare.sources import Columns
 from data.prepare.video import DECODING
+from data.shards.origins import MADE_BY
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Recipe:
     def arguments(self) -> dict[str, Any]:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""
         return {
-            "made_by": "data.prepare",
+            "made_by": MADE_BY,
             "decoding": DECODING,
             "model": self.family,
             "fps": self.fps,

@@ -18,7 +18,7 @@ from data.io.files import write_bytes
 from data.prepare import journal
 from data.prepare.arguments import check_same, same
 from data.prepare.decoders import Decoders, End, Task, prefetch
-from data.prepare.finished import LIST, revisit
+from data.prepare.finished import revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
 from data.prepare.looks import REASONS
 from data.prepare.plan import FILE as PLAN
@@ -29,6 +29,7 @@ from data.prepare.stopping import Stopping
 from data.prepare.video import Clip
 from data.shards.begun import refuse_shards
 from data.shards.manifest import REJECTED, Manifest
+from data.shards.origins import LIST, key_of
 from data.shards.sample import Prompt, Sample
 from data.shards.writer import finish_folder, remove_leftovers
 from radial.cli.ranks import Rank
@@ -196,9 +197,7 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
         "width": width,
         "encoder": planned.arguments["encoder"],
     }
-    sample = Sample(
-        journal.key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta
-    )
+    sample = Sample(key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta)
     sample.validate()
     return sample
 

@@ -37,7 +37,8 @@ class SampleInfo:
     """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included.
 
     `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions. `parts` are the places of the entries
-    in those bytes, name, first byte and size, in tars that somebody else wrote (`Manifest.map`); None in ours.
+    in those bytes, name, first byte and size, in tars that somebody else wrote (`Manifest.map`); None in ours. `stored`
+    are the latent frames on disk where only the first F of them are wanted (`data.shards.views.cut`); not in the file.
     """
 
     key: str
@@ -46,6 +47,7 @@ class SampleInfo:
     bytes: int
     crc32: int | None = None
     parts: tuple[tuple[str, int, int], ...] | None = None
+    stored: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The sample as it stands in a manifest."""
@@ -118,6 +120,8 @@ class Manifest:
         map: which entries of the tars hold which fields, where somebody else wrote them (`data.index`); None in ours.
         home: where it was loaded from, see `load`; not part of the file.
         urls: where each shard is read from, see `data.io.remote`; not part of the file.
+        maps: the map of each shard's folder, as views of several folders have several; not part of the file.
+        weights: how often the samples of each shard come in an epoch; none is once. Not part of the file.
     """
 
     shards: tuple[ShardInfo, ...]
@@ -131,6 +135,8 @@ class Manifest:
     map: EntryMap | None = None
     home: str = field(default="", compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
+    maps: tuple[EntryMap | None, ...] = field(default=(), compare=False)
+    weights: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def folder(self) -> Path:
@@ -261,10 +267,12 @@ class Manifest:
             latent=_get(raw, "latent", str, path),
             text=_get(raw, "text", str, path),
             arguments=_get(raw, "arguments", dict, path),
-            **counts,
+            videos=counts["videos"],
+            rejected=counts["rejected"],
             map=mapped,
             home=home,
             urls=tuple(locate(home, shard.file) for shard in shards),
+            maps=(mapped,) * len(shards),
         )
 
 

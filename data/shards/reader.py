@@ -61,7 +61,7 @@ class SampleReader:
             BadSampleError: they are not those of the sample that the manifest lists.
         """
         try:
-            return decode(content, self._manifest.shards[shard].samples[place], self._manifest.map)
+            return decode(content, self._manifest.shards[shard].samples[place], self._manifest.maps[shard])
         except DataError as error:
             raise BadSampleError(f"{self._manifest.urls[shard]}: {error}") from error
 
@@ -142,9 +142,10 @@ def decode(content: Tensor, info: SampleInfo, entries: EntryMap | None = None) -
 
 
 def _shaped(sample: Sample, info: SampleInfo) -> Sample:
-    """The sample, or a DataError where its latent's shape is not that of the manifest."""
-    if tuple(sample.latent.shape) != info.shape:
-        found, expected = list(sample.latent.shape), list(info.shape)
-        shapes = f"latent has shape {found}, the manifest says {expected}"
+    """The sample, cut to the frames that are wanted, or a DataError where its latent's shape is not the manifest's."""
+    channels, frames, height, width = info.shape
+    stored = (channels, info.stored or frames, height, width)
+    if tuple(sample.latent.shape) != stored:
+        shapes = f"latent has shape {list(sample.latent.shape)}, the manifest says {list(stored)}"
         raise DataError(f"sample {info.key}: {shapes}; make the folder anew")
-    return sample
+    return sample if info.stored is None else sample.first_frames(frames)

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -122,6 +122,17 @@ class Sample:
     def caption(self) -> str:
         """The clip's caption, `meta["caption"]`."""
         return str(self.meta["caption"])
+
+    def first_frames(self, frames: int) -> Sample:
+        """The sample with the first so many latent frames, in its latent and in image conditions of the same frames
+        and sides, (c, F, H, W), such as Wan's `image.condition`; meta stays that of the whole clip."""
+        sides = self.latent.shape[1:]
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :frames].contiguous() if tensor.dim() == 4 and tensor.shape[1:] == sides else tensor
+
+        image = {name: cut(tensor) for name, tensor in self.image.items()}
+        return replace(self, latent=cut(self.latent), image=image)
 
     def validate(self) -> None:
         """Check every field against the schema.

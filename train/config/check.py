@@ -23,6 +23,7 @@ def validate(config: RunConfig) -> None:
             check_value(name, key.field, value_of(config, name))
     except Mistake as error:
         raise UserError(str(error)) from None
+    _check_data(config)
     _check_model(config)
     _check_attention(config)
     _check_parallel(config)
@@ -45,6 +46,23 @@ def validate(config: RunConfig) -> None:
         config.pattern()
     except RadialError as error:
         raise UserError(f"attention.{error}") from error
+
+
+def _check_data(config: RunConfig) -> None:
+    data, places = config.data, len(config.data.places)
+    if data.shards is not None and not places:
+        raise UserError("data.shards is empty, expected a folder or URL of shards; is a variable not set?")
+    if data.weights and len(data.weights) != places:
+        raise UserError(f"data.weights has {len(data.weights)} numbers, expected one for each of {places} data.shards")
+    for key, value in (("frames", data.frames), ("holdout", data.holdout)):
+        if value and not places:
+            raise UserError(f"data.{key} is {value:g}, but data.shards is not set: set it, or leave data.{key} out")
+    if data.holdout and config.validation.shards is not None:
+        raise UserError(
+            f"data.holdout is {data.holdout:g} and validation.shards {config.validation.shards}, expected one of them"
+        )
+    if data.holdout >= 1 and data.holdout % 1:
+        raise UserError(f"data.holdout is {data.holdout:g}, expected a whole number of samples, or a share below 1")
 
 
 def _check_model(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from train.config.keys import key
 
 _SIGMAS = Bound("noise levels between 0 and 1", lambda value: all(0 < sigma < 1 for sigma in value))
 _BETAS = Bound("two numbers from 0 up to 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+_WEIGHTS = Bound("numbers above 0", lambda value: all(0 < weight < float("inf") for weight in value))
 _REPORTED = Bound("0 or at least 12 for an honest interval", lambda value: value == 0 or value >= 12)
 
 
@@ -93,8 +94,20 @@ class DataConfig:
     """The shards and how they are read."""
 
     shards: str | None = key(
-        "folder or URL with a manifest.json, or a pipe: command with {} in place of a file's name", None, path=True
+        "folder or URL with a manifest.json, or a pipe: command with {} in place of a file's name; [a, b] for several",
+        None, path=True,
+    )  # fmt: skip
+    weights: list[float] = key(
+        "how often each sample of each folder comes in an epoch, such as [1, 0.5]; []: once", [], must=_WEIGHTS
     )
+    frames: int | None = key(
+        "longer clips are cut to so many frames when they are read, where the VAE is causal; null: none is", None,
+        unit="frames", must=at_least(1),
+    )  # fmt: skip
+    holdout: float = key(
+        "hold out so many samples for validation, all clips of a video or none; below 1 a share of the videos", 0.0,
+        must=at_least(0),
+    )  # fmt: skip
     cache: str | None = key("folder that keeps whole remote shards; null: none is kept", None, path=True, resume=True)
     max_bad: int = key("more damaged samples than this on one rank stop the run", 16, must=at_least(0), resume=True)
     stages: list[str] = key("functions that stand in the stream, sample in, sample out, as package.module.function", [])
@@ -105,6 +118,14 @@ class DataConfig:
         "make so many synthetic clips where data.shards is not set; 0: none", 0, must=at_least(0)
     )
     synthetic_scenes: str = key("what synthetic clips show (python -m data.synth --help)", "sunrise", SCENES)
+
+    @property
+    def places(self) -> list[str]:
+        """The folders, URLs or commands of `shards`."""
+        text = (self.shards or "").strip()
+        if not (text.startswith("[") and text.endswith("]")):
+            return [text] if text else []
+        return [place for part in text[1:-1].split(",") if (place := part.strip().strip("'\""))]
 
 
 @dataclass

@@ -48,6 +48,37 @@ def moving(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([(view * 255).byte().numpy() for view in views])
 
 
+@pytest.mark.parametrize(("family", "stride"), [("wan", 4), ("wan22_5b", 4), ("mochi", 6)])
+def test_a_longer_clip_begins_with_the_latent_of_the_shorter(
+    folders: dict[str, Path], family: str, stride: int
+) -> None:
+    encoder, video = load(family, folders[family]), moving(1 + 5 * stride, 32, 64)
+    long, short = encoder.encode(video), encoder.encode(video[: 1 + 2 * stride])
+    assert encoder.why_not_cut(len(video), 1 + 2 * stride) is None
+    # other kernels for other lengths may round otherwise: by the last bit of bfloat16 at most
+    torch.testing.assert_close(long[:, :3], short, rtol=2**-7, atol=1e-5 if family == "mochi" else 0)
+
+
+def test_what_is_not_causal_is_not_cut(folders: dict[str, Path]) -> None:
+    encoder, video = load("hunyuan", folders["hunyuan"]), moving(21, 32, 64)
+    long, short = encoder.encode(video).float(), encoder.encode(video[:9]).float()
+    assert (long[:, :3] - short).abs().max() > 0.02
+    assert "normalises over all frames" in str(encoder.why_not_cut(21, 9))
+    assert MochiEncoder.why_not_cut(319, 163) is None
+    assert MochiEncoder.why_not_cut(667, 163) == (
+        "Mochi's VAE encodes clips of 667 frames in tiles of 224 pixels, of 163 in 256"
+    )
+
+
+def test_an_image_condition_of_a_longer_clip_begins_with_that_of_the_shorter(tmp_path: Path) -> None:
+    encoder, video = load("wan", save_wan(tmp_path, image=True), image_to_video=True), moving(21, 32, 64)
+    long, short = encoder.image(video), encoder.image(video[:9])
+    clip = Sample("k", encoder.encode(video), {}, {}, long, {"caption": ""}).first_frames(3)
+    assert torch.equal(clip.latent, encoder.encode(video[:9]))
+    assert clip.image.keys() == short.keys() and torch.equal(clip.image["condition"], short["condition"])
+    assert torch.equal(clip.image["clip"], short["clip"])
+
+
 @pytest.mark.parametrize(("family", "frames", "shape"), [
     ("wan", 9, (16, 3, 6, 8)), ("wan22_5b", 9, (48, 3, 4, 6)), ("hunyuan", 9, (4, 3, 6, 8)),
     ("mochi", 13, (4, 3, 6, 8)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -164,3 +165,64 @@ def test_a_batch_larger_than_the_folder() -> None:
     assert [order.first_step(epoch) for epoch in range(6)] == [0, 0, 1, 2, 3, 3]
     line = [sample for step in range(3) for sample in order.batch(step)[1]]
     assert [sorted(line[i : i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4
+
+
+WEIGHTS = st.sampled_from([1, 2, 3, 0.5, 1.5, 0.3, 0.07])
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[BatchOrder, list[float]]:
+    shapes = draw(SHARDS.filter(any))
+    weights = draw(st.lists(WEIGHTS, min_size=len(shapes), max_size=len(shapes)))
+    order = BatchOrder(
+        shapes, seed=draw(st.integers(0, 99)), global_batch=draw(st.integers(1, 6)),
+        shuffle_window=draw(st.integers(1, 20)), weights=weights,
+    )  # fmt: skip
+    return order, weights
+
+
+@given(mixtures())
+def test_each_sample_comes_as_often_as_its_weight_says(mixture: tuple[BatchOrder, list[float]]) -> None:
+    """In any number of epochs, and never twice more than another of its weight and shape."""
+    order, weights = mixture
+    one = BatchOrder(
+        order.shapes, seed=order.seed, global_batch=1, shuffle_window=order.shuffle_window, weights=weights
+    )
+    flat = [(shape, weight) for shard, weight in zip(order.shapes, weights, strict=True) for shape in shard]
+    times = [0] * len(flat)
+    for epoch in range(7):
+        for (sample,) in one.epoch(epoch):
+            times[sample] += 1
+        for kind in set(flat):
+            its = [count for count, other in zip(times, flat, strict=True) if other == kind]
+            assert max(its) - min(its) <= 1
+            assert sum(its) == int((epoch + 1) * Fraction(str(kind[1])) * len(its))
+            if kind[1] in (1, 2, 3):
+                assert its == [(epoch + 1) * kind[1]] * len(its)
+
+
+@given(mixtures(), st.integers(0, 40), st.integers(1, 6), st.integers(0, 20))
+def test_a_mixture_goes_on_exactly(mixture: tuple[BatchOrder, list[float]], stop: int, size: int, further: int) -> None:
+    """With batches of another size, as another number of GPUs has them: each shape's samples in the same order."""
+    order, weights = mixture
+    about: dict[str, Any] = {"seed": order.seed, "shuffle_window": order.shuffle_window, "weights": weights}
+    flat = [shape for shard in order.shapes for shape in shard]
+    again = BatchOrder(order.shapes, **about, global_batch=size, taken=order.taken(stop), first=stop)
+    seen: dict[Any, list[int]] = {shape: [] for shape in flat}
+    for step in range(stop + further):
+        epoch, batch = (order if step < stop else again).batch(step)
+        assert epoch >= 0 and len(batch) == (order.global_batch if step < stop else size)
+        seen[flat[batch[0]]] += batch
+    one = BatchOrder(order.shapes, **about, global_batch=1)
+    singly: dict[Any, list[int]] = {shape: [] for shape in flat}
+    for epoch in range(10**6):
+        if all(len(singly[shape]) >= len(line) for shape, line in seen.items()):
+            break
+        for (sample,) in one.epoch(epoch):
+            singly[flat[sample]].append(sample)
+    assert all(singly[shape][: len(line)] == line for shape, line in seen.items())
+
+
+def test_a_weight_is_a_number_above_0() -> None:
+    with pytest.raises(DataError, match="weight is 0, expected a number above 0"):
+        BatchOrder([[A]], seed=0, global_batch=1, shuffle_window=1, weights=[0])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from radial.backends import BACKENDS, AttentionCall
+from radial.backends.self_check import DTYPES, LIMIT, check
 from radial.bench import SHAPES, bench, draw_bench, write_bench
 from radial.bench_layouts import bench_layouts
 from radial.cli.command import Command, Commands
@@ -61,7 +62,14 @@ class LayoutsOptions:
 
 @dataclass
 class BackendsOptions:
-    """None."""
+    """Whether they are tried, and which."""
+
+    check: bool = setting(
+        "compute with each and compare with plain torch: forward, gradients, uneven ends, text", False
+    )
+    backend: str | None = setting("check this one alone; null: all that can run here", None)
+    dtype: str | None = setting("of the check; null: bfloat16 on a GPU, else float32", None, tuple(DTYPES))
+    head_dim: int = setting("of the check", 128, must=at_least(16))
 
 
 def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
@@ -142,7 +150,10 @@ def time_layouts(arguments: LayoutsOptions) -> None:
 
 
 def show_backends(arguments: BackendsOptions) -> None:
-    """Prints a line for each backend, device and kind of layout."""
+    """Prints a line for each backend, device and kind of layout; or checks them."""
+    if arguments.check:
+        _check_backends(arguments)
+        return
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sparse = build_layout(Released(), VideoGrid(8, 16, 16))
     dense = build_layout(Dense(), VideoGrid(8, 16, 16))
@@ -157,6 +168,29 @@ def show_backends(arguments: BackendsOptions) -> None:
                 )
                 usable = "yes" if trains is None else f"no: {infers}" if infers else "without gradients"
                 print(f"{name:<12} {device:<6} {kind:<8} {usable}")
+
+
+def _check_backends(arguments: BackendsOptions) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    name = arguments.backend
+    if name is not None and name not in BACKENDS:
+        raise RadialError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    layout = build_layout(Released(), VideoGrid(8, 16, 16))
+    call = AttentionCall(device, dtype, arguments.head_dim, True, True, layout)
+    wrong = []
+    for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
+        # one that is named is tried whatever it says: it may ask for this very check
+        reason = backend.why_not(call) if name is None else None
+        if reason is not None:
+            print(f"{backend.name:<12} not checked: {reason}")
+            continue
+        error = check(backend, device, dtype, arguments.head_dim)
+        right = error <= LIMIT
+        print(f"{backend.name:<12} {'right' if right else 'WRONG'}: {error:.2e} off plain torch, limit {LIMIT:g}")
+        wrong += [] if right else [backend.name]
+    if wrong:
+        raise RadialError(f"wrong results of {', '.join(wrong)}: take another one, attention.backend=")
 
 
 def _explain(error: OSError) -> str:

@@ -15,7 +15,7 @@ The folders, in the order in which a run passes them:
     models/        one adapter a family (models/families/), loading weights, temporal positions
     parallel/      strategies of Lightning, ZeRO's parts, messages among ranks, processes
     lora/          the LoRA's layers, its files in every format, names and scales of other tools
-    memory/        what a layer keeps for its backward, where it lies, compiling, float8
+    memory/        what a layer keeps for its backward, where it lies, compiling, float8, weights that stream
     planning/      memory and time before a GPU is touched
     storage/       the run's folder and its lock, checkpoints, resuming
     loggers/       metrics.csv, TensorBoard, Weights & Biases, the record of the environment

@@ -38,6 +38,7 @@ from train.lora.initial import read_initial
 from train.lora.layers import inject_lora, start_from
 from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
+from train.memory.fp8_storage import store_fp8
 from train.models.base import ModelAdapter
 from train.models.loading import load_adapter
 from train.module import LengthExtensionModule
@@ -118,6 +119,7 @@ def assemble(
         dtype=None if spread else frozen_dtype,
         seed=config.seed,
         device=trainer.strategy.root_device,
+        blocks_on_cpu=config.parallel.offload_weights or config.model.storage is not None,
     )
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
@@ -139,10 +141,13 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
         _add_lora(config, adapter)
+    if config.model.storage is not None:
+        home = torch.device("cpu") if config.parallel.offload_weights else adapter.device
+        store_fp8(adapter.blocks(), adapter.device, home)
     if config.trainer.fp8:
-        use_fp8(adapter.blocks())
+        use_fp8(adapter.blocks(), adapter.device)
     policies = chosen_policies(config)
-    set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
+    stream = set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()
     return LengthExtensionModule(
         adapter,
@@ -153,6 +158,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         lora=config.lora is not None,
         sequence_size=config.parallel.sequence,
         policies=policies,
+        stream=stream,
     )
 
 

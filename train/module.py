@@ -20,6 +20,7 @@ from train.errors import UserError
 from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
 from train.memory.block_policies import BlockPolicies, check_agreement
+from train.memory.weight_stream import WeightStream
 from train.models.base import ModelAdapter
 from train.objective import Objective
 from train.optimizer import Optimization
@@ -53,6 +54,7 @@ class LengthExtensionModule(L.LightningModule):
         lora: whether the weights to save are the LoRA's alone.
         sequence_size: ranks that share each sample's tokens.
         policies: what blocks keep, where it was chosen for this machine; all ranks must have chosen the same.
+        stream: has the blocks' frozen weights come, where they lie in CPU memory.
     """
 
     strict_loading = False  # the frozen weights are in no checkpoint
@@ -68,13 +70,14 @@ class LengthExtensionModule(L.LightningModule):
         lora: bool,
         sequence_size: int = 1,
         policies: BlockPolicies | None = None,
+        stream: WeightStream | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         self.transformer = adapter.transformer
         self.recipes, self.objective, self.optimization = recipes, objective, optimization
         self.seed, self.lora = seed, lora
-        self.sequence_size, self.policies = sequence_size, policies
+        self.sequence_size, self.policies, self.stream = sequence_size, policies, stream
         self.sequence: SequenceGroup | None = None
         self.current_attention: StepAttention | None = None
         """The attention of the micro-batch in work."""
@@ -92,6 +95,8 @@ class LengthExtensionModule(L.LightningModule):
         self.sequence = SequenceGroup.of(self.sequence_size)
         if self.policies is not None:
             check_agreement(self.policies)
+        if self.stream is not None:
+            self.stream.place()  # before Lightning moves all weights to the device
 
     def attention_at(self, latent: Tensor, sigma: float, pattern: Pattern | None = None) -> StepAttention:
         """The attention of clips at a noise level, as they are trained; with ``pattern``, what it would be under it.

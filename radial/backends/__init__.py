@@ -6,13 +6,14 @@ from radial.backends.base import AttentionCall, Backend
 from radial.backends.fa4.backend import Fa4
 from radial.backends.flashinfer import FlashInfer
 from radial.backends.flex import Flex
+from radial.backends.flex_flash import FlexFlash
 from radial.backends.torch_blocks import TorchBlocks
 from radial.backends.torch_dense import Sdpa
 from radial.errors import RadialError
 
 __all__ = ["BACKENDS", "AttentionCall", "Backend", "choose_backend"]
 
-_FASTEST_FIRST: tuple[Backend, ...] = (Fa4(), Sdpa(), FlashInfer(), Flex(), TorchBlocks())
+_FASTEST_FIRST: tuple[Backend, ...] = (Fa4(), FlexFlash(), Sdpa(), FlashInfer(), Flex(), TorchBlocks())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _FASTEST_FIRST}
 
 

@@ -28,6 +28,8 @@ class Flex:
     """Compute capability 8.0 and later; bf16, fp16 and fp32; head dims that are powers of two; blocks of 64 and 128."""
 
     name = "flex"
+    options: dict[str, Any] | None = None
+    """Of FlexAttention's kernels."""
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device.type != "cuda":
@@ -63,13 +65,13 @@ class Flex:
     ) -> Tensor:
         mask = block_mask(layout, len(q), text_lengths, q.device)
         run = _flex_attention if torch.compiler.is_compiling() else _compiled()
-        return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale).transpose(1, 2)
+        return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale, self.options).transpose(1, 2)
 
 
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(q, k, v, block_mask=mask, scale=scale)
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
 
 
 @lru_cache(maxsize=1)

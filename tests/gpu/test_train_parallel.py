@@ -49,6 +49,12 @@ def test_zero_on_one_gpu(tmp_path, strategy):
         {"parallel__strategy": "zero3", "parallel__offload_optimizer": True, "parallel__offload_parameters": True},
         {"parallel__activations": "full", "parallel__offload_activations": True, "parallel__ffn_chunk": 100},
         {"parallel__offload_activations": True, **COMPILED},
+        {"parallel__offload_weights": True},
+        {"parallel__offload_weights": True, "parallel__activations": "full", "parallel__offload_activations": True},
+        {"parallel__offload_weights": True, "parallel__strategy": "zero2"},
+        {"parallel__offload_weights": True, **COMPILED},
+        {"parallel__offload_weights": True, "parallel__offload_activations": True, **COMPILED},
+        {"parallel__offload_weights": True, "trainer__compile": True},
         COMPILED,
         {"parallel__strategy": "zero3", **COMPILED},
     ],
@@ -58,6 +64,23 @@ def test_offload_and_memory_policies(tmp_path, changes):
     expected, _, _ = run(tmp_path, "plain", **clip)
     got, _, _ = run(tmp_path, "changed", **clip, **changes)
     same(got, expected, 1e-3)
+
+
+@pair
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+def test_two_gpus_stream_the_weights_of_one_machine(tmp_path, strategy):
+    streams = {"parallel__offload_weights": True, "parallel__sequence": 2, **COMPILED}
+    expected, _, _ = run(tmp_path, "one", data__batch_size=4)
+    got, _, _ = run(tmp_path, "two", data__batch_size=4, trainer__devices=2, parallel__strategy=strategy, **streams)
+    same(got, expected, 1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel__offload_weights": True}, COMPILED])
+def test_weights_stored_in_float8_train(tmp_path, changes):
+    expected, _, _ = run(tmp_path, "plain", trainer__precision="bf16")
+    got, _, _ = run(tmp_path, "stored", trainer__precision="bf16", model__storage="fp8", **changes)
+    same(got, expected, 0.2)
+    assert got != expected
 
 
 @pair

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data.io.files import write_utf8
 from radial.cli.reader import read_some, words_of
-from radial.cli.settings import at_least, each, setting
+from radial.cli.settings import POSITIVE, at_least, each, setting
 from train.attention.recipe import AttentionRecipe
 from train.attention.sequence import SequenceGroup, check_heads
 from train.callbacks.throughput import compile_seconds
@@ -36,6 +36,7 @@ from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.memory.block_policies import BlockPolicies
 from train.memory.fp8 import use_fp8
+from train.memory.fp8_storage import store_fp8
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import chosen_policies, cpu_memory, resolve_precision
@@ -83,6 +84,10 @@ class Options:
     pattern: list[str] = setting("attention patterns, each a case of its own", ["released", "dense"])
     sp: list[int] = setting("numbers of GPUs that share the clip, each a case of its own", [1], must=each(at_least(1)))
     steps: int = setting("steps of each case; the median counts", 3, must=at_least(1))
+    memory_limit: float | None = setting(
+        "memory that torch may allocate on a GPU, to measure what a smaller card does; null: all", None, unit="GiB",
+        must=POSITIVE,
+    )  # fmt: skip
     json: Path | None = setting("also write the figures to this file", None)
 
 
@@ -103,7 +108,7 @@ def measure(options: Options, settings: dict[str, str]) -> None:
     words = [*words_of(replace(options, json=None)), *(f"{key}={value}" for key, value in settings.items())]
     print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
     for case, sp in cases:
-        results.append(run_case(case, sp, options.blocks, options.steps))
+        results.append(run_case(case, sp, options.blocks, options.steps, options.memory_limit))
         print(_line(results[-1]), flush=True)
         if options.json is not None:  # after each case: a later one may exceed a limit of memory or time
             about = {"torch": torch.__version__, "arguments": words, "cpu_memory": cpu_memory()}
@@ -151,8 +156,11 @@ def speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> st
     )
 
 
-def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Result:
+def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int, limit: float | None = None) -> Result:
     """Measures ``steps`` steps of one clip on ``sp`` new processes.
+
+    Args:
+        limit: GiB that torch may allocate on each GPU; None: all.
 
     Raises:
         UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
@@ -164,12 +172,14 @@ def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int) -> Resu
     context = multiprocessing.get_context("spawn")  # libraries start CUDA when they are imported
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
         store = f"file://{folder}/store"
-        tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps) for rank in range(sp)]
+        tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps, limit) for rank in range(sp)]
         results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
     return results[0]
 
 
-def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None, steps: int) -> Result:
+def _rank(
+    config: RunConfig, rank: int, sp: int, store: str, blocks: int | None, steps: int, limit: float | None
+) -> Result:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would announce each start and stop
@@ -177,6 +187,9 @@ def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None,
     if cuda:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(rank)
+        if limit is not None:
+            there = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / there), device)
     dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=sp)
     try:
         return _measure(config, device, sp, blocks, steps)
@@ -187,16 +200,19 @@ def _rank(config: RunConfig, rank: int, sp: int, store: str, blocks: int | None,
 def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
     dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
     torch.manual_seed(config.seed)
-    adapter = benchmark_adapter(config.model, blocks, dtype, device)
+    streams, stored = config.parallel.offload_weights, config.model.storage is not None
+    adapter = benchmark_adapter(config.model, blocks, dtype, device, blocks_on_cpu=streams or stored)
     layers, heads, _ = adapter.attention_shape
     check_heads(sp, heads)
     assert config.lora is not None
     targets = config.lora.targets or adapter.targets(text=config.lora.text)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
     for transformer in adapter.transformers:
-        settle(transformer, dtype, device)
+        settle(transformer, dtype, device, on_cpu=adapter.blocks() if streams or stored else ())
+    if stored:
+        store_fp8(adapter.blocks(), device, torch.device("cpu") if streams else device)
     if config.trainer.fp8:
-        use_fp8(adapter.blocks())
+        use_fp8(adapter.blocks(), device)
     on_all = replace(config.trainer, devices=sp)
     policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), blocks)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)

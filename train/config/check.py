@@ -104,6 +104,21 @@ def _check_parallel(config: RunConfig) -> None:
     if config.trainer.fp8 and (config.lora is None or parallel.strategy == "zero3"):
         found = "lora=null" if config.lora is None else "parallel=zero3, which takes weights apart"
         raise UserError(f"trainer.fp8 is true with {found}, expected a LoRA and whole frozen weights on each GPU")
+    if config.model.storage is not None and (config.lora is None or parallel.strategy == "zero3"):
+        found = "lora=null" if config.lora is None else "parallel=zero3, which takes weights apart"
+        raise UserError(
+            f"model.storage is {config.model.storage} with {found}, expected a LoRA and whole frozen weights"
+        )
+    if config.model.storage is not None and config.trainer.fp8:
+        raise UserError(
+            f"model.storage is {config.model.storage} and trainer.fp8 true: stored weights compute in float8 by "
+            "themselves where the GPU does, leave trainer.fp8 out"
+        )
+    if parallel.offload_weights and (config.lora is None or parallel.strategy == "zero3"):
+        found = "lora=null, which trains them" if config.lora is None else "parallel=zero3, which spreads them"
+        raise UserError(
+            f"parallel.offload_weights is true with {found}: expected a LoRA over frozen weights, whole in CPU memory"
+        )
     if parallel.offload_gib is not None and not (parallel.offload_activations or parallel.activations == "auto"):
         raise UserError(
             f"parallel.offload_gib is {parallel.offload_gib}, it needs parallel.offload_activations=true or "

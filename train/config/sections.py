@@ -188,6 +188,9 @@ class ParallelConfig:
     sequence: int = key("GPUs that share each clip's tokens", 1, must=at_least(1))
     offload_optimizer: bool = key("with ZeRO, the optimizer's state and its step are on the CPU", False)
     offload_parameters: bool = key("with zero3, the weights are in CPU memory", False)
+    offload_weights: bool = key(
+        "the blocks' frozen weights are in CPU memory, and come to the GPU one block ahead of use", False
+    )
     activations: str = key(
         "what a block keeps for its backward pass: none recomputes nothing, full keeps the block's input, selective "
         "also attention's output, auto chooses what fits", "none", ("none", "full", "selective", "auto"),

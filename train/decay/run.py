@@ -53,6 +53,11 @@ def run_decay(job: Job) -> list[str]:
         raise UserError(
             f"sigmas has {outside[0]:g}, model.expert={job.config.model.expert} is for noise levels {low:g} to {high:g}"
         )
+    if job.config.model.storage is not None:
+        raise UserError(
+            f"model.storage is {job.config.model.storage}, but attention is measured with the model's own weights: "
+            "leave it out"
+        )
     described = describe_model(job.config.model)
     if described is not None:
         _check_layers(job, described)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from train.errors import UserError
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
-from train.models.weights import DTYPES
+from train.models.weights import DTYPES, FLOAT8
 
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 5 * 10**9
@@ -124,6 +124,11 @@ def _sources(folder: Path) -> dict[str, _Source]:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
                     part = tensors.get_slice(name)
+                    if part.get_dtype() == FLOAT8:
+                        raise UserError(
+                            f"{file} holds {name} in float8: a LoRA merges into the original weights, in 16 or 32 "
+                            "bits; export it by itself, or give the original model's folder"
+                        )
                     found[name] = _Source(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{file} is not readable ({error}): download the model again") from error

@@ -16,7 +16,7 @@ The hardware's float8 rate is twice that of bfloat16. What a step gains, and its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Fp8Linear(nn.Module):
 
     Args:
         linear: sizes multiples of 16, any dtype; its bias stays in bfloat16.
+        device: where its weight is rounded; the result lies where the weight does.
 
     Takes and gives (..., features): any float dtype in, autocast's dtype or the input's own out.
     """
@@ -42,15 +43,17 @@ class Fp8Linear(nn.Module):
     scale_forward: Tensor
     scale_backward: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, device: torch.device | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
+        home = linear.weight.device
+        weight = linear.weight.detach().to(device or home)
         for name, matrix in (("forward", weight), ("backward", weight.t())):
             rounded, scale = to_fp8(matrix)
             # as bytes: collectives and checkpoints know no float8
-            self.register_parameter(f"weight_{name}", nn.Parameter(rounded.view(torch.uint8), requires_grad=False))
-            self.register_parameter(f"scale_{name}", nn.Parameter(scale.t().contiguous(), requires_grad=False))
+            found = {f"weight_{name}": rounded.view(torch.uint8), f"scale_{name}": scale.t().contiguous()}
+            for key, tensor in found.items():
+                self.register_parameter(key, nn.Parameter(tensor.to(home), requires_grad=False))
         bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -71,21 +74,27 @@ def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def use_fp8(blocks: Sequence[nn.Module]) -> int:
+def use_fp8(blocks: Sequence[nn.Module], device: torch.device) -> int:
     """Exchanges the frozen linear layers of a model's blocks, those under a LoRA too; returns how many.
 
     Args:
-        blocks: after the LoRA's injection, their weights on the device where they stay.
+        blocks: after the LoRA's injection, their weights where they stay: on the device, or in CPU memory.
+        device: where they run.
 
     Raises:
         UserError: as `check_fp8`.
     """
-    check_fp8(next(blocks[0].parameters()).device)
+    check_fp8(device)
+    return exchange_linear(blocks, lambda linear: Fp8Linear(linear, device))
+
+
+def exchange_linear(blocks: Sequence[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> int:
+    """Puts what ``make`` makes of them in the place of all frozen linear layers that `fits`; returns how many."""
     exchanged = 0
     for parent in [module for block in blocks for module in block.modules()]:
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _fits(child):
-                setattr(parent, name, Fp8Linear(child))
+            if type(child) is nn.Linear and not child.weight.requires_grad and fits(child):
+                setattr(parent, name, make(child))
                 exchanged += 1
     return exchanged
 
@@ -102,7 +111,7 @@ def why_not(device: torch.device) -> str | None:
     square = torch.ones(_STEP, _STEP, device=device)
     rounded, scale = to_fp8(square)
     try:
-        _multiply(square, rounded.view(torch.uint8), scale.t().contiguous(), None)
+        multiply(square, rounded.view(torch.uint8), scale.t().contiguous(), None)
     except RuntimeError as error:
         name, wanted = "the CPU", "torch 2.13, which has them there, or a GPU"
         if device.type == "cuda":
@@ -114,12 +123,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def _fits(layer: nn.Linear) -> bool:
-    frozen = not layer.weight.requires_grad
-    return frozen and layer.in_features % _STEP == 0 and layer.out_features % _STEP == 0
+def fits(layer: nn.Linear) -> bool:
+    """Whether a layer has sizes that float8 products take."""
+    return layer.in_features % _STEP == 0 and layer.out_features % _STEP == 0
 
 
-def _multiply(left: Tensor, right_bytes: Tensor, right_scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(left: Tensor, right_bytes: Tensor, right_scale: Tensor, bias: Tensor | None) -> Tensor:
     """left (m, k) times the matrix whose transpose is ``right_bytes`` (n, k): (m, n) bfloat16."""
     rounded, scale = to_fp8(left)
     right = right_bytes.view(torch.float8_e4m3fn).t()
@@ -137,9 +146,9 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight_back, scale_back)
         ctx.dtype = x.dtype
-        return _multiply(x, weight, scale, bias)
+        return multiply(x, weight, scale, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return _multiply(grad, weight, scale, None).to(ctx.dtype), None, None, None, None, None
+        return multiply(grad, weight, scale, None).to(ctx.dtype), None, None, None, None, None

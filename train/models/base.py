@@ -152,6 +152,12 @@ class ModelAdapter(PipelineTraits, ABC):
         return {**config, "num_layers": blocks}
 
     @property
+    def device(self) -> torch.device:
+        """Where the model runs: the place of what lies outside its blocks, whose weights may stream."""
+        inside = {id(parameter) for block in self.blocks() for parameter in block.parameters()}
+        return next(p.device for p in self.transformer.parameters() if id(p) not in inside)
+
+    @property
     def transformers(self) -> list[Any]:
         """The diffusers models in ``transformer``, one of which runs in a forward."""
         return [self.transformer]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from train.config.schema import ModelConfig
 from train.errors import UserError
@@ -98,9 +99,18 @@ def random_adapter(config: ModelConfig, architecture: Mapping[str, Any]) -> Mode
 
 
 def benchmark_adapter(
-    config: ModelConfig, blocks: int | None, dtype: torch.dtype, device: torch.device | str
+    config: ModelConfig,
+    blocks: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    blocks_on_cpu: bool = False,
 ) -> ModelAdapter:
     """A model of the run's dimensions, of so many ``blocks`` or all, with random weights drawn on the device itself.
+
+    Args:
+        blocks_on_cpu: the blocks' weights are in CPU memory, those of one block of each kind for all of them: drawing
+            all takes minutes there.
 
     Raises:
         UserError: the dimensions are not known.
@@ -108,17 +118,45 @@ def benchmark_adapter(
     shape = config.architecture or config.dimensions
     if not shape:
         raise UserError("the model has no dimensions in its file, which a benchmark needs")
-    shape = shape if blocks is None else family_of(config).cut(shape, blocks)
+    family = family_of(config)
+    shape = shape if blocks is None else family.cut(shape, blocks)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return family_of(config).from_config(shape, text_tokens=config.text_tokens)
+            drawn = family.from_config(family.cut(shape, 1) if blocks_on_cpu else shape, text_tokens=config.text_tokens)
+        if not blocks_on_cpu:
+            return drawn
+        with torch.device("meta"):
+            whole = family.from_config(shape, text_tokens=config.text_tokens)
+        _repeat(drawn, whole)
+        return whole
     finally:
         torch.set_default_dtype(torch.float32)
 
 
+def _repeat(few: ModelAdapter, whole: ModelAdapter) -> None:
+    """Gives a model without weights those of one with fewer blocks, the blocks' in CPU memory and shared."""
+    kinds = {_kind(block): block.cpu() for block in few.blocks()}
+    whole.transformer.load_state_dict(few.transformer.state_dict(), strict=False, assign=True)
+    for block in whole.blocks():
+        block.load_state_dict(kinds[_kind(block)].state_dict(), assign=True)
+    for name, module in whole.transformer.named_modules():
+        for own, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # in no state dict: the rotary angles' tables
+                module._buffers[own] = few.transformer.get_submodule(name)._buffers[own]
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    return type(block), *(parameter.shape for parameter in block.parameters())
+
+
 def load_adapter(
-    config: ModelConfig, dtype: torch.dtype | None, seed: int, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    seed: int,
+    device: torch.device | str = "cpu",
+    *,
+    blocks_on_cpu: bool = False,
 ) -> ModelAdapter:
     """The adapter of a run's model.
 
@@ -127,11 +165,13 @@ def load_adapter(
         dtype: of the weights; layers that the family keeps in fp32 stay there. None leaves them as they are stored,
             mapped from their files, for `train.models.weights.settle`.
         device: where the weights go.
+        blocks_on_cpu: those of the blocks stay on the CPU, mapped from their files as far as they are stored in
+            ``dtype``: for `train.memory.weight_stream`.
     """
     adapter = _load_as_stored(config, seed)
     if dtype is not None:
         for transformer in adapter.transformers:
-            settle(transformer, dtype, device)
+            settle(transformer, dtype, device, on_cpu=adapter.blocks() if blocks_on_cpu else ())
     return adapter
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from train.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Those of weights, by their names in safetensors files."""
+FLOAT8 = "F8_E4M3"
+"""The name of float8 weights, which are read where they have no scales: each number stands for itself."""
+_SCALES = re.compile(r"(^|[._])(scale_weight|weight_scale|scaled_fp8|scale_input|input_scale|comfy_quant)$")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -57,7 +60,9 @@ def check_weights(folder: Path, model: Any) -> None:
             raise UserError(f"{file} is missing, is the download complete?")
         try:
             with safe_open(file, "pt") as tensors:
-                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    _check_format(file, name, tensors.get_slice(name).get_dtype())
+                    found[name] = tensors.get_slice(name).get_shape()
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}): {_AGAIN}") from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -77,11 +82,22 @@ def check_weights(folder: Path, model: Any) -> None:
 _AGAIN = "download the folder again"
 
 
+def _check_format(file: Path, name: str, dtype: str) -> None:
+    """Raise a UserError for numbers that mean nothing without something else."""
+    if _SCALES.search(name) or dtype not in (*DTYPES, FLOAT8, "I64", "I32", "BOOL"):
+        what = f"the scales of quantized weights ({name})" if _SCALES.search(name) else f"{name} as {dtype}"
+        raise UserError(
+            f"{file} holds {what}, expected F32, BF16, F16, or {FLOAT8} without scales: take the model's own diffusers "
+            "folder, model.storage=fp8 rounds its weights when they are loaded"
+        )
+
+
 def settle(
     transformer: Any,
     dtype: torch.dtype,
     device: torch.device | str,
     each: Callable[[nn.Module], None] = lambda part: None,
+    on_cpu: Collection[nn.Module] = (),
 ) -> None:
     """Converts and moves the weights, one part of the model (a block, an embedder) after the other.
 
@@ -90,12 +106,14 @@ def settle(
         dtype: of all other weights.
         device: where to.
         each: called with each part when its weights are there, for instance to spread them over ranks.
+        on_cpu: parts whose weights stay on the CPU: blocks that `train.memory.weight_stream` brings.
     """
     keep = set(transformer._keep_in_fp32_modules or ())
     for name, part in _parts(transformer):
+        place = "cpu" if part in on_cpu else device
         for inner, parameter in part.named_parameters(prefix=name):
             exact = ".lora_" in inner or not keep.isdisjoint(inner.split("."))
-            parameter.data = parameter.data.to(device, torch.float32 if exact else dtype)
+            parameter.data = parameter.data.to(place, torch.float32 if exact else dtype)
         each(part)
     for parameter in transformer.parameters(recurse=False):  # the model's own tables, such as Wan's scale_shift_table
         parameter.data = parameter.data.to(device, torch.float32)

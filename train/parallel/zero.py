@@ -80,7 +80,8 @@ def gather_whole(runners: Mapping[nn.Module, Callable[..., Any]]) -> None:
     A compiler then meets no hook of DeepSpeed's in a block: it would break there, which it cannot do in a checkpoint.
 
     Args:
-        runners: what runs each block once its weights are there, ``run(block, *inputs)``, by way of `forward_alone`.
+        runners: what runs each block once its weights are there, ``run(block, *inputs)``, by way of
+            `train.models.block_calls.forward_alone`.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -101,11 +102,6 @@ def _gathered(kind: Any) -> Any:
         return self.runner(self, *inputs)
 
     return type(f"Gathered{kind.__name__}", (kind,), {"forward": forward, "forward_alone": kind.forward})
-
-
-def forward_alone(block: Any, *inputs: Any) -> Any:
-    """The forward of a block of `gather_whole`, without the gathering."""
-    return block.forward_alone(*inputs)
 
 
 def call_gathered(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:

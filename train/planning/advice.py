@@ -46,14 +46,20 @@ class Setting:
 def best(budget: Budget, clips_a_step: float) -> Setting | None:
     """The fastest setting that fits the budget's machine, or None.
 
-    Among settings within 2 % of the fastest, the one with the fewest means: offload, ZeRO, chunks, GPUs a clip.
+    Among settings within 2 % of the fastest, the one with the fewest means: offload, ZeRO, chunks, GPUs a clip. Weights
+    stream from CPU memory only where nothing fits otherwise, or the run as it was given has them do so.
 
     Args:
         budget: the run as it was given.
         clips_a_step: the global batch, which every setting keeps.
     """
-    found = [s for s in _settings(budget, clips_a_step) if s.budget.misfit is None]
-    if not found:
+    given, found = budget.config, []
+    can_stream = given.lora is not None and not budget.machine.is_cpu
+    for streams in (True,) if given.parallel.offload_weights else (False, True) if can_stream else (False,):
+        found = [s for s in _settings(budget, clips_a_step, streams) if s.budget.misfit is None]
+        if found:
+            break
+    else:
         return None
     limit = 1.02 * min(s.duration.hours or 0.0 for s in found)  # all 0 where the GPU's speed is not known
     return min((s for s in found if (s.duration.hours or 0.0) <= limit), key=_means)
@@ -112,11 +118,11 @@ def _counts(most: int) -> Iterator[int]:
         count *= 2
 
 
-def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
-    """All that keep the global batch."""
+def _settings(budget: Budget, clips_a_step: float, streams: bool) -> Iterator[Setting]:
+    """All that keep the global batch, whose blocks' weights stream or stay on the GPU."""
     given, machine = budget.config, budget.machine
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
-    if given.trainer.fp8 and "zero3" in strategies:
+    if (given.trainer.fp8 or streams) and "zero3" in strategies:
         strategies.remove("zero3")  # they exclude each other
     for sequence in range(1, machine.gpus + 1):
         if machine.gpus % sequence or budget.sizes.heads % sequence:
@@ -137,6 +143,7 @@ def _settings(budget: Budget, clips_a_step: float) -> Iterator[Setting]:
                     offload_gib=None,
                     offload_optimizer=False,
                     offload_parameters=False,
+                    offload_weights=streams,
                     ffn_chunk=chunk,
                 )
                 trainer = replace(given.trainer, nodes=machine.nodes, devices=machine.gpus, compile=compiled)

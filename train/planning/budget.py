@@ -17,6 +17,7 @@ from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.memory.block_policies import BlockPolicies, configured
+from train.memory.weight_stream import SLOTS
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.calibration import BlockCosts
@@ -110,12 +111,20 @@ class Budget:
 
     @cached_property
     def weights(self) -> float:
-        """Frozen weights on a GPU: all, a rank's share and two gathered blocks with ZeRO 3, or only those two."""
+        """Frozen weights on a GPU: all; with ZeRO 3 a rank's share and two gathered blocks, or only those two; where
+        they stream, what lies outside the blocks and a ring of some blocks."""
         sizes, parallel = self.sizes, self.config.parallel
+        if parallel.offload_weights:
+            return sizes.weights - self.streamed + min(SLOTS * sizes.block_weights, sizes.weights)
         if self.stage < 3:
             return sizes.weights
         own = 0.0 if parallel.offload_parameters else sizes.weights / self.machine.world
         return own + min(2 * sizes.block_weights, sizes.weights)
+
+    @property
+    def streamed(self) -> float:
+        """Frozen weights that lie in a node's CPU memory, one copy for all its GPUs."""
+        return self.sizes.blocks_weights if self.config.parallel.offload_weights else 0.0
 
     @cached_property
     def training(self) -> float:
@@ -227,12 +236,13 @@ class Budget:
     def cpu_parts(self) -> dict[str, float]:
         """Memory of one node's CPU by part. The weights' files are mapped: their pages are the node's, and can go."""
         if self.machine.is_cpu:
-            return {"processes": self.machine.gpus * self.gpu_memory}
+            return {"processes": self.machine.gpus * self.gpu_memory, "blocks' weights": self.streamed}
         parallel, gpus = self.config.parallel, self.machine.gpus
         share = gpus / self.machine.world
         return {
             "processes": float(gpus * calibration.PROCESS),
             "kept activations, page-locked": gpus * self.offloaded,
+            "blocks' weights, page-locked": self.streamed,
             "weights": share * self.sizes.weights if parallel.offload_parameters else 0.0,
             "optimizer": share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0,
         }
@@ -255,7 +265,7 @@ class Budget:
         others = float(calibration.PROCESS)
         others += share * self.sizes.weights if parallel.offload_parameters else 0.0
         others += share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0
-        return self.cpu_usable / self.machine.gpus - others
+        return (self.cpu_usable - self.streamed) / self.machine.gpus - others
 
     @property
     def unshared(self) -> str | None:

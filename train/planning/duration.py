@@ -122,7 +122,8 @@ class Duration:
             attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
         again = sum(name != "none" for name in names) / len(names)
         linear = ((2 if budget.config.lora else 3) + again) * sizes.linear + (3 + again) * sizes.lora
-        fp8 = budget.config.trainer.fp8
+        stored = budget.config.model.storage is not None and budget.machine.gpu.float8
+        fp8 = budget.config.trainer.fp8 or stored
         rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
         passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (3 + again) * sizes.layers
         parts = {
@@ -131,8 +132,14 @@ class Duration:
             "other": passes * budget.hidden / budget.machine.gpu.bandwidth,
             "communication": self._exchanges(names) + self._gathers(),
         }
-        parts["waiting"] = max(0.0, 2 * budget.offloaded / calibration.PCIE - sum(parts.values()))
+        parts["waiting"] = max(0.0, self._copies() - sum(parts.values()))
         return parts
+
+    def _copies(self) -> float:
+        """Over the bus, beside the GPU's work: activations out and back, streamed weights for each of the passes."""
+        budget = self.budget
+        moved = 2 * budget.offloaded + (2 * budget.sizes.passed_weights if budget.streamed else 0.0)
+        return moved / min(calibration.PCIE, budget.machine.gpu.link)  # of a card without NVLink the link is the bus
 
     @property
     def _faster(self) -> float:

@@ -25,6 +25,7 @@ class Gpu:
         link: bytes a second, each way, to another GPU of its node.
         sparse_kernel: the backend that radial attention takes there (`radial.backends`).
         bf16: whether it multiplies bfloat16 natively, as a V100, a T4 and most CPUs do not.
+        float8: whether it multiplies float8, as GPUs of compute capability 8.9 and later do.
     """
 
     name: str
@@ -34,16 +35,19 @@ class Gpu:
     link: float = 0.0
     sparse_kernel: str = "flex"
     bf16: bool = True
+    float8: bool = True
 
 
-def _gpu(name: str, gib: float, bandwidth: float, link: float, sparse_kernel: str = "flex") -> Gpu:
-    return Gpu(name, gib * 2**30, peak_rate(name), bandwidth, link, sparse_kernel)
+def _gpu(
+    name: str, gib: float, bandwidth: float, link: float, sparse_kernel: str = "flex", *, float8: bool = True
+) -> Gpu:
+    return Gpu(name, gib * 2**30, peak_rate(name), bandwidth, link, sparse_kernel, float8=float8)
 
 
 GPUS = {
     "h200": _gpu("NVIDIA H200", 139.8, 4.8e12, 4.5e11, "fa4"),
     "h100": _gpu("NVIDIA H100", 79.1, 3.35e12, 4.5e11, "fa4"),
-    "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11),
+    "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11, float8=False),
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 1.01e12, 2.5e10),
 }
@@ -88,7 +92,9 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
     known = next((gpu for gpu in GPUS.values() if found.name.startswith(gpu.name)), None)
     known = known or Gpu(found.name, 0.0, None)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    here = replace(known, name=found.name, memory=float(found.total_memory), bf16=bf16)
+    # a process may have limited itself, as a benchmark that stands for a smaller card
+    memory_here = found.total_memory * torch.cuda.get_per_process_memory_fraction(0)
+    here = replace(known, name=found.name, memory=memory_here, bf16=bf16)
     return Machine(here, devices, nodes, memory)
 
 

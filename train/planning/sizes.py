@@ -13,6 +13,7 @@ from torch import nn
 
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig, RunConfig
+from train.memory.fp8 import fits
 from train.models.base import ModelAdapter
 from train.models.families import family_of
 from train.models.loading import architecture_of
@@ -28,7 +29,9 @@ class Sizes:
         wide: features in the middle of a feed-forward layer.
         tokens, video_tokens: of a clip, with and without text tokens.
         cells: values of a clip's latent.
-        weights, block_weights: bytes of the frozen weights of the model and of one block.
+        weights, block_weights: bytes of the frozen weights of the model and of one block, the largest.
+        blocks_weights: bytes of those of all blocks.
+        passed_weights: bytes of those of the blocks that one forward passes: of two experts, one's.
         trained: parameters.
         linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
         density: share of token pairs that a layer with the pattern computes.
@@ -46,6 +49,8 @@ class Sizes:
     cells: int
     weights: float
     block_weights: float
+    blocks_weights: float
+    passed_weights: float
     trained: int
     linear: float
     lora: float
@@ -84,7 +89,8 @@ class Sizes:
         adapter = _skeleton(config.model.family, config.model.text_tokens, json.dumps(architecture), frozen)
         grid = adapter.grid(torch.empty(1, 1, *config.latent_size(), device="meta"))
         layers, heads, head_dim = adapter.attention_shape
-        weights = sum(_bytes(p) for p in adapter.transformer.parameters())
+        blocks = [_bytes(block) - _saved_by_fp8(block, config.model.storage) for block in adapter.blocks()]
+        outside = _bytes(adapter.transformer) - sum(_bytes(block) for block in adapter.blocks())
         trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
         if config.lora is not None:
             targets = config.lora.targets or adapter.targets(text=config.lora.text)
@@ -99,8 +105,10 @@ class Sizes:
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,
             cells=adapter.latent_channels * math.prod(config.latent_size()),
-            weights=experts * weights if lora else 0,
-            block_weights=_largest_block(adapter.transformer),
+            weights=experts * (outside + sum(blocks)) if lora else 0,
+            block_weights=max(blocks),
+            blocks_weights=experts * sum(blocks) if lora else 0,
+            passed_weights=sum(blocks),
             trained=experts * trained,
             linear=adapter.linear_flops(grid),
             lora=2.0 * trained * grid.tokens if lora else 0.0,
@@ -120,16 +128,19 @@ def _skeleton(family: str, text_tokens: int, architecture: str, frozen: torch.dt
     return adapter
 
 
-def _bytes(parameter: nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
+def _saved_by_fp8(block: nn.Module, storage: str | None) -> int:
+    """Bytes less that a block takes with `train.memory.fp8_storage`: numbers of one byte, and four for each row."""
+    if storage is None:
+        return 0
+    layers = [m for m in block.modules() if isinstance(m, nn.Linear) and fits(m)]
+    return sum(m.weight.nbytes - m.weight.numel() - 4 * m.out_features for m in layers)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _ends(transformer: nn.Module, targets: str) -> int:
     """Inputs and outputs of all layers that carry a LoRA: its parameters are that many times its rank."""
     layers = (m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n))
     return sum(layer.in_features + layer.out_features for layer in layers)
-
-
-def _largest_block(transformer: nn.Module) -> int:
-    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
-    return max((sum(_bytes(p) for p in block.parameters()) for blocks in lists for block in blocks), default=0)

@@ -115,5 +115,7 @@ def _how(budget: Budget) -> str:
     words.append(f"blocks keep {policies}" + (" (chosen)" if parallel.activations == "auto" else ""))
     if budget.offloaded:
         words.append(f"{budget.offloaded / GIB:.1f} GiB of it in CPU memory")
+    if budget.streamed:
+        words.append("blocks' weights come from CPU memory")
     words.append("compiled" if budget.config.trainer.compile else "not compiled")
     return ", ".join(words)

@@ -23,6 +23,7 @@ from train import __version__
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
 from train.errors import UserError
+from train.memory.apply import stream_models
 from train.memory.compiler import compile_blocks
 from train.models.families import family_of
 from train.sample.compare import write_both
@@ -78,6 +79,11 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
     """
     for text in ("`torch_dtype` is deprecated.*", "Already found a `peft_config`.*"):  # of the libraries to each other
         warnings.filterwarnings("ignore", message=text)
+    if model.storage is not None:
+        raise UserError(
+            f"model.storage is {model.storage}, but clips are generated with the model's own weights: leave it out; "
+            "offload=block fits them into less memory"
+        )
     folder = pipeline_folder(model)
     found = jobs(settings)
     _check_negatives(found, settings, model)
@@ -148,17 +154,10 @@ class Generator:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "none":
                 adapter.transformer.to(device)
-            if settings.compile:
+            if settings.compile and settings.offload != "block":
                 compile_blocks(adapter.blocks())
-        # after the denoiser has put its forward into the transformers: with a stream, diffusers' hooks put back the
-        # forward that they found, once the first pass has shown the order of the blocks
-        for transformer in self.transformers if settings.offload == "block" else ():
-            transformer.enable_group_offload(
-                onload_device=device,
-                offload_type="block_level",
-                num_blocks_per_group=1,
-                use_stream=device.type == "cuda",
-            )
+        if settings.offload == "block":
+            stream_models(self.extension.adapters, device, compiled=settings.compile)
         self.pipeline.set_progress_bar_config(unit="step", dynamic_ncols=True, disable=ranks.rank != 0)
 
     def run(self) -> None:

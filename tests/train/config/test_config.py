@@ -38,6 +38,8 @@ def test_every_run_file_composes_and_validates(name):
     [
         ("wan_2x", 147_600, 2500),
         ("wan_4x", 291_600, 2500),
+        ("wan_480p_2x", 63_960, 2500),
+        ("wan_480p_4x", 126_360, 2500),
         ("wan_1.3b_4x", 126_360, 2500),
         ("hunyuan_2x", 230_400, 2400),
         ("hunyuan_4x", 460_800, 1200),

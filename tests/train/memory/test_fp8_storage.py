@@ -1,0 +1,109 @@
+"""Weights stored in float8: their error, exactness where they were float8 before, and what is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.helpers.families import build
+from tests.helpers.tiny import save_model
+from train.config.compose import compose_run, finish
+from train.errors import UserError
+from train.export.merge import merge
+from train.lora.layers import inject_lora
+from train.lora.reading import Lora
+from train.memory.fp8 import why_not
+from train.memory.fp8_storage import StoredLinear, expanded, store_fp8
+from train.models.families import ADAPTERS
+from train.models.loading import load_adapter
+from train.planning.sizes import Sizes
+
+CPU = torch.device("cpu")
+needs_products = pytest.mark.skipif(why_not(CPU) is not None, reason=str(why_not(CPU)))
+
+
+def relative(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("products", [False, pytest.param(True, marks=needs_products)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_products_are_those_of_the_stored_weight(products, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 208, bias=bias)
+    with torch.no_grad():
+        linear.weight *= torch.logspace(-3, 2, 208)[:, None]  # rows of all sizes
+    layer = StoredLinear(linear, CPU, CPU, products=products)
+    x, grad = torch.randn(3, 7, 96, requires_grad=True), torch.randn(3, 7, 208)
+    out = layer(x)
+    (dx,) = torch.autograd.grad(out, x, grad)
+    stored = expanded(layer.weight, layer.scale, torch.float64)
+    exact = x.detach().double() @ stored.t() + (linear.bias.detach().double() if bias else 0)
+    limit = 5e-2 if products else 1e-6
+    assert relative(out, exact) < limit and relative(dx, grad.double() @ stored) < limit
+    # the error of the stored weight itself: 3 bits behind the leading one
+    assert 0.01 < relative(stored, linear.weight.detach().double()) < 0.03
+    assert layer.weight.nbytes == 96 * 208 and layer.scale.nbytes == 4 * 208
+
+
+def test_numbers_that_are_float8_already_stay_exact():
+    linear = nn.Linear(32, 48)
+    with torch.no_grad():
+        linear.weight.copy_((linear.weight * 1000).to(torch.float8_e4m3fn).float())
+    layer = StoredLinear(linear, CPU, CPU, products=False)
+    assert torch.equal(expanded(layer.weight, layer.scale, torch.float32), linear.weight)
+
+
+@pytest.mark.parametrize("family", sorted(ADAPTERS))
+def test_a_model_keeps_its_lora_and_half_of_its_blocks_memory(family):
+    adapter = build(family)
+    inject_lora(adapter.transformer, 4, 8, adapter.targets(text=False), seed=1)
+    before = {n for n, p in adapter.transformer.named_parameters() if p.requires_grad}
+    assert store_fp8(adapter.blocks(), CPU, CPU) >= 4 * len(adapter.blocks())
+    assert {n for n, p in adapter.transformer.named_parameters() if p.requires_grad} == before
+    stored = [m for m in adapter.transformer.modules() if isinstance(m, StoredLinear)]
+    assert all(not p.requires_grad for m in stored for p in m.parameters())
+
+
+def test_the_plan_counts_it():
+    config = finish(compose_run({"conf": "wan_2x"}))
+    plain = Sizes.of(config, "bf16")
+    stored = Sizes.of(dataclasses.replace(config, model=dataclasses.replace(config.model, storage="fp8")), "bf16")
+    assert 0.5 < stored.blocks_weights / plain.blocks_weights < 0.51
+    assert plain.weights - stored.weights == plain.blocks_weights - stored.blocks_weights
+
+
+def float8_file(folder, scales):
+    file = save_model(folder) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "blocks.0.ffn.net.2.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors | ({name.replace("weight", "scale_weight"): torch.ones(1)} if scales else {}), file)
+    return name, tensors[name]
+
+
+def adapter_of(folder):
+    config = finish(compose_run({"conf": "shapes_4x", "model.path": str(folder)}))
+    return load_adapter(config.model, torch.bfloat16, 0)
+
+
+def test_files_of_float8_without_scales_are_read_as_they_are(tmp_path):
+    name, weight = float8_file(tmp_path / "model", scales=False)
+    loaded = dict(adapter_of(tmp_path / "model").transformer.named_parameters())[name]
+    assert torch.equal(loaded, weight.bfloat16())
+    with pytest.raises(UserError, match="in float8: a LoRA merges into the original weights"):
+        merge(tmp_path / "model", tmp_path / "merged", [(Lora(pairs={}), 1.0)], None)
+
+
+def test_scales_that_diffusers_ignores_are_refused(tmp_path):
+    float8_file(tmp_path / "model", scales=True)
+    with pytest.raises(UserError, match=r"scales of quantized weights \(blocks.0.ffn.net.2.scale_weight\)"):
+        adapter_of(tmp_path / "model")
+
+
+@pytest.mark.parametrize("words", [{"lora": "null"}, {"parallel": "zero3"}, {"trainer.fp8": "true"}])
+def test_where_weights_cannot_be_stored_so_the_config_is_refused(words):
+    with pytest.raises(UserError, match="model.storage is fp8"):
+        finish(compose_run({"conf": "wan_4x", "model.storage": "fp8", **words}))

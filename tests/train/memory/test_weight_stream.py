@@ -1,0 +1,164 @@
+"""Frozen weights that stream: the losses and gradients of resident ones, to the last digit."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers import weight_streams
+from tests.helpers.family_ranks import Step
+from tests.helpers.ranks import run_ranks
+from train.config.compose import compose_run, finish
+from train.config.schema import ParallelConfig
+from train.errors import UserError
+from train.memory.weight_stream import WeightStream
+from train.models.families import ADAPTERS
+
+FAMILIES = sorted(ADAPTERS)
+TOKENS = (3, 4, 5)
+POLICIES = {
+    "none": ParallelConfig(),
+    "none, in chunks": ParallelConfig(ffn_chunk=16),
+    "full": ParallelConfig(activations="full", ffn_chunk=16),
+    "selective": ParallelConfig(activations="selective"),
+    "offload": ParallelConfig(activations="selective", offload_activations=True),
+}
+
+
+def steps(family, parallel, *, compiled=False, count=2):
+    """The losses and LoRA gradients of some steps, which change the LoRA, and losses without gradients between them."""
+    step = Step(family, TOKENS, "released", 2, parallel, compiled=compiled)
+    trained = [p for p in step.transformer.parameters() if p.requires_grad]
+    found = []
+    for _ in range(count):
+        with torch.no_grad():
+            found.append(step())
+        loss = step()
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in trained)]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter -= parameter.grad
+        step.zero_grad()
+    return found
+
+
+def same(parallel, family, **settings):
+    streamed = steps(family, dataclasses.replace(parallel, offload_weights=True), **settings)
+    resident = steps(family, parallel, **settings)
+    assert len(streamed) == len(resident) > 10
+    assert all(torch.equal(a, b) for a, b in zip(streamed, resident, strict=True))
+    assert all(x.abs().max() > 0 for x in resident)
+
+
+ALL = [
+    pytest.param(family, policy, marks=() if family == "wan" or policy == "selective" else pytest.mark.slow)
+    for family in FAMILIES
+    for policy in POLICIES
+]
+
+
+@pytest.mark.parametrize(("family", "policy"), ALL)
+def test_losses_and_gradients_are_those_of_resident_weights(family, policy):
+    same(POLICIES[policy], family)
+
+
+@pytest.mark.parametrize(("family", "policy"), ALL)
+def test_no_block_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, policy):
+    """Whatever is in the ring beside the block that has arrived turns to NaN at once."""
+    arrive = WeightStream.arrive
+
+    def only(stream, block):
+        arrive(stream, block)
+        own = stream._index[id(block)] % stream._slots
+        for slot in set(range(stream._slots)) - {own}:
+            stream._ring[slot].fill_(255)  # NaN in every format
+            stream._holds[slot] = None
+
+    monkeypatch.setattr(WeightStream, "arrive", only)
+    same(POLICIES[policy], family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "full", "selective", "offload"])
+@pytest.mark.parametrize("family", ["wan", "hunyuan", "mochi"])
+def test_compiled_blocks_stream_too(family, policy):
+    torch._dynamo.reset()
+    same(POLICIES[policy], family, compiled=True, count=1)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_each_copy_is_made_one_block_ahead_and_once_a_pass(monkeypatch, slots):
+    copies = []
+    fetch = WeightStream._fetch
+
+    def noted(stream, index):
+        if stream._holds[index % stream._slots] != index:
+            copies.append(index)
+        fetch(stream, index)
+
+    monkeypatch.setattr(WeightStream, "_fetch", noted)
+    blocks = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(6)]
+    weights = [block.weight.clone() for block in blocks]
+    stream = WeightStream([blocks], torch.device("cpu"), slots)
+    for _ in range(2):
+        asked = []
+        for index in [*range(6), *reversed(range(6))]:
+            stream.arrive(blocks[index])
+            assert torch.equal(blocks[index].weight, weights[index])
+            asked.append(len(copies))
+        ahead = slots - 1
+        assert asked[:6] == [min(6, index + 1 + ahead) for index in range(6)]  # forward: so many ahead
+        assert asked[6:] == [min(12 - slots, 6 + max(0, n + 1 + ahead - slots)) for n in range(6)]
+        assert copies == [*range(6), *reversed(range(6 - slots))]
+        copies[:] = range(slots)  # the first blocks, which the backward ended with, are there for the next step
+    assert stream.ring_bytes == slots * 256 and stream.slab_bytes == 6 * 256
+
+
+def test_two_transformers_keep_to_their_own_blocks():
+    chains = [[torch.nn.Linear(4, 4).requires_grad_(False) for _ in range(3)] for _ in range(2)]
+    weights = {block: block.weight.clone() for block in itertools.chain(*chains)}
+    stream = WeightStream(chains, torch.device("cpu"))
+    for chain in (chains[1], chains[0], chains[1]):
+        for block in [*chain, *reversed(chain)]:
+            stream.arrive(block)
+            assert torch.equal(block.weight, weights[block])
+
+
+def test_what_is_trained_stays_and_what_streams_takes_a_ring():
+    step = Step("wan", TOKENS, "released", 1, ParallelConfig(offload_weights=True), compiled=False)
+    step()
+    stores = {}
+    for name, parameter in step.transformer.named_parameters():
+        stores.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    rings = [names for names in stores.values() if len(names) > 1]
+    assert len(rings) == 2
+    assert all(".lora_" not in name and name.startswith("blocks.") for names in rings for name in names)
+    frozen = [n for n, p in step.transformer.named_parameters() if n.startswith("blocks.") and not p.requires_grad]
+    assert sorted(itertools.chain(*rings)) == sorted(frozen)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_ranks_of_a_machine_share_one_copy(opened):
+    found = run_ranks(2, weight_streams.shared, opened)
+    assert [rank["same"] for rank in found] == [True, True]
+    assert [rank["shares"] for rank in found] == [opened, opened]
+    assert ["each keeps its own copy" in rank["said"] for rank in found] == [not opened, False]
+
+
+@pytest.mark.slow
+def test_groups_that_share_a_clip_stream():
+    (one, *_), (two, *_) = run_ranks(1, weight_streams.step, 1, False), run_ranks(2, weight_streams.step, 2, True)
+    for name, gradient in one.items():
+        assert abs(two[name] - gradient).max() < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [({"lora": "null"}, "lora=null, which trains them"), ({"parallel": "zero3"}, "parallel=zero3")]
+)
+def test_weights_that_cannot_stream_are_refused(words, found):
+    given = {"conf": "wan_4x", "parallel.offload_weights": "true", "optim.accumulate": "1", **words}
+    with pytest.raises(UserError, match=f"parallel.offload_weights is true with {found}"):
+        finish(compose_run(given))

@@ -65,7 +65,7 @@ def test_a_right_backend_passes_once(monkeypatch, cache, capsys):
         self_check.why_unproven.cache_clear()
     assert len(calls) == 1
     assert "torch        right" in capsys.readouterr().out
-    (entry,) = json.loads(cache.read_text())
+    (entry,) = json.loads(cache.read_text(encoding="utf-8"))
     assert entry["of"]["backend"] == "torch" and entry["of"]["torch"] == torch.__version__ and entry["error"] < 1e-5
 
 
@@ -86,7 +86,7 @@ def test_one_that_does_not_run_is_refused_and_not_kept(monkeypatch, cache):
 
 def test_a_damaged_cache_is_as_none(cache):
     cache.parent.mkdir()
-    cache.write_text("[{")
+    cache.write_text("[{", encoding="utf-8")
     assert self_check.known("torch", CPU, torch.float32, 32) is None
 
 

@@ -100,6 +100,9 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
             if other is not None:
                 said.append(f"a larger GPU, gpu={name}: {other.words}")
                 break
+    stored = _stored(budget, clips_a_step)
+    if stored is not None:
+        said.append(f"frozen weights in 8 bits: model.storage=fp8 {stored.words}")
     frames = _longest(budget, clips_a_step)
     if frames is not None:
         said.append(f"a shorter clip: clip.frames={frames} is the longest that fits")
@@ -109,6 +112,17 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
         if other is not None:
             said.append(f"more CPU memory, {other.budget.cpu_memory / GIB:.0f} GiB a node: {other.words}")
     return said
+
+
+def _stored(budget: Budget, clips_a_step: float) -> Setting | None:
+    """The best setting with the blocks' weights in float8; None where none fits, or they cannot be stored so."""
+    config = budget.config
+    if config.lora is None or config.model.storage is not None or budget.machine.is_cpu:
+        return None
+    trainer = replace(config.trainer, fp8=False)
+    rounded = replace(config, model=replace(config.model, storage="fp8"), trainer=trainer)
+    found = Budget.of(rounded, budget.machine)
+    return None if found is None else best(found, clips_a_step)
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -122,7 +136,7 @@ def _settings(budget: Budget, clips_a_step: float, streams: bool) -> Iterator[Se
     """All that keep the global batch, whose blocks' weights stream or stay on the GPU."""
     given, machine = budget.config, budget.machine
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
-    if (given.trainer.fp8 or streams) and "zero3" in strategies:
+    if (given.trainer.fp8 or given.model.storage is not None or streams) and "zero3" in strategies:
         strategies.remove("zero3")  # they exclude each other
     for sequence in range(1, machine.gpus + 1):
         if machine.gpus % sequence or budget.sizes.heads % sequence:

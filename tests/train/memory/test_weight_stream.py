@@ -5,15 +5,19 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers import weight_streams
 from tests.helpers.family_ranks import Step
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import run_config
 from train.config.compose import compose_run, finish
 from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.memory.weight_stream import WeightStream
 from train.models.families import ADAPTERS
+from train.run import train
+from train.storage.run_folder import RunFolder
 
 FAMILIES = sorted(ADAPTERS)
 TOKENS = (3, 4, 5)
@@ -153,6 +157,23 @@ def test_groups_that_share_a_clip_stream():
     (one, *_), (two, *_) = run_ranks(1, weight_streams.step, 1, False), run_ranks(2, weight_streams.step, 2, True)
     for name, gradient in one.items():
         assert abs(two[name] - gradient).max() < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"model__storage": "fp8", "parallel__activations": "full"}])
+def test_a_whole_run_ends_with_the_same_weights_and_export(tmp_path, changes):
+    ends = []
+    for streams in (True, False):
+        config = run_config(tmp_path, runs=tmp_path / str(streams), parallel__offload_weights=streams, **changes)
+        folder = RunFolder.create(config)
+        train(config, folder)
+        ends.append(
+            load_file(folder.path / "checkpoints" / "step-000004" / "weights.safetensors")
+            | load_file(folder.path / "export" / "peft" / "adapter_model.safetensors")
+        )
+    streamed, resident = ends
+    assert streamed.keys() == resident.keys()
+    assert all(torch.equal(streamed[name], resident[name]) for name in resident)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim
         results = []
         for which, own in ((oracle, torch.float32), (backend, dtype)):
             inputs = [x.to(own, copy=True).requires_grad_() for x in (q, k, v)]
-            out = which(*inputs, layout, text_lengths=lengths, scale=head_dim**-0.5)
+            out = which(inputs[0], inputs[1], inputs[2], layout, text_lengths=lengths, scale=head_dim**-0.5)
             gradients = torch.autograd.grad(out, inputs, grad.to(own))
             results.append([(out.detach().double() * (grad != 0)), *(x.double() for x in gradients)])
         for exact, got in zip(*results, strict=True):
@@ -64,7 +64,7 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim
 def place(device: torch.device) -> dict[str, str]:
     """What a result holds for: the GPU, its driver, and the packages that bring kernels."""
     driver = Path("/proc/driver/nvidia/version")
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for package in ("flash-attn-4", "triton", "nvidia-cutlass-dsl"):
         try:
             versions[package] = version(package)

@@ -119,7 +119,7 @@ def test_the_fastest_backend_that_serves_the_call_is_taken(monkeypatch):
     from radial.backends import flashinfer
     from radial.backends.fa4 import backend as fa4
 
-    assert list(BACKENDS) == ["fa4", "sdpa", "flashinfer", "flex", "torch"]
+    assert list(BACKENDS) == ["fa4", "flex_flash", "sdpa", "flashinfer", "flex", "torch"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     for module in (fa4, flashinfer):
         monkeypatch.setattr(module, "_import_problem", lambda: None)

@@ -17,12 +17,16 @@ from radial.backends.self_check import DTYPES, LIMIT, check
 from radial.bench import SHAPES, bench, draw_bench, write_bench
 from radial.bench_layouts import bench_layouts
 from radial.cli.command import Command, Commands
-from radial.cli.settings import at_least, setting
+from radial.cli.settings import Bound, at_least, setting, within
 from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
+from radial.fit import fit
 from radial.grid import VideoGrid
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import RULES, Dense, Released, make_pattern
+from radial.patterns import RULES, Dense, Fitted, HeadMasks, Released, make_pattern
+
+_SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
+_SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32)
 
 
 @dataclass
@@ -31,7 +35,11 @@ class MaskOptions:
 
     tokens_per_frame: int = setting("height x width in tokens")
     frames: int = setting("latent frames")
-    pattern: str = setting("released, paper, random or dense", "released")
+    pattern: str = setting("released, paper, fitted, random or dense", "released")
+    masks: Path | None = setting(
+        "of pattern fitted: the file of python -m radial fit; shown are the blocks that most heads keep, as many "
+        "as a head keeps in the mean", None,
+    )  # fmt: skip
     rule: str | None = setting("variant of the released mask; null: wan", None, RULES)
     decay: float | None = setting("of the released mask: below 1 is sparser; null: 1.0", None)
     block: int = setting("side of a block", 128, unit="tokens")
@@ -39,6 +47,24 @@ class MaskOptions:
     json: bool = setting("print one JSON object and nothing else", False)
     save: Path | None = setting("write the boolean block mask as array 'mask' of this .npz file", None)
     plot: Path | None = setting("draw the mask with frame boundaries into this .png file", None)
+
+
+@dataclass
+class FitOptions:
+    """What is fitted, and how."""
+
+    decay: Path = setting("decay.safetensors of python -m train.decay with tile=strip")
+    share: float = setting(
+        "of all blocks of clips of the measured length that is kept, the mean over layers and heads", must=_SHARE
+    )
+    coverage: float = setting(
+        "of that, the part that is drawn, thin and even, other pairs in each head; 1 draws all of it", 0.5,
+        must=within(0, 1),
+    )  # fmt: skip
+    dense_layers: int = setting("so many of the first layers get no masks, as attention.dense_layers", 2,
+                                must=at_least(0))  # fmt: skip
+    seed: int = setting("of the draw", 0, must=_SEEDS)
+    out: Path = setting("file of the masks", Path("masks.safetensors"))
 
 
 @dataclass
@@ -92,9 +118,12 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
 
 def show_mask(arguments: MaskOptions) -> None:
     """Builds the layout, prints its figures, writes and draws it."""
-    grid = VideoGrid(arguments.frames, 1, arguments.tokens_per_frame, arguments.text)
+    height, width = 1, arguments.tokens_per_frame
     given = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
-    pattern = make_pattern(arguments.pattern, **given)
+    pattern = make_pattern(arguments.pattern, **given, masks=arguments.masks)
+    if isinstance(pattern, Fitted) and pattern.masks.about.height * pattern.masks.about.width == width:
+        height, width = pattern.masks.about.height, pattern.masks.about.width
+    grid = VideoGrid(arguments.frames, height, width, arguments.text)
     if given and not isinstance(pattern, Released):
         raise RadialError(f"{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
     if arguments.save and arguments.save.suffix != ".npz":
@@ -129,6 +158,29 @@ def _check_outputs(*paths: Path | None) -> None:
     for path in paths:
         if path and not path.parent.is_dir():
             raise RadialError(f"{path}: the folder {path.parent} does not exist, create it first")
+
+
+def fit_masks(arguments: FitOptions) -> None:
+    """Fits, writes, prints."""
+    _check_outputs(arguments.out)
+    if arguments.out.suffix != ".safetensors":
+        raise RadialError(f"out is {arguments.out}, expected a file that ends in .safetensors")
+    about = fit(
+        arguments.decay,
+        arguments.out,
+        share=arguments.share,
+        coverage=arguments.coverage,
+        dense_layers=arguments.dense_layers,
+        seed=arguments.seed,
+    )
+    masks = HeadMasks.read(arguments.out)
+    layout = build_layout(Fitted(masks), VideoGrid(about.frames, about.height, about.width), about.block)
+    heads = masks.heads * len(about.layers)
+    print(f"masks of {masks.heads} heads in layers {about.layers[0]} to {about.layers[-1]}")
+    print(f"  fitted to      {about.frames} frames of {about.height} x {about.width} tokens, blocks of {about.block}")
+    print(f"  blocks         {1 - layout.sparsity:.4f} of dense attention's, the mean over heads")
+    print(f"  drawn          {about.rate:.4f} of the other pairs, each by {about.rate * heads:.3g} of {heads} heads")
+    print(f"  wrote          {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
 
 
 def measure_backends(arguments: BenchOptions) -> None:
@@ -199,6 +251,7 @@ def _explain(error: OSError) -> str:
 
 COMMANDS: dict[str, tuple[str, type, Callable[..., None]]] = {
     "mask": ("sparsity, size and picture of a mask", MaskOptions, show_mask),
+    "fit": ("masks for each head of a model, from what train.decay measured", FitOptions, fit_masks),
     "bench": ("measure the backends on this GPU", BenchOptions, measure_backends),
     "layouts": ("measure how long layouts take to build on one thread", LayoutsOptions, time_layouts),
     "backends": (
@@ -212,7 +265,7 @@ main = Commands(
     "Radial attention: masks, backends, measurements.",
     {
         name: (about, partial(Command, f"python -m radial {name}", f"{about[0].upper()}{about[1:]}.", schema, work,
-                              explain=_explain))
+                              positional="decay" if schema is FitOptions else None, explain=_explain))
         for name, (about, schema, work) in COMMANDS.items()
     },
 )  # fmt: skip

@@ -4,6 +4,8 @@
 layer as a tensor, so that all layers are one graph. `HeadLayout` is one layer. Heads with equal masks share one: a
 layer keeps a list of masks and which of them each head has. Lists are built when a layer first runs, and kept in CPU
 memory in 16 bits where the numbers of blocks fit, rows only; `radial.backends.lists` makes what kernels read from them.
+Where a pattern works out the masks of a layer at once (`Pattern.head_blocks`), they are made on the device that reads
+them whenever the layer runs, and not kept: the lists of 40 layers of 40 heads at 291,600 tokens take 2.2 GB.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from radial.grid import VideoGrid
 from radial.layout import check_block, layout_rows, new_handle, pair_share, register, whole_order
@@ -22,7 +25,7 @@ from radial.patterns import Pattern
 
 
 class Masks(NamedTuple):
-    """The different masks of a layer's heads, on the CPU.
+    """The different masks of a layer's heads, on one device.
 
     Attributes:
         of_head: (heads,) int64, the mask of each head.
@@ -34,6 +37,11 @@ class Masks(NamedTuple):
     of_head: Tensor
     row_offsets: Tensor
     columns: Tensor
+
+    def rows(self, mask: int) -> tuple[Tensor, Tensor]:
+        """``row_offsets`` (blocks + 1,) and ``columns`` of one of them."""
+        start = int(self.row_offsets[:mask, -1].sum())
+        return self.row_offsets[mask], self.columns[start : start + int(self.row_offsets[mask, -1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,28 +150,50 @@ class HeadLayout:
     def complete_blocks(self) -> int:
         return self.family.complete_blocks
 
+    def masks(self, device: torch.device | None = None) -> Masks:
+        """The lists of this layer's heads on a device, by default the CPU."""
+        family, device = self.family, device or torch.device("cpu")
+        own = range(family.first, family.first + family.own)
+        kept = family.pattern.head_blocks(self.index, own, family.heads, family.grid, family.block, device)
+        if kept is None:
+            of_head, offsets, columns = self._kept_masks
+            return Masks(of_head.to(device), offsets.to(device), columns.to(device))
+        blocks = self.blocks
+        whole = torch.ones(len(own), blocks, blocks, dtype=torch.bool, device=device)
+        whole[:, : kept.shape[1], : kept.shape[1]] = kept
+        return Masks(
+            torch.arange(len(own), device=device),
+            F.pad(whole.sum(-1).cumsum(1), (1, 0)).int(),
+            (whole.flatten().nonzero().flatten() % blocks).to(_narrow(blocks)),
+        )
+
     @cached_property
-    def masks(self) -> Masks:
-        """The lists of this layer's heads."""
-        family, blocks = self.family, self.blocks
+    def _kept_masks(self) -> Masks:
+        """Those of a pattern that is asked head by head, on the CPU."""
+        family = self.family
         patterns = [
             family.pattern.of_head(self.index, head, family.heads)
             for head in range(family.first, family.first + family.own)
         ]
         different = list(dict.fromkeys(patterns))
         rows = [layout_rows(pattern, family.grid, family.block) for pattern in different]
-        narrow = torch.int16 if blocks < 2**15 else torch.int32
         return Masks(
             torch.tensor([different.index(pattern) for pattern in patterns]),
             torch.stack([offsets for offsets, _, _ in rows]),
-            torch.cat([columns.to(narrow) for _, columns, _ in rows]),
+            torch.cat([columns.to(_narrow(self.blocks)) for _, columns, _ in rows]),
         )
 
     @cached_property
+    def _kept_by_head(self) -> list[int]:
+        """Surviving blocks of each head."""
+        of_head, offsets, _ = self.masks()
+        counts: list[int] = offsets[of_head, -1].tolist()
+        return counts
+
+    @property
     def kept(self) -> float:
         """Surviving blocks of a head, in the mean over heads."""
-        of_head, offsets, _ = self.masks
-        return offsets[of_head, -1].double().mean().item()
+        return sum(self._kept_by_head) / len(self._kept_by_head)
 
     @property
     def sparsity(self) -> float:
@@ -173,32 +203,30 @@ class HeadLayout:
     @cached_property
     def density(self) -> float:
         """Share of all query-key token pairs that are computed, in the mean over heads."""
-        of_head, offsets, _ = self.masks
-        shares = [pair_share(kept, self.grid, self.block) for kept in offsets[of_head, -1].tolist()]
+        shares = [pair_share(kept, self.grid, self.block) for kept in self._kept_by_head]
         return sum(shares) / len(shares)
 
     def flops(self, heads: int, head_dim: int) -> float:
         """Floating-point operations of one attention forward of one sample: 4 x head_dim x heads x token pairs."""
         return 4.0 * head_dim * heads * self.density * self.grid.tokens**2
 
-    def rows(self, mask: int) -> tuple[Tensor, Tensor]:
-        """``row_offsets`` (blocks + 1,) and ``columns`` of one of `masks`."""
-        offsets = self.masks.row_offsets
-        start = int(offsets[:mask, -1].sum())
-        return offsets[mask], self.masks.columns[start : start + int(offsets[mask, -1])]
-
     def mask(self) -> Tensor:
         """The boolean block masks, (heads, blocks, blocks): for tests and pictures, not for kernels."""
-        of_head, offsets, _ = self.masks
-        dense = torch.zeros(len(offsets), self.blocks, self.blocks, dtype=torch.bool)
+        masks = self.masks()
+        dense = torch.zeros(len(masks.row_offsets), self.blocks, self.blocks, dtype=torch.bool)
         for index, mask in enumerate(dense):
-            row_offsets, columns = self.rows(index)
+            row_offsets, columns = masks.rows(index)
             mask[torch.repeat_interleave(torch.arange(self.blocks), row_offsets.long().diff()), columns.long()] = True
-        return dense[of_head]
+        return dense[masks.of_head]
 
     def orders(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """See `HeadLayouts.orders`."""
         return self.family.orders(device)
+
+
+def _narrow(blocks: int) -> torch.dtype:
+    """Of numbers of blocks."""
+    return torch.int16 if blocks < 2**15 else torch.int32
 
 
 @lru_cache(maxsize=4)

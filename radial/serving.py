@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.head_layouts import build_head_layouts
 from radial.layout import build_layout
-from radial.patterns import Dense, Pattern, make_pattern
+from radial.patterns import Dense, Fitted, HeadMasks, Pattern, make_pattern
 
 PREFIX = "radial."
 """Of the keys that an export writes into a LoRA's safetensors header."""
@@ -32,6 +33,7 @@ def attention_for(
     sigma: float | None = None,
     layers: int | None = None,
     backend: str | None = None,
+    masks: str | Path | HeadMasks | None = None,
 ) -> Callable[..., Tensor]:
     """Self-attention of one layer in one denoising step, as the LoRA was trained.
 
@@ -43,20 +45,25 @@ def attention_for(
         sigma: the step's noise level, from 0 to 1 (pure noise); counts where the header has one for dense steps.
         layers: how many the transformer has; needed where the header's masks differ by layer and head.
         backend: an attention backend by name; None: the fastest.
+        masks: of pattern ``fitted``: the file beside the LoRA, ``<name>.masks.safetensors``. A plug-in reads it once
+            (`radial.HeadMasks.read`).
 
     Returns:
         A function of q, k and v, each (batch, tokens, heads, head_dim), and of `attention_over`'s ``text_lengths`` and
         ``scale``; its result has the same shape.
 
     Raises:
-        RadialError: no such header, a value in it that is none, or neither ``sigma`` nor ``step`` where one counts.
+        RadialError: no such header, a value in it that is none, masks that are missing or others than the header's, or
+            neither ``sigma`` nor ``step`` where one counts.
     """
     dense = is_dense(header, layer=layer, step=step, sigma=sigma)
-    pattern: Pattern = Dense() if dense else pattern_of(header)
+    pattern: Pattern = Dense() if dense else pattern_of(header, masks)
     block = int(_number(header, "block", 128))
     if not pattern.by_head:
         layout = build_layout(pattern, grid, block)
         return functools.partial(attention_over, layout=layout, backend=None if dense else backend)
+    if layers is None and isinstance(pattern, Fitted):
+        layers = pattern.masks.about.layers[-1] + 1
     if layers is None:
         raise RadialError(f"the header's pattern {pattern.name} differs by layer and head: give layers")
     count = layers
@@ -73,15 +80,24 @@ def is_dense(header: Mapping[str, str], *, layer: int, step: int | None = None, 
     return layer < int(_number(header, "dense_layers", 0)) or _is_dense_step(header, step, sigma)
 
 
-def pattern_of(header: Mapping[str, str]) -> Pattern:
+def pattern_of(header: Mapping[str, str], masks: str | Path | HeadMasks | None = None) -> Pattern:
     """The pattern of a LoRA's header.
 
+    Args:
+        masks: of pattern ``fitted``: the file beside the LoRA, or what was read from it.
+
     Raises:
-        RadialError: no such header, or a value in it that is none.
+        RadialError: no such header, a value in it that is none, or masks that are missing or others than the header's.
     """
     name = _value(header, "pattern")
     if name is None:
         raise RadialError(f"the header has no {PREFIX}pattern: expected that of a LoRA that this project exported")
+    if name == Fitted.name and masks is not None:
+        found = masks if isinstance(masks, HeadMasks) else HeadMasks.read(masks)
+        wanted = _value(header, "masks_sha256")
+        if found.digest != wanted:
+            raise RadialError(f"the masks' SHA-256 is {found.digest}, the LoRA's {wanted}: give the file beside it")
+        return Fitted(found)
     return make_pattern(
         name,
         decay=_number(header, "decay", 1.0),

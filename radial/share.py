@@ -9,7 +9,7 @@ from typing import Any
 
 from radial.errors import RadialError
 from radial.grid import VideoGrid
-from radial.patterns import PATTERNS, Pattern
+from radial.patterns import PATTERNS, Fitted, Pattern
 
 _CLOSE = 1e-3  # of the blocks that are wanted; nearer than this nothing better is looked for
 _NARROW = 1e-4  # of the parameter: so near to each other, both ends are neighbouring steps of the pattern
@@ -33,6 +33,11 @@ def with_share(pattern: Pattern, grid: VideoGrid, block: int, share: float) -> P
     if not (isinstance(share, (int, float)) and 0 < share <= 1):
         raise RadialError(f"share is {share!r}, expected a share of dense attention's blocks, above 0 and at most 1")
     name = pattern.parameter
+    if isinstance(pattern, Fitted):
+        raise RadialError(
+            f"share is {share:g}, and pattern {pattern.name} has that of its masks, {pattern.masks.about.share:g}: "
+            "leave it out, or fit masks with another one (python -m radial fit)"
+        )
     if name is None:
         others = ", ".join(n for n, kind in PATTERNS.items() if kind.parameter)
         raise RadialError(

@@ -16,6 +16,7 @@ from data.shards.manifest import Manifest
 from data.shards.stages import Stage, load_stages
 from data.shards.stream import read_samples
 from radial.cli.ranks import Rank
+from train.attention.recipe import AttentionRecipe
 from train.attention.sequence import check_heads
 from train.config.compose import read_config
 from train.config.global_batch import micro_batches
@@ -61,6 +62,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     _check_parallel(config, elsewhere)
     if adapter is not None:
         check_heads(config.parallel.sequence, adapter.attention_shape[1])
+        AttentionRecipe.of(config).check_model(*adapter.attention_shape[:2])
     if config.model.expert == "both" and config.lora is None:
         raise UserError("lora=null trains all weights, of one expert at a time: set model.expert=high or low")
     if config.objective.first_frame and not family.takes_first_frame:

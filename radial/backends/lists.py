@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from radial.backends.fa4.schedule import Schedule
-from radial.head_layouts import HeadLayout, HeadLayouts
+from radial.head_layouts import HeadLayout, HeadLayouts, Masks
 from radial.layout import BlockLayout
 
 
@@ -66,8 +66,9 @@ def block_lists(
     """
     blocks, complete = layout.blocks, layout.complete_blocks
     if isinstance(layout, HeadLayout):
-        of_head = layout.masks.of_head.to(device)
-        offsets, indices = _mask_lists(layout, backward, device)
+        found = layout.masks(device)
+        of_head = found.of_head
+        offsets, indices = _mask_lists(found, blocks, backward)
     else:
         of_head, device = None, layout.columns.device
         offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)
@@ -103,12 +104,11 @@ def block_lists(
     )
 
 
-def _mask_lists(layout: HeadLayout, backward: bool, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """Offsets (masks x blocks + 1,) and indices of all masks of a layer, mask after mask, on a device."""
-    _, row_offsets, columns = layout.masks
-    masks, blocks = len(row_offsets), layout.blocks
-    counts = row_offsets.long().diff(dim=1).flatten().to(device)
-    indices = columns.to(device).int()
+def _mask_lists(found: Masks, blocks: int, backward: bool) -> tuple[Tensor, Tensor]:
+    """Offsets (masks x blocks + 1,) and indices of all masks of a layer, mask after mask."""
+    masks, device = len(found.row_offsets), found.columns.device
+    counts = found.row_offsets.long().diff(dim=1).flatten()
+    indices = found.columns.int()
     if backward:
         owner = torch.repeat_interleave(torch.arange(masks * blocks, device=device), counts)
         # by mask and column; within a column the numbers of the rows ascend

@@ -126,10 +126,10 @@ def _backward(
 
 def _masks_of(layout: HeadLayout, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(heads, row offsets, columns) for every mask of a layer."""
-    of_head, offsets, _ = layout.masks
-    for mask in range(len(offsets)):
-        row_offsets, columns = layout.rows(mask)
-        yield (of_head == mask).nonzero().flatten().to(device), row_offsets, columns.to(device)
+    masks = layout.masks()
+    for mask in range(len(masks.row_offsets)):
+        row_offsets, columns = masks.rows(mask)
+        yield (masks.of_head == mask).nonzero().flatten().to(device), row_offsets, columns.to(device)
 
 
 def _rows_of(row_offsets: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:

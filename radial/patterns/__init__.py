@@ -2,16 +2,20 @@
 
 * `Released`: the mask of the public Radial Attention inference code, the default. `Paper`: Eq. 4 of arXiv 2506.19852.
 * `Dense`: everything. `Random`: the floor that a mask has to beat.
+* `Fitted`: a mask for each head, fitted to the model's own attention (`radial.fit`).
 * `Local`, `Spatial`, `Temporal`, `SlidingTile`, `Power`, `ShiftedGroups`: the field's other static patterns.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from radial.errors import RadialError
 from radial.patterns.base import Pattern
 from radial.patterns.dense import Dense
+from radial.patterns.fitted import Fitted
+from radial.patterns.head_masks import HeadMasks
 from radial.patterns.paper import Paper
 from radial.patterns.power import Power
 from radial.patterns.random import Random
@@ -24,6 +28,8 @@ __all__ = [
     "PATTERNS",
     "RULES",
     "Dense",
+    "Fitted",
+    "HeadMasks",
     "Local",
     "Paper",
     "Pattern",
@@ -38,14 +44,20 @@ __all__ = [
 ]
 
 _KINDS: tuple[type[Pattern], ...] = (
-    *(Released, Paper, Random, Dense),
+    *(Released, Paper, Fitted, Random, Dense),
     *(Local, Spatial, Temporal, SlidingTile, Power, ShiftedGroups),
 )
 PATTERNS: dict[str, type[Pattern]] = {kind.name: kind for kind in _KINDS}
 
 
 def make_pattern(
-    name: str, *, decay: float = 1.0, rule: str = "wan", reach: float | None = None, per_head: bool = False
+    name: str,
+    *,
+    decay: float = 1.0,
+    rule: str = "wan",
+    reach: float | None = None,
+    per_head: bool = False,
+    masks: str | Path | None = None,
 ) -> Pattern:
     """The pattern of that name.
 
@@ -55,6 +67,7 @@ def make_pattern(
             valid all the same.
         reach: the parameter of the patterns that have one of this name; None: its default.
         per_head: of ``random``: a draw for each head of each layer.
+        masks: of ``fitted``: the file of ``python -m radial fit``.
 
     Raises:
         RadialError: an unknown name, a value that the pattern refuses, or one that it does not have.
@@ -73,6 +86,14 @@ def make_pattern(
         if kind is not Random:
             raise RadialError(f"per_head is of pattern {Random.name}, {name} has none: leave it out")
         given["per_head"] = True
+    if (masks is None) == (kind is Fitted):
+        raise RadialError(
+            f"masks is not set, pattern {name} needs the file that python -m radial fit writes"
+            if kind is Fitted
+            else f"masks is of pattern {Fitted.name}, {name} has none: leave it out"
+        )
+    if masks is not None:
+        given["masks"] = HeadMasks.read(masks)
     if kind is Random:
         given["like"] = released
     return released if kind is Released else kind(**given)

@@ -29,7 +29,8 @@ class Pattern(ABC):
     def video_blocks(self, grid: VideoGrid, block: int) -> Tensor:
         """Kept pairs among the ``grid.video_tokens // block`` complete blocks of the video.
 
-        Of a pattern that differs by head these are the first head's of the first layer.
+        Of a pattern that differs by head these are the first head's of the first layer, or those of a mask that has as
+        many as its heads have in the mean.
 
         Returns:
             int64 vector of ``row * complete_blocks + column``, ascending, without repeats.
@@ -51,6 +52,22 @@ class Pattern(ABC):
     def of_head(self, layer: int, head: int, heads: int) -> Pattern:
         """The pattern of one head of ``heads`` in one layer, the same for all heads. Equal masks are equal objects."""
         return self
+
+    def head_blocks(
+        self, layer: int, own: range, heads: int, grid: VideoGrid, block: int, device: torch.device | None = None
+    ) -> Tensor | None:
+        """The masks of some heads of a layer at once, for patterns whose lists of all layers are too large to keep.
+
+        Args:
+            layer: its number.
+            own: the heads, of ``heads``.
+            grid, block: as for `video_blocks`.
+            device: where the result is worked out; None: the CPU.
+
+        Returns:
+            (own, complete blocks, complete blocks) bool: those of `of_head`. None: ask that.
+        """
+        return None
 
     def bounds(self, grid: VideoGrid) -> tuple[float, float]:
         """The values of `parameter`, above zero, between which all shares of a grid lie that the pattern can have."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from radial import Pattern, VideoGrid
+from radial import Fitted, HeadMasks, Pattern, VideoGrid
+from radial.patterns.head_masks import About, packed
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,20 @@ class ByHead(Pattern):
 
     def of_head(self, layer: int, head: int, heads: int) -> Pattern:
         return replace(self, step=2 + head // 2 + 3 * layer)
+
+
+def fitted(
+    grid: VideoGrid,
+    block: int,
+    *,
+    layers: tuple[int, ...] = (0, 1),
+    heads: int = 4,
+    rate: float = 0.2,
+    seed: int = 0,
+    bits: float = 0.2,
+) -> Fitted:
+    """A fitted pattern with random rules, of which ``bits`` are set."""
+    about = About("raster", block, grid.frames, grid.height, grid.width, layers, 0.3, 0.5, rate, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rules = torch.rand(len(layers), heads, about.entries, generator=generator) < bits
+    return Fitted(HeadMasks(packed(rules), about, hashlib.sha256(repr((about, heads, bits)).encode()).hexdigest()))

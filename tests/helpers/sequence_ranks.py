@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from data.shards.sample import Sample, TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
 from tests.helpers.attention import step_attention
-from tests.helpers.patterns import ByHead
+from tests.helpers.patterns import ByHead, fitted
 from tests.helpers.tiny import ARCHITECTURE
 from train.attention.collectives import all_gather, all_to_all
 from train.attention.sequence import SequenceGroup, SequenceShard, sharded_attention
@@ -32,7 +32,13 @@ FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16
 EIGHT_HEADS = {**ARCHITECTURE, "num_attention_heads": 8, "attention_head_dim": 16}
 WITH_TEXT = r"blocks\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)|condition_embedder\.text_embedder\.linear_\d"
 """LoRA on cross-attention and on the text's own layers too, where every rank sees all text tokens."""
-PATTERNS = {"dense": Dense(), "released": Released(), "by_head": ByHead(tiled=True)}
+ODD_GRID = VideoGrid(3, 3, 5)
+PATTERNS = {
+    "fitted": fitted(ODD_GRID, 16, layers=(0, 1, 2)),
+    "dense": Dense(),
+    "released": Released(),
+    "by_head": ByHead(tiled=True),
+}
 
 
 def world_size() -> int:

@@ -69,8 +69,8 @@ def test_shares_and_operations_are_means_over_heads(grid, pattern, block):
     assert layout.density == pytest.approx(sum(own.density for own in each) / 3)
     assert layout.sparsity == pytest.approx(sum(own.sparsity for own in each) / 3)
     assert layout.flops(3, 8) == pytest.approx(sum(own.flops(1, 8) for own in each))
-    assert layout.masks.columns.dtype == torch.int16
-    assert len(layout.masks.row_offsets) == len({pattern.of_head(1, head, 3) for head in range(3)})
+    assert layout.masks().columns.dtype == torch.int16
+    assert len(layout.masks().row_offsets) == len({pattern.of_head(1, head, 3) for head in range(3)})
 
 
 def test_parts_hold_their_own_heads():

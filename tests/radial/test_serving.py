@@ -19,6 +19,7 @@ from radial import (
     make_pattern,
     radial_attention,
 )
+from tests.helpers.patterns import fitted
 
 GRID = VideoGrid(9, 4, 8)
 HEADER = {
@@ -79,6 +80,20 @@ def test_what_a_header_lacks(changes, message):
     sigma = None if "give" in message else 0.1
     with pytest.raises(RadialError, match=message):
         attention_for({**HEADER, **changes}, GRID, layer=1, sigma=sigma)
+
+
+def test_masks_that_differ_by_head_are_those_beside_the_lora():
+    pattern = fitted(GRID, 16, layers=(1, 2), heads=2)
+    header = {**HEADER, "radial.pattern": "fitted", "radial.masks_sha256": pattern.masks.digest}
+    q, k, v = tokens()
+    got = attention_for(header, GRID, layer=2, sigma=0.1, masks=pattern.masks)(q, k, v)
+    torch.testing.assert_close(got, radial_attention(q, k, v, GRID, pattern, block=16, layer=2))
+    other = attention_for(header, GRID, layer=1, sigma=0.1, masks=pattern.masks)(q, k, v)
+    assert not torch.allclose(got, other)
+    with pytest.raises(RadialError, match="masks is not set, pattern fitted needs the file"):
+        attention_for(header, GRID, layer=2, sigma=0.1)
+    with pytest.raises(RadialError, match="the masks' SHA-256 is"):
+        attention_for(header, GRID, layer=2, sigma=0.1, masks=fitted(GRID, 16, heads=2, seed=1).masks)
 
 
 def test_the_manuals_plug_in_runs(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from radial import Dense, Pattern, VideoGrid, build_layout
+from radial import Dense, Fitted, Pattern, VideoGrid, build_layout
 from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
@@ -45,6 +45,15 @@ class AttentionRecipe:
             dense_sigma=dense_sigma,
             backend=attention.backend,
         )
+
+    def check_model(self, layers: int, heads: int) -> None:
+        """Raises where the pattern's masks are those of another model.
+
+        Raises:
+            RadialError: it has other layers or heads.
+        """
+        if isinstance(self.pattern, Fitted):
+            self.pattern.masks.check_model(layers, heads, self.dense_layers)
 
     def under(self, pattern: Pattern) -> AttentionRecipe:
         """The same layers and noise levels under another pattern."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from radial import RadialError
+from radial import Fitted, RadialError
 from radial.cli.settings import check_value
 from radial.errors import Mistake
 from train.config.keys import value_of
@@ -43,7 +43,9 @@ def validate(config: RunConfig) -> None:
     except RadialError as error:
         raise UserError(f"clip.{error}") from error
     try:
-        config.pattern()
+        pattern = config.pattern()
+        if isinstance(pattern, Fitted):
+            pattern.masks.about.check_grid(config.grid(), config.attention.block)
     except RadialError as error:
         raise UserError(f"attention.{error}") from error
 

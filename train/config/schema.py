@@ -152,6 +152,7 @@ class RunConfig:
             rule=self.rule(),
             reach=attention.reach,
             per_head=attention.per_head,
+            masks=attention.masks,
         )
         if attention.share is None:
             return pattern

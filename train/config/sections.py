@@ -31,6 +31,7 @@ class AttentionConfig:
         "share of all blocks that is kept: the pattern's parameter is what comes nearest; null: as it is given", None
     )
     per_head: bool = key("of pattern random: a draw for each head of each layer", False)
+    masks: str | None = key("of pattern fitted: the file of masks that python -m radial fit writes", None, path=True)
     block: int = key("side of a block of the mask", 128, unit="tokens", must=POWER_OF_TWO)
     dense_layers: int = key("so many of the first layers stay dense", 2, must=at_least(0))
     dense_steps: int = key(
@@ -46,7 +47,7 @@ class AttentionConfig:
 
     def under(self, pattern: str) -> AttentionConfig:
         """The same with a pattern in every layer and step; what another one does not have is left out."""
-        same = self if pattern == self.pattern else replace(self, reach=None, share=None, per_head=False)
+        same = self if pattern == self.pattern else replace(self, reach=None, share=None, per_head=False, masks=None)
         return replace(same, pattern=pattern, dense_layers=0, dense_steps=0, dense_sigma=None)
 
 

@@ -2,7 +2,7 @@
 
     <run>/export/
         diffusers/pytorch_lora_weights.safetensors
-        comfyui/<conf>.safetensors
+        comfyui/<conf>.safetensors                              (*.masks.safetensors beside each: of attention=fitted)
         kohya/<conf>.safetensors
         peft/adapter_config.json, adapter_model.safetensors
         released/lora_config.json, flags.txt, ...               of HunyuanVideo; flags: the script's arguments
@@ -15,6 +15,7 @@ of the second by ``load_lora_weights(folder, load_into_transformer_2=True)``. A 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data.io.files import beside
+from radial import Fitted
 from train import __version__
 from train.clip_recipe import clip_recipe
 from train.config.compose import read_config
@@ -36,10 +38,12 @@ from train.export.tools import differences, script_flags
 from train.export.verify import verify
 from train.lora.files import check_file
 from train.lora.header import to_header
-from train.lora.reading import Lora, Pairs, read_lora
+from train.lora.masks import masks_beside
+from train.lora.reading import Lora, Pairs, lora_in, read_lora
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
+from train.storage.inputs import check_masks
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 _FP8 = (
@@ -96,6 +100,7 @@ def export_run(
     for key, files, expert in (("add", add, first), ("add_2", add_2, "low")):
         for file, _ in files:
             check_file(file, config.model, key, expert)
+    check_masks(config, run)
     checkpoint = checkpoint or last_checkpoint(run)
     out = out or run / "export"
     weights = load_weights(checkpoint)
@@ -122,6 +127,8 @@ def export_run(
                     whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
                     place = temporary / ("" if whole else kind) / "merged"
                     said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None, header=header))
+                    if config.attention.masks is not None:
+                        shutil.copyfile(config.attention.masks, masks_beside(place))
                     said += [f"merged  with {path}: {note}" for path, lora, _ in others for note in lora.notes]
     return [f"{out}/{line}" for line in said]
 
@@ -209,6 +216,8 @@ def save_adapters(
     for name in chosen:
         check()
         FORMATS[name](adapter, out / name)
+        if config.attention.masks is not None:
+            shutil.copyfile(config.attention.masks, masks_beside(lora_in(out / name)))
         if name == "released":
             (out / name / "flags.txt").write_text(script_flags(config), encoding="utf-8")
         lines = [*verify(name, adapter, base, out / name), *differences(config, name)]
@@ -249,12 +258,16 @@ def header_of(config: RunConfig, step: int) -> dict[str, str]:
         attention[pattern.parameter] = getattr(pattern, pattern.parameter)
     if config.attention.per_head:
         attention["per_head"] = True
+    if isinstance(pattern, Fitted):
+        about = pattern.masks.about
+        attention |= {"masks_sha256": pattern.masks.digest, "masks_share": about.share}
+        attention |= {"masks_coverage": about.coverage, "masks_seed": about.seed}
     attention["rule"] = config.rule()
     attention["dense_sigma"] = clip_recipe(config).attention.dense_sigma
     attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None
     attention["sampling_steps"] = config.model.steps
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
-    about = {
+    model = {
         "base_model": public_name(config.model),
         "family": config.model.family,
         "rope": config.model.rope,
@@ -265,4 +278,4 @@ def header_of(config: RunConfig, step: int) -> dict[str, str]:
         "step": step,
         "version": __version__,
     }
-    return to_header({**about, **attention, **clip})
+    return to_header({**model, **attention, **clip})

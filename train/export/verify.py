@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from train.errors import UserError
 from train.export.formats import WEIGHTS, Adapter
 from train.lora.names import MUSUBI_BLOCKS, comfyui_names
-from train.lora.reading import Pairs, read_lora, trim
+from train.lora.reading import Pairs, lora_in, read_lora, trim
 from train.lora.targets import weighted_layers
 from train.models.families import adapter_of
 from train.models.pretrained import stand_in
@@ -47,7 +47,7 @@ def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list
         UserError: something is missing, extra or different for the format's own loader. What a second one cannot read
             stands in its line.
     """
-    file = next(folder.glob("*.safetensors"))
+    file = lora_in(folder)
     compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
     own, *others = _LOADERS[format_name]
     said = [own(adapter, base, file), *(_tried(load, adapter, base, file) for load in others)]

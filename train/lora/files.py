@@ -11,6 +11,7 @@ from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.lora.header import read_values, typed
 from train.lora.listed import files_with_strengths
+from train.lora.masks import check_masks, masks_beside
 
 NONE = "none"
 """What stands for no LoRA where one has to be given."""
@@ -109,11 +110,36 @@ def header_settings(slots: Sequence[Slot], names: Sequence[str], model: ModelCon
     Raises:
         UserError: a value in it is of another kind.
     """
-    files = [slot.files()[0][0] for slot in slots if slot.lora] or _weights(model)
-    if not files:
+    file = header_file(slots, model)
+    if file is None:
         return {}
-    header = read_values(files[0])
-    return {name: typed(header[name], name, files[0]) for name in names if name in header}
+    header = read_values(file)
+    return {name: typed(header[name], name, file) for name in names if name in header}
+
+
+def header_file(slots: Sequence[Slot], model: ModelConfig) -> Path | None:
+    """The file whose header tells how the weights were trained: the first LoRA, or a merged model's first file."""
+    files = [slot.files()[0][0] for slot in slots if slot.lora] or _weights(model)
+    return files[0] if files else None
+
+
+def masks_of(slots: Sequence[Slot], model: ModelConfig, given: Path | None) -> Path | None:
+    """The file of masks that differ by head: ``given``, or what lies beside the LoRA or in the merged model's folder.
+
+    Raises:
+        UserError: it is missing, or another one than the LoRA was trained under.
+    """
+    from train.lora.reading import find_file  # takes seconds to import
+
+    file = header_file(slots, model)
+    if file is None:
+        return given
+    beside = masks_beside(
+        find_file(file)[0] if any(slot.lora for slot in slots) else Path(str(model.path)).expanduser()
+    )
+    masks = given or beside
+    check_masks(masks, file)
+    return masks if masks.is_file() else given
 
 
 def _weights(model: ModelConfig) -> list[Path]:

@@ -30,6 +30,10 @@ KINDS: dict[str, type] = {
     "decay": float,
     "reach": float,  # of the patterns that have one
     "per_head": bool,  # of random blocks
+    "masks_sha256": str,  # of fitted ones: of the file beside the LoRA
+    "masks_share": float,
+    "masks_coverage": float,
+    "masks_seed": int,
     "block": int,
     "dense_layers": int,
     "dense_sigma": float,  # the noise level at which training changed sides

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from train.errors import UserError
 from train.lora.keys import MARKERS, of_kohya, other_kind, possible_names, split_key
+from train.lora.masks import MASKS
 from train.lora.scaling import Scaling, config_beside
 from train.lora.targets import Target, parameter_of, targets_of
 
@@ -82,13 +83,22 @@ def find_file(path: Path) -> tuple[Path, dict[str, Any]]:
     if (path / "diffusers").is_dir():
         path = path / "diffusers"
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(f"{path} holds {len(files)} safetensors files, expected one: name the file")
-        path = files[0]
+        path = lora_in(path)
     if not path.is_file():
         raise UserError(f"{path} is missing, expected a LoRA: a .safetensors file, or a folder with one")
     return path, config_beside(path)
+
+
+def lora_in(folder: Path) -> Path:
+    """The one LoRA of a folder; masks that lie beside it are none.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.endswith(MASKS))
+    if len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} safetensors files, expected one: name the file")
+    return files[0]
 
 
 def _load(file: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:

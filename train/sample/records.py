@@ -43,6 +43,8 @@ def _recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any
     for key in ("prompts", "out", *_HOW):
         del own[key]
     own |= {"prompt": job.prompt, "negative": job.negative, "image": job.image}
+    if settings.masks is not None:
+        own["masks"] = _digest(settings.masks)
     own |= {"model": model.family, "model_path": model.path}
     return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
-from radial import PATTERNS, RadialError, VideoGrid, make_pattern
+from radial import PATTERNS, Fitted, HeadMasks, RadialError, Released, VideoGrid, make_pattern
 from radial.backends import BACKENDS
 from radial.cli.reader import guess, read_some
 from radial.cli.settings import setting
@@ -56,6 +56,7 @@ class Settings:
     decay: float | None = setting("of released (the LoRA's, else 1)", None)
     reach: float | None = setting("of the patterns that have one (the LoRA's, else the pattern's own)", None)
     per_head: bool | None = setting("of random: a draw for each head of each layer (the LoRA's, else no)", None)
+    masks: Path | None = setting("of fitted: masks that fit the model (those beside the LoRA)", None)
     block: int | None = setting("tokens of a block (the LoRA's, else 128)", None)
     dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
     dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
@@ -140,6 +141,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     trained = loras.header_settings(
         found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model
     )
+    pattern = settings.pattern or trained.get("pattern") or (Fitted.name if settings.masks else Released.name)
+    if pattern == Fitted.name:
+        settings = replace(settings, masks=loras.masks_of(found, model, settings.masks))
     from train.models.families import family_of  # takes seconds to import
 
     family = family_of(model)
@@ -154,11 +158,11 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "steps": model.steps,
         "guidance": guidance[0] if guidance else None,
         "guidance_2": guidance[1] if len(guidance) == 2 else None,
-        "pattern": "released",
+        "pattern": pattern,
         "rule": model.rule,
         "decay": 1.0,
         "per_head": False,
-        "block": 128,
+        "block": 128 if settings.masks is None else _block_of(settings.masks),
         "dense_layers": 2,
         "rope": model.rope,
         "tiled": family.decodes_tiled,
@@ -187,6 +191,13 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         settings = replace(settings, shift=model.shift_at(settings.height, settings.width))
     _check(settings, model)
     return settings
+
+
+def _block_of(masks: Path) -> int:
+    try:
+        return HeadMasks.read(masks).about.block
+    except RadialError as error:
+        raise UserError(str(error)) from error
 
 
 def slots(settings: Settings, model: ModelConfig) -> list[loras.Slot]:
@@ -250,6 +261,7 @@ def recipe_of(settings: Settings) -> AttentionRecipe:
             rule=str(settings.rule),
             reach=settings.reach,
             per_head=bool(settings.per_head),
+            masks=settings.masks,
         )
     except RadialError as error:
         raise UserError(str(error)) from error

@@ -3,6 +3,7 @@
     shards    the manifest's list of samples, with each shard's SHA-256, the encoder, and the empty prompt
     weights   of the base model: its config.json; names, sizes and headers of its files, and 4 KiB from the middle of
               each tensor: reading all of them would take minutes
+    masks     the file of ``attention.masks``, whole
     lora      the files of ``lora.init``, whole; read only as long as the run has no checkpoint
 
 Names of folders are no part of a fingerprint: what was moved is the same. Synthetic clips and random weights follow
@@ -24,6 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from data.io.files import write_utf8
 from data.io.remote import read_all
 from data.shards.manifest import EMPTY_PROMPT, Manifest, locate
+from radial import Fitted
 from train.config.schema import ModelConfig, RunConfig
 from train.errors import UserError
 from train.lora.initial import initial_files
@@ -32,7 +34,7 @@ from train.models.folders import model_folder, read_json
 
 FILE = "inputs.json"
 _SAMPLE = 4096  # bytes of a tensor
-_KEYS = {"shards": "data.shards", "weights": "model.path", "lora": "lora.init"}
+_KEYS = {"shards": "data.shards", "weights": "model.path", "masks": "attention.masks", "lora": "lora.init"}
 
 
 def hold_inputs(
@@ -74,9 +76,27 @@ def fingerprints(config: RunConfig, shards: Manifest | None) -> dict[str, str]:
     now = {
         "shards": _of_shards(shards) if config.data.shards is not None and shards is not None else None,
         "weights": _of_model(config.model),
+        "masks": _of_masks(config),
         "lora": None if config.lora is None else _of_lora(config.lora.init, config.model),
     }
     return {name: said for name, said in now.items() if said is not None}
+
+
+def check_masks(config: RunConfig, folder: Path) -> None:
+    """Raises where ``attention.masks`` is another file than the one that a run has trained under.
+
+    Raises:
+        UserError: it was replaced.
+    """
+    file, now = folder / FILE, _of_masks(config)
+    was = read_json(file).get("masks", now) if file.is_file() else now
+    if was != now:
+        raise UserError(f"attention.masks {config.attention.masks} is {now}, the run trained under {was}: put it back")
+
+
+def _of_masks(config: RunConfig) -> str | None:
+    pattern = config.pattern()
+    return pattern.masks.digest if isinstance(pattern, Fitted) else None
 
 
 def _of_shards(shards: Manifest) -> str:

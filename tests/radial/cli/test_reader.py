@@ -173,7 +173,7 @@ PATHS = {
     "train.report": {"run", "runs", "out"},
     "train.decay": {"out"},
     "data.index": {"shards", "weights"},
-    "train.sample": {"prompts", "image", "out", "lora", "lora_2", "add", "add_2"},
+    "train.sample": {"prompts", "image", "out", "lora", "lora_2", "add", "add_2", "masks"},
     "launch slurm": {"resume", "container", "mounts"},
     "launch status": {"run"},
     "launch logs": {"run"},

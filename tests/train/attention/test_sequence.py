@@ -44,10 +44,13 @@ def test_gradients_and_losses_are_the_single_processs(pattern, world, size, samp
             close(got["gradients"][name], gradient.numpy(), 1e-4)
 
 
-@pytest.mark.parametrize(("world", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_masks_that_differ_by_head_are_those_of_a_ranks_own_heads(world, size):
-    """In each of two layers each of four heads has a mask of its own, in an order of tokens of the pattern's own."""
-    settings = ("by_head", ODD)
+@pytest.mark.parametrize(
+    ("pattern", "world", "size"),
+    [("by_head", 2, 2), ("fitted", 2, 2), pytest.param("by_head", 4, 2, marks=pytest.mark.slow)],
+)
+def test_masks_that_differ_by_head_are_those_of_a_ranks_own_heads(pattern, world, size):
+    """Each of four heads has a mask of its own in each layer; by_head's are in an order of tokens of its own."""
+    settings = (pattern, ODD)
     ranks = run_ranks(world, sequence_ranks.wan_gradients, *settings, size, 2, True, "lora")
     expected = sequence_ranks.wan_gradients(*settings, 1, 2, True, "lora")
     shared = sequence_ranks.wan_gradients("released", ODD, 1, 2, True, "lora")

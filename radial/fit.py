@@ -1,0 +1,124 @@
+"""Fits masks to a model's heads: from the masses that ``python -m train.decay`` measured to a file of rules.
+
+The masses are means over the file's noise levels. What a rule's bit is worth is the mass of its pairs in the mean, per
+token of the key tile; what it costs is the number of its block pairs in a clip of the measured length. The bits of all
+layers and heads together are taken from the most valuable down, until the part of the share that is fitted is used up.
+So heads get as many blocks as their attention is wide. The rest of the share is drawn (`radial.patterns.fitted`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radial.errors import RadialError
+from radial.grid import VideoGrid
+from radial.patterns.fitted import bit_of_pairs
+from radial.patterns.head_masks import About, write
+
+
+def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_layers: int = 2, seed: int = 0) -> About:
+    """Fits the masks and writes them.
+
+    Args:
+        decay: ``decay.safetensors`` of ``python -m train.decay`` with ``tile=strip``.
+        out: of the masks.
+        share: of all blocks of a clip of the measured length that is kept, the mean over layers and heads.
+        coverage: of the share, the part that is drawn.
+        dense_layers: so many of the first layers get no masks.
+        seed: of the draw.
+
+    Raises:
+        RadialError: a file that is none or has other tiles, or a share that is smaller than one block a row.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    made = "expected decay.safetensors of python -m train.decay"
+    try:
+        with safe_open(decay, "pt") as file:
+            facts = json.loads((file.metadata() or {})["about"])
+            grid = VideoGrid(**facts["grid"])
+            layers = tuple(layer for layer in facts["layers"] if layer >= dense_layers)
+            block = _block(facts["tile"], decay)
+            if not layers:
+                raise RadialError(
+                    f"{decay} has masses of layers {facts['layers']}, dense_layers={dense_layers} leaves none"
+                )
+            values = torch.stack([_values(file, facts["sigmas"], layer, grid, block) for layer in layers])
+    except OSError as error:
+        raise RadialError(f"{decay} cannot be read ({error.strerror or error}): {made}") from error
+    except RadialError:
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise RadialError(f"{decay} is damaged, or no such file ({error}): {made}") from error
+    about = About("raster", block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
+    rules, rate = chosen(values, about, grid)
+    about = About(**{**vars(about), "rate": rate})
+    write(rules, about, out)
+    return about
+
+
+def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float]:
+    """The rules, and the rate at which all other pairs are drawn.
+
+    Args:
+        values: (layers, heads, entries) float32, of each bit.
+        about: what is wanted.
+        grid: of the measured clips.
+
+    Returns:
+        (layers, heads, entries) bool, and a number from 0 to 1.
+
+    Raises:
+        RadialError: the share is smaller than what every mask keeps.
+    """
+    complete, blocks = grid.video_tokens // about.block, -(-grid.tokens // about.block)
+    heads = values.shape[0] * values.shape[1]
+    # the diagonal, and rows and columns of text and of a partial block, are kept whatever a rule has
+    free = about.share * blocks**2 - (blocks**2 - complete**2) - complete
+    if free < 0:
+        least = (blocks**2 - complete**2 + complete) / blocks**2
+        raise RadialError(
+            f"share is {about.share:g}, expected at least {least:.3g}: a block a row, with the text and what "
+            f"{grid.tokens:,} tokens leave over blocks of {about.block}"
+        )
+    bits = bit_of_pairs(about, grid, torch.device("cpu")).view(complete, complete)
+    off_diagonal = ~torch.eye(complete, dtype=torch.bool)
+    cost = torch.bincount(bits[off_diagonal], minlength=about.entries)
+    worth = torch.where(cost > 0, values, 0.0).view(torch.int32)  # floats from 0 up are in the order of their bits
+
+    def spent(least: int) -> int:
+        return sum(int(((layer >= least) * cost).sum()) for layer in worth)
+
+    low, high = 0, 2**31 - 1  # everything, nothing
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if spent(middle) <= (1 - about.coverage) * free * heads else (middle, high)
+    used = spent(high)
+    others = heads * (complete**2 - complete) - used
+    rate = (free * heads - used) / others if others else 0.0
+    return worth >= high, rate
+
+
+def _values(file: Any, sigmas: list[float], layer: int, grid: VideoGrid, block: int) -> Tensor:
+    """(heads, entries) the mean mass of each bit's pairs per token of the key tile."""
+    place = torch.arange(grid.tokens_per_frame) // block
+    total: Tensor | float = 0.0
+    for sigma in sigmas:
+        mass, sink = (file.get_tensor(f"sigma_{sigma:g}/layer_{layer}/{name}") for name in ("mass", "sink"))
+        total = total + torch.cat([mass, sink.mean(1, keepdim=True)], 1)
+    return (total / len(sigmas) / torch.bincount(place)).flatten(1)
+
+
+def _block(tile: str, decay: Path) -> int:
+    """The side of the blocks that are as long as the tiles."""
+    strips = "strips of "
+    if not tile.startswith(strips):
+        raise RadialError(
+            f"{decay} has masses of tiles {tile}, expected strips as long as a block: measure with tile=strip"
+        )
+    return int(tile.removeprefix(strips))

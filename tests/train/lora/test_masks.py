@@ -1,0 +1,128 @@
+"""Masks that differ by head on their way: beside the LoRA, from there into sampling, refused where they are others."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from radial import Fitted, HeadMasks, Released, VideoGrid
+from radial.patterns.head_masks import unpacked, write
+from tests.helpers.generating import latent
+from tests.helpers.patterns import fitted
+from tests.helpers.stock_models import TARGETS, random_lora
+from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
+from train.config.compose import compose_run, finish
+from train.errors import UserError
+from train.export.run import folded, header_of, save_adapters
+from train.models.pretrained import stand_in
+from train.sample.settings import parse_settings, recipe_of
+from train.storage.inputs import check_masks, hold_inputs
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return save_pipeline("wan", tmp_path_factory.mktemp("masks") / "wan")
+
+
+def save_masks(file, grid, block=16, *, seed=0, **settings):
+    """A file of random rules."""
+    masks = fitted(grid, block, seed=seed, **settings).masks
+    write(unpacked(masks.bits)[..., : masks.about.entries].bool(), masks.about, file)
+    return HeadMasks.read(file)
+
+
+def of_model(folder):
+    """Layers and heads of a pipeline's transformer."""
+    config = stand_in(folder / "transformer").config
+    return {"layers": tuple(range(1, config.num_layers)), "heads": config.num_attention_heads}
+
+
+def test_sampling_finds_the_masks_beside_the_lora(wan, tmp_path):
+    masks = save_masks(tmp_path / "mine.masks.safetensors", VideoGrid(9, 2, 3), **of_model(wan))
+    header = {**HEADER, "radial.pattern": "fitted", "radial.masks_sha256": masks.digest}
+    file = save_lora(wan, tmp_path / "mine.safetensors", header=header)
+    for lora in (file, tmp_path):  # a folder with one LoRA in it
+        settings, _ = parse_settings(words(wan, lora=lora))
+        assert recipe_of(settings).pattern == Fitted(masks)
+    moved = shutil.move(tmp_path / "mine.masks.safetensors", tmp_path / "moved.safetensors")
+    with pytest.raises(UserError, match=r"trained under masks of its own, and .*mine.masks.safetensors is missing"):
+        parse_settings(words(wan, lora=file))
+    assert recipe_of(parse_settings(words(wan, lora=file, masks=moved))[0]).pattern == Fitted(masks)
+    save_masks(tmp_path / "mine.masks.safetensors", VideoGrid(9, 2, 3), seed=1, **of_model(wan))
+    with pytest.raises(UserError, match=rf"are not those .* its radial.masks_sha256 is {masks.digest[:16]}"):
+        parse_settings(words(wan, lora=file))
+    assert recipe_of(parse_settings(words(wan, lora=file, pattern="released"))[0]).pattern == Released(0.4)
+
+
+def test_masks_alone_sample_an_untuned_model(wan, tmp_path):
+    masks = save_masks(tmp_path / "mine.safetensors", VideoGrid(9, 2, 3), rate=0.0, bits=0.1, **of_model(wan))
+    given = {"masks": tmp_path / "mine.safetensors", "dense_steps": 0, "dense_layers": 1, "block": None}
+    settings, _ = parse_settings(words(wan, **given))
+    assert recipe_of(settings) == replace(recipe_of(settings), pattern=Fitted(masks), block=16)
+    under, dense = latent(wan, **given).latent, latent(wan, pattern="dense").latent
+    assert under.isfinite().all() and (under - dense).abs().max() > 1e-3
+    with pytest.raises(UserError, match="masks is not set, pattern fitted needs the file"):
+        parse_settings(words(wan, pattern="fitted"))
+    with pytest.raises(UserError, match="none.safetensors cannot be read"):
+        parse_settings(words(wan, masks=tmp_path / "none.safetensors"))
+
+
+def run_under(file, **settings):
+    """A run of wan_4x, whose frames are of 45 x 80 tokens."""
+    given = {"conf": "wan_4x", "attention": "fitted", "attention.masks": str(file)}
+    return finish(compose_run({**given, **{key.replace("__", "."): str(value) for key, value in settings.items()}}))
+
+
+def test_an_export_has_the_masks_beside_every_lora_and_their_facts_in_its_header(wan, tmp_path):
+    file = tmp_path / "masks.safetensors"
+    masks = save_masks(file, VideoGrid(2, 45, 80), 128, layers=(2,), heads=1, seed=3)
+    config = run_under(file, model__path=wan)
+    pairs = folded(random_lora(stand_in(wan / "transformer"), TARGETS["wan"], seed=0), 3)
+    header = header_of(config, 7)
+    assert {name: header[f"radial.masks_{name}"] for name in ("sha256", "share", "coverage", "seed")} == {
+        "sha256": masks.digest, "share": "0.3", "coverage": "0.5", "seed": "3",
+    }  # fmt: skip
+    formats = ["diffusers", "comfyui", "kohya", "peft"]
+    base = wan / "transformer"
+    save_adapters(config, base, pairs, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)
+    for name in formats:
+        beside = list((tmp_path / "out" / name).glob("*.masks.safetensors"))
+        (lora,) = (path for path in (tmp_path / "out" / name).glob("*.safetensors") if path not in beside)
+        assert beside == [lora.with_suffix(".masks.safetensors")]
+        assert HeadMasks.read(beside[0]) == masks
+        with safe_open(lora, "pt") as tensors:
+            assert tensors.metadata()["radial.masks_sha256"] == masks.digest
+
+
+def test_a_run_notices_other_masks(wan, tmp_path):
+    file = tmp_path / "masks.safetensors"
+    masks = save_masks(file, VideoGrid(2, 45, 80), 128, layers=(2,), heads=1)
+    config = run_under(file, model__path=wan)
+    hold_inputs(config, tmp_path, None)
+    assert json.loads((tmp_path / "inputs.json").read_text(encoding="utf-8"))["masks"] == masks.digest
+    hold_inputs(config, tmp_path, None)
+    check_masks(config, tmp_path)
+    save_masks(file, VideoGrid(2, 45, 80), 128, layers=(2,), heads=1, seed=1)
+    with pytest.raises(UserError, match=rf"attention.masks was {masks.digest}, now .*: it was replaced"):
+        hold_inputs(config, tmp_path, None)
+    with pytest.raises(UserError, match=rf"the run trained under {masks.digest}: put it back"):
+        check_masks(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention__block": 64}, "attention.masks are fitted to blocks of 128 tokens, block is 64"),
+        ({"clip__height": 480, "clip__width": 832}, "attention.masks are fitted to frames of 45 x 80 tokens"),
+        ({"attention__share": 0.1}, "attention.share is 0.1, and pattern fitted has that of its masks"),
+        ({"attention": "radial"}, "attention.masks is of pattern fitted, released has none"),
+        ({"attention__masks": "none"}, "attention.masks none cannot be read"),
+    ],
+)
+def test_a_run_that_the_masks_are_not_for_does_not_start(tmp_path, settings, message):
+    save_masks(tmp_path / "masks.safetensors", VideoGrid(2, 45, 80), 128, layers=(2,), heads=1)
+    with pytest.raises(UserError, match=message):
+        run_under(tmp_path / "masks.safetensors", **settings)

@@ -223,7 +223,7 @@ def test_what_cannot_be_fitted(tmp_path):
         fit(decay_file(tmp_path / "tiled.safetensors", grid, tile="8x16"), out, share=0.4)
     with pytest.raises(RadialError, match="cannot be read"):
         fit(tmp_path / "none.safetensors", out, share=0.4)
-    (tmp_path / "text.safetensors").write_text("no tensors")
+    (tmp_path / "text.safetensors").write_text("no tensors", encoding="utf-8")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name in ("text", "other"):
         with pytest.raises(RadialError, match=f"{name}.safetensors is damaged, or no such file"):

@@ -39,7 +39,7 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
     ),
     "data": (
         "errors", "colour", "animation", "io", "shards", "text", "encoders", "synth", "sheet", "scan", "index",
-        "prepare", "rebuild", "check", "bench",
+        "prepare", "recaption", "rebuild", "check", "bench",
     ),
     "train": (
         "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",

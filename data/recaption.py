@@ -1,0 +1,244 @@
+"""Other captions for shards that are there: `python -m data.recaption SHARDS captions=SOURCE out=FOLDER`.
+
+Text is encoded again, video is not: each shard is read, the text of its samples replaced, and written under its name
+into a new folder. Latents and image conditions keep their bytes. A shard counts from the moment its record has its
+name, so that a killed run goes on with the next one; the old folder stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.encoders import family_of, fingerprint, load_encoder, same_vae
+from data.encoders.base import Encoder, EncoderSettings, find_device
+from data.errors import DataError, explained, naming
+from data.io.files import write_bytes
+from data.io.locks import Lock, take
+from data.io.remote import scheme_of
+from data.prepare.plan import Plan
+from data.prepare.sources import Columns, name_of, read_source
+from data.shards.begun import Begun, refuse_shards
+from data.shards.manifest import FILE, REJECTED, Manifest, ShardInfo
+from data.shards.origins import LIST, numbers_of, sources_of
+from data.shards.reader import SampleReader
+from data.shards.sample import Prompt
+from data.shards.writer import TarShards, finish_folder
+from radial.cli.command import Command
+from radial.cli.settings import setting
+
+JOURNAL = ".recaption"
+_ASKED = "asked.json"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Arguments:
+    """The keys of the command line."""
+
+    shards: Path = setting("folder of the shards; it stays as it is")
+    captions: Path = setting("folder or table with the new captions, laid out as the source= of data.prepare")
+    out: Path = setting("folder for the new shards; an unfinished one is continued")
+    weights: Path | None = setting("the model's diffusers folder; not needed for pixels", None)
+    path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
+    caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
+    missing: str = setting(
+        "samples whose video has no new caption: refuse them, or keep the old one", "refuse", ("refuse", "keep")
+    )
+    device: str | None = setting("where to encode; null: a GPU where there is one", None)
+    text_dtype: str = setting("the text encoders' numbers", "bf16", tuple(_DTYPES))
+
+
+def recaption(given: Arguments) -> int:
+    """Make the folder, or go on with it; returns the exit code.
+
+    Raises:
+        DataError: the shards are not of this machine, not our own or damaged; a video has no new caption; the weights
+            are of another VAE; or the new folder holds something else.
+    """
+    manifest = Manifest.load(given.shards)
+    if scheme_of(manifest.home) != "file" or manifest.map is not None:
+        raise DataError(f"{given.shards}: expected shards of data.prepare or ShardWriter on this machine; copy them")
+    if given.out.absolute() == manifest.folder:
+        raise DataError(f"out is {given.out}, the folder of the shards; choose another, the old one stays")
+    family = family_of(manifest.encoder)
+    encoder = fingerprint(family, given.weights, "+image-" in manifest.encoder)
+    if not same_vae(encoder, manifest.encoder):
+        raise DataError(
+            f"{manifest.home}: was made with {manifest.encoder}, weights={given.weights} are {encoder}: video would "
+            "have to be encoded again; give the weights that made them"
+        )
+    captions = _captions(given, manifest)
+    asked = _asked(manifest, captions, encoder, given.text_dtype)
+    if (given.out / FILE).exists():
+        if Manifest.load(given.out).arguments.get("recaptioned") != asked:
+            raise DataError(f"{given.out}: is finished, with other shards or captions; choose another out=")
+        print(f"{given.out}: already there")
+        return 0
+    with naming(given.out):
+        (given.out / JOURNAL).mkdir(parents=True, exist_ok=True)
+    with (given.out / JOURNAL / "lock").open("a", encoding="utf-8") as lock:
+        if take(lock) is Lock.HELD:
+            raise DataError(f"{given.out}: another data.recaption is writing it; wait for it or stop it")
+        _begin(given.out, asked)
+        settings = EncoderSettings(given.weights, find_device(given.device), torch.float32, _DTYPES[given.text_dtype])
+        loaded = load_encoder(family, settings)
+        shards = Work(given.out, manifest, captions, encoder, loaded).all_shards()
+        _finish(given, manifest, captions, shards, encoder, asked, loaded)
+    shutil.rmtree(given.out / JOURNAL, ignore_errors=True)
+    print(f"{given.out}: {len(manifest.samples)} clips in {len(shards)} shards, with new captions")
+    return 0
+
+
+def _captions(given: Arguments, manifest: Manifest) -> list[str | None]:
+    """The new caption of each sample; None keeps the old one."""
+    listed = read_source(given.captions, Columns(given.path_column, given.caption_column))
+    found = {name_of(video): video.caption for video in reversed(listed.videos) if video.caption is not None}
+    names = _names(manifest)
+    captions = [found.get(name) for name in names]
+    lacking = sorted({name for name, caption in zip(names, captions, strict=True) if caption is None})
+    if lacking and given.missing == "refuse":
+        raise DataError(
+            f"{given.captions}: has no caption for {len(lacking)} of the videos in {given.shards}, such as "
+            f"{lacking[0]}; add them, or give missing=keep"
+        )
+    if all(caption is None for caption in captions):
+        raise DataError(f"{given.captions}: names none of the videos in {given.shards}, such as {lacking[0]}")
+    return captions
+
+
+def _names(manifest: Manifest) -> list[str]:
+    """What each sample's video, or the piece of it, is called in a list of videos."""
+    plan = Plan.load(manifest.folder, LIST)
+    if plan is None:
+        return sources_of(manifest)
+    rows = [numbers_of(sample.key) for sample in manifest.samples]
+    if any(row is None or row[0] >= len(plan.rows) for row in rows):
+        raise DataError(f"{manifest.folder / LIST}: does not list the videos of the samples; copy it again")
+    return [plan.rows[row[0]].name for row in rows if row is not None]
+
+
+def _asked(manifest: Manifest, captions: Sequence[str | None], encoder: str, text_dtype: str) -> str:
+    """What decides the new folder's contents, as a digest: it is only continued with the same."""
+    digest = hashlib.sha256(json.dumps([encoder, text_dtype, captions]).encode())
+    digest.update(json.dumps([shard.to_json() for shard in manifest.shards]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _begin(out: Path, asked: str) -> None:
+    """Note what is asked for, or refuse a folder that was begun with something else."""
+    note = out / JOURNAL / _ASKED
+    if not note.exists():
+        refuse_shards(out)
+        write_bytes(note, json.dumps(asked).encode())
+    elif json.loads(note.read_text(encoding="utf-8")) != asked:
+        raise DataError(
+            f"{out}: was begun with other shards, captions or weights; ask for the same, choose another out= or "
+            "delete it"
+        )
+
+
+class Work:
+    """Writes the shards that have no record yet."""
+
+    def __init__(
+        self, out: Path, manifest: Manifest, captions: Sequence[str | None], encoder: str, loaded: Encoder
+    ) -> None:
+        self._out, self._manifest, self._captions = out, manifest, captions
+        self._encoder, self._loaded = encoder, loaded
+        self._last: tuple[str, Prompt] | None = None
+
+    def all_shards(self) -> list[ShardInfo]:
+        """All shards of the new folder, those that were there first."""
+        shards, first = [], 0
+        begun = Begun(self._out / JOURNAL / "begun.txt")
+        with tqdm(total=len(self._manifest.samples), unit="clip", desc="encoding text") as bar:
+            for number, shard in enumerate(self._manifest.shards):
+                record = self._out / JOURNAL / f"{shard.file}.json"
+                if record.exists():
+                    raw = json.loads(record.read_text(encoding="utf-8"))
+                    shards.append(ShardInfo.parse(raw, record, ""))
+                else:
+                    begun.add(shard.file)
+                    shards.append(self.shard(number, first))
+                    write_bytes(record, json.dumps(shards[-1].to_json()).encode())
+                first += len(shard.samples)
+                bar.update(len(shard.samples))
+        return shards
+
+    def shard(self, number: int, first: int) -> ShardInfo:
+        """One shard anew, whose samples are numbered from `first` on."""
+        made: list[ShardInfo] = []
+        about = self._manifest.shards[number]
+        # As large as it gets: a shard of the old folder is one of the new.
+        writer = TarShards(self._out, lambda n: about.file, made.append, max_samples=1 << 40, max_bytes=1 << 60)
+        with SampleReader(self._manifest) as reader:
+            try:
+                for place, info in enumerate(about.samples):
+                    content = reader.fetch(number, place)
+                    # A flipped bit would get a checksum of its own.
+                    if info.crc32 not in (None, zlib.crc32(content.numpy().data)):
+                        raise DataError(f"{self._manifest.urls[number]}: sample {info.key} is damaged; copy it again")
+                    sample = reader.decode(content, number, place)
+                    caption = self._captions[first + place]
+                    caption = sample.caption if caption is None else caption
+                    if self._last is None or self._last[0] != caption:
+                        self._last = (caption, self._loaded.prompt(caption))
+                    prompt = self._last[1]
+                    meta = {**sample.meta, "caption": caption, "encoder": self._encoder}
+                    writer.write(replace(sample, text=prompt.text, pooled=prompt.pooled, meta=meta))
+                writer.flush()
+            finally:
+                writer.abort()
+        return made[0]
+
+
+def _finish(
+    given: Arguments,
+    manifest: Manifest,
+    captions: Sequence[str | None],
+    shards: Sequence[ShardInfo],
+    encoder: str,
+    asked: str,
+    loaded: Encoder,
+) -> None:
+    """The lists beside the shards, the empty prompt and the manifest."""
+    out, changed = given.out, {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch.")}
+    if (manifest.folder / REJECTED).exists():
+        write_bytes(out / REJECTED, (manifest.folder / REJECTED).read_bytes())
+    plan = Plan.load(manifest.folder, LIST)
+    if plan is not None:
+        # data.prepare compares its list with these captions, when it appends to the folder
+        new = {numbers_of(sample.key): caption for sample, caption in zip(manifest.samples, captions, strict=True)}
+        by_row = {numbers[0]: caption for numbers, caption in new.items() if numbers is not None}
+        rows = [replace(row, caption=by_row.get(number) or row.caption) for number, row in enumerate(plan.rows)]
+        write_bytes(out / LIST, replace(plan, rows=rows, arguments={**plan.arguments, **changed}).to_json())
+    about = {**manifest.arguments, **changed, "recaptioned": asked}
+    made = replace(manifest, shards=tuple(shards), encoder=encoder, arguments=about, text=loaded.text_is)
+    finish_folder(out, made, loaded.prompt(""))
+
+
+main = Command(
+    "python -m data.recaption",
+    "Makes a new folder of shards with other captions: text is encoded again, video is not. Kill it whenever you like: "
+    "the same command goes on where it stopped.",
+    Arguments,
+    recaption,
+    [
+        "python -m data.recaption shards/mine captions=better.csv out=shards/better weights=weights/wan_14b",
+        "python -m data.recaption shards/mine captions=videos out=shards/better weights=weights/wan_14b missing=keep",
+    ],
+    positional="shards",
+    explain=explained,
+)
+
+if __name__ == "__main__":
+    main.run()

@@ -44,7 +44,7 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
     "train": (
         "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",
         "storage", "loggers", "shards", "objective", "optimizer", "preflight", "module", "evaluation", "export",
-        "sample", "report", "decay", "callbacks", "evaluate", "bench", "assemble", "run", "sweep", "__main__",
+        "sample", "report", "decay", "callbacks", "evaluate", "bench", "assemble", "run", "sweep", "study", "__main__",
     ),
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ The folders, in the order in which a run passes them:
     evaluate/      a tuned model against controls: losses, generated clips, what is wrong with them
     bench/         a step, measured and taken apart
     sweep/         `python -m train -m`: many runs, one for each combination of values
+    study/         masks compared on equal terms, on a base of this project made longer
 
 `README.md` beside this file is the manual.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 import torch
@@ -64,7 +65,7 @@ def animate(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
     save_gif(images, picture, 100)
 
 
-def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
+def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path | IO[bytes]) -> None:
     """A PNG with eight evenly spaced frames of each clip, one row a clip."""
     frames = {label: _frames(clip) for label, clip in panels.items()}
     total = min(map(len, frames.values()))
@@ -80,4 +81,4 @@ def film_strip(panels: Mapping[str, Tensor], title: str, picture: Path) -> None:
         for column, index in enumerate(chosen):
             small = clip[index].resize((width, height), Image.Resampling.LANCZOS)
             canvas.paste(small, (8 + column * (width + 4), top + _MARGIN))
-    canvas.save(picture)
+    canvas.save(picture, format="png")

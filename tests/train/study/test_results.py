@@ -1,0 +1,102 @@
+"""Intervals, conclusions, the sign of a base, the rows and Fréchet's distance, on figures that are known."""
+
+import math
+
+import pytest
+import torch
+
+from radial import Released, build_layout
+from tests.helpers.studies import study_settings
+from train.errors import UserError
+from train.evaluation.losses import Interval
+from train.study.__main__ import Settings
+from train.study.base import BaseSign, pixels_leave
+from train.study.frechet import frechet_distance
+from train.study.results import RowResult, conclusions, table
+from train.study.rows import FITTED, RIVALS, Row, released_share, rows_of
+from train.study.settings import Job
+
+
+def result(name, offset, seeds=(0, 1), tuned=True, clips=6):
+    """Losses that differ by clip and seed alike in all rows, and by the offset from row to row."""
+    losses = {
+        seed: {"4x": {"0.5": [0.1 + 0.01 * i + 0.002 * seed + offset * (1 + 0.01 * i) for i in range(clips)]}}
+        for seed in seeds
+    }
+    validation = {seed: [(1.0, 0.5), (2.0, 0.4 + offset), (3.0, 0.3 + offset)] for seed in seeds}
+    return RowResult(Row(name, name, tuned), losses=losses, again=losses, validation=validation, blocks=0.2)
+
+
+def test_differences_are_paired():
+    released, worse = result("released", 0.0), result("local", 0.02)
+    minus = worse.minus(released, "4x")
+    assert minus.mean == pytest.approx(0.02 * 1.025) and minus.half < 0.001
+    assert minus.half == pytest.approx(Interval.of([0.02 * (1 + 0.01 * i) for i in range(6)]).half)
+    over = worse.minus_over_seeds(released, "4x")
+    assert over.mean == pytest.approx(0.0205) and over.half == pytest.approx(0, abs=1e-12)
+    assert released.minus(released, "4x") is None and result("a", 0, (0,)).minus_over_seeds(released, "4x") is None
+    untuned = result("untuned_dense", 0.1, (0,), tuned=False)
+    assert untuned.minus(released, "4x").mean == pytest.approx(0.1025 - 0.001)  # beside the mean over the seeds
+    assert worse.steps_to(0.43) == 2 and worse.steps_to(0.35) == 3 and worse.steps_to(0.1) is None
+
+
+def test_conclusions_follow_the_numbers():
+    rows = [result("released", 0.0), result("random", 0.03), result("local", -0.01)]
+    said = conclusions(rows, "4x")
+    assert said[0].startswith("At 4x the loss of random at 1.00 of its blocks is 0.03") and "above" in said[0]
+    assert "below that of released" in said[1] and len(said) == 2
+    rows[1] = result("random", -0.001)
+    assert conclusions(rows, "4x")[0].startswith("Tuned random blocks are not above released")
+    assert conclusions(rows[1:], "4x") == []
+    head, cells = table([*rows, RowResult(Row("x", "x", True), "left out: why")], ["4x"])
+    assert all(len(row) == len(head) for row in cells) and cells[-1][-1] == "left out: why"
+
+
+def test_what_single_pixels_leave():
+    """Against the least-squares line of the velocity over the noised pixel."""
+    generator = torch.Generator().manual_seed(0)
+    clips = [0.7 * torch.randn(1, 8, 40, 40, generator=generator) + 0.3 for _ in range(4)]
+    x0 = torch.stack(clips).flatten().double()
+    noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    for sigma in (0.3, 0.8):
+        x, v = (1 - sigma) * x0 + sigma * noise, noise - x0
+        both = torch.stack([x, v]).cov()
+        left = both[1, 1] - both[0, 1] ** 2 / both[0, 0]
+        assert pixels_leave(clips, [sigma]) == pytest.approx(float(left), rel=0.03)
+
+
+def test_a_base_that_is_not_trained_enough_is_refused(tmp_path):
+    BaseSign(loss=0.02, pixels=0.5, enough=0.05).check(tmp_path)
+    with pytest.raises(UserError, match=r"not trained enough.*loss 0.0300 .* 6.0% of the 0.500.*at most 5.0%"):
+        BaseSign(loss=0.03, pixels=0.5, enough=0.05).check(tmp_path)
+
+
+def test_rows(tmp_path):
+    from radial.cli.reader import read_some
+
+    job = Job.made_of(*read_some(Settings, study_settings(tmp_path)))
+    rows = {row.name: row for row in rows_of(job)}
+    assert {*RIVALS, *(f"fitted_{part}" for part in FITTED), "released", "dense", "paper", "random", "full"} <= set(
+        rows
+    )
+    assert all(rows[f"fitted_{part}"].left_out for part in FITTED)
+    share = released_share(job)
+    assert share == 1 - build_layout(Released(), job.config.grid(), 32).sparsity
+    assert all(float(rows[name].settings["attention.share"]) == pytest.approx(share, abs=1e-6) for name in RIVALS)
+    assert job.lengths == {"1x": 4, "2x": 8, "4x": 16} and job.seeds == (0,)
+    assert {name for name, row in rows.items() if row.settings.get("rope")} == {
+        "untuned_dense", "untuned_riflex", "released_default",
+    }  # fmt: skip
+
+
+def test_frechet_distance():
+    generator = torch.Generator().manual_seed(1)
+    true = torch.randn(3200, 4, generator=generator, dtype=torch.float64) * torch.tensor([4.0, 2.0, 1.0, 0.5])
+    assert frechet_distance(true, true) == pytest.approx(0, abs=1e-6)
+    moved = true + torch.tensor([3.0, 0, 0, 0])
+    assert frechet_distance(moved, true) == pytest.approx(9, rel=1e-6)
+    # covariances that commute: the sum of (s - s')²
+    wider = (true - true.mean(0)) * 2 + true.mean(0)
+    spread = torch.linalg.eigvalsh(true.T.cov()).sum()
+    assert frechet_distance(wider, true) == pytest.approx(float(spread), rel=1e-6)
+    assert math.isfinite(frechet_distance(true[:10], true[10:20]))

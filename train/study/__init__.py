@@ -1,0 +1,18 @@
+"""``python -m train.study``: what keeps a lengthened model good, on equal terms.
+
+    settings    what a user may set
+    base        the base model: where it lies, and whether it is trained enough to judge masks
+    rows        the list of rows, each with the settings of its run
+    runs        the tuned rows as run folders of the trainer, within a time
+    truth       what of a clip has to be remembered, from the truth that comes with it
+    detect      objects found in pixels: permanence and trajectories
+    losses      the flow loss by length and noise level, and of what has to be remembered
+    clips       clips that go on from given frames, and their measures
+    frechet     Fréchet distance in the base's own features
+    results     table, paired differences, conclusions
+    figures     the picture of cost against loss, the strip of clips
+    page        the page
+    run         the order of all this, and where it stopped
+
+`README.md` beside this file is the manual.
+"""

@@ -1,0 +1,39 @@
+"""``python -m train.study``: the command line."""
+
+from __future__ import annotations
+
+from radial.cli.command import Command
+from train.study.settings import Job, Settings
+
+
+def study(settings: Settings, others: dict[str, str]) -> int | None:
+    """Runs what is missing of the study and prints what the numbers show."""
+    job = Job.made_of(settings, others)
+    from train.study.run import run_study  # takes seconds to import
+
+    sentences, whole = run_study(job)
+    print()
+    for sentence in sentences:
+        print(f"* {sentence}")
+    print(f"\nEverything is in {job.out}{'' if whole else '; rows are missing, and the same command goes on'}")
+    return None
+
+
+main = Command(
+    "python -m train.study",
+    "Trains and measures the rows of the study: a base of this project made longer under each mask, with equal steps, "
+    "clips, noise and positions, beside the base untuned. Writes a table, a picture of cost against loss, a strip of "
+    "clips and a page. A command that was stopped goes on.",
+    Settings,
+    study,
+    [
+        "python -m train conf=study_base",
+        "python -m train.study minutes=9",
+        "python -m train.study rows=dense,released,random seeds=0 clips=0",
+        "python -m train.study base=runs/study_base_large/<time> length=2x",
+    ],
+    others="those of a training run (conf=study_4x), the same in every row",
+)
+
+if __name__ == "__main__":
+    main.run()

@@ -13,6 +13,8 @@ from radial.grid import VideoGrid
 from radial.head_layouts import HeadLayout, build_head_layouts
 from radial.layout import BlockLayout, build_layout, layout_of
 from radial.patterns import Pattern, Released
+from radial.patterns.ultravico import UltraViCo
+from radial.scaled_scores import scaled_attention
 
 
 def radial_attention(
@@ -91,6 +93,11 @@ def attention_over(
     name = _backend_name(
         layout.handle, str(q.device), q.dtype, q.shape[-1], needs_grad, text_lengths is not None, backend
     )
+    if name == UltraViCo.name:
+        assert isinstance(layout.pattern, UltraViCo)
+        return scaled_attention(
+            q, k, v, grid, layout.pattern, block=layout.block, text_lengths=text_lengths, scale=scale
+        )
     orders = layout.orders(q.device)
     if orders is not None:
         q, k, v = (_Reorder.apply(x, *orders) for x in (q, k, v))
@@ -130,6 +137,10 @@ def _backend_name(
     name: str | None,
 ) -> str:
     """`choose_backend`, ready for the call; for the compiler, which must not look inside, a constant of constants."""
+    if isinstance(layout_of(layout).pattern, UltraViCo):
+        if name is not None:
+            raise RadialError(f"attention backend {name} cannot scale scores, as ultravico does: leave it out")
+        return UltraViCo.name
     call = AttentionCall(torch.device(device), dtype, head_dim, needs_grad, masks_text, layout_of(layout))
     backend = choose_backend(call, name)
     call.layout.orders(call.device)  # its copy has to be there before a compiler follows the call

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from radial import Dense
+from radial.patterns.ultravico import UltraViCo
+from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
 from train.clip_recipe import Recipes
 from train.config.schema import RunConfig
@@ -74,6 +76,8 @@ class EvaluatedModel:
         recipe = self._recipes.at(latent.shape[2:]).attention
         if isinstance(variant.pattern, Dense):
             recipe = recipe.dense()
+        elif isinstance(variant.pattern, UltraViCo):  # in every layer and at every noise level
+            recipe = AttentionRecipe(variant.pattern, recipe.block)
         elif variant.pattern is not None:
             recipe = recipe.under(variant.pattern)
         return recipe.step(self.adapter.grid(latent), dense=recipe.is_dense(sigma))

@@ -9,6 +9,7 @@ from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from radial import Pattern, RadialError, make_pattern
 from radial.cli.settings import POSITIVE, at_least, setting
+from radial.patterns.ultravico import UltraViCo
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -31,8 +32,8 @@ class Settings:
         "held-out clips; null: the run's validation.shards, or synthetic ones where it trained on such", None, path=True
     )
     against: str | None = setting(
-        "controls without a LoRA, with commas: base has the run's own attention, dense, released and the other "
-        "patterns their own; null: none", "base,dense,released",
+        "controls without a LoRA, with commas: base has the run's own attention, dense, released, the other "
+        "patterns and ultravico their own; null: none", "base,dense,released",
     )  # fmt: skip
     lengths: str | None = setting(
         "lengths in multiples of the model's own, with commas; null: those of 1,2,4 that are not above the run's", None
@@ -132,12 +133,14 @@ def _variants(config: RunConfig, against: str | None) -> tuple[Variant, ...]:
     own = config.pattern()
     found: dict[Pattern | None, Variant] = {}
     for word in () if against is None else against.split(","):
-        pattern = None
-        if word != BASE:
+        pattern: Pattern | None = None
+        if word == UltraViCo.name:
+            pattern = UltraViCo(float(_lengths(config, "1")[0].latents))
+        elif word != BASE:
             try:
                 pattern = make_pattern(word, decay=config.attention.decay, rule=config.rule())
             except RadialError as error:
-                raise UserError(f"against has {word!r}: {error}, or {BASE}") from error
+                raise UserError(f"against has {word!r}: {error}, {UltraViCo.name} or {BASE}") from error
             pattern = None if pattern == own else pattern
         name = config.pattern_in_words() if pattern is None else pattern.name
         found.setdefault(pattern, Variant(f"{BASE}, {name}", False, pattern))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from radial.patterns.ultravico import UltraViCo
 from train.errors import UserError
 from train.evaluate.alignment import TextAlignment
 from train.evaluate.model import EvaluatedModel
@@ -133,6 +134,15 @@ def test_a_control_has_the_base_models_velocity(run, tmp_path):
         assert (model.adapter.velocity(x, sigma, conditions) - expected).abs().max() > 1e-6
 
 
+def test_ultravico_is_a_row_without_training(run, tmp_path):
+    one = job(run, tmp_path, against="dense,ultravico", lengths="1,4", clips=2, samples=0)
+    pattern = one.variants[1].pattern
+    assert pattern == UltraViCo(4.0)  # latent frames of the model's own length
+    run_evaluation(one)
+    found = {(row["name"], row["times"]): row["losses"] for row in results(one)["rows"]}
+    assert not np.allclose(found["base, ultravico", 4], found["base, dense", 4], rtol=1e-6)
+
+
 def test_a_lora_file_stands_for_the_runs_own(run, tmp_path, evaluated):
     file = run / "export" / "diffusers"
     one = job(run, tmp_path, lora=str(file), against=None, lengths="1", samples=0)
@@ -156,7 +166,7 @@ def test_prompts_of_a_file_and_a_length_that_no_held_out_clip_has(run, tmp_path)
     ("changes", "message"),
     [
         ({"lengths": "0"}, "lengths is '0', expected multiples of the model's own length such as 1,2,4"),
-        ({"against": "bas"}, "against has 'bas': pattern is 'bas', expected one of .*, or base"),
+        ({"against": "bas"}, "against has 'bas': pattern is 'bas', expected one of .*, ultravico or base"),
         ({"lora": "a.safetensors,b.safetensors"}, "expected one file, with :strength if wanted"),
     ],
 )

@@ -33,6 +33,7 @@ from train.clip_recipe import Recipes
 from train.config.global_batch import clips_in_words, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
+from train.export.tools import warnings
 from train.loggers.services import loggers_of, note_once
 from train.lora.initial import read_initial
 from train.lora.layers import inject_lora, start_from
@@ -272,3 +273,5 @@ def _print_run(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  attention  {config.pattern_in_words()}, first {attention.dense_layers} blocks dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")
+    for line in warnings(config):
+        print(line)

@@ -20,6 +20,7 @@ from train.config.keys import Key, key, keys_of, section
 from train.config.sections import (
     AttentionConfig,
     DataConfig,
+    ExportConfig,
     LogConfig,
     LoraSettings,
     ObjectiveConfig,
@@ -48,6 +49,7 @@ class ModelConfig:
     )
     subfolder: str | None = key("where in that folder the transformer lies", None)
     weights: str | None = key("the command that gets the weights, shown where path is not set", None)
+    license: str | None = key("licence of the weights, as the hub names it; null: not known", None)
     architecture: dict[str, Any] | None = key(
         "settings of the diffusers class: random weights of these sizes are made instead of reading path", None
     )
@@ -118,6 +120,7 @@ class RunConfig:
     validation: ValidationConfig = section(ValidationConfig, resume=True)
     log: LogConfig = section(LogConfig, resume=True)
     report: ReportConfig = section(ReportConfig, resume=True)
+    export: ExportConfig = section(ExportConfig, resume=True)
 
     def clips_at_once(self) -> float:
         """Clips in a micro-batch of all devices together."""

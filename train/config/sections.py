@@ -12,6 +12,17 @@ from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, within
 from radial.patterns import PATTERNS, RULES
 from train.config.keys import key
 
+TOOL_KEYS = (
+    "released_hunyuan",
+    "released_wan",
+    "released_wan22",
+    "wanvideowrapper",
+    "lightx2v",
+    "wan2gp",
+    "radialattn",
+)
+"""What ``export.tools`` may name; `train.export.tools` holds what each tool runs."""
+_TOOLS = Bound(f"some of {', '.join(TOOL_KEYS)}", lambda value: set(value) <= set(TOOL_KEYS))
 _SIGMAS = Bound("noise levels between 0 and 1", lambda value: all(0 < sigma < 1 for sigma in value))
 _BETAS = Bound("two numbers from 0 up to 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 _WEIGHTS = Bound("numbers above 0", lambda value: all(0 < weight < float("inf") for weight in value))
@@ -248,3 +259,10 @@ class ReportConfig:
     guidance: float = key("weight of classifier-free guidance of the animation", 1.0)
     short_frames: int = key("also measure the base at this length, its own; 0: not", 0, unit="frames",
                             must=at_least(0))  # fmt: skip
+
+
+@dataclass
+class ExportConfig:
+    """What the LoRA is for: a run warns at its start, and at its export, of what the named tools cannot run."""
+
+    tools: list[str] = key("public tools that the LoRA is to run in: [wanvideowrapper,lightx2v]", [], must=_TOOLS)

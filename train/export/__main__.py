@@ -33,14 +33,18 @@ class Options:
     add: str | None = setting(
         "further LoRAs in the merged model, with strengths: style.safetensors:0.8,other.safetensors", None, path=True
     )
+    card: bool = setting("also a model card for the hub, README.md in the folder", False)
+    push: str | None = setting("upload the folder with its card: hub:<organisation>/<name>", None)
     add_2: str | None = setting("those of the expert for low noise levels, of a run that trained two", None, path=True)
 
 
 def export(options: Options) -> None:
     """Exports, and prints what was written and loaded."""
+    from train.export.hub import repository, upload
     from train.export.run import export_run  # takes seconds to import
 
     out = options.out or options.run / "export"
+    name = None if options.push is None else repository(options.push)
     try:
         lines = export_run(
             options.run,
@@ -52,10 +56,13 @@ def export(options: Options) -> None:
             strength=options.strength,
             add=files_with_strengths("add", options.add) if options.add is not None else (),
             add_2=files_with_strengths("add_2", options.add_2) if options.add_2 is not None else (),
+            card=options.card or name is not None,
         )
     except (OSError, SafetensorError) as error:  # a full disk is the second one of safetensors
         raise UserError(f"the export to {out} failed ({error}): make room, or give another out") from error
     print("\n".join(lines))
+    if name is not None:
+        print(upload(out, name))
 
 
 main = Command(
@@ -67,6 +74,7 @@ main = Command(
     [
         "python -m train.export run=runs/wan_4x/<time>",
         "python -m train.export run=runs/wan_4x/<time> format=comfyui dtype=bf16",
+        "python -m train.export run=runs/wan_4x/<time> push=hub:<organisation>/<name>",
         "python -m train.export run=runs/wan_4x/<time> merge=true dtype=bf16 add=style.safetensors:0.8",
     ],
 )

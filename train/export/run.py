@@ -32,9 +32,10 @@ from train.clip_recipe import clip_recipe
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
+from train.export.card import write_card
 from train.export.formats import FORMATS, Adapter, check_formats, formats_of
 from train.export.merge import merge
-from train.export.tools import differences, script_flags
+from train.export.tools import differences, script_flags, warnings, ways
 from train.export.verify import verify
 from train.lora.files import check_file
 from train.lora.header import to_header
@@ -64,6 +65,7 @@ def export_run(
     strength: float = 1.0,
     add: Sequence[tuple[Path, float]] = (),
     add_2: Sequence[tuple[Path, float]] = (),
+    card: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Writes the export folder of a run, loads it again as its users will, and returns a line for each part.
@@ -79,6 +81,7 @@ def export_run(
         strength: of the run's LoRA in the merged model.
         add: further LoRA files that are merged too, with their strengths; of two experts into the first.
         add_2: those of the expert for low noise levels.
+        card: also write a model card for the hub.
         check: called before each part; what it raises ends the export.
 
     Raises:
@@ -109,7 +112,7 @@ def export_run(
             check()
             said = _save_model(config, weights, DTYPES[dtype or "fp32"], temporary / "model")
         else:
-            step, said = load_state(checkpoint)["global_step"], []
+            step, said = load_state(checkpoint)["global_step"], warnings(config)
             for kind, part, own in _parts(config, weights):
                 pairs = folded(own, config.lora.alpha)
                 base = transformer_folder(part.model, whole=merged)
@@ -130,7 +133,9 @@ def export_run(
                     if config.attention.masks is not None:
                         shutil.copyfile(config.attention.masks, masks_beside(place))
                     said += [f"merged  with {path}: {note}" for path, lora, _ in others for note in lora.notes]
-    return [f"{out}/{line}" for line in said]
+        if card:
+            said.append(write_card(run, config, temporary, formats))
+    return [line if line.startswith("warning: ") else f"{out}/{line}" for line in said]
 
 
 @contextmanager
@@ -220,7 +225,7 @@ def save_adapters(
             shutil.copyfile(config.attention.masks, masks_beside(lora_in(out / name)))
         if name == "released":
             (out / name / "flags.txt").write_text(script_flags(config), encoding="utf-8")
-        lines = [*verify(name, adapter, base, out / name), *differences(config, name)]
+        lines = [*verify(name, adapter, base, out / name), *differences(config, name), *ways(config, name)]
         said += [f"{name}  {line}" for line in lines]
     return said
 

@@ -58,7 +58,7 @@ def test_help_of_a_section_a_key_a_group_and_a_word_that_is_none(capsys):
 def test_what_a_resume_may_change():
     """The layout, the pace of checkpoints, what is logged and shown: nothing that the weights follow from."""
     free = {name for name, key in KEYS.items() if key.resume}
-    in_sections = {name for name in KEYS if name.startswith(("parallel.", "log.", "validation.", "report."))}
+    in_sections = {name for name in KEYS if name.startswith(("parallel.", "log.", "validation.", "report.", "export."))}
     trainer = {"nodes", "devices", "checkpoint_every", "checkpoint_minutes", "keep", "compile", "check_memory",
                "timeout", "max_skipped"}  # fmt: skip
     rest = {"data.batch_size", "data.workers", "data.cache", "data.max_bad", "optim.accumulate", "optim.global_batch",

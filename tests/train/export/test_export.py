@@ -288,3 +288,16 @@ def test_a_folder_with_other_files_is_not_replaced(trained, tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         export_run(run, out=tmp_path)
     assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_card_lies_in_the_folder_though_the_hub_is_not_reached(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run, out = trained[1], tmp_path / "out"
+    with pytest.raises(Mistake, match="push is 'mine', expected hub:"):
+        main([f"run={run}", f"out={out}", "push=mine"])
+    assert not out.exists()
+    with pytest.raises(Mistake, match="push to org/mine failed .* give the same command again"):
+        main([f"run={run}", f"out={out}", "format=comfyui", "push=hub:org/mine"])
+    assert "the model card" in capsys.readouterr().out
+    assert (out / "README.md").read_text(encoding="utf-8").startswith("---\nlibrary_name: diffusers")
+    assert next((out / "comfyui").glob("*.safetensors"))

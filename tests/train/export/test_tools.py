@@ -1,13 +1,17 @@
 """What an export says of the tools that run other attention than the run was trained with."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import save_pipeline
 from train.config.compose import compose_run, finish
+from train.config.sections import TOOL_KEYS
+from train.errors import UserError
 from train.export.run import folded, header_of, save_adapters
-from train.export.tools import differences, script_flags
+from train.export.tools import TOOLS, differences, script_flags, table, warnings, ways
 from train.models.pretrained import stand_in
 
 
@@ -37,6 +41,7 @@ def test_the_released_hunyuan_script_runs_what_hunyuan_trains_with():
                 "WanVideoWrapper": "rule ports, not wan",
                 "LightX2V": "rule ports, not wan, decay 0.2, not 1, no dense layers, not 2, no dense steps, not 2",
                 "Wan2GP": "rule ports, not wan, no dense layers, not 2, no dense steps, not 2",
+                "ComfyUI-RadialAttn": "it also keeps the corner blocks of every pair of frames, rule ports, not wan",
             },
         ),
         (
@@ -47,7 +52,10 @@ def test_the_released_hunyuan_script_runs_what_hunyuan_trains_with():
                 "attention__dense_steps": "0",
             },
             "comfyui",
-            {"LightX2V": "decay 0.2, not 1"},
+            {
+                "LightX2V": "decay 0.2, not 1",
+                "ComfyUI-RadialAttn": "it also keeps the corner blocks of every pair of frames",
+            },
         ),
         (
             {"conf": "wan22_2x"},
@@ -64,6 +72,47 @@ def test_each_tool_that_differs_has_a_line(settings, kind, expected):
     lines = differences(run_of(**settings), kind)
     words = " runs other attention than the LoRA was trained with: "
     assert dict(line.split(words) for line in lines) == expected
+
+
+def test_each_tool_that_can_has_its_settings():
+    lines = ways(run_of("wan_4x", attention__rule="ports", attention__decay="0.8"), "comfyui")
+    assert lines == [
+        "WanVideoWrapper runs this attention: the node WanVideoSetRadialAttention, decay_factor 0.8, dense_blocks 2, "
+        "dense_timesteps 2, block_size 128",
+        "ComfyUI runs this attention with the node Load Radial LoRA of radial/comfyui",
+    ]
+    settings = {"attention__rule": "ports", "attention__dense_layers": "0", "attention__dense_steps": "0"}
+    assert any(line.startswith("Wan2GP runs") for line in ways(run_of("wan_4x", **settings), "comfyui"))
+    settings["attention__decay"] = "0.2"
+    assert 'LightX2V runs this attention: "self_attn_1_type": "radial_attn" in its JSON' in ways(
+        run_of("wan_4x", **settings), "comfyui"
+    )
+    (line,) = ways(run_of("wan_4x"), "diffusers")
+    assert line == (
+        "the released Wan2.1 script runs this attention: its arguments, --decay_factor 1, --dense_layers 2, "
+        "--dense_timesteps 2"
+    )
+    assert ways(run_of("wan_4x", attention="dense"), "comfyui") == []
+    assert any("64 tokens on" in line for line in differences(run_of("wan_4x", attention__block="64"), "comfyui"))
+
+
+def test_a_run_is_warned_of_the_tools_that_it_names():
+    assert [tool.key for tool in TOOLS] == list(TOOL_KEYS)
+    assert warnings(run_of("wan_4x")) == []
+    lines = warnings(run_of("wan_4x", export__tools="[wan2gp,released_wan,released_hunyuan]"))
+    assert lines == [
+        "warning: export.tools has released_hunyuan: the released HunyuanVideo script does not run the run's model",
+        "warning: export.tools has wan2gp: Wan2GP runs other attention than the LoRA was trained with: rule ports, not "
+        "wan, no dense layers, not 2, no dense steps, not 2",
+    ]
+    with pytest.raises(UserError, match=r"export.tools is \['kijai'\], expected some of released_hunyuan"):
+        run_of("wan_4x", export__tools="[kijai]")
+
+
+def test_the_manuals_table_is_that_of_the_tools():
+    manual = (Path(__file__).parents[3] / "train" / "README.md").read_text(encoding="utf-8").splitlines()
+    for row in table():
+        assert row in manual, row
 
 
 def test_the_scripts_flags_are_the_runs():

@@ -1,0 +1,108 @@
+"""A model card for the hub, written from a run: how the LoRA was trained, what it reaches, how to run it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from data.io.files import write_utf8
+from train.clip_recipe import clip_recipe
+from train.config.schema import RunConfig
+from train.evaluation.results import TEXT
+from train.export.formats import FORMATS
+from train.export.tools import differences, ways
+from train.models.pretrained import public_name
+
+NAME = "README.md"
+_KNOWN = ("apache-2.0", "mit")  # licences that the hub has a name for
+
+
+def write_card(run: Path, config: RunConfig, out: Path, formats: Sequence[str] | None) -> str:
+    """Writes the card of a run's export, and returns a line.
+
+    Args:
+        run: the run folder, whose table of results is put into the card where it has one.
+        config: of the run.
+        out: the folder of the export.
+        formats: that are in it; None: all that there are.
+    """
+    chosen = FORMATS if formats is None else formats
+    base = base_model(config)
+    data = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="image-to-video" if takes_image(config) else "text-to-video",
+        tags=["lora", "radial-attention", "video", config.model.family],
+        **_licence(config, base),
+    )
+    results = run / TEXT
+    table = results.read_text(encoding="utf-8").strip() if results.is_file() else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {config.conf}: {base or public_name(config.model)} at {config.clip.frames} frames",
+        "A LoRA that was trained under a static sparse attention mask (radial attention, arXiv 2506.19852). It belongs "
+        "to that mask: under another one its clips are worse.",
+        "## Trained with\n\n" + _settings(config),
+        "" if not table else f"## Held-out losses\n\n```\n{table}\n```",
+        "## Running it\n\n" + _running(config, chosen),
+    ]
+    write_utf8(out / NAME, "\n\n".join(part for part in parts if part) + "\n")
+    return f"{NAME}  the model card"
+
+
+def base_model(config: RunConfig) -> str | None:
+    """The base model's name on the hub; None where it has none."""
+    path = config.model.path or ""
+    if path.startswith("hub:"):
+        return path.removeprefix("hub:")
+    named = re.search(r"hf download (\S+/\S+)", config.model.weights or "")
+    return named[1] if named else None
+
+
+def takes_image(config: RunConfig) -> bool:
+    """Whether the model starts a clip from an image: it takes in more channels than it predicts."""
+    sizes = config.model.dimensions or {}
+    return bool(sizes.get("in_channels", 16) > sizes.get("out_channels", 16))
+
+
+def _licence(config: RunConfig, base: str | None) -> dict[str, Any]:
+    name = config.model.license
+    if name in _KNOWN:
+        return {"license": name}
+    found = {"license": "other"} | ({"license_name": name} if name else {})
+    return found | ({"license_link": f"https://huggingface.co/{base}/blob/main/LICENSE"} if name and base else {})
+
+
+def _settings(config: RunConfig) -> str:
+    attention, clip, recipe = config.attention, config.clip, clip_recipe(config)
+    dense = f"the first {attention.dense_layers} layers"
+    if recipe.attention.dense_sigma is not None:
+        dense += f", and all from noise level {recipe.attention.dense_sigma:.4g} on"
+    rows = {
+        "mask": f"`{config.pattern()}`, blocks of {attention.block} tokens",
+        "dense": dense,
+        "clips": f"{clip.frames} frames of {clip.height} x {clip.width} pixels",
+        "temporal positions": config.model.rope,
+        "shift of the noise levels": f"{config.shift():g}",
+        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha} (in the weights)" if config.lora else "none",
+        "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
+        "learning rate": f"{config.optim.lr:g}",
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _running(config: RunConfig, formats: Iterable[str]) -> str:
+    both = config.model.expert == "both"
+    folder = "high_noise/" if both else ""
+    second = ', lora_2="low_noise/diffusers"' if both else ""
+    lines = [
+        "In diffusers, with the attention of the file's header:",
+        f'```python\nfrom train.sample import extend\n\nextend(pipeline, "{folder}diffusers"{second})\n```',
+    ]
+    for kind in formats:
+        lines += [f"- `{folder}{kind}/`: {line}" for line in (*ways(config, kind), *differences(config, kind))]
+    return "\n".join(lines)

@@ -88,24 +88,24 @@ class Decoders:
         self._closing, self._closed = threading.Lock(), False
         # Spawned, not forked: a fork of a process whose torch has run threads can hang.
         self._context = multiprocessing.get_context("spawn")
-        self._workers = [self._start(tasks[w::workers]) for w in range(min(workers, len(tasks)))]
+        self.workers = [self.start(tasks[w::workers]) for w in range(min(workers, len(tasks)))]
 
     def __iter__(self) -> Iterator[tuple[int, Clip] | End]:
         """(video's number, clip) for each clip and an `End` for each video, in the order of the tasks."""
-        count = len(self._workers)
+        count = len(self.workers)
         for position, task in enumerate(self._tasks):
             clips = 0
             while True:
                 try:
-                    event = _receive(self._workers[position % count][1])
+                    event = _receive(self.workers[position % count][1])
                 except (EOFError, OSError):
-                    process, connection = self._workers[position % count]
+                    process, connection = self.workers[position % count]
                     process.join()
                     connection.close()
                     with self._closing:
                         if self._closed:
                             return
-                        self._workers[position % count] = self._start(self._tasks[position + count :: count])
+                        self.workers[position % count] = self.start(self._tasks[position + count :: count])
                     event = (clips, f"the decoder died ({_death(process.exitcode)})", {})
                 if isinstance(event, Clip):
                     clips += 1
@@ -118,21 +118,22 @@ class Decoders:
         """Stop the processes; who waits for the next clip meanwhile, in a thread, finds the end."""
         with self._closing:
             self._closed = True
-            workers = list(self._workers)
+            workers = list(self.workers)
         for process, _ in workers:
             process.terminate()
         for process, _ in workers:
             process.join()
 
-    def _start(self, tasks: Sequence[Task]) -> tuple[Any, Connection]:
+    def start(self, tasks: Sequence[Task]) -> tuple[Any, Connection]:
+        """A process that decodes these videos one after the other, and this end of its pipe."""
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_decode, args=(theirs, list(tasks), self._options), daemon=True)
+        process = self._context.Process(target=decode, args=(theirs, list(tasks), self._options), daemon=True)
         process.start()
         theirs.close()
         return process, ours
 
 
-def _decode(connection: Connection, tasks: Sequence[Task], options: dict[str, Any]) -> None:
+def decode(connection: Connection, tasks: Sequence[Task], options: dict[str, Any]) -> None:
     """The life of a decoding process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
@@ -145,7 +146,7 @@ def _decode(connection: Connection, tasks: Sequence[Task], options: dict[str, An
                         left[clip.why] += 1
                         continue
                     connection.send(_Coming(clip.index, clip.start, clip.frames.shape))
-                    _send(connection, clip.frames)
+                    send_frames(connection, clip.frames)
                     clips += 1
                     del clip  # the next one is made before the loop would let go of it
             except DataError as error:
@@ -167,7 +168,7 @@ def _receive(connection: Connection) -> Clip | tuple[int, str | None, dict[str, 
     return Clip(message.index, message.start, frames)
 
 
-def _send(connection: Connection, frames: np.ndarray) -> None:
+def send_frames(connection: Connection, frames: np.ndarray) -> None:
     """Pass frames through the pipe as they are: the connection's own way collects them in a second place first, which
     takes several times as long."""
     content = frames.data.cast("B")

@@ -127,7 +127,7 @@ class Journal:
         self._shards = TarShards(
             folder,
             lambda n: self._named(f"shard-{rank:03d}-{first + n:05d}.tar"),
-            self._record,
+            self.record,
             max_samples=1 << 20,
             max_bytes=max_bytes,
             max_seconds=max_seconds,
@@ -167,14 +167,15 @@ class Journal:
             return
         self._shards.flush()
         if self._rows:
-            self._record(None)
+            self.record(None)
 
     def close(self) -> None:
         """Drop the shard in work unless it was flushed, and let other processes write."""
         self._shards.abort()
         self._lock.close()
 
-    def _record(self, shard: ShardInfo | None) -> None:
+    def record(self, shard: ShardInfo | None) -> None:
+        """Write what has come since the record before: a finished shard, if any, and the videos that were done."""
         write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut, self._left)
         self._next += 1
         self._rows, self._bad, self._cut, self._left = [], [], [], Counter()

@@ -57,8 +57,8 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     while True:
         try:
             # What is wrong with the list is reported before weights are loaded.
-            planned = _plan(recipe, rank, arguments)
-            encoder = _load(recipe, rank, device)
+            planned = shared_plan(recipe, rank, arguments)
+            encoder = encoder_of(recipe, rank, device)
             records = Journal(recipe.out, planned, rank, recipe.shard_bytes, recipe.shard_seconds)
             break
         except NoClipsError:
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
         _say(rank, f"{recipe.out}: nothing says where {some} are from: they are left as they are, and not counted")
     with Stopping() as stopping:
         try:
-            _encode_all(recipe, rank, planned, encoder, records, stopping)
+            encode_all(recipe, rank, planned, encoder, records, stopping)
         finally:
             # Whatever ended it: what was encoded stays.
             with stopping.held():
@@ -81,16 +81,17 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
                     records.flush()
                 finally:
                     records.close()
-    return _finish(recipe, rank, planned, encoder)
+    return finish(recipe, rank, planned, encoder)
 
 
-def _load(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
+def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
+    """The recipe's encoder with its weights on the device, which the first rank announces."""
     _say(rank, f"loading {recipe.family} {f'from {recipe.weights} ' if recipe.weights else ''}onto {device}")
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     return load_encoder(recipe.family, settings)
 
 
-def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
+def shared_plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
     """The folder's plan; the rank that comes first makes it, and the others wait for it."""
     journal.check_open(recipe.out)
     with journal.exclusively(recipe.out) as home:
@@ -110,7 +111,7 @@ def _plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
     return found
 
 
-def _encode_all(
+def encode_all(
     recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal, stopping: Stopping
 ) -> None:
     """Decode, encode and write this rank's videos that are not done."""
@@ -211,13 +212,13 @@ def _too_large(planned: Plan, row: int, clip: Clip, error: Exception) -> str:
     )
 
 
-def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+def finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
     try:
         with journal.exclusively(recipe.out):
             journal.check_begun(recipe.out)
             try:
-                return _merge(recipe, rank, planned, encoder)
+                return merge(recipe, rank, planned, encoder)
             except FileNotFoundError:
                 journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
                 raise
@@ -225,7 +226,8 @@ def _finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
         return 0  # another rank has merged
 
 
-def _merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+def merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+    """Make the manifest of all ranks' records; returns the exit code."""
     records = read_records(recipe.out)
     journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
     if len(records.done) < len(planned.rows):

@@ -104,10 +104,10 @@ class LatentStream(Iterable[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
-            yield from self._batches(0, 1)
+            yield from self.batches(0, 1)
             return
         with ExitStack() as stack:
-            lines = [stack.enter_context(_Worker(self._batches(w, self.workers))) for w in range(self.workers)]
+            lines = [stack.enter_context(_Worker(self.batches(w, self.workers))) for w in range(self.workers)]
             for line in itertools.cycle(lines):
                 batch = line.next()
                 if batch is None:
@@ -118,7 +118,7 @@ class LatentStream(Iterable[Batch]):
         """As `BatchOrder.taken`, beside the workers."""
         return self._samples.taken(step)
 
-    def _batches(self, worker: int, workers: int) -> Iterator[Batch]:
+    def batches(self, worker: int, workers: int) -> Iterator[Batch]:
         """The batches that one worker makes."""
         end = sys.maxsize if self.num_steps is None else self.start_step + self.num_steps
         steps = range(self.start_step + worker, end, workers)
@@ -148,13 +148,13 @@ class _Worker:
     """A thread that runs an iterator `AHEAD` steps ahead."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
+        self.batches = batches
         self._unwanted = threading.Event()
         self._pool = ThreadPoolExecutor(1, "loader", initializer=give_up_on, initargs=(self._unwanted,))
         self._coming: deque[Future[Batch | None]] = deque(self._submit() for _ in range(AHEAD))
 
     def _submit(self) -> Future[Batch | None]:
-        return self._pool.submit(next, self._batches, None)
+        return self._pool.submit(next, self.batches, None)
 
     def next(self) -> Batch | None:
         """The next batch, or None after the last one; raises what making it raised."""
@@ -167,7 +167,7 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         self._unwanted.set()  # a server that does not answer is not waited for
-        self._pool.submit(self._batches.close)  # type: ignore[attr-defined]
+        self._pool.submit(self.batches.close)  # type: ignore[attr-defined]
         for future in self._coming:
             future.cancel()
         self._pool.shutdown()

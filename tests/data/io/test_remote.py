@@ -132,7 +132,7 @@ def test_closing_waits_for_no_server(
     monkeypatch.setattr(patience, "check_wanted", check_wanted)
     stream = LatentStream(Manifest.load(server.url), order_of(manifest))
     server.failures, server.retry_after = 1000, "100"
-    with _Worker(stream._batches(0, 1)):  # type: ignore[arg-type]
+    with _Worker(stream.batches(0, 1)):  # type: ignore[arg-type]
         while "trying again in 100 s" not in caplog.text:
             time.sleep(0.01)
         before = time.monotonic()

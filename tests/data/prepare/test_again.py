@@ -79,7 +79,7 @@ def test_a_manifest_is_rebuilt_of_the_tars(
 
 
 def test_an_unfinished_folder_is_not_rebuilt(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_merge", lambda *arguments: 0)
+    monkeypatch.setattr(run, "merge", lambda *arguments: 0)
     assert main(words) == 0
     with pytest.raises(DataError, match="is not finished; start data.prepare again"):
         check([str(tmp_path / "out"), "--rebuild"])
@@ -89,19 +89,19 @@ def test_tars_that_nothing_names_stay_and_what_was_begun_goes(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tar that was begun is in the journal before it is a file; it is written anew when it has no record."""
-    out, record = tmp_path / "out", journal.Journal._record
+    out, record = tmp_path / "out", journal.Journal.record
 
     def dies(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.Journal, "_record", dies)
+    monkeypatch.setattr(journal.Journal, "record", dies)
     with pytest.raises(KeyboardInterrupt):
         main(words)
     begun = out / "shard-000-00000.tar"
     assert begun.exists() and "shard-000-00000.tar" in (out / ".prepare" / "begun-000.txt").read_text(encoding="utf-8")
     begun.write_bytes(b"torn")
     (out / "shard-000-00005.tar").write_bytes(b"somebody's")
-    monkeypatch.setattr(journal.Journal, "_record", record)
+    monkeypatch.setattr(journal.Journal, "record", record)
     capsys.readouterr()
     assert main(words) == 0
     assert "nothing says where shard-000-00005.tar are from: they are left as they are" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_a_decoder_that_dies_takes_one_video_with_it(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_decode", _patched(decoders._decode))
+    monkeypatch.setattr(decoders, "decode", _patched(decoders.decode))
     tasks = [Task(i, videos / f"v{i}.mp4", ()) for i in range(4)]
     running = Decoders(tasks, 2, fps=16, frames=10, sizes=[(16, 32)], most=1)
     try:
@@ -51,7 +51,7 @@ def test_a_decoder_that_dies_takes_one_video_with_it(videos: Path, monkeypatch: 
 @pytest.mark.usefixtures("forked")
 def test_half_a_clip_is_none(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a decoder that dies while it sends one that is larger than a pipe; the next video's clips arrive whole."""
-    send = decoders._send
+    send = decoders.send_frames
 
     def half(connection: Any, frames: np.ndarray) -> None:
         if number_of(frames[0]) == 40 + 10:
@@ -59,7 +59,7 @@ def test_half_a_clip_is_none(videos: Path, monkeypatch: pytest.MonkeyPatch) -> N
             os.kill(os.getpid(), signal.SIGKILL)
         send(connection, frames)
 
-    monkeypatch.setattr(decoders, "_send", half)
+    monkeypatch.setattr(decoders, "send_frames", half)
     tasks = [Task(i, videos / f"v{i}.mp4", ()) for i in range(3)]
     running = Decoders(tasks, 1, fps=16, frames=10, sizes=[(128, 192)], most=None)
     try:
@@ -94,7 +94,7 @@ def test_stopping_starts_nothing_and_leaves_no_thread(videos: Path, monkeypatch:
     monkeypatch.setattr(decoders, "read_clips", never)
     running = Decoders([Task(i, videos / f"v{i}.mp4", ()) for i in range(4)], 2, fps=16, frames=10, sizes=[], most=1)
     started: list[Any] = []
-    monkeypatch.setattr(running, "_start", started.append)
+    monkeypatch.setattr(running, "start", started.append)
     before = set(threading.enumerate())
     events = prefetch(iter(running), 2)
     taker = threading.Thread(target=lambda: list(events))
@@ -107,4 +107,4 @@ def test_stopping_starts_nothing_and_leaves_no_thread(videos: Path, monkeypatch:
     for thread in set(threading.enumerate()) - before:
         thread.join(20)
     assert not started and set(threading.enumerate()) <= before
-    assert not any(process.is_alive() for process, _ in running._workers)
+    assert not any(process.is_alive() for process, _ in running.workers)

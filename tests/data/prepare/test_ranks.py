@@ -49,13 +49,13 @@ def test_a_command_whose_plan_was_replaced_while_it_loaded_its_weights_stops(
 
     def another() -> None:
         with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="killed"):
-            stopped.setattr(run, "_load", killed)
+            stopped.setattr(run, "encoder_of", killed)
             main([*words, "clips=1"])
 
     def killed(*arguments: Any) -> None:
         raise RuntimeError("killed")
 
-    once(monkeypatch, run, "_load", another)
+    once(monkeypatch, run, "encoder_of", another)
     with pytest.raises(DataError, match=r"out: was begun with clips=1 \(asked: None\)"):
         main(words)
     plan = Plan.load(out / ".prepare")
@@ -65,10 +65,10 @@ def test_a_command_whose_plan_was_replaced_while_it_loaded_its_weights_stops(
         another()
         write_clips(tmp_path / "videos", 6, 20)
         with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="killed"):
-            stopped.setattr(run, "_load", killed)
+            stopped.setattr(run, "encoder_of", killed)
             main(words)
 
-    once(monkeypatch, run, "_load", same_arguments_of_a_longer_list)
+    once(monkeypatch, run, "encoder_of", same_arguments_of_a_longer_list)
     with pytest.raises(DataError, match=r"another data.prepare has made another plan of it since this one began"):
         main(words)
     assert main(words) == 0
@@ -91,7 +91,7 @@ def test_a_late_rank_leaves_a_reopened_folder_alone_without_locks(
             assert main(words) == 0  # the added video is left to rank 0
         live.update({path.name: path.read_bytes() for path in (out / ".prepare").iterdir()})
         assert not (out / FILE).exists()
-        once(monkeypatch, run, "_load", lambda: check_live(out, live))
+        once(monkeypatch, run, "encoder_of", lambda: check_live(out, live))
 
     once(monkeypatch, journal, "reopen", appends)
     as_rank(monkeypatch, 0, 2)
@@ -137,7 +137,7 @@ def test_a_rank_that_finds_the_folder_reopened_goes_on_with_it(
         finally:
             monkeypatch.setattr(journal, "check_open", check_open)
             with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="killed"):
-                stopped.setattr(run, "_load", killed)
+                stopped.setattr(run, "encoder_of", killed)
                 main(words)
             assert not (out / FILE).exists()
 

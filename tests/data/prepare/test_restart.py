@@ -177,7 +177,7 @@ def test_a_rank_that_ends_after_the_merge_leaves_the_manifest_alone(tmp_path: Pa
     assert main(words) == 0
     manifest = (out / "manifest.json").read_bytes()
     recipe, rank = SimpleNamespace(out=out), Rank(1, 2, 1)
-    assert run._finish(recipe, rank, SimpleNamespace(rows=[]), None) == 0  # type: ignore[arg-type]
+    assert run.finish(recipe, rank, SimpleNamespace(rows=[]), None) == 0  # type: ignore[arg-type]
     assert (out / "manifest.json").read_bytes() == manifest
 
 
@@ -190,7 +190,7 @@ def ranks(words: Sequence[str], world: int) -> list[subprocess.Popen[bytes]]:
 def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "out"
     started = ranks([f"source={videos}", f"out={out}", *FAST], 2)
-    assert [process.wait(120) for process in started] == [0, 0]
+    assert [process.wait(300) for process in started] == [0, 0]
     check_complete(out)
     files = {sample.key: shard.file for shard in Manifest.load(out).shards for sample in shard.samples}
     assert {file[:9] for file in files.values()} == {"shard-000", "shard-001"}
@@ -200,7 +200,7 @@ def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path) -> 
 def test_ranks_that_cannot_plan_all_say_why(tmp_path: Path) -> None:
     """None waits for a plan that never comes."""
     started = ranks([f"source={tmp_path / 'gone.csv'}", f"out={tmp_path / 'out'}", *FAST], 2)
-    assert [process.wait(120) for process in started] == [2, 2] and not (tmp_path / "out").exists()
+    assert [process.wait(300) for process in started] == [2, 2] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -226,13 +226,13 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither as the same rank nor with another number of ranks, whose videos are others."""
-    out, encode_all = tmp_path / "out", run._encode_all
+    out, encode_all = tmp_path / "out", run.encode_all
     words = [f"source={videos}", f"out={out}", *FAST]
     as_rank(monkeypatch, 0, 2)
     assert main(words) == 0
 
     def meanwhile(*arguments: Any) -> None:
-        monkeypatch.setattr(run, "_encode_all", encode_all)
+        monkeypatch.setattr(run, "encode_all", encode_all)
         before = sorted(out.glob("**/*"))
         with pytest.raises(DataError, match=rf"writing rank 1 of 2 of it \(process {os.getpid()} on .*\); wait for it"):
             main(words)
@@ -243,12 +243,12 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path, monkeypa
         encode_all(*arguments)
 
     as_rank(monkeypatch, 1, 2)
-    monkeypatch.setattr(run, "_encode_all", meanwhile)
+    monkeypatch.setattr(run, "encode_all", meanwhile)
     assert main(words) == 0
     check_complete(out)
 
 
-@pytest.mark.parametrize("late", ["_load", "_plan"])
+@pytest.mark.parametrize("late", ["encoder_of", "shared_plan"])
 def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
     tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
@@ -259,7 +259,7 @@ def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
 
     def others_first(*arguments: Any) -> Any:
         monkeypatch.setattr(run, late, action)
-        found = None if late == "_load" else action(*arguments)
+        found = None if late == "encoder_of" else action(*arguments)
         for rank in (0, 1):
             as_rank(monkeypatch, rank, 2)
             assert main(words) == 0
@@ -275,7 +275,7 @@ def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
 
 def test_a_key_in_two_shards_is_no_manifest(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
-    monkeypatch.setattr(run, "_merge", lambda *arguments: 0)
+    monkeypatch.setattr(run, "merge", lambda *arguments: 0)
     assert main(words) == 0
     monkeypatch.undo()
     (record,) = (tmp_path / "out" / ".prepare").glob("record-*")

@@ -40,7 +40,9 @@ def run(made: Path, out: Path, captions: Path, *more: str) -> int | None:
 
 
 def table(path: Path, rows: dict[str, str]) -> Path:
-    path.write_text("".join(json.dumps({"video": name, "text": text}) + "\n" for name, text in rows.items()), "utf-8")
+    path.write_text(
+        "".join(json.dumps({"video": name, "text": text}) + "\n" for name, text in rows.items()), encoding="utf-8"
+    )
     return path
 
 

@@ -22,6 +22,8 @@ from radial.patterns import Dense, Fitted, HeadMasks, Pattern, make_pattern
 
 PREFIX = "radial."
 """Of the keys that an export writes into a LoRA's safetensors header."""
+MASKS = ".masks.safetensors"
+"""Instead of ``.safetensors`` in the name of the masks that lie beside a LoRA, where they differ by head."""
 
 
 def attention_for(

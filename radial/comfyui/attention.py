@@ -24,6 +24,7 @@ from torch import Tensor
 
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.patterns import HeadMasks
 from radial.serving import attention_for, is_dense
 
 CALL = "radial_call"
@@ -80,11 +81,13 @@ class RadialOverride:
         header: of the LoRA's file.
         model: which it is put on.
         before: the override that was there, which computes all that this one does not.
+        masks: of a LoRA that was trained under fitted ones.
     """
 
     header: Mapping[str, str]
     model: Model
     before: Callable[..., Tensor] | None = None
+    masks: HeadMasks | None = None
 
     def around(
         self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
@@ -127,8 +130,9 @@ class RadialOverride:
         if mask is not None and call.text_lengths is None:
             call.text_lengths = text_lengths(mask, call.grid, len(q))
         attention = attention_for(
-            self.header, call.grid, layer=layer, layers=self.model.layers, step=call.step, sigma=call.sigma
-        )
+            self.header, call.grid, layer=layer, layers=self.model.layers, step=call.step, sigma=call.sigma,
+            masks=self.masks,
+        )  # fmt: skip
         out = attention(q.to(v.dtype), k.to(v.dtype), v, text_lengths=None if mask is None else call.text_lengths)
         return out.transpose(1, 2) if kwargs.get("skip_output_reshape") else out.flatten(2)
 

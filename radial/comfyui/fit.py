@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from radial.comfyui.attention import Model
 from radial.errors import RadialError
-from radial.serving import PREFIX, pattern_of
+from radial.patterns import Fitted, HeadMasks
+from radial.serving import MASKS, PREFIX, pattern_of
 
 FAMILIES = {"WanModel": ("wan", "wan22_5b"), "HunyuanVideo": ("hunyuan",)}
 """ComfyUI's classes, and the header's families that each of them runs."""
@@ -38,16 +40,40 @@ def model_of(network: Any) -> Model:
     return Model(kind, patch, double + len(network.single_blocks), double, joint=True)
 
 
-def check_header(header: Mapping[str, str], model: Model, name: str) -> None:
+def masks_beside(path: Path, header: Mapping[str, str]) -> HeadMasks | None:
+    """The masks of a LoRA that was trained under fitted ones, from the file beside it; None for another LoRA.
+
+    Raises:
+        RadialError: that file is missing, or cannot be read.
+    """
+    if header.get(f"{PREFIX}pattern") != Fitted.name:
+        return None
+    file = path.with_suffix(MASKS)
+    if not file.is_file():
+        raise RadialError(
+            f"{path.name} was trained under masks of its own, and {file.name} is missing: copy it from the export into "
+            "the folder of the LoRA"
+        )
+    return HeadMasks.read(file)
+
+
+def check_header(header: Mapping[str, str], model: Model, name: str, masks: HeadMasks | None = None) -> None:
     """Refuses a file that was not trained here, for another family, or with positions that ComfyUI does not have.
+
+    Args:
+        masks: of a LoRA that was trained under fitted ones.
 
     Raises:
         RadialError: what was found and expected.
     """
     try:
-        pattern_of(header)
+        pattern_of(header, masks)
     except RadialError as error:
         raise RadialError(f"{name}: {error}") from error
+    if masks is not None and masks.about.layers[-1] + 1 != model.layers:
+        raise RadialError(
+            f"{name}: its masks end with layer {masks.about.layers[-1]}, the model has layers 0 to {model.layers - 1}"
+        )
     family = header.get(f"{PREFIX}family", "None")
     if family not in ("None", *FAMILIES[model.kind]):
         raise RadialError(f"{name} was trained on {family}, the model is a {model.kind}: choose the file of this model")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from radial.comfyui.attention import OVERRIDE, RadialOverride
-from radial.comfyui.fit import check_header, check_layers, model_of
+from radial.comfyui.fit import check_header, check_layers, masks_beside, model_of
+from radial.patterns import HeadMasks
 from radial.serving import PREFIX, pattern_of
 
 _KEY = "radial"  # of our wrapper
@@ -72,7 +73,8 @@ def load_radial_lora(model: Any, path: Path, strength: float = 1.0) -> tuple[Any
     kind = model_of(model.model.diffusion_model)
     tensors, header = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     header = header or {}
-    check_header(header, kind, path.name)
+    masks = masks_beside(path, header)
+    check_header(header, kind, path.name, masks)
     places = comfy.lora.model_lora_keys_unet(model.model, {})
     layers = check_layers(tensors, places, model.model.state_dict(), path.name)
     changed, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
@@ -82,19 +84,23 @@ def load_radial_lora(model: Any, path: Path, strength: float = 1.0) -> tuple[Any
     before = options.get(OVERRIDE)
     if isinstance(before, RadialOverride):  # of a LoRA before this one: the attention of the last one holds
         before = before.before
-    override = RadialOverride(header, kind, before)
+    override = RadialOverride(header, kind, before, masks)
     options[OVERRIDE] = override
     changed.remove_wrappers_with_key(wrappers.APPLY_MODEL, _KEY)
     changed.add_wrapper_with_key(wrappers.APPLY_MODEL, _KEY, override.around)
     shift = getattr(changed.get_model_object("model_sampling"), "shift", None)
-    return changed, description(header, layers, strength, path.name, shift)
+    return changed, description(header, layers, strength, path.name, shift, masks)
 
 
-def description(header: Mapping[str, str], layers: int, strength: float, name: str, shift: float | None) -> str:
+def description(
+    header: Mapping[str, str], layers: int, strength: float, name: str, shift: float | None,
+    masks: HeadMasks | None = None,
+) -> str:  # fmt: skip
     """What was set, in words.
 
     Args:
         shift: of the noise levels that the model samples with.
+        masks: of a LoRA that was trained under fitted ones.
     """
 
     def value(key: str) -> str:
@@ -103,7 +109,8 @@ def description(header: Mapping[str, str], layers: int, strength: float, name: s
     lines = [f"{name}: {layers} layers at strength {strength:g}", f"trained on: {value('base_model')}"]
     if value("expert") in ("high", "low"):
         lines.append(f"for the model of {value('expert')} noise levels")
-    lines.append(f"attention: {pattern_of(header)}, blocks of {value('block')} tokens")
+    pattern = pattern_of(header) if masks is None else f"fitted, {value('masks_share')} of the blocks"
+    lines.append(f"attention: {pattern}, blocks of {value('block')} tokens")
     dense = f"dense: the first {value('dense_layers')} layers"
     if value("dense_sigma") != "None":
         dense += f", and all from noise level {float(value('dense_sigma')):.4g} on"

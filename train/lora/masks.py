@@ -10,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from radial import HeadMasks, RadialError
+from radial.serving import MASKS
 from train.errors import UserError
 from train.lora.header import PREFIX, read_values
-
-MASKS = ".masks.safetensors"
 
 
 def masks_beside(path: Path) -> Path:

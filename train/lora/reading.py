@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from radial.serving import MASKS
 from train.errors import UserError
 from train.lora.keys import MARKERS, of_kohya, other_kind, possible_names, split_key
-from train.lora.masks import MASKS
 from train.lora.scaling import Scaling, config_beside
 from train.lora.targets import Target, parameter_of, targets_of
 

@@ -1,16 +1,18 @@
 """The node's attention as ComfyUI calls it. How ComfyUI calls is data here, which `test_real_models.py` holds to it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from radial import Dense, RadialError, Released, VideoGrid, attention_over, build_layout
+from radial import Dense, RadialError, Released, VideoGrid, attention_over, build_layout, radial_attention
 from radial.comfyui import NODE_CLASS_MAPPINGS, fit
 from radial.comfyui.attention import CALL, Call, Model, RadialOverride, moment, text_lengths
 from radial.comfyui.node import description
+from tests.helpers.patterns import fitted
 
 HEADER = {
     f"radial.{name}": str(value)
@@ -76,6 +78,26 @@ def test_the_videos_self_attention_is_ours_and_no_other(model, numbered):
             other = attention_over(*qkv(queries, keys, named)[0], build_layout(Dense(), grid, 16))
             assert not torch.allclose(out, other.flatten(2), atol=1e-3)
         layers += is_ours
+
+
+def test_masks_that_differ_by_head_are_those_beside_the_lora(tmp_path):
+    pattern = fitted(GRID, 16, layers=(1, 2), heads=HEADS)
+    masks = {"radial.masks_sha256": pattern.masks.digest, "radial.masks_share": "0.4"}
+    header = {**HEADER, "radial.pattern": "fitted", **masks}
+    with pytest.raises(RadialError, match=r"mine.masks.safetensors is missing: copy it from the export"):
+        fit.masks_beside(tmp_path / "mine.safetensors", header)
+    assert fit.masks_beside(tmp_path / "mine.safetensors", HEADER) is None
+    calls = CALLS["WanModel"] * 3
+    outs = run(RadialOverride(header, WAN, masks=pattern.masks), calls)
+    q, k, v = qkv(*calls[0][:3])[0]
+    for layer, out in ((1, outs[2]), (2, outs[4])):
+        expected = radial_attention(q, k, v, GRID, pattern, block=16, layer=layer)
+        torch.testing.assert_close(out, expected.flatten(2))
+    fit.check_header(header, WAN, "mine", pattern.masks)
+    with pytest.raises(RadialError, match="its masks end with layer 2, the model has layers 0 to 3"):
+        fit.check_header(header, replace(WAN, layers=4), "mine", pattern.masks)
+    text = description(header, 12, 1.0, "mine", shift=None, masks=pattern.masks)
+    assert "attention: fitted, 0.4 of the blocks, blocks of 16 tokens" in text
 
 
 def test_dense_steps_are_the_headers():

@@ -9,7 +9,7 @@ from train.config.compose import compose_run, finish, group_options
 from train.config.schema import ClipConfig
 from train.errors import UserError
 
-PUBLIC = [name for name in group_options()["model"] if not name.startswith("shapes")]
+PUBLIC = [name for name in group_options()["model"] if not name.startswith(("shapes", "study"))]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -92,9 +92,9 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
     known = next((gpu for gpu in GPUS.values() if found.name.startswith(gpu.name)), None)
     known = known or Gpu(found.name, 0.0, None)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    # a process may have limited itself, as a benchmark that stands for a smaller card
-    memory_here = found.total_memory * torch.cuda.get_per_process_memory_fraction(0)
-    here = replace(known, name=found.name, memory=memory_here, bf16=bf16)
+    # a process that uses the GPU already may have limited itself, as a benchmark that stands for a smaller card
+    share = torch.cuda.get_per_process_memory_fraction(0) if torch.cuda.is_initialized() else 1.0
+    here = replace(known, name=found.name, memory=found.total_memory * share, bf16=bf16)
     return Machine(here, devices, nodes, memory)
 
 

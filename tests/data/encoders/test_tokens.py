@@ -102,7 +102,7 @@ def test_fingerprints_tell_how_captions_become_ids(
     check_encoder(made, "hunyuan", folder)
     assert not caplog.messages
     check_encoder(Manifest((), 24.0, older, "", "", {}, home="shards"), "hunyuan", folder)
-    assert "does not tell how captions were tokenised: that is not compared" in caplog.messages[-1]
+    assert "does not record how captions were tokenised: that is not compared" in caplog.messages[-1]
 
     def otherwise(tokenizers: Any) -> str:
         return ids_of(tokenizers[:1])

@@ -174,7 +174,8 @@ def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path,
         return noise_like(*words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"train.callbacks.{where}.noise_like", ask)
+        module = {"clips": "train.callbacks.clips", "validation": "train.evaluation.losses"}[where]
+        patch.setattr(f"{module}.noise_like", ask)
         with pytest.raises(SystemExit) as end:
             run(config)
     folder = only_run(tmp_path / "runs")

@@ -286,7 +286,7 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"frames": 0}, "frames is 0, expected at least 1"),
         ({"width": 0}, "width is 0, expected at least 1"),
         ({"height": 40}, "height is 40, expected a multiple of 16"),
-        ({"pattern": "radial"}, "pattern is 'radial', expected one of released, paper, random, dense"),
+        ({"pattern": "radial"}, "pattern is 'radial', expected one of released, paper, fitted, random, dense"),
         ({"decay": 0}, "decay is 0.0, expected a positive number"),
         ({"block": 100}, "block is 100, expected a power of two"),
         ({"backend": "fa9"}, "backend is 'fa9', expected one of"),

@@ -338,6 +338,7 @@ def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> No
         fingerprint("flux", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_without_torchvision_too() -> None:
     """transformers' warning that another class serves in place of torchvision's would be a second one."""
     words = ["source=s", "out=o", "model=wan", "weights=nowhere"]

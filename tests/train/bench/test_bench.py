@@ -15,7 +15,8 @@ from train.bench.steps import Result, case_of, config_of, speed_up
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
 
 
-@pytest.mark.parametrize("counts", [[1], pytest.param([1, 2], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[1], [1, 2]])
 def test_the_figures_of_a_step(tmp_path, counts):
     file = tmp_path / "bench.json"
     settings = [

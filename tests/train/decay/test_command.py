@@ -126,6 +126,7 @@ def test_rivals(tmp_path, own):
     assert all(velocity["mean"] > 0 for velocity in results(tmp_path)["velocity"])
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on(tmp_path, monkeypatch):
     """Finished parts are not measured again, also when clips are added, damaged ones are; results are the same."""
     words = command(tmp_path)

@@ -147,7 +147,8 @@ def test_what_is_trained_stays_and_what_streams_takes_a_ring():
     assert sorted(itertools.chain(*rings)) == sorted(frozen)
 
 
-@pytest.mark.parametrize("opened", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", [True, False])
 def test_ranks_of_a_machine_share_one_copy(opened):
     found = run_ranks(2, weight_streams.shared, opened)
     assert [rank["same"] for rank in found] == [True, True]

@@ -301,9 +301,8 @@ def test_a_run_trains_and_exports(tmp_path, family):
     assert merged.velocity(*ready(merged)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f == "hunyuan" else pytest.mark.slow) for f in sorted(longest_runs())]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(longest_runs()))
 def test_the_longest_runs_step_is_measured(family):
     """What tests/gpu runs at the real shapes, tiny."""
     result = step_of_two_blocks(shrunk(config_of(longest_runs()[family])))

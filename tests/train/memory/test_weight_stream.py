@@ -56,22 +56,18 @@ def same(parallel, family, **settings):
     assert all(x.abs().max() > 0 for x in resident)
 
 
-def combinations(quick):
-    """All families and policies; those that are not ``quick`` are slow tests."""
-    return [
-        pytest.param(family, policy, marks=() if quick(family, policy) else pytest.mark.slow)
-        for family in FAMILIES
-        for policy in POLICIES
-    ]
+SLOW = [pytest.param(family, policy, marks=pytest.mark.slow) for family in FAMILIES if family != "wan"
+        for policy in ("full", "selective")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "policy"), combinations(lambda family, _: family == "wan"))
+@pytest.mark.parametrize(("family", "policy"), [*(("wan", policy) for policy in POLICIES), *SLOW])
 def test_losses_and_gradients_are_those_of_resident_weights(family, policy):
     same(POLICIES[policy], family)
 
 
 @pytest.mark.parametrize(
-    ("family", "policy"), combinations(lambda family, policy: family in ("wan", "hunyuan") and policy == "full")
+    ("family", "policy"),
+    [("wan", "full"), ("hunyuan", "full"), *(pytest.param(f, "selective", marks=pytest.mark.slow) for f in FAMILIES)],
 )
 def test_no_block_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, policy):
     """Whatever is in the ring beside the block that has arrived turns to NaN at once."""

@@ -475,7 +475,7 @@ def test_a_frozen_rank_is_named_with_its_last_step(two_ranks, tmp_path, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_again_and_again_a_run_resumes_exactly(two_ranks, tmp_path, seed):
     """kill -9 of a rank or of all, five times at random moments: many fall into the writing of a checkpoint.
 

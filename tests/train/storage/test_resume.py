@@ -114,12 +114,13 @@ def test_what_a_resume_changes_acts_from_its_first_step_on(whole, tmp_path, chan
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_so_it_does_under_every_strategy(whole, tmp_path, strategy):
     folder = copy_until(whole, 2, tmp_path)
-    layout = {"parallel.strategy": strategy, "trainer.devices": "2", "data.batch_size": "1", "override": "true"}
+    layout = {"parallel.strategy": strategy, "trainer.devices": "2", "data.batch_size": "1"}
     changes = {**CHANGES["adamw"], **layout}
-    process = Run(f"resume={folder}", *(f"{key}={value}" for key, value in changes.items()), script=ON_CPU)
+    settings = [f"{key}={value}" for key, value in changes.items()]
+    process = Run(f"resume={folder}", *settings, "override=true", script=ON_CPU)
     text = process.end()
     assert process.process.returncode == 0, text
-    check_first_step(whole, folder, change_config(whole[0], changes))
+    check_first_step(whole, folder, change_config(whole[0], changes, override=True))
 
 
 def test_a_row_has_the_learning_rate_of_its_own_step(whole):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from data.shards.stream import read_samples
-from tests.helpers.prepared import LENGTHS, write_six
 from tests.helpers.tiny_models import save_wan
+
+pytest.importorskip("av", reason="needs PyAV to write videos")
+from tests.helpers.prepared import LENGTHS, write_six
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLIPS = ["frames=9", "size=64x96", "text_dtype=fp32", "shard_gb=0.0002", "cuts=keep"]

@@ -21,4 +21,13 @@ def test_tensors_come_back_while_others_go_out():
         assert torch.cuda.memory_allocated() < before - 5 * 64 * 1024 * 128 * 4
         for handle, expected in zip(reversed(stored), reversed(sums), strict=True):
             assert offload.get(handle).double().sum().item() == expected
-    assert sum(len(buffers) for buffers in offload._free.values()) == 6
+    assert len(offload.spare) == 6
+
+
+def test_locked_memory_is_unlocked_with_its_owner():
+    x = torch.randn(64, 1024, 1024, device="cuda")
+    for _ in range(3):  # CUDA refuses to lock an address twice, and memory of this size comes to lie where it was
+        offload = Offload()
+        assert torch.equal(offload.get(offload.put(x)), x)
+        assert offload.locked == x.nbytes
+        del offload

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,23 @@ class Offload:
         self._most = 0  # that were ever in use at once
         self._stored: dict[Stored, None] = {}  # in the order of `put`
         self._free: dict[int, list[Tensor]] = defaultdict(list)
+        self._unlock: dict[int, Callable[[], Any]] = {}  # address -> what unlocks the buffer
         self._streams: dict[torch.device, Any] = {}
+
+    @property
+    def stored(self) -> int:
+        """Tensors that lie in CPU memory now."""
+        return len(self._stored)
+
+    @property
+    def spare(self) -> list[int]:
+        """The sizes of the buffers that hold nothing now, in bytes."""
+        return [buffer.numel() for buffers in self._free.values() for buffer in buffers]
+
+    @property
+    def locked(self) -> int:
+        """Bytes of all buffers."""
+        return self._locked
 
     def put(self, x: Tensor) -> Tensor | Stored:
         """Starts the copy to the CPU; the caller drops ``x`` when it has no more use for it."""
@@ -114,7 +132,9 @@ class Offload:
             if self._locked + size > self.limit:
                 return None
             self._locked += size
-            self._free[size].append(page_lock(torch.empty(size, dtype=torch.uint8), device))
+            buffer = torch.empty(size, dtype=torch.uint8)
+            self._unlock[buffer.data_ptr()] = page_lock(buffer, device, self)
+            self._free[size].append(buffer)
         self._used += size
         self._most = max(self._most, self._used)
         return self._free[size].pop()
@@ -124,15 +144,25 @@ class Offload:
         for size, buffers in self._free.items():
             while excess > 0 and buffers:
                 buffer = buffers.pop()
-                if device.type == "cuda":
-                    self._stream(device).synchronize()  # its last copy may still be on the way
-                    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
+                self._unlock.pop(buffer.data_ptr())()
                 self._locked -= size
                 excess -= size
 
 
-def page_lock(buffer: Tensor, device: torch.device) -> Tensor:
-    """The same memory, which CUDA now copies from and to at the bus's full rate; on other devices as it is."""
-    if device.type == "cuda":
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)))
-    return buffer
+def page_lock(buffer: Tensor, device: torch.device, owner: object) -> Callable[[], Any]:
+    """Has CUDA lock memory, which it then copies from and to at the bus's full rate; on other devices it is as it was.
+
+    Memory that is given back while it is locked makes CUDA refuse what comes to lie there next. So the buffer stays
+    until it is unlocked: by a call of what is returned, or once ``owner`` is gone.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)))
+    unlock = weakref.finalize(owner, _unlock, buffer, device)
+    unlock.atexit = False  # the driver is going then, and its memory with it
+    return unlock
+
+
+def _unlock(buffer: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a last copy may still be on the way
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))

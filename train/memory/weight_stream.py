@@ -98,7 +98,7 @@ class WeightStream:
                     place.view(parameter.dtype).view(parameter.shape).copy_(parameter.data)
                 parameter.data = slot[start:end].view(parameter.dtype).view(parameter.shape)
         agree()
-        page_lock(slab, self.device)
+        page_lock(slab, self.device, self)
         self._slab = slab
         self._hosts = [slab[low:high] for low, high in itertools.pairwise(starts)]
 

@@ -180,10 +180,10 @@ def test_what_is_kept_goes_out_and_all_of_it_comes_back(name, kept):
     offload.put = counted
     gradients(with_offload(name, offload))
     assert len(out) == kept  # each block's input, and with selective attention's output; all share text and angles
-    assert not offload._stored
-    assert sum(len(buffers) for buffers in offload._free.values()) == kept
+    assert not offload.stored
+    assert len(offload.spare) == kept
     gradients(with_offload(name, offload))
-    assert sum(len(buffers) for buffers in offload._free.values()) == kept  # the second step used them again
+    assert len(offload.spare) == kept  # the second step used them again
 
 
 def test_what_exceeds_the_limit_stays():
@@ -204,8 +204,7 @@ def test_buffers_of_other_clips_make_room(limit):
         assert not any(isinstance(x, torch.Tensor) for x in stored)
         for handle, x in zip(reversed(stored), reversed(tensors), strict=True):
             assert torch.equal(offload.get(handle), x)
-        locked = sum(buffer.numel() for buffers in offload._free.values() for buffer in buffers)
-        assert locked == offload._locked <= 4 * 8 * 800
+        assert sum(offload.spare) == offload.locked <= 4 * 8 * 800
 
 
 def test_tensors_come_back_as_they_were_in_any_order():

@@ -69,6 +69,7 @@ from radial.grid import VideoGrid
 from radial.layout import BlockLayout, build_layout
 from radial.patterns import Dense, Released
 from radial.sampled_errors import sampled_errors
+from radial.whole import written
 
 
 @dataclass(frozen=True)
@@ -269,11 +270,13 @@ def draw_bench(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("speed-up over the fastest dense kernel")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    with written(path) as fresh:
+        figure.savefig(fresh, dpi=110)
 
 
 def write_bench(rows: list[dict[str, Any]], path: Path) -> None:
     """The rows as JSON, with what they were measured on; what was not measured is null."""
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    path.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
+    with written(path) as fresh:
+        fresh.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from radial.bench import SHAPES, Shape
 from radial.grid import VideoGrid
 from radial.layout import make_layout
 from radial.patterns import Paper, Pattern
+from radial.whole import written
 
 TIMED = SHAPES | {"a million": Shape(VideoGrid(278, 45, 80), 40)}
 
@@ -49,4 +50,6 @@ def bench_layouts(out: Path | None = None, repeats: int = 3) -> None:
     finally:
         torch.set_num_threads(threads)
     if out is not None:
-        out.write_text(json.dumps({"threads": 1, "torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")
+        with written(out) as fresh:
+            about = {"threads": 1, "torch": torch.__version__}
+            fresh.write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")

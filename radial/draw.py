@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from radial.errors import RadialError
 from radial.layout import BlockLayout
+from radial.whole import written
 
 _PIXELS = 1400  # above this many blocks a side the picture shows the share kept in each cell of several blocks
 
@@ -76,4 +77,5 @@ def draw_layout(layout: BlockLayout, path: str | Path) -> None:
         f"{layout.pattern.name}: {grid.frames} frames x {grid.tokens_per_frame} tokens{text}\n"
         f"{layout.kept:,} of {blocks**2:,} blocks of {layout.block} computed (sparsity {layout.sparsity:.1%})"
     )
-    figure.savefig(path, dpi=150)
+    with written(Path(path)) as fresh:
+        figure.savefig(fresh, dpi=150)

@@ -34,7 +34,7 @@ def test_packages_import_only_what_they_may(package):
 
 ROOMS = {  # each package's, in the order in which they are passed: one imports only from those before it
     "radial": (
-        "errors", "cli", "grid", "bands", "patterns", "fit", "layout", "head_layouts", "share", "backends",
+        "errors", "whole", "cli", "grid", "bands", "patterns", "fit", "layout", "head_layouts", "share", "backends",
         "scaled_scores",
         "attention", "serving", "comfyui", "draw", "sampled_errors", "bench", "bench_layouts", "__main__",
     ),

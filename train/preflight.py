@@ -59,7 +59,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     if config.lora is not None and config.lora.init is not None:
         check_initial(config.lora.init, config.model)
     adapter = describe_model(config.model)
-    _check_parallel(config, elsewhere)
+    check_parallel(config, elsewhere)
     if adapter is not None:
         check_heads(config.parallel.sequence, adapter.attention_shape[1])
         AttentionRecipe.of(config).check_model(*adapter.attention_shape[:2])
@@ -253,7 +253,15 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
             )
 
 
-def _check_parallel(config: RunConfig, elsewhere: bool) -> None:
+def check_parallel(config: RunConfig, elsewhere: bool) -> None:
+    """Refuses a number of processes, a strategy or a precision that cannot train here.
+
+    Args:
+        elsewhere: the run is for another machine, whose devices are not asked about.
+
+    Raises:
+        UserError: in words.
+    """
     if config.trainer.fp8 and not elsewhere and not torch.cuda.is_available():
         check_fp8(torch.device("cpu"))
     parallel, devices = config.parallel, config.trainer.devices

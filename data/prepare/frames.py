@@ -104,7 +104,7 @@ def decoded(container: Any, stream: Any) -> Iterator[Timed]:
         if deinterlacer is None or not deinterlacer.fits(frame):
             if deinterlacer is not None:
                 yield from deinterlacer.rest()
-            deinterlacer = _Deinterlacer(frame)
+            deinterlacer = Deinterlacer(frame)
         yield from deinterlacer(timed)
     if deinterlacer is not None:
         yield from deinterlacer.rest()
@@ -195,7 +195,7 @@ class _Clock:
         return None if ticks is None or frame.time_base is None else float(ticks * frame.time_base)
 
 
-class _Deinterlacer:
+class Deinterlacer:
     """bwdif: one frame for each, one frame later; progressive ones among them stay as they are."""
 
     def __init__(self, frame: VideoFrame) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from radial.backends.base import AttentionCall, Layout
+from radial.backends.imports import import_problem
 from radial.backends.op import KernelBackend
 from radial.layout import BlockLayout
 
@@ -43,7 +44,7 @@ class FlashInfer(KernelBackend):
             return f"q, k and v are {call.dtype}, its kernels take bfloat16 and float16"
         if call.head_dim not in (64, 128, 256):
             return f"head_dim is {call.head_dim}, expected 64, 128 or 256"
-        return _import_problem()
+        return import_problem("flashinfer", "flashinfer")
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float
@@ -57,15 +58,6 @@ class FlashInfer(KernelBackend):
         for sample in zip(q.contiguous(), k.contiguous(), v.contiguous(), out, strict=True):
             plan.run(*sample[:3], out=sample[3])
         return out, q.new_empty(0, dtype=torch.float32)
-
-
-@lru_cache(maxsize=1)
-def _import_problem() -> str | None:
-    try:
-        import flashinfer  # noqa: F401
-    except Exception as error:  # a broken installation raises anything, also from its own import-time checks
-        return f'flashinfer does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
-    return None
 
 
 @lru_cache

@@ -6,12 +6,11 @@ torch marks it as experimental, and this project has tried it on no such GPU: it
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from radial.backends.base import AttentionCall
 from radial.backends.flex import Flex
+from radial.backends.imports import import_problem
 from radial.backends.self_check import why_unproven
 from radial.head_layouts import HeadLayouts
 
@@ -33,13 +32,5 @@ class FlexFlash(Flex):
             return f"q, k and v are {call.dtype} with head_dim {call.head_dim}, it takes 16 bits, and 64 or 128"
         if call.layout.block != 128 or isinstance(call.layout, HeadLayouts):
             return "it takes one mask for all heads, in blocks of 128 tokens"
-        return _import_problem() or why_unproven(self.name, call.device, call.dtype, call.head_dim)
-
-
-@lru_cache(maxsize=1)
-def _import_problem() -> str | None:
-    try:
-        import flash_attn.cute  # noqa: F401
-    except Exception as error:  # a broken installation raises anything, also from its own import-time checks
-        return f'flash-attn-4 does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
-    return None
+        missing = import_problem("flash-attn-4", "flash_attn.cute")
+        return missing or why_unproven(self.name, call.device, call.dtype, call.head_dim)

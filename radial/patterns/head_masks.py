@@ -28,6 +28,7 @@ from torch import Tensor
 
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.whole import written
 
 ORDERS = ("raster",)
 _KEY = "radial.masks"
@@ -198,9 +199,8 @@ def write(rules: Tensor, about: About, path: Path) -> None:
     import safetensors.torch
 
     content = safetensors.torch.save({"bits": packed(rules)}, {_KEY: json.dumps(asdict(about))})
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content)
-    Path(fresh).replace(path)
+    with written(path) as fresh:
+        fresh.write_bytes(content)
 
 
 def packed(bits: Tensor) -> Tensor:

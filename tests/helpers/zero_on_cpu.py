@@ -16,6 +16,6 @@ torch.set_num_threads(1)
 lightning_deepspeed.CUDAAccelerator = CPUAccelerator
 lightning_deepspeed._validate_device_index_selection = lambda devices: None
 CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [torch.device("cpu", 0)] * int(devices))
-train.preflight._check_parallel = lambda config, elsewhere: None
+train.preflight.check_parallel = lambda config, elsewhere: None
 
 main(sys.argv[1:])

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from radial import BlockLayout, HeadLayout
 from train.decay.bins import Geometry, QueryRows
 
-_AT_ONCE = 1 << 26  # probabilities in memory at a time
+AT_ONCE = 1 << 26
+"""Probabilities in memory at a time."""
 
 
 def layer_masses(
@@ -81,7 +82,7 @@ def layer_masses(
         "text_rows": torch.zeros(heads, frames + 1, **at),
     }
     masks = [layout.mask().to(q.device) for layout in layouts]
-    step = max(1, _AT_ONCE // (len(rows.tile) * keys))
+    step = max(1, AT_ONCE // (len(rows.tile) * keys))
     for start in range(0, heads, step):
         own = slice(start, start + step)
         k_HDN = k[:keys, own].to(work).permute(1, 2, 0)

@@ -41,7 +41,7 @@ class BlockPolicies:
 
 def configured(parallel: ParallelConfig, layers: int) -> BlockPolicies:
     """The policies of ``parallel.activations`` other than auto."""
-    assert parallel.activations != "auto", "chosen by planning.policies"
+    assert parallel.activations != "auto", "chosen by train.planning.choose_policies"
     offload = 0.0
     if parallel.offload_activations:
         offload = math.inf if parallel.offload_gib is None else parallel.offload_gib * 2**30

@@ -73,23 +73,24 @@ def _of_single_numbers(node: fx.Node) -> bool:
     return isinstance(operation, OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
 
 
-_SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "dynamic": False,  # no graph for any shape
     "options": {"allow_buffer_reuse": False, "post_grad_custom_post_pass": StoreNarrow()},
 }
+"""What all blocks are compiled with."""
 
 
 def compile_call(run: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a block, with one graph for each kind of block, shape of clip and layout of attention."""
     _allow_graphs()
-    return torch.compile(run, **_SETTINGS)
+    return torch.compile(run, **SETTINGS)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles the blocks themselves, in place."""
     _allow_graphs()
     for block in blocks:
-        block.compile(**_SETTINGS)
+        block.compile(**SETTINGS)
 
 
 def _allow_graphs() -> None:

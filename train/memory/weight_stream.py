@@ -50,6 +50,9 @@ class WeightStream:
             are on the CPU, in the dtype that they are to have.
         device: where the blocks run.
         slots: of the ring, at least 2.
+
+    Attributes:
+        holds: the block in each slot, or on its way there.
     """
 
     def __init__(self, chains: Sequence[Sequence[nn.Module]], device: torch.device, slots: int = SLOTS) -> None:
@@ -60,8 +63,8 @@ class WeightStream:
         self._chain = [range(low, high) for low, high in itertools.pairwise(ends) for _ in range(low, high)]
         self._parts = [_packed(block) for block in self._blocks]
         self._sizes = [max((end for *_, end in parts), default=0) for parts in self._parts]
-        self._slots = slots
-        self._holds: list[int | None] = [None] * slots
+        self.slots = slots
+        self.holds: list[int | None] = [None] * slots
         self._ready: list[Any] = [None] * slots  # events after the copies into each slot
         self._last = -1
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -78,7 +81,7 @@ class WeightStream:
     @property
     def ring_bytes(self) -> int:
         """Device memory of the ring."""
-        return self._slots * max(self._sizes)
+        return self.slots * max(self._sizes)
 
     def place(self) -> None:
         """Moves the weights into the slab, and makes them views of the ring. A second call does nothing.
@@ -89,9 +92,9 @@ class WeightStream:
             return
         slab, fills, agree = _shared_slab(self.slab_bytes)
         starts = list(itertools.accumulate(self._sizes, initial=0))
-        self._ring = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=self.device) for _ in range(self._slots)]
+        self._ring = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=self.device) for _ in range(self.slots)]
         for index, parts in enumerate(self._parts):
-            slot = self._ring[index % self._slots]
+            slot = self._ring[index % self.slots]
             for parameter, start, end in parts:
                 if fills:
                     place = slab[starts[index] + start : starts[index] + end]
@@ -106,11 +109,11 @@ class WeightStream:
         """Has a block's weights on the device for what is computed next, and the following ones on their way."""
         self.place()
         index = self._index[id(block)]
-        self._fetch(index)
+        self.fetch(index)
         for near in self._following(index):
-            self._fetch(near)
+            self.fetch(near)
         if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._ready[index % self._slots])
+            torch.cuda.current_stream(self.device).wait_event(self._ready[index % self.slots])
         self._last = index
 
     def returning(self, block: nn.Module, out: Any) -> Any:
@@ -126,15 +129,15 @@ class WeightStream:
         chain = self._chain[index]
         back = index == chain[-1] if index == self._last else index == self._last - 1
         step = -1 if back and index != chain[0] else 1
-        ahead = range(index + step, index + step * self._slots, step)
+        ahead = range(index + step, index + step * self.slots, step)
         return [near for near in ahead if near in chain]
 
-    def _fetch(self, index: int) -> None:
+    def fetch(self, index: int) -> None:
         """Starts the copy of a block into its slot, unless it is there or on its way."""
-        slot = index % self._slots
-        if self._holds[slot] == index:
+        slot = index % self.slots
+        if self.holds[slot] == index:
             return
-        self._holds[slot] = index
+        self.holds[slot] = index
         source, target = self._hosts[index], self._ring[slot][: self._sizes[index]]
         if self._copies is None:
             target.copy_(source)

@@ -166,7 +166,7 @@ class Budget:
         parallel, layers = self.config.parallel, self.sizes.layers
         if parallel.activations != "auto":
             return configured(parallel, layers)
-        limit = self._cpu_room()
+        limit = self.cpu_room()
         if parallel.offload_gib is not None:
             limit = min(limit, parallel.offload_gib * GIB)
         dense = 0 if self.config.attention.pattern == "dense" else self.config.attention.dense_layers
@@ -257,7 +257,7 @@ class Budget:
         """Bytes of one node's CPU memory that a run may take."""
         return (1 - calibration.CPU_SPARE) * self.machine.cpu_memory
 
-    def _cpu_room(self) -> float:
+    def cpu_room(self) -> float:
         """Bytes of CPU memory for each GPU's activations."""
         if self.machine.is_cpu:
             return 0.0

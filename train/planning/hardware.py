@@ -51,7 +51,8 @@ GPUS = {
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 1.01e12, 2.5e10),
 }
-_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Linux's control groups, and the list of those that a process is in."""
 BETWEEN_NODES = 5e10
 """Bytes a second, each way, that a GPU has to another node: one 400 Gb/s port a GPU, as DGX nodes have."""
 
@@ -103,14 +104,14 @@ def resolve_precision(name: str) -> str:
     return this_machine(1).precision(name)
 
 
-def _group_limits() -> Iterator[float]:
+def group_limits() -> Iterator[float]:
     """Bytes that the process's control group, and each that it lies in, may use: a job's limit is in one between."""
-    for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines() if _OWN_GROUPS.is_file() else ():
+    for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
-            root, name = _GROUPS, "memory.max"
+            root, name = GROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            root, name = _GROUPS / "memory", "memory.limit_in_bytes"
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         own = Path(path.lstrip("/"))  # may not be there, as a container sees its own group as the root
@@ -122,7 +123,7 @@ def _group_limits() -> Iterator[float]:
 
 def cpu_memory() -> float:
     """Bytes of CPU memory that this process may use: the machine's, or its control groups' where that is less."""
-    limits = [float(psutil.virtual_memory().total), *_group_limits()]
+    limits = [float(psutil.virtual_memory().total), *group_limits()]
     if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
         limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2.0**20)
     return min(limits)

@@ -146,7 +146,7 @@ class Bench:
                 )
 
         self._warm_up(forward, of_step)
-        seconds = statistics.median(_timed(forward) for _ in range(steps))
+        seconds = statistics.median(timed(forward) for _ in range(steps))
         grid = of_step.pattern_layout.grid
         return Result(
             frames=config.clip.frames,
@@ -181,7 +181,8 @@ def _of_each_kind(kinds: Sequence[Hashable]) -> list[int]:
     return [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2 or i == len(kinds) - 1]
 
 
-def _timed(forward: Callable[[], None]) -> float:
+def timed(forward: Callable[[], None]) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
     forward()
     return time.perf_counter() - start

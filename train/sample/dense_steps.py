@@ -1,4 +1,5 @@
-"""The noise levels of a clip that is generated: their shift, and which steps stay dense, by the LoRA's header.
+"""The noise levels of a clip that is generated: their shift, and the level from which attention is dense, by the
+LoRA's header. Which steps that makes dense is `train.attention.recipe.AttentionRecipe.is_dense`.
 
 The header names the shift of the clip that the LoRA was trained on, and the noise level from which on attention was
 dense. That level holds whatever the number of steps: below it the LoRA has learned to work with the mask, above it has

@@ -177,7 +177,7 @@ class Generator:
                     self._bring(None)
                     release(self.ranks.device)
                 try:
-                    self._write(job, known, clips)
+                    self.write(job, known, clips)
                 except OSError as error:
                     place = self._rescue(job, known, clips)
                     raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error
@@ -224,12 +224,17 @@ class Generator:
         """Writes what the disk of ``out`` does not take to the system's folder for temporary files; in words."""
         try:
             place = Path(tempfile.mkdtemp(prefix="sample-"))
-            self._write(replace(job, out=place / job.out.name), known, clips)
+            self.write(replace(job, out=place / job.out.name), known, clips)
         except OSError as error:
             return f"nor elsewhere ({error}), it is lost"
         return f"it is in {place}, move what is there to {job.out.parent}, and the same command goes on"
 
-    def _write(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> None:
+    def write(self, job: Job, known: dict[str, Any], clips: dict[str, Clip]) -> None:
+        """Writes a job's clips, and the record that stands beside them.
+
+        Raises:
+            OSError: there is no place for them.
+        """
         settings = self.settings
         assert settings.fps is not None and settings.tiled is not None
         (name, clip), *others = clips.items()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from radial.backends.base import AttentionCall, Layout
+from radial.backends.imports import import_problem
 from radial.backends.lists import Lists, block_lists, masked_counts
 from radial.backends.op import Kept, KernelBackend
 from radial.head_layouts import HeadLayout
@@ -39,7 +40,7 @@ class Fa4(KernelBackend):
         # its dense kernels have no lists, but none of them masks text
         if call.layout.block != 128 and (call.masks_text or not call.layout.is_dense):
             return f"the layout's blocks are {call.layout.block} tokens, its tiles 128"
-        return _import_problem()
+        return import_problem("flash-attn-4", "radial.backends.fa4.hopper")
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float
@@ -75,15 +76,6 @@ def _gradients(grad: Tensor, kept: Kept, into: tuple[Tensor, Tensor, Tensor]) ->
     else:
         lists, valid = _lists(layout, text_lengths, q.device, backward=True)
         hopper.backward(grad, q, k, v, out, lse, lists, valid, scale, into)
-
-
-@lru_cache(maxsize=1)
-def _import_problem() -> str | None:
-    try:
-        import radial.backends.fa4.hopper  # noqa: F401
-    except Exception as error:  # a broken installation raises anything, also from its own import-time checks
-        return f'flash-attn-4 does not import ({type(error).__name__}: {error}): pip install -e ".[gpu]"'
-    return None
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def test_interlaced_videos_lose_their_combs(tmp_path: Path, name: str, codec: st
 def test_a_progressive_video_passes_no_deinterlacer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data.prepare import frames
 
-    monkeypatch.setattr(frames, "_Deinterlacer", None)
+    monkeypatch.setattr(frames, "Deinterlacer", None)
     assert numbers(clips_of(write_video(tmp_path / "v.mp4", 20))) == list(range(20))
 
 

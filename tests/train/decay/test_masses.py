@@ -142,7 +142,7 @@ def test_what_is_kept_follows_the_order_of_tokens_and_each_heads_mask(monkeypatc
         build_head_layouts(make_pattern("random", per_head=True), grid, 16, layers=2, heads=3).layer(1),
     ]
     assert layouts[0].orders(q.device) is not None and layouts[1].orders(q.device) is not None
-    monkeypatch.setattr("train.decay.masses._AT_ONCE", 1)  # heads one by one
+    monkeypatch.setattr("train.decay.masses.AT_ONCE", 1)  # heads one by one
     found = layer_masses(q, k, geometry, QueryRows.draw(geometry, ALL, 0), layouts, text)["kept"]
     p = (torch.einsum("qhd,khd->hqk", q, k[: grid.video_tokens + text]) * q.shape[2] ** -0.5).softmax(-1)
     wide = [F.pad(x, (0, grid.tokens - x.shape[2]))[None] for x in (q, k)]
@@ -161,7 +161,7 @@ def test_chunks_of_heads_change_nothing(monkeypatch):
     q, k = random_qk(grid, heads=3)
     rows = QueryRows.draw(geometry, 2, 0)
     whole = layer_masses(q, k, geometry, rows, [build_layout(Released(), grid, 16)], 4)
-    monkeypatch.setattr("train.decay.masses._AT_ONCE", 1)
+    monkeypatch.setattr("train.decay.masses.AT_ONCE", 1)
     single = layer_masses(q, k, geometry, rows, [build_layout(Released(), grid, 16)], 4)
     assert all(torch.allclose(single[name], whole[name], atol=1e-14) for name in whole)
 

@@ -11,7 +11,7 @@ from train.planning import Budget, resolve_precision, this_machine
 
 
 def test_the_memory_is_the_containers_and_torchs_version_names_its_build(monkeypatch):
-    monkeypatch.setattr("train.planning.hardware._group_limits", lambda: iter([3 * 2.0**30, 2.0**40]))
+    monkeypatch.setattr("train.planning.hardware.group_limits", lambda: iter([3 * 2.0**30, 2.0**40]))
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     about = environment()
     assert about["memory_gib"] == 3 and about["packages"]["torch"] == "2.11.0+cu130"

@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 def peak(block, x, settings, monkeypatch, tmp_path):
     """Gradient of x, and the most memory that a compiled, checkpointed step has allocated, in tensors like x."""
-    monkeypatch.setattr(compiler, "_SETTINGS", settings)
+    monkeypatch.setattr(compiler, "SETTINGS", settings)
     torch._dynamo.reset()
     run = compiler.compile_call(lambda x: checkpoint(block, x, use_reentrant=False))
 
@@ -121,7 +121,7 @@ def peak(block, x, settings, monkeypatch, tmp_path):
 def test_a_compiled_step_takes_less_memory_for_the_same_gradients(monkeypatch, tmp_path):
     torch.manual_seed(0)
     block, x = Block(64), torch.randn(1, 20_000, 64, dtype=torch.bfloat16)
-    ours, less = peak(block, x, compiler._SETTINGS, monkeypatch, tmp_path)
+    ours, less = peak(block, x, compiler.SETTINGS, monkeypatch, tmp_path)
     plain, more = peak(block, x, {"dynamic": False}, monkeypatch, tmp_path)
     torch.testing.assert_close(ours, plain, rtol=3e-2, atol=3e-2)
     print(f"{more:.2f} -> {less:.2f} tensors")

@@ -75,10 +75,10 @@ def test_no_block_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, 
 
     def only(stream, block):
         arrive(stream, block)
-        own = stream._index[id(block)] % stream._slots
-        for slot in set(range(stream._slots)) - {own}:
+        own = stream._index[id(block)] % stream.slots
+        for slot in set(range(stream.slots)) - {own}:
             stream._ring[slot].fill_(255)  # NaN in every format
-            stream._holds[slot] = None
+            stream.holds[slot] = None
 
     monkeypatch.setattr(WeightStream, "arrive", only)
     same(POLICIES[policy], family)
@@ -95,14 +95,14 @@ def test_compiled_blocks_stream_too(family, policy):
 @pytest.mark.parametrize("slots", [2, 3])
 def test_each_copy_is_made_one_block_ahead_and_once_a_pass(monkeypatch, slots):
     copies = []
-    fetch = WeightStream._fetch
+    fetch = WeightStream.fetch
 
     def noted(stream, index):
-        if stream._holds[index % stream._slots] != index:
+        if stream.holds[index % stream.slots] != index:
             copies.append(index)
         fetch(stream, index)
 
-    monkeypatch.setattr(WeightStream, "_fetch", noted)
+    monkeypatch.setattr(WeightStream, "fetch", noted)
     blocks = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(6)]
     weights = [block.weight.clone() for block in blocks]
     stream = WeightStream([blocks], torch.device("cpu"), slots)

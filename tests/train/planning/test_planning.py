@@ -172,7 +172,7 @@ def test_chosen_policies_fit_wherever_any_do(memory, cpu, sequence, dense):
     budget = Budget(config, Machine(gpu, sequence, 1, cpu * sequence * GIB), planned_sizes())
     budget = budget.dense() if dense else budget
     names, order = budget.policies.names, ["full", "selective", "none"]
-    assert budget.offloaded <= max(0.0, budget._cpu_room()) + 1
+    assert budget.offloaded <= max(0.0, budget.cpu_room()) + 1
     frugal = replace(
         budget, config=with_parallel(config, activations="full", offload_activations=True, offload_gib=None)
     )
@@ -283,8 +283,8 @@ def test_the_least_of_all_control_groups_counts(tmp_path, monkeypatch, version):
     free = {1: "9223372036854771712", 2: "max"}[version]
     for path, limit in (("", free), ("slurm/job_7", "1000000\n"), ("slurm/job_7/step_0/task", free)):
         (groups / path / name).write_text(limit, encoding="utf-8")
-    monkeypatch.setattr(hardware, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(hardware, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "GROUPS", tmp_path / "groups")
     assert hardware.cpu_memory() == 1e6
     (groups / "slurm/job_7" / name).write_text(free, encoding="utf-8")
     assert hardware.cpu_memory() > 2**30

@@ -37,7 +37,7 @@ JOINT = [
 ]  # fmt: skip
 
 
-def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
+def test_nothing_is_compiled_while_it_istimed(monkeypatch):
     """Of a model with two kinds of blocks; torch.compile without its code generation, which takes minutes."""
     torch._dynamo.reset()
 
@@ -45,7 +45,7 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
         block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
-    graphs, timed = [], bench._timed
+    graphs, timed = [], bench.timed
 
     def counted(forward):
         before = counters["stats"]["unique_graphs"]
@@ -54,7 +54,7 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch):
         return seconds
 
     counters.clear()
-    monkeypatch.setattr(bench, "_timed", counted)
+    monkeypatch.setattr(bench, "timed", counted)
     bench.main([*JOINT, "trainer.compile=true", "frames=33", "dense_layers=1", "dense=false"])
     ((before, after),) = graphs
     assert before == after >= 3  # a dense block, a sparse one, and one of the joint stream at least

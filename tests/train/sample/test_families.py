@@ -140,9 +140,9 @@ def test_the_joint_families_compare_compile_offload_and_take_styles(
         changes["negative"] = None
     expected = latent(folder, **changes).latent
     made = []
-    write = Generator._write
+    write = Generator.write
     monkeypatch.setattr(
-        Generator, "_write", lambda self, job, known, clips: made.append(clips) or write(self, job, known, clips)
+        Generator, "write", lambda self, job, known, clips: made.append(clips) or write(self, job, known, clips)
     )
     out = tmp_path / "clip.mp4"
     main(words(folder, **changes, out=out, compare="dense", offload=offload, compile=str(compiles).lower()))

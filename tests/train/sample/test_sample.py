@@ -124,7 +124,7 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     arguments = [*words(wan, prompt=None, out=tmp_path / "clips", steps=2), "--prompts", str(prompts)]
     made = []
-    write = Generator._write
+    write = Generator.write
 
     def interrupted(self, job, known, clips):
         if len(made) == 1:
@@ -132,10 +132,10 @@ def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
         made.append(job.out.name)
         write(self, job, known, clips)
 
-    monkeypatch.setattr(Generator, "_write", interrupted)
+    monkeypatch.setattr(Generator, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    monkeypatch.setattr(Generator, "_write", write)
+    monkeypatch.setattr(Generator, "write", write)
     first = tmp_path / "clips" / "0001-a-red-ball.mp4"
     stamp = first.stat().st_mtime_ns
     main(arguments)

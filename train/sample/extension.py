@@ -58,7 +58,7 @@ def extend(
         lora_2: that of the expert for low noise levels (Wan2.2-A14B), unless ``lora`` is a folder with both.
         add: further LoRAs, as ``add=`` of ``python -m train.sample``.
         model: one of conf/model, where the pipeline fits several or none.
-        settings: instead of the header's: ``pattern``, ``rule``, ``decay``, ``block``, ``dense_layers``,
+        settings: instead of the header's: ``pattern``, ``masks``, ``rule``, ``decay``, ``block``, ``dense_layers``,
             ``dense_steps``, ``dense_sigma``, ``rope``, ``shift``, ``backend``; ``height`` and ``width`` where the clips
             have another size than the LoRA was trained on, which decides the noise shift of some models.
 

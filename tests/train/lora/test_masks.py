@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from radial import Fitted, HeadMasks, Released, VideoGrid
 from radial.patterns.head_masks import unpacked, write
-from tests.helpers.generating import latent
+from tests.helpers.generating import latent, stock
 from tests.helpers.patterns import fitted
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
@@ -18,6 +18,7 @@ from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.export.run import folded, header_of, save_adapters
 from train.models.pretrained import stand_in
+from train.sample import extend
 from train.sample.settings import parse_settings, recipe_of
 from train.storage.inputs import check_masks, hold_inputs
 
@@ -68,6 +69,26 @@ def test_masks_alone_sample_an_untuned_model(wan, tmp_path):
         parse_settings(words(wan, pattern="fitted"))
     with pytest.raises(UserError, match="none.safetensors cannot be read"):
         parse_settings(words(wan, masks=tmp_path / "none.safetensors"))
+
+
+def test_an_extended_pipeline_has_the_masks_of_the_command(wan, tmp_path):
+    given, model = {"dense_steps": 0, "dense_layers": 1}, parse_settings(words(wan))[1]
+    own = {"rate": 0.0, "bits": 0.1, **of_model(wan)}
+    masks = save_masks(tmp_path / "mine.masks.safetensors", VideoGrid(9, 2, 3), **own)
+    header = {**HEADER, "radial.pattern": "fitted", "radial.masks_sha256": masks.digest}
+    file = save_lora(wan, tmp_path / "mine.safetensors", header=header)
+    expected = latent(wan, lora=file, block=None, **given).latent
+    assert (expected - latent(wan, lora=file, block=None, **given, pattern="released").latent).abs().max() > 1e-3
+    assert torch.allclose(
+        stock(wan, lambda pipeline: extend(pipeline, file, model=model, **given)), expected, atol=1e-5
+    )
+    shutil.move(tmp_path / "mine.masks.safetensors", tmp_path / "moved.safetensors")
+    moved = {**given, "masks": tmp_path / "moved.safetensors"}
+    assert torch.allclose(
+        stock(wan, lambda pipeline: extend(pipeline, file, model=model, **moved)), expected, atol=1e-5
+    )
+    with pytest.raises(UserError, match="mine.masks.safetensors is missing"):
+        stock(wan, lambda pipeline: extend(pipeline, file, model=model, **given))
 
 
 def run_under(file, **settings):

@@ -38,7 +38,7 @@ def shared(opens: bool) -> dict[str, Any]:
         same = same and torch.equal(block.weight, weight)
     dist.barrier()
     if dist.get_rank() == 0:
-        stream._hosts[0].fill_(1)
+        stream.hosts[0].fill_(1)
     dist.barrier()
     stream.arrive(blocks[0])
     shares = bool(blocks[0].weight.view(torch.uint8).eq(1).all()) if dist.get_rank() else opens

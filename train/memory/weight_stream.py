@@ -53,6 +53,7 @@ class WeightStream:
 
     Attributes:
         holds: the block in each slot, or on its way there.
+        hosts: the slab's part of each block, once it is placed.
     """
 
     def __init__(self, chains: Sequence[Sequence[nn.Module]], device: torch.device, slots: int = SLOTS) -> None:
@@ -103,7 +104,7 @@ class WeightStream:
         agree()
         page_lock(slab, self.device, self)
         self._slab = slab
-        self._hosts = [slab[low:high] for low, high in itertools.pairwise(starts)]
+        self.hosts = [slab[low:high] for low, high in itertools.pairwise(starts)]
 
     def arrive(self, block: nn.Module) -> None:
         """Has a block's weights on the device for what is computed next, and the following ones on their way."""
@@ -138,7 +139,7 @@ class WeightStream:
         if self.holds[slot] == index:
             return
         self.holds[slot] = index
-        source, target = self._hosts[index], self._ring[slot][: self._sizes[index]]
+        source, target = self.hosts[index], self._ring[slot][: self._sizes[index]]
         if self._copies is None:
             target.copy_(source)
             return

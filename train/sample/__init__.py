@@ -1,7 +1,7 @@
 """Generating videos with diffusers' own pipelines and radial attention: `extend`, and ``python -m train.sample``.
 
 `settings` is what a user may set, `pipeline` loads the model and its LoRAs, `extension` puts both on a pipeline,
-`dense_steps` settles the shift and the level from which steps are dense, `denoise` gives each step its attention,
+`noise_levels` settles the shift and the level from which steps are dense, `denoise` gives each step its attention,
 `ranks` splits the work over GPUs, `video` writes and compares, `generate` does all of it, and `records` keeps what is
 done. Latents become frames in `data.encoders.decoding`.
 """

@@ -22,7 +22,7 @@ from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
 from train.errors import UserError
 from train.lora import files as loras
-from train.sample import dense_steps
+from train.sample import noise_levels
 
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
@@ -172,8 +172,9 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
             raise UserError(f"{name} is not set, and neither the LoRA nor the model has one: set it")
     if settings.shift is None:
         height, width = (getattr(settings, n) or trained.get(n) or fallback[n] for n in ("height", "width"))
-        trained |= dense_steps.at_size(loras.header_settings(found, dense_steps.TRAINED, model), height, width, model)
-    trained |= dense_steps.dense_side(
+        header = loras.header_settings(found, noise_levels.TRAINED, model)
+        trained |= noise_levels.at_size(header, height, width, model)
+    trained |= noise_levels.dense_side(
         {name: getattr(settings, name) for name in ("dense_steps", "dense_sigma")}, trained
     )
     filled = {

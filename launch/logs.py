@@ -18,7 +18,8 @@ from radial.cli.settings import at_least, setting
 from train.errors import UserError
 from train.storage.sweep_folder import OUTPUT, SweepFolder, is_sweep
 
-_ASK_EVERY = 3.0  # seconds
+ASK_EVERY = 3.0
+"""Seconds between two questions to SLURM about a job."""
 
 
 @dataclass
@@ -48,7 +49,7 @@ def show(options: Options) -> None:
         if follow and not file.exists():
             print(f"waiting for {file}{f': job {job} is {slurm_state(job)}' if job else ''}", flush=True)
         while follow and not file.exists() and _goes_on(folder, job):
-            time.sleep(_ASK_EVERY)
+            time.sleep(ASK_EVERY)
         if not file.exists():
             waits = f": SLURM job {job} has not started" if job else ""
             raise UserError(f"{folder} has no output yet{waits}")
@@ -104,7 +105,7 @@ def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:
             if ends:
                 return  # after its last words
             time.sleep(0.5)
-            if time.monotonic() - asked > _ASK_EVERY:
+            if time.monotonic() - asked > ASK_EVERY:
                 ends, asked = not goes_on(), time.monotonic()
 
 

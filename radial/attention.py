@@ -1,4 +1,4 @@
-"""The public function: attention of a video's tokens under a pattern."""
+"""Attention of a video's tokens under a pattern: the function that users of the library call."""
 
 from __future__ import annotations
 

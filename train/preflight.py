@@ -73,7 +73,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     if config.data.shards is None and not config.data.synthetic_clips:
         raise UserError(
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
-            "(what python -m data.prepare makes; README, 'Train Wan 4x on your videos')"
+            "(what python -m data.prepare makes; README, 'From videos to clips')"
         )
     stages = load_stages(config.data.stages)
     unseen = remote_shards(config) if offline else {}

@@ -94,7 +94,7 @@ def decoded(container: Any, stream: Any) -> Iterator[Timed]:
     Raises:
         av.error.FFmpegError: from `next`, where decoding cannot go on.
     """
-    clock, deinterlacer = _Clock(), None
+    clock, deinterlacer = Clock(), None
     for frame in container.decode(stream):
         seconds = float(frame.duration * frame.time_base) if frame.time_base else 0.0
         timed = Timed(frame, clock(frame), seconds, frame.is_corrupt)
@@ -168,7 +168,7 @@ def _seek(container: Any, stream: Any, start: float) -> float | None:
     return origin
 
 
-class _Clock:
+class Clock:
     """FFmpeg's best-effort time of a frame, which PyAV does not pass on.
 
     The presentation times count as long as they went back no oftener than the decoding times, which take over from

@@ -107,7 +107,7 @@ class LatentStream(Iterable[Batch]):
             yield from self.batches(0, 1)
             return
         with ExitStack() as stack:
-            lines = [stack.enter_context(_Worker(self.batches(w, self.workers))) for w in range(self.workers)]
+            lines = [stack.enter_context(Worker(self.batches(w, self.workers))) for w in range(self.workers)]
             for line in itertools.cycle(lines):
                 batch = line.next()
                 if batch is None:
@@ -144,7 +144,7 @@ def batched(samples: Iterator[Sample], steps: Iterable[int], size: int) -> Itera
         yield collate(group, step)
 
 
-class _Worker:
+class Worker:
     """A thread that runs an iterator `AHEAD` steps ahead."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
@@ -162,7 +162,7 @@ class _Worker:
         self._coming.append(self._submit())
         return batch
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -53,7 +53,7 @@ class _Hashed:
         return self.size
 
 
-class _OpenShard:
+class OpenShard:
     """A shard while it is written: a tar under a temporary name and the samples in it."""
 
     def __init__(self, path: Path) -> None:
@@ -128,7 +128,7 @@ class TarShards:
         self._max_samples, self._max_bytes, self._max_seconds = max_samples, max_bytes, max_seconds
         self._keys: set[str] = set()
         self._count = 0
-        self._open: _OpenShard | None = None
+        self._open: OpenShard | None = None
 
     def write(self, sample: Sample) -> None:
         """Add a sample.
@@ -147,7 +147,7 @@ class TarShards:
         if self._open is None:
             path = self._folder / self._name(self._count)
             with naming(path):
-                self._open = _OpenShard(path)
+                self._open = OpenShard(path)
             self._count += 1
         with naming(self._open.path):
             self._open.write(sample, entry)

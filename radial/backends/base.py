@@ -34,7 +34,7 @@ class AttentionCall:
 class Backend(Protocol):
     """One implementation of block-sparse attention. Implementations are stateless.
 
-    Adding one: a file in this folder with a class of this shape, and its place in `_FASTEST_FIRST` beside it. One that
+    Adding one: a file in this folder with a class of this shape, and its place in this package's `_FASTEST_FIRST`. One that
     brings kernels of its own derives from `radial.backends.op.KernelBackend`, which makes it a torch operator.
     """
 

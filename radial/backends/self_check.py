@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +24,7 @@ from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.layout import build_layout
 from radial.patterns import Released
+from radial.whole import written
 
 LIMIT = 1e-2
 """The largest error of an output or a gradient, relative in norm; right kernels have 0.0025 in bf16."""
@@ -153,8 +153,7 @@ def _write(entries: list[dict[str, Any]]) -> None:
     plain = [{**entry, "error": None if entry["error"] != entry["error"] else entry["error"]} for entry in entries]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as out:
-            json.dump(plain, out, indent=1)
-        Path(out.name).replace(file)
+        with written(file) as fresh:
+            fresh.write_text(json.dumps(plain, indent=1), encoding="utf-8")
     except OSError as error:
         raise RadialError(f"{file} cannot be written ({error}): set XDG_CACHE_HOME to a folder that can") from error

@@ -156,7 +156,7 @@ def test_a_process_that_cannot_be_ended_is_told(folder, monkeypatch):
 
 def test_following_a_log_ends_with_the_run_and_not_before(folder, monkeypatch, capsys):
     """A SLURM job that waits to go on is followed across its requeue; a run on this machine until its end."""
-    monkeypatch.setattr(logs, "_ASK_EVERY", 0.2)
+    monkeypatch.setattr(logs, "ASK_EVERY", 0.2)
     states = ["PENDING (Resources)", "RUNNING", "PENDING (BeginTime)", "RUNNING", ""]
     file = folder / "slurm-7.out"
 

@@ -22,7 +22,7 @@ from data.io.retry import check_wanted
 from data.shards.batch import Batch
 from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
-from data.shards.stream import LatentStream, _Worker
+from data.shards.stream import LatentStream, Worker
 from tests.helpers.batches import order_of
 from tests.helpers.servers import Server
 
@@ -132,7 +132,7 @@ def test_closing_waits_for_no_server(
     monkeypatch.setattr(patience, "check_wanted", check_wanted)
     stream = LatentStream(Manifest.load(server.url), order_of(manifest))
     server.failures, server.retry_after = 1000, "100"
-    with _Worker(stream.batches(0, 1)):  # type: ignore[arg-type]
+    with Worker(stream.batches(0, 1)):  # type: ignore[arg-type]
         while "trying again in 100 s" not in caplog.text:
             time.sleep(0.01)
         before = time.monotonic()

@@ -232,7 +232,7 @@ def test_a_full_disk_is_told_with_its_file(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer._OpenShard, "write", full)
+    monkeypatch.setattr(writer.OpenShard, "write", full)
     with pytest.raises(SystemExit) as caught:
         main.run(words)
     assert caught.value.code == 2

@@ -15,7 +15,7 @@ from av.stream import Disposition
 
 from data.errors import DataError
 from data.prepare import frames
-from data.prepare.frames import Timed, _Clock, video_stream
+from data.prepare.frames import Clock, Timed, video_stream
 from data.prepare.video import Clip, probe, read_clips
 from tests.helpers.videos import number_of, numbered, orient, write_video
 
@@ -47,7 +47,7 @@ def test_mpeg_4_in_avi_with_b_frames(tmp_path: Path) -> None:
 
 
 def best_efforts(*times: tuple[int | None, int | None]) -> list[float | None]:
-    clock = _Clock()
+    clock = Clock()
     return [clock(SimpleNamespace(pts=pts, dts=dts, time_base=Fraction(1))) for pts, dts in times]  # type: ignore[arg-type]
 
 

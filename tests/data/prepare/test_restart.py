@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_costs_only_the_shard_in_work(
     tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    words, write, written = [f"source={videos}", f"out={out}", *FAST, "shard_gb=0.00005"], writer._OpenShard.write, 0
+    words, write, written = [f"source={videos}", f"out={out}", *FAST, "shard_gb=0.00005"], writer.OpenShard.write, 0
 
     def write_five(self: Any, sample: Any, entry: Any) -> None:
         nonlocal written
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_costs_only_the_shard_in_work(
             raise OSError(28, "No space left on device")
         write(self, sample, entry)
 
-    monkeypatch.setattr(writer._OpenShard, "write", write_five)
+    monkeypatch.setattr(writer.OpenShard, "write", write_five)
     with pytest.raises(OSError, match="No space left"):
         main(words)
     assert sum(len(shard.samples) for shard in read_records(out).shards) in (4, 5)

@@ -34,8 +34,8 @@ class AttentionCall:
 class Backend(Protocol):
     """One implementation of block-sparse attention. Implementations are stateless.
 
-    Adding one: a file in this folder with a class of this shape, and its place in this package's `_FASTEST_FIRST`. One that
-    brings kernels of its own derives from `radial.backends.op.KernelBackend`, which makes it a torch operator.
+    Adding one: a file in this folder with a class of this shape, and its place in this package's `_FASTEST_FIRST`. One
+    that brings kernels of its own derives from `radial.backends.op.KernelBackend`, which makes it a torch operator.
     """
 
     name: str

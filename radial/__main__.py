@@ -161,7 +161,7 @@ def _check_outputs(*paths: Path | None) -> None:
 
 
 def fit_masks(arguments: FitOptions) -> None:
-    """Fits, writes, prints."""
+    """Fits masks, writes them, and prints what they are."""
     _check_outputs(arguments.out)
     if arguments.out.suffix != ".safetensors":
         raise RadialError(f"out is {arguments.out}, expected a file that ends in .safetensors")
@@ -184,7 +184,7 @@ def fit_masks(arguments: FitOptions) -> None:
 
 
 def measure_backends(arguments: BenchOptions) -> None:
-    """Measures, prints, writes and draws."""
+    """Measures backends, prints their times, writes and draws them."""
     _check_outputs(arguments.json, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
@@ -196,7 +196,7 @@ def measure_backends(arguments: BenchOptions) -> None:
 
 
 def time_layouts(arguments: LayoutsOptions) -> None:
-    """Measures, prints and writes."""
+    """Measures how long layouts take, prints and writes it."""
     _check_outputs(arguments.json)
     bench_layouts(arguments.json)
 

@@ -169,7 +169,7 @@ class HeadLayout:
 
     @cached_property
     def _kept_masks(self) -> Masks:
-        """Those of a pattern that is asked head by head, on the CPU."""
+        """The masks of a pattern that is asked head by head, on the CPU."""
         family = self.family
         patterns = [
             family.pattern.of_head(self.index, head, family.heads)
@@ -225,7 +225,7 @@ class HeadLayout:
 
 
 def _narrow(blocks: int) -> torch.dtype:
-    """Of numbers of blocks."""
+    """The smallest dtype that holds the numbers of so many blocks."""
     return torch.int16 if blocks < 2**15 else torch.int32
 
 

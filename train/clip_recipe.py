@@ -48,7 +48,7 @@ class Recipes:
         self.own = clip_recipe(config)
 
     def at(self, size: Sequence[int]) -> ClipRecipe:
-        """Of clips whose latents have so many frames, rows and columns."""
+        """The recipe of clips whose latents have so many frames, rows and columns."""
         key = tuple(size)
         if key not in self._of:
             frames, height, width = self._config.model.vae

@@ -153,7 +153,7 @@ class LengthExtensionModule(L.LightningModule):
 
     @property
     def gradient_norm(self) -> float:
-        """Of the last step, on all ranks; a step in which it is not finite has changed nothing."""
+        """The gradients' norm in the last step, on all ranks; a step in which it is not finite has changed nothing."""
         engine: Any = self.trainer.model
         if hasattr(engine, "get_global_grad_norm"):  # DeepSpeed reduces the gradients itself, and skips such steps too
             return float(engine.get_global_grad_norm())

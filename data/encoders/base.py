@@ -205,7 +205,7 @@ def load_tokenizer(settings: EncoderSettings, part: str) -> Any:
 
 @contextlib.contextmanager
 def quiet(pipeline: str) -> Iterator[None]:
-    """Without the warnings of a pipeline's module for each caption that is cut: `data.prepare` counts them."""
+    """Silences the warnings of a pipeline's module for each caption that is cut: `data.prepare` counts them."""
     loggers = [logging.getLogger(name) for name in (pipeline, "transformers.tokenization_utils_base")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -34,7 +34,7 @@ class Facts:
 
 @cache
 def facts_of(model: str) -> Facts:
-    """Of the file ``conf/model/<model>.yaml``."""
+    """The facts in the file ``conf/model/<model>.yaml``."""
     found = yaml.safe_load((_CONF / f"{model}.yaml").read_text(encoding="utf-8"))
     return Facts(
         fps=float(found["fps"]),

@@ -79,7 +79,7 @@ def parse_conditions(text: str) -> list[Condition]:
 
 
 def split_conditions(conditions: Sequence[Condition], columns: Collection[str]) -> tuple[list[Condition], ...]:
-    """Those on the table's columns, and those on what only the video itself shows (`PROBED`).
+    """Splits conditions into those on the table's columns, and those on what only the video itself shows (`PROBED`).
 
     Raises:
         DataError: a condition on neither.

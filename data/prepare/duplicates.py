@@ -29,7 +29,11 @@ Fingerprint = Sequence[int]
 
 
 def fingerprint_of(path: Path, start: float, end: float | None) -> Fingerprint | None:
-    """Of a video from `start` to `end` in seconds, None for its end; None where it cannot be looked at, or is flat."""
+    """The fingerprint of a video from `start` to `end` in seconds, None for its end.
+
+    Returns:
+        None where the video cannot be looked at, or is flat.
+    """
     found = []
     try:
         with opened(path) as container:

@@ -49,7 +49,7 @@ class FinishedError(Exception):
 
 
 class NoClipsError(FinishedError):
-    """It has, without a manifest, as no clip came out."""
+    """Another rank has ended the run without a manifest, as no clip came out."""
 
 
 class Journal:

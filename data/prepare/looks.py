@@ -143,6 +143,6 @@ class Meter:
         self._last = look
 
     def measures(self) -> Measures:
-        """Of the clip so far, of two frames at least."""
+        """The measures of the clip so far, of two frames at least."""
         steps = max(1, self._frames - 1)
         return Measures(self._changes / steps, self._black / max(1, self._frames), self._repeated / steps)

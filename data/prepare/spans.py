@@ -23,7 +23,7 @@ BOTH = ("timestamp", "timestamps", "segment", "segments", "span", "time_range", 
 
 @dataclass(frozen=True)
 class Span:
-    """From `start` to `end`, which is None for the video's end; in seconds, or in frames of the file."""
+    """A piece of a video from `start` to `end`, None for the video's end; in seconds, or in frames of the file."""
 
     start: float
     end: float | None

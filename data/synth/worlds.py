@@ -240,7 +240,7 @@ class _Stage:
         return self.rng.uniform(0.25, 0.75)
 
     def _lamp(self, role: str, shape: str, shown: Sequence[str | None], place: tuple[float, float]) -> Actor:
-        """At a place in shares of the sides."""
+        """A lamp at a place in shares of the sides."""
         at = torch.tensor([[share * side for share, side in zip(place, self.sides, strict=True)]], dtype=torch.float64)
         still = torch.zeros(self.frames, dtype=torch.float64)
         return Actor(role, shape, 5 * self.scale, list(shown), at.expand(self.frames, 2), still, [WHOLE] * self.frames)

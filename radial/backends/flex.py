@@ -127,7 +127,7 @@ def _make(layout: Layout, masks: bool, every: Tensor, backward: bool) -> Lists:
 
 
 def _widened(lists: Lists, width: int) -> Lists:
-    """Its kernels find a tile's place in both index tensors by the strides of one."""
+    """Index tensors of one width: FlexAttention finds a tile's place in both by the strides of one."""
     masked, full = (F.pad(t, (0, width - t.shape[-1])).contiguous() for t in (lists.masked, lists.full))
     return lists._replace(masked=masked, full=full)
 

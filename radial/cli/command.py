@@ -122,7 +122,7 @@ class Commands:
         return "\n".join([*lines, "", f"{self.name} COMMAND --help shows the settings of one"])
 
     def run(self, words: Sequence[str] | None = None) -> None:
-        """As the process's command line."""
+        """Runs the command that the process's command line names."""
         words = sys.argv[1:] if words is None else words
         if words and words[0] in self.find:
             self.find[words[0]][1]().run(words[1:])

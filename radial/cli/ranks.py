@@ -24,7 +24,10 @@ class Rank:
 
     @classmethod
     def here(cls) -> Rank:
-        """From what the starter set. A batch script that runs outside of srun is alone; torchrun within srun counts."""
+        """The rank of this process, from what its starter has set.
+
+        A batch script that runs outside of srun is alone; torchrun within srun counts.
+        """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             starter = "torchrun"

@@ -41,12 +41,12 @@ def at_least(least: float) -> Bound:
 
 
 def within(low: float, high: float) -> Bound:
-    """From ``low`` to ``high``, both included."""
+    """The bound of numbers from ``low`` to ``high``, both included."""
     return Bound(f"a number from {low:g} to {high:g}", lambda value: bool(low <= value <= high))
 
 
 def each(bound: Bound) -> Bound:
-    """Of a list: the bound of every item."""
+    """The bound of a list, each of whose items has to keep ``bound``."""
     return Bound(f"{bound.words} each", lambda values: all(map(bound.holds, values)))
 
 

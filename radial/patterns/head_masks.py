@@ -117,7 +117,7 @@ class HeadMasks:
 
     @classmethod
     def read(cls, path: str | Path) -> HeadMasks:
-        """From a file that `write` made.
+        """Reads a file that `write` made.
 
         Raises:
             RadialError: it is missing, or none.

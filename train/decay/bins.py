@@ -68,7 +68,7 @@ class Geometry:
 
     @cached_property
     def tile_of(self) -> Tensor:
-        """(tokens_per_frame,) int64."""
+        """The tile of each token of a frame, (tokens_per_frame,) int64."""
         return self.tiling.of(self.grid)
 
     @property

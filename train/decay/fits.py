@@ -97,6 +97,6 @@ def kinds(joint: Tensor, first: Tensor, temporal_pairs: Tensor, spatial_pairs: T
 
 
 def standard_error(values: Tensor, over: int = 0) -> Tensor:
-    """Of the mean of independent values along a dimension; zero for a single one."""
+    """The standard error of the mean of independent values along a dimension; zero for a single one."""
     count = values.shape[over]
     return values.double().std(over) / count**0.5 if count > 1 else torch.zeros_like(values.double().mean(over))

@@ -164,7 +164,7 @@ def _measure(
 
 
 def _digest(clip: Sample) -> str:
-    """Of the clip's tensors: clips of another folder may have the same keys."""
+    """A digest of the clip's tensors: clips of another folder may have the same keys."""
     tensors = {"latent": clip.latent, **Prompt(clip.text, clip.pooled).tensors(), **clip.image}
     return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 

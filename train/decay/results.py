@@ -49,7 +49,7 @@ class Value:
 
     @classmethod
     def of(cls, samples: Tensor) -> Value:
-        """From (clips, replicates, heads)."""
+        """Mean and standard error of samples (clips, replicates, heads)."""
         return cls(samples.double().mean((0, 1)), _error(samples))
 
 
@@ -96,7 +96,7 @@ class Velocity:
 
     @property
     def mean(self) -> float:
-        """Over the clips."""
+        """The mean over the clips."""
         return sum(self.clips) / len(self.clips)
 
 

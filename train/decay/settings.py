@@ -85,7 +85,7 @@ class Job:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Job:
-        """From the command line.
+        """The job of a command line.
 
         Raises:
             UserError, DataError: an unknown key, or a value that is not possible.
@@ -94,7 +94,7 @@ class Job:
 
     @classmethod
     def made_of(cls, given: Settings, rest: dict[str, str]) -> Job:
-        """From the command's own settings and those of a run.
+        """The job of the command's own settings and those of a run.
 
         Raises:
             UserError, DataError: a value that is not possible.

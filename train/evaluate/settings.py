@@ -100,7 +100,7 @@ class Job:
 
     @classmethod
     def of(cls, given: Settings) -> Job:
-        """From the settings.
+        """The job of the command's settings.
 
         Raises:
             UserError: no run, or a value that is not possible.

@@ -206,7 +206,7 @@ def _used(pairs: Pairs) -> Pairs:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on what they load; what matters is compared."""
+    """Silences the libraries' remarks on what they load; what matters is compared."""
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     try:

@@ -211,7 +211,7 @@ def _unscale(target: Target, found: dict[str, Tensor], file: Path) -> None:
 
 
 def _rank(target: Target, found: Mapping[str, Tensor], file: Path) -> int:
-    """Of a layer's pair, whose tensors have enough dimensions for that."""
+    """The rank of a layer's pair, whose tensors must have enough dimensions for one."""
     down, up = found["down"], found["up"]
     if min(down.ndim, up.ndim) < 2 or not len(down):
         raise UserError(

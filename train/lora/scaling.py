@@ -46,7 +46,7 @@ class Scaling:
 
     @classmethod
     def of(cls, header: Mapping[str, str], config: dict[str, Any], file: Path, *, kohya: bool) -> Scaling:
-        """By diffusers' header, the `config_beside` the file, or what other trainers write into the header.
+        """The scaling by diffusers' header, the `config_beside` the file, or what other trainers write into the header.
 
         Args:
             kohya: the tensors have the names of kohya's trainers, so that their ``ss_network_alpha`` counts. In

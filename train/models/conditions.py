@@ -33,7 +33,7 @@ class Conditions:
 
     @classmethod
     def of(cls, batch: Batch, guidance: float = 1.0) -> Conditions:
-        """Those of a batch."""
+        """The conditions of a batch."""
         return cls(batch.text, batch.pooled, batch.image, guidance)
 
     def first_frames(self, frames: int) -> Conditions:

@@ -48,7 +48,7 @@ class PipelineTraits:
 
     @classmethod
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:
-        """Of the VAE, beside a transformer of ``dtype``."""
+        """The VAE's dtype, beside a transformer of ``dtype``."""
         return torch.bfloat16 if cls.vae_in_bf16 and dtype == torch.bfloat16 else torch.float32
 
     @classmethod

@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run; 0 where the GPU's speed is not known."""
+        """GPU-hours of the whole run; 0 where the GPU's speed is not known."""
         hours = self.duration.hours
         return 0.0 if hours is None else hours * self.budget.machine.world
 

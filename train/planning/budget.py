@@ -73,7 +73,7 @@ class Budget:
 
     @property
     def stage(self) -> int:
-        """Of ZeRO; 0 is DDP."""
+        """The stage of ZeRO; 0 is DDP."""
         strategy = self.config.parallel.strategy
         return 0 if strategy == "ddp" else int(strategy.removeprefix("zero"))
 
@@ -94,7 +94,7 @@ class Budget:
 
     @property
     def costs(self) -> BlockCosts:
-        """Of the blocks, eager or compiled."""
+        """What the layers cost, eager or compiled."""
         if self.config.trainer.compile:
             return calibration.COMPILED
         return calibration.EAGER_OF.get(self.config.model.family, calibration.EAGER)

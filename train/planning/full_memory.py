@@ -18,7 +18,7 @@ _FULL = "out of memory"
 
 
 def check_memory(config: RunConfig) -> None:
-    """The run fits this machine's memory, by the plan.
+    """Refuses a run that by the plan does not fit this machine's memory.
 
     Raises:
         UserError: it cannot; with the plan's table and what to change. ``trainer.check_memory=false`` tries anyway.

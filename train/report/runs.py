@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def rows(self) -> Rows:
-        """Of its metrics.csv."""
+        """The rows of the run's metrics.csv."""
         return read_metrics(self.folder / METRICS)
 
     @cached_property

@@ -54,7 +54,7 @@ class Likeness:
         return self.similar / self.frames
 
     def measured(self) -> dict[str, Any]:
-        """For the JSON, which has no infinity."""
+        """The differences, as the JSON has them, which knows no infinity."""
         return {"psnr": self.psnr if math.isfinite(self.psnr) else None, "ssim": self.ssim, "lpips": self.lpips}
 
     def table(self, name: str, seconds: float, dense: float) -> str:

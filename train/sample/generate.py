@@ -66,7 +66,7 @@ class Clip:
         return sum(medians["dense" if dense else "sparse"] for dense in self.dense)
 
     def measured(self) -> dict[str, Any]:
-        """For the JSON."""
+        """The measured seconds, as the clip's JSON has them."""
         steps = {f"seconds_a_{kind}_step": seconds for kind, seconds in self.medians().items()}
         return {"seconds": sum(self.seconds), "steady_seconds": self.steady(), "seconds_a_step": self.seconds, **steps}
 

@@ -177,7 +177,7 @@ def load_pipeline(
 
 
 def _taken(cls: Any, names: Sequence[str]) -> list[str]:
-    """Those of the parts that a pipeline's class takes."""
+    """The names among ``names`` of parts that a pipeline's class takes."""
     known = inspect.signature(cls.__init__).parameters
     return [name for name in names if name in known]
 

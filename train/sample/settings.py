@@ -29,7 +29,7 @@ _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of ``python -m train.sample``. What is None is filled in by `complete`."""
+    """The settings of one run of ``python -m train.sample``. What is None is filled in by `complete`."""
 
     prompt: str | None = setting("what to show", None)
     prompts: Path | None = setting("many: a file with a prompt a line, or .jsonl with prompt, negative, image", None)
@@ -89,7 +89,7 @@ class Job:
 
 
 def parse_settings(words: Sequence[str]) -> tuple[Settings, ModelConfig]:
-    """From the command line; ``model=`` and ``model.*`` are those of a training run.
+    """Reads the command line; ``model=`` and ``model.*`` are those of a training run.
 
     Raises:
         UserError, DataError: an unknown key, a wrong value, settings that do not fit together.
@@ -117,7 +117,7 @@ def settled(settings: Settings, others: dict[str, str]) -> tuple[Settings, Model
 
 
 def complete(settings: Settings, model: ModelConfig) -> Settings:
-    """With every value filled in, and checked.
+    """The settings with every value filled in, and checked.
 
     Raises:
         UserError: naming the key.

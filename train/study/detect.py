@@ -133,7 +133,7 @@ def _colour_at(kinds: Tensor, found: Remembered, frame: int) -> int:
 
 @cache
 def _unit_area(shape: str) -> float:
-    """Of a shape of size 1."""
+    """The area of a shape of size 1."""
     axis = torch.linspace(-2, 2, 401)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return float((signed_distance(shape, x, y, 1.0) < 0).sum()) * 0.01**2

@@ -201,7 +201,7 @@ class Study:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def _clips_folder(self, run: RowRun | None) -> Path:
-        """Of a row's run; of the true clips without one."""
+        """The clips' folder of a row's run; of the true clips without one."""
         given = self.job.given
         digest = _digest([given.clips, given.at_once, given.sampling_steps, self.job.frames])
         name = f"{_TRUTH}-{RowRun.of(self.job, _BASE, self.job.seeds[0]).digest}" if run is None else run.name

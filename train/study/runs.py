@@ -50,7 +50,7 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """Whether it is over."""
+        """Whether the time is over."""
         return self._end is not None and time.monotonic() > self._end
 
     def check(self) -> None:
@@ -109,12 +109,12 @@ class RowRun:
 
     @property
     def name(self) -> str:
-        """Of its folder and files."""
+        """The name of the run's folder and files."""
         return f"{self.row.name}-seed-{self.seed}-{self.digest}"
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """The run's folder."""
         return self.out / "runs" / self.name
 
     @property

@@ -71,7 +71,7 @@ class Job:
 
     @classmethod
     def made_of(cls, given: Settings, others: dict[str, str]) -> Job:
-        """From the command's own settings and those of a run.
+        """The job of the command's own settings and those of a run.
 
         Raises:
             UserError: a value that is not possible, or no base model.
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def frames(self) -> int:
-        """Of the lengthened clips."""
+        """Frames of the lengthened clips."""
         return self.config.clip.frames
 
 

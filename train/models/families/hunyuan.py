@@ -114,7 +114,7 @@ class HunyuanAdapter(ModelAdapter):
         return block.attn
 
     def feed_forwards(self) -> list[nn.Module]:
-        """Of the double blocks; a single block's is no layer of its own."""
+        """The feed-forward layers of the double blocks; a single block's is no layer of its own."""
         return [block.ff for block in self.transformer.transformer_blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:

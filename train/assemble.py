@@ -46,7 +46,7 @@ from train.module import LengthExtensionModule
 from train.objective import Objective
 from train.optimizer import Optimization
 from train.parallel.control_group import ControlGroup
-from train.parallel.strategies import trainer_plan
+from train.parallel.strategies import strategy_arguments
 from train.planning import chosen_policies, resolve_precision
 from train.report.held_out import draw_mask
 from train.shards import validation_shards
@@ -88,16 +88,16 @@ def assemble(
     """
     precision = resolve_precision(config.trainer.precision)
     frozen_dtype = torch.bfloat16 if precision == "bf16" and config.lora is not None else torch.float32
-    loggers = loggers_of(config, folder.path, resumed_step, Rank.here().index)
+    loggers = loggers_of(config, folder=folder.path, resumed_step=resumed_step, rank=Rank.here().index)
     trainer = L.Trainer(
         accelerator="auto",
         devices=config.trainer.devices,
         num_nodes=config.trainer.nodes,
-        **trainer_plan(
+        **strategy_arguments(
             config.parallel,
-            config.trainer.nodes * config.trainer.devices,
-            precision,
-            frozen_dtype,
+            devices=config.trainer.nodes * config.trainer.devices,
+            precision=precision,
+            frozen=frozen_dtype,
             idle=config.model.expert == "both",
             compiled=config.trainer.compile,
         ),
@@ -105,7 +105,7 @@ def assemble(
         accumulate_grad_batches=micro_batches(config),
         gradient_clip_val=config.optim.clip,
         logger=loggers,
-        callbacks=callbacks_of(config, folder.path, watch, extra_callbacks),
+        callbacks=callbacks_of(config, folder=folder.path, watch=watch, extra=extra_callbacks),
         plugins=[FolderCheckpointIO(), *_started_by(config)],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -138,7 +138,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
     """
     layers, heads, _ = adapter.attention_shape
     if config.attention.dense_layers > layers:
-        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
+        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} layers")
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
         _add_lora(config, adapter)
@@ -270,7 +270,7 @@ def _print_run(config: RunConfig, folder: RunFolder, module: LengthExtensionModu
     print(f"  model      {config.model.family}, {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained")
     print(f"  clip       {grid.frames} latent frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
     print(f"  clips      {clips_in_words(config)}")
-    print(f"  attention  {config.pattern_in_words()}, first {attention.dense_layers} blocks dense, {precision}")
+    print(f"  attention  {config.pattern_in_words()}, first {attention.dense_layers} layers dense, {precision}")
     if config.lora is not None and config.lora.init is not None:
         print(f"  LoRA       starts from {config.lora.init}")
     for line in warnings(config):

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from radial.cli.reader import expanded, guess
+from radial.cli.reader import expanded, guess, read_bool
 from train.config.check import validate
 from train.config.schema import KEYS, RunConfig, literal
 from train.errors import UserError
@@ -125,7 +125,7 @@ def assign(config: DictConfig, key: str, text: str) -> None:
     """Sets a key of a typed config to a value as it was typed.
 
     Raises:
-        UserError: an unknown key, a section, or a value of another type.
+        Mistake: an unknown key, a section, or a value of another type.
     """
     parts = key.split(".")
     open_ended = any(".".join(parts[:n]) == "model.architecture" for n in range(1, len(parts)))
@@ -139,6 +139,8 @@ def assign(config: DictConfig, key: str, text: str) -> None:
     value: Any = expanded(text) if known is not None and known.is_path else text
     if text == "null":
         value = None
+    elif known is not None and known.is_bool:
+        value = read_bool(key, text)
     elif open_ended or (known is not None and known.is_yaml):
         try:
             value = yaml.safe_load(value)

@@ -59,6 +59,11 @@ class Key:
         return get_origin(plain_kind(self.hint)) in (list, dict)
 
     @property
+    def is_bool(self) -> bool:
+        """Whether it is true or false."""
+        return plain_kind(self.hint) is bool
+
+    @property
     def is_path(self) -> bool:
         """Whether it is a path or an address."""
         return bool(self.field.metadata["path"])

@@ -43,7 +43,7 @@ class EvaluatedModel:
         self.adapter = load_adapter(config.model, dtype, config.seed, self.device)
         layers = self.adapter.attention_shape[0]
         if config.attention.dense_layers > layers:
-            raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} blocks")
+            raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} layers")
         transformer = self.adapter.transformer
         self._whole: dict[bool, dict[str, Tensor]] = {}
         if job.lora is not None:

@@ -66,10 +66,10 @@ class TwoExperts(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return self.experts[0].grid(latent)
 
-    def set_attention(self, plan: StepAttention) -> None:
+    def set_attention(self, attention: StepAttention) -> None:
         for expert in self.experts:
             expert.rope = self.rope
-            expert.set_attention(plan)
+            expert.set_attention(attention)
 
     def follow_shard(self) -> None:
         raise AssertionError("each expert follows its shard")

@@ -17,7 +17,7 @@ from train.config.schema import ParallelConfig
 from train.parallel.zero import gather_optimizer_state, scatter_optimizer_state, spread_weights, zero_config
 
 
-def trainer_plan(
+def strategy_arguments(
     parallel: ParallelConfig,
     devices: int,
     precision: str,

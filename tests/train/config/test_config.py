@@ -199,6 +199,7 @@ def test_the_shift_follows_resolution_and_length():
         (["lora=null", "lora.rank=4"], "lora.rank cannot be set, lora is null"),
         (["trainer.steps"], "'trainer.steps' is not a setting, expected key=value"),
         (["seed=1", "seed=2"], "seed is given twice"),
+        (["trainer.compile=yes"], "trainer.compile is 'yes', expected true or false"),
     ],
 )
 def test_mistakes_name_the_key(words, message):

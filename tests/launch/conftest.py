@@ -10,7 +10,7 @@ from train.storage.sweep_folder import SweepFolder
 
 @pytest.fixture
 def sweep(tmp_path, capsys):
-    """A sweep of three runs, the first of which is done, with its script and not submitted."""
+    """A sweep of three runs that has its script, and was not submitted."""
     main(["-m", "processes=1", "dry_run=true", "at_once=2", *words(tmp_path, seed="0,1,2")])
     (path,) = (tmp_path / "runs" / "shapes_4x").iterdir()
     return SweepFolder.read(path)

@@ -41,12 +41,15 @@ class Offload:
         least: smaller tensors stay where they are, in bytes.
         limit: bytes of CPU memory to take at most. Once it is full tensors stay: those of the last blocks, which the
             backward needs first.
+
+    Attributes:
+        locked: bytes of all buffers.
     """
 
     def __init__(self, least: int = 2**20, limit: float = math.inf) -> None:
         self.least, self.limit = least, limit
-        self._locked = 0  # bytes of all buffers
-        self._used = 0  # of those that hold a tensor
+        self.locked = 0
+        self._used = 0  # bytes of the buffers that hold a tensor
         self._most = 0  # that were ever in use at once
         self._stored: dict[Stored, None] = {}  # in the order of `put`
         self._free: dict[int, list[Tensor]] = defaultdict(list)
@@ -62,11 +65,6 @@ class Offload:
     def spare(self) -> list[int]:
         """The sizes of the buffers that hold nothing now, in bytes."""
         return [buffer.numel() for buffers in self._free.values() for buffer in buffers]
-
-    @property
-    def locked(self) -> int:
-        """Bytes of all buffers."""
-        return self._locked
 
     def put(self, x: Tensor) -> Tensor | Stored:
         """Starts the copy to the CPU; the caller drops ``x`` when it has no more use for it."""
@@ -128,10 +126,10 @@ class Offload:
     def _buffer(self, size: int, device: torch.device) -> Tensor | None:
         if not self._free[size]:
             # steps of other clips have left buffers of other sizes: no more is locked than one step has needed
-            self._release(self._locked + size - min(self.limit, max(self._most, self._used + size)), device)
-            if self._locked + size > self.limit:
+            self._release(self.locked + size - min(self.limit, max(self._most, self._used + size)))
+            if self.locked + size > self.limit:
                 return None
-            self._locked += size
+            self.locked += size
             buffer = torch.empty(size, dtype=torch.uint8)
             self._unlock[buffer.data_ptr()] = page_lock(buffer, device, self)
             self._free[size].append(buffer)
@@ -139,13 +137,13 @@ class Offload:
         self._most = max(self._most, self._used)
         return self._free[size].pop()
 
-    def _release(self, excess: float, device: torch.device) -> None:
+    def _release(self, excess: float) -> None:
         """Gives back unused buffers of ``excess`` bytes together, as far as there are any."""
         for size, buffers in self._free.items():
             while excess > 0 and buffers:
                 buffer = buffers.pop()
                 self._unlock.pop(buffer.data_ptr())()
-                self._locked -= size
+                self.locked -= size
                 excess -= size
 
 

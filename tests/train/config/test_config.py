@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 from data.errors import DataError
@@ -16,12 +15,10 @@ from radial import build_layout
 from radial.cli.reader import settings_of
 from radial.errors import Mistake
 from train.attention.sequence import check_heads
-from train.clip_recipe import Recipes, clip_recipe
 from train.config.changes import change_config
 from train.config.compose import compose_run, finish, read_config, run_names
 from train.config.global_batch import clips_a_step, clips_in_words, micro_batches
 from train.errors import UserError
-from train.models.families import family_of
 from train.preflight import preflight
 from train.storage.run_folder import going_on, write_config
 
@@ -64,83 +61,11 @@ def test_the_published_recipe(name, tokens, steps):
         assert clips_a_step(config) == (8 if name.startswith("wan") else 1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"clip.height": "480", "clip.width": "832"},
-        {"objective.shift_with_length": "true"},
-        {"model.steps": "30"},
-        {"objective.shift": "3"},
-        {"attention.dense_steps": "5"},
-    ],
-)
-@pytest.mark.parametrize("name", [name for name in run_names() if not name.startswith(("shapes", "study"))])
-def test_the_first_sampling_steps_are_dense_and_the_next_is_not(name, settings):
-    """With as many steps as the model is sampled with, whatever the clip, the shift and the steps."""
-    config = finish(compose_run({"conf": name, **settings}))
-    count = config.attention.dense_steps
-    assert config.model.steps is not None and count == int(settings.get("attention.dense_steps", 2))
-    levels = family_of(config.model).noise_levels(config.model.steps, config.shift())
-    dense = [clip_recipe(config).attention.is_dense(level) for level in levels]
-    assert dense == [True] * count + [False] * (len(levels) - count)
-
-
-def test_a_run_of_before_keeps_its_noise_level(tmp_path):
-    """Its config.yaml has attention.dense_sigma, and neither dense_steps nor a rule of the model."""
-    config = finish(compose_run({"conf": "hunyuan_4x", "attention.dense_steps": "0", "attention.dense_sigma": "0.996"}))
-    write_config(config, tmp_path)
-    file = tmp_path / "config.yaml"
-    written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    del written["attention"]["dense_steps"], written["model"]["rule"], written["model"]["caption_dropout"]
-    written["attention"]["rule"], written["objective"]["caption_dropout"] = "wan", 0.1
-    file.write_text(yaml.safe_dump(written), encoding="utf-8")
-    again = read_config(tmp_path)
-    assert clip_recipe(again).attention.dense_sigma == 0.996
-    assert (again.rule(), again.caption_dropout()) == ("wan", 0.1)
-    assert change_config(again, {"trainer.keep": "3"}).attention == again.attention
-    small = Recipes(again).at((33, 60, 104))
-    assert small.schedule.shift == clip_recipe(again).schedule.shift == 7.0  # one for clips of all sizes
-
-
 def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight():
     """It has a whole number of clips at once, and none for each group of GPUs."""
     config = finish(compose_run({"conf": "hunyuan_4x", "trainer.devices": "2", "parallel.sequence": "2",
                                  "data.batch_size": "2", "optim.global_batch": "2"}))  # fmt: skip
     assert change_config(config, {"trainer.devices": "1"}).trainer.devices == 1
-
-
-def test_clips_of_mixed_sizes_have_their_own_shift_and_dense_level():
-    config = finish(compose_run({"conf": "wan_i2v_2x"}))
-    levels = Recipes(config).at
-    large, small = levels((41, 90, 160)), levels((41, 60, 104))
-    assert (large.schedule.shift, small.schedule.shift) == (5.0, 3.0)
-    assert large == clip_recipe(config)
-    alone = finish(compose_run({"conf": "wan_i2v_2x", "clip.height": "480", "clip.width": "832"}))
-    assert small == clip_recipe(alone)
-    low, high = small.attention.dense_sigma, large.attention.dense_sigma
-    assert low is not None and high is not None and low < high
-
-
-@pytest.mark.parametrize(
-    ("model", "at_480p", "at_720p", "guidance"),
-    [("wan_14b", 5, 5, [5]), ("wan_1.3b", 8, 8, [6]), ("wan_i2v_14b", 3, 5, [5]), ("wan_i2v_14b_480p", 3, 5, [5])],
-)
-def test_the_shifts_are_those_of_wans_own_generator(model, at_480p, at_720p, guidance):
-    config = finish(compose_run({"conf": "wan_4x", "model": model}))
-    assert (config.model.shift_at(480, 832), config.model.shift_at(720, 1280)) == (at_480p, at_720p)
-    assert config.model.guidance == guidance
-
-
-def test_the_shift_follows_resolution_and_length():
-    def shift(**settings):
-        return finish(compose_run({key.replace("__", "."): value for key, value in settings.items()})).shift()
-
-    assert shift(conf="wan_4x") == 5.0
-    assert shift(conf="wan_i2v_2x", clip__height="480", clip__width="832") == 3.0
-    assert shift(conf="wan_4x", objective__shift="7") == 7.0
-    assert shift(conf="wan_4x", objective__shift_with_length="true") == pytest.approx(5 * (321 / 81) ** 0.5)
-    assert shift(conf="wan_4x", model__shifts="{0: 2, 400: 4}") == 4.0
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from radial.backends.self_check import DTYPES, LIMIT, check
 from radial.bench import SHAPES, bench, draw_bench, write_bench
 from radial.bench_layouts import bench_layouts
 from radial.cli.command import Command, Commands
-from radial.cli.settings import Bound, at_least, setting, within
+from radial.cli.settings import Bound, at_least, each, setting, within
 from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
 from radial.fit import fit
 from radial.grid import VideoGrid
+from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
 from radial.patterns import RULES, Dense, Fitted, HeadMasks, Released, make_pattern
 
@@ -53,10 +54,17 @@ class MaskOptions:
 class FitOptions:
     """What is fitted, and how."""
 
-    decay: Path = setting("decay.safetensors of python -m train.decay with tile=strip")
     share: float = setting(
         "of all blocks of clips of the measured length that is kept, the mean over layers and heads", must=_SHARE
     )
+    decay: Path | None = setting(
+        "decay.safetensors of python -m train.decay with tile=strip or tile=patch; null: that of known=", None
+    )
+    known: str | None = setting(
+        "instead of decay, for benchmarks: heads of a clip of this size whose attention falls off at known rates",
+        None, tuple(SHAPES),
+    )  # fmt: skip
+    layers: int = setting("of the model of known=", 2, must=at_least(1))
     coverage: float = setting(
         "of that, the part that is drawn, thin and even, other pairs in each head; 1 draws all of it", 0.5,
         must=within(0, 1),
@@ -74,6 +82,10 @@ class BenchOptions:
     shapes: list[str] = setting("models and lengths", ["wan_1x", "wan_2x", "wan_4x"], tuple(SHAPES))
     heads: int | None = setting("attention heads; null: each model's own", None, must=at_least(1))
     backends: list[str] = setting("that compute the released mask, beside dense attention", ["fa4", "flex"])
+    fitted: list[float] = setting(
+        "masks that differ by head are measured too, at so much of the released mask's blocks; such as 1,0.6", [],
+        must=each(_SHARE),
+    )  # fmt: skip
     rounds: int = setting("of measurement; the median counts", 3, must=at_least(1))
     json: Path | None = setting("also write the figures to this file", None)
     plot: Path | None = setting("also draw the speed-ups against length into this .png file", None)
@@ -165,19 +177,34 @@ def fit_masks(arguments: FitOptions) -> None:
     _check_outputs(arguments.out)
     if arguments.out.suffix != ".safetensors":
         raise RadialError(f"out is {arguments.out}, expected a file that ends in .safetensors")
-    about = fit(
-        arguments.decay,
-        arguments.out,
-        share=arguments.share,
-        coverage=arguments.coverage,
-        dense_layers=arguments.dense_layers,
-        seed=arguments.seed,
-    )
+    if (arguments.decay is None) == (arguments.known is None):
+        raise RadialError("decay and known are both set or neither, expected one of them")
+    if arguments.decay is not None:
+        fit(
+            arguments.decay,
+            arguments.out,
+            share=arguments.share,
+            coverage=arguments.coverage,
+            dense_layers=arguments.dense_layers,
+            seed=arguments.seed,
+        )
+    else:
+        shape = SHAPES[str(arguments.known)]
+        fit_known(
+            shape.grid,
+            arguments.out,
+            heads=shape.heads,
+            layers=arguments.layers,
+            share=arguments.share,
+            coverage=arguments.coverage,
+        )
     masks = HeadMasks.read(arguments.out)
+    about = masks.about
     layout = build_layout(Fitted(masks), VideoGrid(about.frames, about.height, about.width), about.block)
     heads = masks.heads * len(about.layers)
     print(f"masks of {masks.heads} heads in layers {about.layers[0]} to {about.layers[-1]}")
     print(f"  fitted to      {about.frames} frames of {about.height} x {about.width} tokens, blocks of {about.block}")
+    print(f"  order          {about.order}")
     print(f"  blocks         {1 - layout.sparsity:.4f} of dense attention's, the mean over heads")
     print(f"  drawn          {about.rate:.4f} of the other pairs, each by {about.rate * heads:.3g} of {heads} heads")
     print(f"  wrote          {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
@@ -188,7 +215,9 @@ def measure_backends(arguments: BenchOptions) -> None:
     _check_outputs(arguments.json, arguments.plot)
     if arguments.plot:
         check_picture(arguments.plot)
-    rows = bench(arguments.shapes, arguments.backends, heads=arguments.heads, rounds=arguments.rounds)
+    rows = bench(
+        arguments.shapes, arguments.backends, heads=arguments.heads, rounds=arguments.rounds, fitted=arguments.fitted
+    )
     if arguments.json:
         write_bench(rows, arguments.json)
     if arguments.plot:

@@ -1,9 +1,10 @@
 """Attention on the GPU: every backend against the fastest dense kernel, on the same inputs in one run.
 
-``python -m radial bench`` prints the README's table and draws its picture. Each backend's output and gradients are
-compared with float64 at sampled tokens first; a backend that is wrong gets no speed-up. Rounds are interleaved, so that
-all candidates see the same clocks, and the median counts. Ideal is the speed-up if time followed the surviving token
-pairs: 1 / density.
+``python -m radial bench`` prints the README's table and draws its picture. Beside the released mask, ``fitted=``
+measures masks that differ by head (`radial.known_decays`). Each backend's output and gradients are compared with
+float64 at sampled tokens first; a backend that is wrong gets no speed-up. Rounds are interleaved, so that all
+candidates see the same clocks, and the median counts. Ideal is the speed-up if time followed the surviving token pairs:
+1 / density.
 
 Notes. One H200, torch 2.11, CUDA 13, flash-attn-4 4.0.0b36, released mask, Wan at 4x, 8 heads; share of ideal against
 flash-attn-4's dense kernels, forward / backward:
@@ -51,7 +52,7 @@ Short clips with few heads have too few tiles for all of it to show.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -66,6 +67,8 @@ from radial.attention import attention_over
 from radial.backends import BACKENDS, AttentionCall
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.head_layouts import HeadLayout, build_head_layouts
+from radial.known_decays import known_pattern
 from radial.layout import BlockLayout, build_layout
 from radial.patterns import Dense, Released
 from radial.sampled_errors import sampled_errors
@@ -103,14 +106,17 @@ class Candidate:
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
-    layout: BlockLayout
+    layout: BlockLayout | HeadLayout
     differentiable: bool
+    mask: str = "released"
     error: float = float("nan")
     forward_ms: float = float("nan")
     both_ms: float = float("nan")
 
 
-def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: int) -> list[dict[str, Any]]:
+def bench(
+    shapes: list[str], backends: list[str], *, heads: int | None, rounds: int, fitted: Sequence[float] = ()
+) -> list[dict[str, Any]]:
     """Measures and prints; returns the rows.
 
     Args:
@@ -118,6 +124,7 @@ def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: 
         backends: names of backends, dense kernels apart.
         heads: attention heads, None for each model's own.
         rounds: of measurement, after one for warming up.
+        fitted: shares of the released mask's blocks at which masks that differ by head are measured too.
 
     Raises:
         RadialError: no CUDA GPU, an unknown name, or a backend that cannot serve the shapes.
@@ -132,12 +139,12 @@ def bench(shapes: list[str], backends: list[str], *, heads: int | None, rounds: 
     rows = []
     for name in shapes:
         shape = SHAPES[name]
-        rows += _bench_shape(name, shape, heads or shape.heads, backends, rounds)
+        rows += _bench_shape(name, shape, heads or shape.heads, backends, rounds, fitted)
     return rows
 
 
-def _candidates(shape: Shape, backends: list[str]) -> list[Candidate]:
-    """cuDNN's dense kernel, fa4's where it runs, then the backends under the released mask."""
+def _candidates(shape: Shape, heads: int, backends: list[str], fitted: Sequence[float]) -> list[Candidate]:
+    """cuDNN's dense kernel, fa4's where it runs, then the backends under the released mask and under masks by head."""
     device = torch.device("cuda")
     sparse, dense = build_layout(shape.released, shape.grid).to(device), build_layout(Dense(), shape.grid)
 
@@ -146,27 +153,35 @@ def _candidates(shape: Shape, backends: list[str]) -> list[Candidate]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    def with_backend(name: str, layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def with_backend(name: str, layout: BlockLayout | HeadLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: attention_over(q, k, v, layout, backend=name)
 
-    found = [Candidate("dense cuDNN", sdpa, dense, True)]
+    found = [Candidate("dense cuDNN", sdpa, dense, True, "dense")]
     if BACKENDS["fa4"].why_not(AttentionCall(device, torch.bfloat16, HEAD_DIM, True, False, dense)) is None:
-        found.append(Candidate("dense fa4", with_backend("fa4", dense), dense, True))
-    for name in backends:
-        reasons = [
-            BACKENDS[name].why_not(AttentionCall(device, torch.bfloat16, HEAD_DIM, grad, False, sparse))
-            for grad in (False, True)
-        ]
-        if reasons[0] is not None:
-            raise RadialError(f"attention backend {name} cannot run here: {reasons[0]}")
-        found.append(Candidate(name, with_backend(name, sparse), sparse, reasons[1] is None))
+        found.append(Candidate("dense fa4", with_backend("fa4", dense), dense, True, "dense"))
+    masks: dict[str, BlockLayout | HeadLayout] = {"released": sparse}
+    for part in fitted:
+        pattern = known_pattern(shape.grid, heads, part * (1 - sparse.sparsity))
+        masks[f"fitted {part:g}"] = build_head_layouts(pattern, shape.grid, 128, layers=1, heads=heads).layer(0)
+    for mask, layout in masks.items():
+        whole = layout.family if isinstance(layout, HeadLayout) else layout
+        for name in backends:
+            reasons = [
+                BACKENDS[name].why_not(AttentionCall(device, torch.bfloat16, HEAD_DIM, grad, False, whole))
+                for grad in (False, True)
+            ]
+            if reasons[0] is not None:
+                raise RadialError(f"attention backend {name} cannot run here: {reasons[0]}")
+            found.append(Candidate(name, with_backend(name, layout), layout, reasons[1] is None, mask))
     return found
 
 
-def _bench_shape(name: str, shape: Shape, heads: int, backends: list[str], rounds: int) -> list[dict[str, Any]]:
+def _bench_shape(
+    name: str, shape: Shape, heads: int, backends: list[str], rounds: int, fitted: Sequence[float]
+) -> list[dict[str, Any]]:
     from tqdm import tqdm  # the one part of this package that is not torch's
 
-    candidates = _candidates(shape, backends)
+    candidates = _candidates(shape, heads, backends, fitted)
     n, device = shape.grid.tokens, torch.device("cuda")
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(1, n, heads, HEAD_DIM, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -182,24 +197,27 @@ def _bench_shape(name: str, shape: Shape, heads: int, backends: list[str], round
 
     sampled = torch.cat([torch.randint(n, (28,)), torch.tensor([0, n // 2, n - 2, n - 1])]).to(device)
     one_head = [t[0, :, -1].detach() for t in (q, k, v, grad)]
-    times: dict[tuple[str, str], list[float]] = {}
+    times: dict[tuple[str, str, str], list[float]] = {}
     for at in tqdm(range(rounds + 1), desc=name, unit="round", leave=False):
         for candidate in candidates:
             if at == 0:
                 forward(candidate)  # compiled apart from the one that keeps what its backward needs
                 results = both(candidate) if candidate.differentiable else (forward(candidate),)
                 if not candidate.layout.is_dense:
-                    errors = sampled_errors(candidate.layout, one_head, [t[0, :, -1] for t in results], sampled)
+                    last = candidate.layout
+                    last = last.of_head(heads - 1) if isinstance(last, HeadLayout) else last
+                    errors = sampled_errors(last, one_head, [t[0, :, -1] for t in results], sampled)
                     candidate.error = max(errors)
                 del results
                 continue
-            times.setdefault((candidate.name, "forward"), []).append(_milliseconds(forward, candidate))
+            own = (candidate.name, candidate.mask)
+            times.setdefault((*own, "forward"), []).append(_milliseconds(forward, candidate))
             if candidate.differentiable:
-                times.setdefault((candidate.name, "both"), []).append(_milliseconds(both, candidate))
+                times.setdefault((*own, "both"), []).append(_milliseconds(both, candidate))
     for candidate in candidates:
-        candidate.forward_ms = median(times[candidate.name, "forward"])
+        candidate.forward_ms = median(times[candidate.name, candidate.mask, "forward"])
         if candidate.differentiable:
-            candidate.both_ms = median(times[candidate.name, "both"])
+            candidate.both_ms = median(times[candidate.name, candidate.mask, "both"])
     return _report(name, shape, heads, candidates)
 
 
@@ -222,9 +240,9 @@ def _report(name: str, shape: Shape, heads: int, candidates: list[Candidate]) ->
         f"\n{name}: {grid.tokens:,} tokens, {heads} heads, {sparse.sparsity:.4f} of all blocks skipped, "
         f"ideal {1 / sparse.density:.2f}x"
     )
-    print(f"{'':<12} {'forward':^37} | {'forward + backward':^37}")
+    print(f"{'':<24} {'forward':^37} | {'forward + backward':^37}")
     columns = f"{'ms':>9} {'TFLOP/s':>8} {'speed-up':>9} {'of ideal':>8}"
-    print(f"{'':<12} {columns} | {columns}")
+    print(f"{'':<24} {columns} | {columns}")
     rows = []
     for c in candidates:
         row: dict[str, Any] = {
@@ -232,7 +250,8 @@ def _report(name: str, shape: Shape, heads: int, candidates: list[Candidate]) ->
             "tokens": grid.tokens,
             "heads": heads,
             "backend": c.name,
-            "density": sparse.density,
+            "mask": c.mask,
+            "density": sparse.density if c.layout.is_dense else c.layout.density,
             "error": None if c.layout.is_dense else c.error,
         }
         right = c.layout.is_dense or c.error < _TOLERANCE
@@ -242,10 +261,13 @@ def _report(name: str, shape: Shape, heads: int, candidates: list[Candidate]) ->
             rate = passes * c.layout.flops(heads, HEAD_DIM) / ms / 1e9
             speed_up = fastest[way] / ms if right else float("nan")
             row |= {f"{way}_ms": ms, f"{way}_tflops": rate, f"{way}_speed_up": speed_up}
-            row[f"{way}_of_ideal"] = share = float("nan") if c.layout.is_dense else speed_up * sparse.density
+            row[f"{way}_of_ideal"] = share = float("nan") if c.layout.is_dense else speed_up * c.layout.density
             cells.append(f"{ms:>9.2f} {rate:>8.0f} {speed_up:>8.2f}x {share:>8.3f}")
         verdict = "" if right else f"  WRONG: relative error {c.error:.1e}"
-        print(f"{c.name:<12} {' | '.join(cells)}{verdict}".replace("nan", "  -"), flush=True)
+        print(
+            f"{c.name:<12}{'' if c.layout.is_dense else c.mask:<12} {' | '.join(cells)}{verdict}".replace("nan", "  -"),
+            flush=True,
+        )
         rows.append(row)
     return rows
 
@@ -255,6 +277,7 @@ def draw_bench(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
+    rows = [r for r in rows if not r["mask"].startswith("fitted")]
     ideal = sorted({(r["tokens"], 1 / r["density"]) for r in rows})
     for axes, way, title in zip(
         figure.subplots(1, 2, sharey=True), ("forward", "both"), ("forward", "forward + backward"), strict=True

@@ -25,7 +25,7 @@ def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_la
     """Fits the masks and writes them.
 
     Args:
-        decay: ``decay.safetensors`` of ``python -m train.decay`` with ``tile=strip``.
+        decay: ``decay.safetensors`` of ``python -m train.decay`` with ``tile=strip`` or ``tile=patch``.
         out: of the masks.
         share: of all blocks of a clip of the measured length that is kept, the mean over layers and heads.
         coverage: of the share, the part that is drawn.
@@ -43,7 +43,7 @@ def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_la
             facts = json.loads((file.metadata() or {})["about"])
             grid = VideoGrid(**facts["grid"])
             layers = tuple(layer for layer in facts["layers"] if layer >= dense_layers)
-            block = _block(facts["tile"], decay)
+            order, block = _order(facts["tile"], decay)
             if not layers:
                 raise RadialError(
                     f"{decay} has masses of layers {facts['layers']}, dense_layers={dense_layers} leaves none"
@@ -55,7 +55,7 @@ def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_la
         raise
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise RadialError(f"{decay} is damaged, or no such file ({error}): {made}") from error
-    about = About("raster", block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
+    about = About(order, block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
     rules, rate = chosen(values, about, grid)
     about = About(**{**vars(about), "rate": rate})
     write(rules, about, out)
@@ -114,11 +114,13 @@ def _values(file: Any, sigmas: list[float], layer: int, grid: VideoGrid, block: 
     return (total / len(sigmas) / torch.bincount(place)).flatten(1)
 
 
-def _block(tile: str, decay: Path) -> int:
-    """The side of the blocks that are as long as the tiles."""
-    strips = "strips of "
-    if not tile.startswith(strips):
+def _order(tile: str, decay: Path) -> tuple[str, int]:
+    """The order of tokens in which the tiles follow each other, and the side of the blocks that are as long."""
+    words, _, block = tile.rpartition(" of ")
+    order = {"strips": "raster", "patches": "patches"}.get(words)
+    if order is None:
         raise RadialError(
-            f"{decay} has masses of tiles {tile}, expected strips as long as a block: measure with tile=strip"
+            f"{decay} has masses of tiles {tile}, expected strips or patches of as many tokens as a block: measure "
+            "with tile=strip or tile=patch"
         )
-    return int(tile.removeprefix(strips))
+    return order, int(block)

@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from radial.grid import VideoGrid
-from radial.layout import check_block, layout_rows, new_handle, pair_share, register, whole_order
+from radial.layout import (
+    BlockLayout,
+    build_layout,
+    check_block,
+    layout_rows,
+    new_handle,
+    pair_share,
+    register,
+    whole_order,
+)
 from radial.patterns import Pattern
 
 
@@ -166,6 +175,11 @@ class HeadLayout:
             F.pad(whole.sum(-1).cumsum(1), (1, 0)).int(),
             (whole.flatten().nonzero().flatten() % blocks).to(_narrow(blocks)),
         )
+
+    def of_head(self, head: int) -> BlockLayout:
+        """The layout of one of the model's heads alone: for checks, not for kernels."""
+        family = self.family
+        return build_layout(family.pattern.of_head(self.index, head, family.heads), family.grid, family.block)
 
     @cached_property
     def _kept_masks(self) -> Masks:

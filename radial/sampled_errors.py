@@ -23,8 +23,11 @@ def sampled_errors(
         layout: on the tensors' device.
         inputs: q, k, v and the gradient of the output, (tokens, head_dim), one head of one sample.
         results: out, or out, dq, dk, dv, in the same shape, for scale head_dim ** -0.5.
-        tokens: (samples,) positions.
+        tokens: (samples,) positions, in the layout's order of tokens.
     """
+    orders = layout.orders(inputs[0].device)
+    if orders is not None:
+        inputs, results = ([x[orders[0]] for x in tensors] for tensors in (inputs, results))
     q, k, v, grad = inputs
     n, block, scale = layout.grid.tokens, layout.block, q.shape[-1] ** -0.5
     kept = layout.derived("mask", lambda: layout.mask().to(q.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 from radial.grid import VideoGrid
 from radial.patterns.base import Pattern
 from radial.patterns.head_masks import About, HeadMasks
+from radial.patterns.token_orders import frame_order
 
 _ONE = 2**31  # what places in the draw are counted in
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -25,8 +26,9 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class Fitted(Pattern):
     """Masks that differ by head and layer.
 
-    A block stands for its middle token: the frame and the tile that this is in, and so a pair of blocks for (temporal
-    distance, query tile, key tile). Head h of layer l keeps a pair
+    Blocks are of tokens in the order that the masks' file names. A block stands for its middle token: the frame and the
+    tile that this is in, and so a pair of blocks for (temporal distance, query tile, key tile). Head h of layer l keeps
+    a pair
 
     * if the bit of the head's rule is set; or
     * if it is on the diagonal, so that every query block has a key block; or
@@ -65,6 +67,13 @@ class Fitted(Pattern):
         kept = often.double().mean().item() / heads
         count = round((kept + about.rate * (1 - kept)) * side**2)
         return often.flatten().sort(descending=True, stable=True).indices[:count].sort().values
+
+    def token_order(self, grid: VideoGrid, block: int) -> Tensor | None:
+        about = self.masks.about
+        if about.order == "raster":
+            return None
+        frame = frame_order(about.order, grid.height, grid.width, block)
+        return (torch.arange(grid.frames)[:, None] * grid.tokens_per_frame + frame).flatten()
 
     @property
     def by_head(self) -> bool:

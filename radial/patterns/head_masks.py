@@ -10,8 +10,8 @@ frames of A tiles in the clips that it was fitted to:
 ``<name>.safetensors`` holds ``bits`` (layers, heads, ceil(2 F A^2 / 8)) uint8, eight bits a byte, the lowest first: 27
 MB for 40 layers of 40 heads at 81 frames of 29 tiles. What else belongs to it is JSON in the file's metadata.
 
-The order of the tokens is part of the file. ``raster`` is that of the model: tiles are strips of as many tokens as a
-block has, the last of a frame shorter.
+The order of a frame's tokens is part of the file (`radial.patterns.token_orders`): a tile is as many tokens, one after
+another in that order, as a block has; the last of a frame is smaller.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.patterns.token_orders import ORDERS
 from radial.whole import written
 
-ORDERS = ("raster",)
 _KEY = "radial.masks"
 
 
@@ -39,7 +39,7 @@ class About:
     """What belongs to the rules.
 
     Attributes:
-        order: of the tokens, one of `ORDERS`.
+        order: of a frame's tokens, one of `ORDERS`.
         block: side of a block, in tokens.
         frames, height, width: tokens of the clips that the masks are fitted to.
         layers: numbers of the layers that have masks.

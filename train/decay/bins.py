@@ -3,8 +3,9 @@
 Distances are within the video: temporal in latent frames, spatial in tokens, between the two places in their frames
 (Euclidean, not along the raster order, in which a neighbour above is a whole row away).
 
-A tile is a set of tokens of a frame: a strip of as many tokens in raster order as attention's blocks have, or a patch
-of rows x columns. The last ones of a frame may be smaller.
+A tile is a set of tokens of a frame: as many as attention's blocks have, in raster order (a strip) or in an order in
+which they are a compact patch (`radial.patterns.token_orders`), or rows x columns. The last ones of a frame may be
+smaller.
 
 Rows are sampled: in every frame and tile, so many query tokens at random, without repeats. Each is weighted by what it
 stands for, so that sums are unbiased. The first row of every tile together are a small sample of their own, and so are
@@ -21,32 +22,50 @@ import torch
 from torch import Tensor
 
 from radial import VideoGrid
+from radial.patterns.token_orders import frame_order
 from train.flow import generator_for
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a frame.
+    """The tiles of a frame: rows x columns.
 
     Args:
-        height, width: of a patch, in tokens; or 1 and the length of a strip in raster order.
-        strip: whether tiles are strips.
+        height, width: of a tile, in tokens.
     """
 
     height: int
     width: int
-    strip: bool = False
 
     def of(self, grid: VideoGrid) -> Tensor:
         """The tile of each place of a frame, (tokens_per_frame,) int64."""
         places = torch.arange(grid.tokens_per_frame)
-        if self.strip:
-            return places // self.width
         across = -(-grid.width // self.width)
         return places // grid.width // self.height * across + places % grid.width // self.width
 
     def __str__(self) -> str:
-        return f"strips of {self.width}" if self.strip else f"{self.height}x{self.width}"
+        return f"{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tiles of as many tokens as a block, one after another in an order of the frame's tokens.
+
+    Args:
+        order: one of `radial.patterns.token_orders.ORDERS`.
+        block: tokens of a tile.
+    """
+
+    order: str
+    block: int
+
+    def of(self, grid: VideoGrid) -> Tensor:
+        """As of `Tiling`."""
+        order = frame_order(self.order, grid.height, grid.width, self.block)
+        return order.argsort() // self.block
+
+    def __str__(self) -> str:
+        return f"{'strips' if self.order == 'raster' else self.order} of {self.block}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class Geometry:
     """
 
     grid: VideoGrid
-    tiling: Tiling
+    tiling: Tiling | Blocks
 
     @property
     def distances(self) -> int:

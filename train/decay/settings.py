@@ -14,7 +14,7 @@ from radial.cli.settings import Bound, at_least, setting
 from train.attention.recipe import AttentionRecipe
 from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
-from train.decay.bins import Tiling
+from train.decay.bins import Blocks, Tiling
 from train.errors import UserError
 
 T = TypeVar("T", int, float)
@@ -31,11 +31,16 @@ class Settings:
     layers: str = setting("layers that are looked at: all, or numbers from 0 such as 0,5,10", "all")
     frames: str = setting("length of the clips: native, 2x, 4x, or a number of latent frames", "native")
     attention: str = setting("patterns held against dense attention: options of attention=, with commas", "radial")
+    masks: str | None = setting(
+        "files of python -m radial fit, with commas: fitted patterns that are held against dense attention too", None
+    )
     decays: str = setting("decay factors at which a released pattern is tried", "0.5,1,2")
     dense_layers: str = setting("numbers of first layers left dense that are tried", "0,2")
     rows: int = setting("query rows sampled in each tile of each frame; at least 2", 4, must=at_least(2))
     tile: str = setting(
-        "tokens of a tile: strip (as many as a block has, in raster order), or HxW such as 8x16", "strip"
+        "tokens of a tile: strip (as many as a block has, in raster order), patch (as many, compact), or HxW such as "
+        "8x16; masks are fitted to strips or patches",
+        "patch",
     )
     error: float = setting("relative error of the velocity that the advice stays under", 0.1, must=_ERROR)
     out: Path | None = setting("folder for the results (<runs>/decay/<model>-<frames>)", None)
@@ -79,7 +84,7 @@ class Job:
     candidates: tuple[Candidate, ...]
     dense_layers: tuple[int, ...]
     rows: int
-    tiling: Tiling
+    tiling: Tiling | Blocks
     error: float
     out: Path
 
@@ -118,7 +123,7 @@ class Job:
             layers=layers,
             frames=_latent_frames(config, length),
             length=length,
-            candidates=_candidates(rest, given.attention, decays),
+            candidates=_candidates(rest, given.attention, decays, given.masks),
             dense_layers=dense,
             rows=given.rows,
             tiling=_tiling(given.tile, config.attention.block),
@@ -154,7 +159,9 @@ def _latent_frames(config: RunConfig, length: str) -> int:
     return int(length)
 
 
-def _candidates(settings: dict[str, str], options: str, decays: Sequence[float]) -> tuple[Candidate, ...]:
+def _candidates(
+    settings: dict[str, str], options: str, decays: Sequence[float], masks: str | None
+) -> tuple[Candidate, ...]:
     found = []
     for option in options.split(","):
         config = finish(compose_run({**settings, "attention": option}))
@@ -165,16 +172,21 @@ def _candidates(settings: dict[str, str], options: str, decays: Sequence[float])
                 found.append(Candidate(f"{option}, decay {decay:g}", recipe.under(pattern)))
         else:
             found.append(Candidate(option, recipe))
+    for file in masks.split(",") if masks else ():
+        config = finish(compose_run({**settings, "attention": "fitted", "attention.masks": file}))
+        found.append(Candidate(f"fitted, {Path(file).stem}", replace(AttentionRecipe.of(config), dense_layers=0)))
     names = [candidate.name for candidate in found]
     if len(set(names)) < len(names):
-        raise UserError(f"attention is {options!r}, expected each option once")
+        raise UserError(
+            f"attention is {options!r} and masks {masks!r}, expected each option once, and files of other names"
+        )
     return tuple(found)
 
 
-def _tiling(text: str, block: int) -> Tiling:
-    if text == "strip":
-        return Tiling(1, block, strip=True)
+def _tiling(text: str, block: int) -> Tiling | Blocks:
+    if text in ("strip", "patch"):
+        return Blocks("raster" if text == "strip" else "patches", block)
     sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if sides is None:
-        raise UserError(f"tile is {text!r}, expected strip, or rows x columns of tokens such as 8x16")
+        raise UserError(f"tile is {text!r}, expected strip, patch, or rows x columns of tokens such as 8x16")
     return Tiling(int(sides[1]), int(sides[2]))

@@ -1,8 +1,8 @@
 """The rows of the study: what is compared, and with which settings of a run.
 
 All tuned rows have equal steps, clips, noise and learning rate, and interpolated positions, but for the one that is
-there to show what positions do. Masks are compared at equal shares of the blocks, those of the released mask; its
-blocks are 1.0 in the names of the fitted rows.
+there to show what positions do. Masks are compared at equal shares of the blocks, those of the released mask. Every
+file of masks in the folder ``masks=`` is a row; its name is that of the file.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radial import Released, build_layout
-from train.config.compose import group_options
+from radial import HeadMasks, Released, build_layout
 from train.errors import UserError
 from train.study.settings import Job
 
 RIVALS = ("local", "spatial", "temporal", "sliding_tile", "power", "shifted")
-FITTED = (1.0, 0.8, 0.6, 0.4)
 REFERENCE, FLOOR, CEILING = "released", "random", "dense"
 """What each mask is held against, what it has to beat, and what it can reach."""
 
@@ -30,14 +28,12 @@ class Row:
         words: in tables.
         tuned: whether a run trains it; otherwise the base is measured as it is.
         settings: of its run, beside those that all rows share.
-        left_out: why it cannot be measured; "" where it can.
     """
 
     name: str
     words: str
     tuned: bool
     settings: dict[str, str] = field(default_factory=dict)
-    left_out: str = ""
 
 
 def released_share(job: Job) -> float:
@@ -48,19 +44,23 @@ def released_share(job: Job) -> float:
 
 
 def rows_of(job: Job) -> list[Row]:
-    """The rows in the order in which they are measured.
+    """The rows in the order in which they are measured, that of ``rows=`` where it names some.
 
     Raises:
-        UserError: ``rows=`` names one that there is not.
+        UserError: ``rows=`` names one that there is not, or a file of masks that is none.
     """
     every = [*_untuned(), *_tuned(job, released_share(job))]
     if job.given.rows == "all":
         return every
+    by_name = {row.name: row for row in every}
     names = job.given.rows.split(",")
-    unknown = [name for name in names if name not in {row.name for row in every}]
+    unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise UserError(f"rows has {unknown[0]!r}, expected all, or some of {', '.join(row.name for row in every)}")
-    return [row for row in every if row.name in names]
+        raise UserError(
+            f"rows has {unknown[0]!r}, expected all, or some of {', '.join(by_name)}; fitted rows are those of the "
+            f"files in masks= ({job.given.masks or 'not set'})"
+        )
+    return [by_name[name] for name in dict.fromkeys(names)]
 
 
 def _untuned() -> list[Row]:
@@ -86,7 +86,7 @@ def _tuned(job: Job, share: float) -> list[Row]:
         ),
         Row("paper", "the paper's Eq. 4", True, {"attention": "paper"}),
         *(Row(name, f"{name.replace('_', ' ')}, equal share", True, {"attention": name, **equal}) for name in RIVALS),
-        *(_fitted(job, part, share) for part in FITTED),
+        *(_fitted(file, share) for file in _files(job)),
         Row("released_default", "released, default positions", True, {"attention": "radial", "rope": "default"}),
         Row(
             "full", "released, all weights trained", True,
@@ -95,13 +95,18 @@ def _tuned(job: Job, share: float) -> list[Row]:
     ]  # fmt: skip
 
 
-def _fitted(job: Job, part: float, share: float) -> Row:
-    name, words = f"fitted_{part}", f"fitted masks, {part:g} of released's blocks"
-    if "fitted" not in group_options()["attention"]:
-        return Row(name, words, True, left_out="this version has no attention=fitted")
-    if job.given.masks is None:
-        return Row(name, words, True, left_out="masks= is not set")
-    file = job.given.masks / f"{part}.safetensors"
-    if not Path(file).is_file():
-        return Row(name, words, True, left_out=f"{file} is not there, expected masks of share={part * share:.4f}")
-    return Row(name, words, True, {"attention": "fitted", "attention.masks": str(file)})
+def _files(job: Job) -> list[Path]:
+    """The files of masks, those with the most blocks first."""
+    folder = job.given.masks
+    if folder is None:
+        return []
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"masks {folder} has no *.safetensors, expected files of python -m radial fit")
+    return sorted(files, key=lambda file: -HeadMasks.read(file).about.share)
+
+
+def _fitted(file: Path, share: float) -> Row:
+    about = HeadMasks.read(file).about
+    words = f"fitted, {about.share / share:.2g} of released's blocks, {about.coverage:.0%} drawn, {about.order}"
+    return Row(f"fitted_{file.stem}", words, True, {"attention": "fitted", "attention.masks": str(file)})

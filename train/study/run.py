@@ -121,7 +121,7 @@ class Study:
         """Trains and measures every row, seed by seed; a row that cannot be is noted, and the others go on."""
         for seed in self.job.seeds:
             for row in self.rows:
-                if row.left_out or row.name in self.failed or (not row.tuned and seed != self.job.seeds[0]):
+                if row.name in self.failed or (not row.tuned and seed != self.job.seeds[0]):
                     continue
                 try:
                     run = RowRun.of(self.job, row, seed)
@@ -141,7 +141,7 @@ class Study:
         if not self.job.given.clips:
             return
         base, job = RowRun.of(self.job, _BASE, self.job.seeds[0]), self.job
-        chosen = [row for row in self.rows if not row.left_out and row.name not in self.failed]
+        chosen = [row for row in self.rows if row.name not in self.failed]
         runs = [None, *(self._runs(row)[0] for row in chosen)]
         parts = math.ceil(job.given.clips / job.given.at_once)
         missing = [run for run in runs if len(list(self._clips_folder(run).glob("*.json"))) < parts]
@@ -227,7 +227,7 @@ class Study:
         truth_folder = self._clips_folder(None)
         clips, true = read_row(truth_folder)
         for one in results:
-            if one.row.left_out or one.row.name in self.failed:
+            if one.row.name in self.failed:
                 continue
             one.clips, made = read_row(self._clips_folder(self._runs(one.row)[0]))
             if made is not None and true is not None and len(made) == len(true) and len(made) > 1:
@@ -245,8 +245,6 @@ class Study:
         return sentences
 
     def _result(self, row: Row) -> RowResult:
-        if row.left_out:
-            return RowResult(row, f"left out: {row.left_out}")
         if row.name in self.failed:
             return RowResult(row, f"failed: {self.failed[row.name]}")
         result = RowResult(row)

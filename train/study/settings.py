@@ -22,7 +22,7 @@ class Settings:
         "the base model: a run folder of conf=study_base, or a folder in diffusers' format; null: the newest finished "
         "run of study_base", None, path=True,
     )  # fmt: skip
-    rows: str = setting("all, or names of rows with commas, such as dense,released,random", "all")
+    rows: str = setting("all, or names of rows with commas, in the order in which they are measured", "all")
     seeds: str = setting("seeds of the tuned rows, with commas", "0,1,2")
     length: str = setting("how much longer the clips are made", "4x", ("2x", "4x"))
     held_out: int = setting("held-out clips of the losses", 32, must=at_least(4))
@@ -34,8 +34,7 @@ class Settings:
     at_once: int = setting("clips that are generated together", 4, must=at_least(1))
     sampling_steps: int = setting("denoising steps of these clips", 20, must=at_least(1))
     masks: Path | None = setting(
-        "folder with the files of the fitted rows, 1.0.safetensors and so on; without it these rows are left out",
-        None, path=True,
+        "folder with files of python -m radial fit: each is a row, fitted_<name of the file>", None, path=True,
     )  # fmt: skip
     enough: float = setting(
         "a base is trained enough when its held-out loss at its own length is at most this share of what the colours "

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from radial import (
 from radial.fit import chosen, fit
 from radial.patterns.fitted import spread
 from radial.patterns.head_masks import About, packed, unpacked, write
+from radial.patterns.token_orders import frame_order
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.patterns import fitted
 
@@ -80,11 +82,11 @@ def test_a_heads_mask_is_its_rule_its_diagonal_and_its_draw(of, grid, block, rat
 @hypothesis_settings(max_examples=6)
 @given(
     grid=grids, block=st.sampled_from([16, 32]), first=st.integers(0, 1), masked=st.booleans(),
-    seed=st.integers(0, 2**16),
+    order=st.sampled_from(["raster", "patches"]), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_attention_and_gradients_are_each_heads_masked_softmax(grid, block, first, masked, seed):
+def test_attention_and_gradients_are_each_heads_masked_softmax(grid, block, first, masked, order, seed):
     """Of some of a model's heads, as a rank of sequence parallelism has them."""
-    pattern = fitted(VideoGrid(4, grid.height, grid.width), block, seed=seed)
+    pattern = fitted(VideoGrid(4, grid.height, grid.width), block, seed=seed, order=order)
     layout = build_head_layouts(pattern, grid, block, layers=2, heads=4).part(first, 2).layer(1)
     generator = torch.Generator().manual_seed(seed)
     shape = (2, grid.tokens, 2, 8)
@@ -208,6 +210,10 @@ def test_from_masses_to_masks(tmp_path):
     assert torch.equal(unpacked(masks.bits).bool()[..., : about.entries], rules) and rate == about.rate
     pattern = make_pattern("fitted", masks=file)
     assert pattern == Fitted(masks) and hash(pattern) == hash(Fitted(masks)) and pattern.by_head
+    compact = fit(decay_file(tmp_path / "patches.safetensors", grid, tile="patches of 16"), file, share=0.4)
+    assert compact == replace(about, order="patches", layers=(2,), seed=0, rate=compact.rate)
+    order = make_pattern("fitted", masks=file).token_order(grid, 16)
+    assert torch.equal(order[2 * 54 : 3 * 54] - 2 * 54, frame_order("patches", 6, 9, 16))
     fit(decay, file, share=0.4, coverage=0.5, dense_layers=1, seed=8)
     assert make_pattern("fitted", masks=file) != pattern
 
@@ -219,7 +225,7 @@ def test_what_cannot_be_fitted(tmp_path):
         fit(decay, out, share=0.01, dense_layers=0)
     with pytest.raises(RadialError, match=r"layers \[0, 1, 2\], dense_layers=3 leaves none"):
         fit(decay, out, share=0.4, dense_layers=3)
-    with pytest.raises(RadialError, match="tiles 8x16, expected strips .* tile=strip"):
+    with pytest.raises(RadialError, match="tiles 8x16, expected strips or patches .* tile=patch"):
         fit(decay_file(tmp_path / "tiled.safetensors", grid, tile="8x16"), out, share=0.4)
     with pytest.raises(RadialError, match="cannot be read"):
         fit(tmp_path / "none.safetensors", out, share=0.4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from radial import VideoGrid
-from train.decay.bins import Geometry, QueryRows, Tiling
+from train.decay.bins import Blocks, Geometry, QueryRows
 from train.decay.fits import chained, fit_decay, kinds
 from train.decay.masses import layer_masses
 
@@ -28,7 +28,7 @@ def decaying(grid, alpha, beta, sink=0.0):
 
 
 def measured(grid, q, k, rows, seed):
-    geometry = Geometry(grid, Tiling(1, 16, strip=True))
+    geometry = Geometry(grid, Blocks("raster", 16))
     return geometry, layer_masses(q, k, geometry, QueryRows.draw(geometry, rows, seed), [])
 
 

@@ -20,7 +20,7 @@ from radial import (
     make_pattern,
 )
 from tests.helpers.oracles import token_mask
-from train.decay.bins import Geometry, QueryRows, Tiling
+from train.decay.bins import Blocks, Geometry, QueryRows, Tiling
 from train.decay.fits import standard_error
 from train.decay.masses import layer_masses
 
@@ -113,7 +113,7 @@ def oracle(q, k, geometry, layouts, text):
     height=st.integers(1, 5),
     width=st.integers(1, 6),
     text=st.sampled_from([(0, 0), (7, 7), (7, 3), (20, 0)]),
-    tiling=st.sampled_from([Tiling(1, 16, strip=True), Tiling(1, 5, strip=True), Tiling(2, 3), Tiling(4, 4)]),
+    tiling=st.sampled_from([Blocks("raster", 16), Blocks("patches", 5), Tiling(2, 3), Tiling(4, 4)]),
 )
 def test_all_rows_give_what_a_dense_softmax_gives(frames, height, width, text, tiling):
     padded, valid = text
@@ -134,7 +134,7 @@ def test_all_rows_give_what_a_dense_softmax_gives(frames, height, width, text, t
 def test_what_is_kept_follows_the_order_of_tokens_and_each_heads_mask(monkeypatch):
     """Against outputs of one-hot values, which are positive where attention is computed."""
     grid = VideoGrid(5, 6, 7, 9)
-    geometry, text = Geometry(grid, Tiling(1, 16, strip=True)), 4
+    geometry, text = Geometry(grid, Blocks("raster", 16)), 4
     q, k = random_qk(grid, heads=3)
     layouts = [
         build_layout(make_pattern("temporal"), grid, 16),
@@ -168,7 +168,7 @@ def test_chunks_of_heads_change_nothing(monkeypatch):
 
 def test_sampled_rows_are_unbiased_and_their_errors_are_right():
     grid = VideoGrid(4, 5, 6, 4)
-    geometry = Geometry(grid, Tiling(1, 8, strip=True))  # the last tile of a frame has 6 tokens
+    geometry = Geometry(grid, Blocks("raster", 8))  # the last tile of a frame has 6 tokens
     q, k = random_qk(grid, heads=3)
     layouts = [build_layout(Released(), grid, 16)]
     exact = layer_masses(q, k, geometry, QueryRows.draw(geometry, ALL, 0), layouts, 4)
@@ -190,7 +190,7 @@ def test_sampled_rows_are_unbiased_and_their_errors_are_right():
         assert 0.9 < middle < 1.6, name
 
 
-@pytest.mark.parametrize("tiling", [Tiling(1, 16, strip=True), Tiling(3, 4), Tiling(1, 7, strip=True)])
+@pytest.mark.parametrize("tiling", [Blocks("raster", 16), Tiling(3, 4), Blocks("patches", 7)])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_rows_are_drawn_in_every_tile(tiling, count):
     grid = VideoGrid(3, 7, 9)

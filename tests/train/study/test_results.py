@@ -1,11 +1,14 @@
 """Intervals, conclusions, the sign of a base, the rows and Fréchet's distance, on figures that are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from radial import Released, build_layout
+from radial.patterns.head_masks import unpacked, write
+from tests.helpers.patterns import fitted
 from tests.helpers.studies import study_settings
 from train.errors import UserError
 from train.evaluation.losses import Interval
@@ -13,7 +16,7 @@ from train.study.__main__ import Settings
 from train.study.base import BaseSign, pixels_leave
 from train.study.frechet import frechet_distance
 from train.study.results import RowResult, conclusions, table
-from train.study.rows import FITTED, RIVALS, Row, released_share, rows_of
+from train.study.rows import RIVALS, Row, released_share, rows_of
 from train.study.settings import Job
 
 
@@ -74,13 +77,23 @@ def test_a_base_that_is_not_trained_enough_is_refused(tmp_path):
 def test_rows(tmp_path):
     from radial.cli.reader import read_some
 
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    with pytest.raises(UserError, match=r"masks has no \*.safetensors"):
+        rows_of(Job.made_of(*read_some(Settings, study_settings(tmp_path, masks=masks))))
     job = Job.made_of(*read_some(Settings, study_settings(tmp_path)))
-    rows = {row.name: row for row in rows_of(job)}
-    assert {*RIVALS, *(f"fitted_{part}" for part in FITTED), "released", "dense", "paper", "random", "full"} <= set(
-        rows
-    )
-    assert all(rows[f"fitted_{part}"].left_out for part in FITTED)
     share = released_share(job)
+    for name, part in (("few", 0.6), ("many", 1.0)):
+        pattern = fitted(job.config.grid(), 32)
+        about = replace(pattern.masks.about, share=part * share, order="patches")
+        write(unpacked(pattern.masks.bits).bool(), about, masks / f"{name}.safetensors")
+    job = Job.made_of(*read_some(Settings, study_settings(tmp_path, masks=masks)))
+    rows = {row.name: row for row in rows_of(job)}
+    assert {*RIVALS, "fitted_few", "fitted_many", "released", "dense", "paper", "random", "full"} <= set(rows)
+    assert [name for name in rows if name.startswith("fitted")] == ["fitted_many", "fitted_few"]
+    assert rows["fitted_few"].words == "fitted, 0.6 of released's blocks, 50% drawn, patches"
+    words = study_settings(tmp_path, masks=masks, rows="random,fitted_few,dense")
+    assert [row.name for row in rows_of(Job.made_of(*read_some(Settings, words)))] == ["random", "fitted_few", "dense"]
     assert share == 1 - build_layout(Released(), job.config.grid(), 32).sparsity
     assert all(float(rows[name].settings["attention.share"]) == pytest.approx(share, abs=1e-6) for name in RIVALS)
     assert job.lengths == {"1x": 4, "2x": 8, "4x": 16} and job.seeds == (0,)

@@ -1,0 +1,77 @@
+"""Masks of heads whose attention falls off at known rates: for benchmarks, where no model's attention is at hand.
+
+A head's attention is exp(-alpha d - beta s) at d frames and s tokens of distance, s between the middles of tiles. Heads
+go in equal steps, on a logarithmic scale, from spatial ones, which see all of the near frames, to temporal ones, which
+see the same place in all frames; in every other one the first frame holds a fifth of the mass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from radial.fit import chosen
+from radial.grid import VideoGrid
+from radial.patterns.fitted import Fitted
+from radial.patterns.head_masks import About, HeadMasks, packed, write
+from radial.patterns.token_orders import frame_order
+
+ALPHA = (1.0, 0.01)
+"""A frame of latents, of the most spatial head and the most temporal one."""
+BETA = (0.01, 0.5)
+"""A token, of the most spatial head and the most temporal one."""
+_SINK = 0.2
+
+
+def known_pattern(grid: VideoGrid, heads: int, share: float) -> Fitted:
+    """Masks that are fitted to such heads of one layer, in patches, half of them drawn.
+
+    Args:
+        grid: of the clip.
+        heads: of the layer.
+        share: of all blocks, the mean over heads.
+
+    Raises:
+        RadialError: a share that is smaller than one block a row.
+    """
+    rules, about = _fitted(grid, heads, 1, share, 0.5)
+    content = json.dumps(asdict(about)).encode() + packed(rules).numpy().tobytes()
+    return Fitted(HeadMasks(packed(rules), about, hashlib.sha256(content).hexdigest()))
+
+
+def fit_known(grid: VideoGrid, out: Path, *, heads: int, layers: int, share: float, coverage: float) -> None:
+    """Writes masks that are fitted to such heads, the same kinds in every layer, in patches; errors as above."""
+    write(*_fitted(grid, heads, layers, share, coverage), out)
+
+
+def _fitted(grid: VideoGrid, heads: int, layers: int, share: float, coverage: float) -> tuple[Tensor, About]:
+    about = About("patches", 128, grid.frames, grid.height, grid.width, tuple(range(layers)), share, coverage, 0.0, 0)
+    rules, rate = chosen(torch.stack([_values(about, heads)] * layers), about, grid)
+    return rules, replace(about, rate=rate)
+
+
+def _values(about: About, heads: int) -> Tensor:
+    """(heads, entries) float32: mass per key token, a query's adding up to 1 in the mean over tiles."""
+    frames, tiles = about.frames, about.tiles
+    places = frame_order(about.order, about.height, about.width, about.block)
+    tile = torch.arange(len(places)) // about.block
+    size = torch.bincount(tile).double()
+    middles = torch.stack([places // about.width, places % about.width], 1).double()
+    middles = torch.zeros(tiles, 2, dtype=torch.float64).index_add_(0, tile, middles) / size[:, None]
+    apart = torch.cdist(middles, middles)
+    distance = torch.arange(1 - frames, frames).abs().double()
+    found = []
+    for head in range(heads):
+        part = head / max(1, heads - 1)
+        alpha, beta = (first ** (1 - part) * last**part for first, last in (ALPHA, BETA))
+        sink = _SINK if head % 2 else 0.0
+        mass = torch.exp(-alpha * distance[:, None, None] - beta * apart)
+        mass *= (1 - sink) / (mass * size).sum((0, 2)).mean()
+        first = torch.full((1, tiles, tiles), sink / len(places), dtype=torch.float64)
+        found.append(torch.cat([mass, first]).flatten())
+    return torch.stack(found).float()

@@ -72,6 +72,7 @@ EAGER = BlockCosts(
 )
 EAGER_OF = {
     "hunyuan": BlockCosts(passes=280, saved=15.0, running=29.2, running_selective=28.2, running_saved=7.0),
+    "hunyuan15": BlockCosts(passes=280, saved=13.5, running=20.3, running_selective=20.2, running_saved=4.9),
     # modulates and rotates in float32
     "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_selective=37.6, running_saved=4.7),
 }

@@ -40,6 +40,8 @@ def test_every_run_file_composes_and_validates(name):
         ("wan_1.3b_4x", 126_360, 2500),
         ("hunyuan_2x", 230_400, 2400),
         ("hunyuan_4x", 460_800, 1200),
+        ("hunyuan15_2x", 219_600, 2400),
+        ("hunyuan15_4x", 435_600, 1200),
         ("mochi_2x", 89_040, 5000),
         ("mochi_4x", 178_080, 5000),
         ("shapes_4x", 8192, None),
@@ -56,8 +58,8 @@ def test_the_published_recipe(name, tokens, steps):
         assert config.attention.dense_layers == 2
         assert config.trainer.steps == steps
         assert config.attention.dense_steps == 2
-        assert config.rule() == ("hunyuan" if name.startswith("hunyuan") else "wan")
-        assert config.caption_dropout() == (0.0 if name.startswith("hunyuan") else 0.1)
+        assert config.rule() == ("hunyuan" if name.startswith("hunyuan_") else "wan")
+        assert config.caption_dropout() == (0.0 if name.startswith("hunyuan_") else 0.1)
         assert clips_a_step(config) == (8 if name.startswith("wan") else 1)
 
 

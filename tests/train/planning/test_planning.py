@@ -103,6 +103,8 @@ def test_memory_is_that_of_a_traced_step(policy, chunk, layers, frames):
         pytest.param("mochi_2x", "selective", 8192, marks=pytest.mark.slow),
         pytest.param("hunyuan_2x", "full", 8192, marks=pytest.mark.slow),
         ("hunyuan_2x", "none", 8192),
+        pytest.param("hunyuan15_2x", "full", 8192, marks=pytest.mark.slow),
+        ("hunyuan15_2x", "none", 8192),
         ("wan_i2v_2x", "selective", None),
         ("wan22_5b_4x", "full", None),
         ("wan22_5b_4x", "none", None),

@@ -1,0 +1,184 @@
+"""The HunyuanVideo-1.5 adapter against diffusers' model, pipeline and scheduler."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+
+from data.shards.sample import TextTokens
+from radial import Dense
+from tests.helpers.attention import step_attention
+from tests.helpers.families import TEXT, Perfect, build, conditions, latents
+from train.errors import UserError
+from train.evaluation.euler import generate
+from train.flow import noised
+from train.lora.layers import inject_lora
+from train.models.conditions import Conditions
+from train.models.families.hunyuan15 import Hunyuan15Adapter
+
+TOKENS = (3, 4, 5)
+GLYPHS = 6
+
+
+def planned(adapter, latent):
+    return step_attention(Dense(), adapter.grid(latent), block=16)
+
+
+def texts(adapter, words, glyphs, seed=3):
+    """Both texts with so many valid tokens of each sample, then garbage; together as long as the model's text."""
+    torch.manual_seed(seed)
+    config, found = adapter.transformer.config, {}
+    for name, room, width, lengths in (
+        ("text", TEXT - GLYPHS, config.text_embed_dim, words), ("glyphs", GLYPHS, config.text_embed_2_dim, glyphs),
+    ):  # fmt: skip
+        mask = torch.arange(room) < torch.tensor(lengths)[:, None]
+        found[name] = TextTokens(torch.randn(len(lengths), room, width), mask)
+    return Conditions(found)
+
+
+def as_the_pipeline_calls(model, x, sigma, seen, image_tokens=5):
+    """Zeros of an image, of given frames and of their mask; both texts padded, with a mask each."""
+    text, glyphs = seen.text["text"], seen.text["glyphs"]
+    given = torch.zeros(len(x), 5, *x.shape[2:])
+    return model(
+        torch.cat([x, given], dim=1), 1000 * sigma, text.tokens, text.mask.float(),
+        encoder_hidden_states_2=glyphs.tokens, encoder_attention_mask_2=glyphs.mask.float(),
+        image_embeds=torch.zeros(len(x), image_tokens, 8), return_dict=False,
+    )[0]  # fmt: skip
+
+
+def original():
+    """The model as diffusers makes it: no adapter has touched it."""
+    model = HunyuanVideo15Transformer3DModel(**Hunyuan15Adapter.tiny_config)
+    model.load_state_dict(build("hunyuan15").transformer.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("glyphs", [(6, 6), (0, 4), (0, 0)])
+@pytest.mark.parametrize("words", [(14, 14), (4, 11), (1, 13)])
+@torch.no_grad()
+def test_prompts_of_any_length_equal_the_stock_model(words, glyphs):
+    adapter, model = build("hunyuan15"), original()
+    x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, words, glyphs)
+    expected = as_the_pipeline_calls(model, x, sigma, seen)
+    adapter.set_attention(planned(adapter, x))
+    got = adapter.velocity(x, sigma, seen)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    shorter = adapter.velocity(x, sigma, texts(adapter, [min(n, 3) for n in words], glyphs))
+    assert (shorter - got).abs().max() > 1e-5 or max(words) <= 3
+    if sum(glyphs):
+        silent = adapter.velocity(x, sigma, dataclasses.replace(seen, text={"text": seen.text["text"]}))
+        assert (silent - got).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_captions_that_quote_nothing_need_no_glyphs():
+    """A row behind the mask, as shards hold it, is the same as none."""
+    adapter = build("hunyuan15")
+    x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, (5, 14), (0, 0))
+    adapter.set_attention(planned(adapter, x))
+    silent = dataclasses.replace(seen, text={"text": seen.text["text"]})
+    torch.testing.assert_close(adapter.velocity(x, sigma, seen), adapter.velocity(x, sigma, silent), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_call_of_the_pipelines_has_no_image_tokens():
+    """Its zeros of an image are left out before the blocks, so that the text is as long as the layout says."""
+    adapter, model = build("hunyuan15"), original()
+    x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, (5, 14), (0, 4))
+    adapter.set_attention(planned(adapter, x))
+    found = []
+    adapter.blocks()[0].register_forward_hook(lambda _, inputs, outputs: found.append(outputs[1].shape[1]))
+    got = as_the_pipeline_calls(adapter.transformer, x, sigma, seen)
+    torch.testing.assert_close(got, as_the_pipeline_calls(model, x, sigma, seen), rtol=0, atol=1e-5)
+    assert found == [TEXT]
+
+
+@torch.no_grad()
+def test_sampling_is_the_stock_pipelines():
+    """Noise levels, timesteps, both texts and their masks, direction and classifier-free guidance at once."""
+    adapter = build("hunyuan15")
+    noise = latents(adapter, TOKENS)
+    seen, empty = texts(adapter, (3, 14), (0, 5)), texts(adapter, (2, 2), (0, 0), seed=4)
+    pipeline = HunyuanVideo15Pipeline(
+        text_encoder=None, tokenizer=None, transformer=original(), text_encoder_2=None, tokenizer_2=None,
+        vae=AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=9.0), guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    given = {}
+    for side, both in (("", seen), ("negative_", empty)):
+        for number, name in (("", "text"), ("_2", "glyphs")):
+            given[f"{side}prompt_embeds{number}"] = both.text[name].tokens
+            given[f"{side}prompt_embeds_mask{number}"] = both.text[name].mask.float()
+    expected = pipeline(
+        height=noise.shape[3] * 16, width=noise.shape[4] * 16, num_frames=4 * noise.shape[2] - 3, latents=noise,
+        num_inference_steps=3, output_type="latent", return_dict=False, **given,
+    )[0]  # fmt: skip
+    got = generate(adapter, noise, seen, empty, lambda _: planned(adapter, noise), steps=3, shift=9.0, guidance=6.0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # three steps' rounding, times the guidance
+
+
+def test_an_euler_step_of_the_stock_scheduler_returns_the_clean_latent():
+    adapter = build("hunyuan15")
+    clean = latents(adapter, TOKENS)
+    noise = torch.randn(clean.shape)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=9.0)
+    scheduler.set_timesteps(sigmas=[0.7])
+    x, target = noised(clean, noise, scheduler.sigmas[:1].expand(2))
+    perfect = Perfect(adapter, noise - clean)
+    velocity = adapter.velocity(x, scheduler.sigmas[:1].expand(2), conditions(adapter, clean))
+    torch.testing.assert_close(velocity, target)
+    torch.testing.assert_close(perfect.told["timestep"], scheduler.timesteps.expand(2))
+    assert torch.equal(perfect.told["hidden_states"][:, :4], x)
+    assert not perfect.told["hidden_states"][:, 4:].any()
+    back = scheduler.step(perfect.output, scheduler.timesteps[0], x, return_dict=False)[0]
+    torch.testing.assert_close(back, clean, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_timesteps_are_not_rounded_to_the_weights_precision():
+    """The class rounds them to its input's, bf16, which has 996 for 994.1: the adapter gives them in float32."""
+    adapter = build("hunyuan15")
+    adapter.transformer.to(torch.bfloat16)
+    x, seen = latents(adapter, TOKENS), texts(adapter, (5, 14), (0, 4))
+    adapter.set_attention(planned(adapter, x))
+    near, far = (adapter.velocity(x, torch.full((2,), sigma), seen) for sigma in (0.9941, 0.9959))
+    assert torch.tensor([994.1, 995.9]).to(torch.bfloat16).unique().numel() == 1
+    assert (near - far).abs().max() > 0
+
+
+def test_the_last_blocks_text_gets_no_lora():
+    adapter = build("hunyuan15")
+    names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=True), seed=0)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    expected = {f"transformer_blocks.{n}.attn.{layer}" for n in range(3) for layer in layers}
+    assert set(names) == expected - {f"transformer_blocks.2.attn.{layer}" for layer in ("to_add_out", "add_q_proj")}
+
+
+@pytest.mark.parametrize(
+    "change", [{"task_type": "i2v"}, {"use_meanflow": True}, {"in_channels": 4}], ids=lambda change: next(iter(change))
+)
+def test_other_models_of_the_class_are_refused(change):
+    config = {**Hunyuan15Adapter.tiny_config, **change}
+    with pytest.raises(UserError, match=f"{next(iter(change))}={next(iter(change.values()))}|4 channels in.*t2v"):
+        Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), TEXT)
+
+
+def test_other_shards_are_refused():
+    adapter = build("hunyuan15")
+    x, seen = latents(adapter, TOKENS), texts(adapter, (5, 14), (0, 4))
+    adapter.check(x, seen)
+    wide = TextTokens(torch.zeros(2, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"text glyphs is \(tokens, width\) \(3, 8\), the model takes a width of 12"):
+        adapter.check(x, dataclasses.replace(seen, text={**seen.text, "glyphs": wide}))
+    long = TextTokens(torch.zeros(2, 15, 24), torch.ones(2, 15, dtype=torch.bool))
+    with pytest.raises(UserError, match="has 15 tokens and 6 of glyphs, model.text_tokens is 20 for both"):
+        adapter.velocity(x, torch.ones(2), dataclasses.replace(seen, text={**seen.text, "text": long}))

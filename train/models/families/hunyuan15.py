@@ -1,0 +1,186 @@
+"""HunyuanVideo-1.5 text-to-video: diffusers' HunyuanVideo15Transformer3DModel with radial joint attention.
+
+54 blocks, in which video and text have weights of their own; what the last makes of the text nothing reads. The text is
+two encoders' tokens in one sequence, Qwen2.5-VL's of the caption and byT5's of what the caption quotes (the glyphs that
+the video shows), each padded with a mask of its own: the model puts what is valid first, glyphs before words, and what
+is padding last. Image states would come before both; text-to-video has none, and its pipeline passes zeros, which the
+model masks out. Beside the noised latent the model takes a latent of given frames and their mask, zeros both here.
+
+The model predicts the velocity eps - x0 at timestep 1000 sigma. It is guided by a pass with another prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from torch import Tensor, nn
+
+from data.shards.sample import TextTokens
+from radial import VideoGrid
+from train.errors import UserError
+from train.flow import shifted
+from train.models.base import ModelAdapter
+from train.models.conditions import Conditions
+from train.models.joint import JointAttention
+from train.models.rope import geometric
+
+
+class Hunyuan15Attention(JointAttention):
+    """Attention processor of one block."""
+
+    def text_lengths(self, mask: Tensor, text_tokens: int) -> Tensor:
+        """The mask is (batch, text tokens)."""
+        return mask.sum(1)
+
+    def pairs(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tables are (tokens, head_dim), each angle stored twice."""
+        cos, sin = rotary
+        return cos[:, None, 0::2], sin[:, None, 0::2]
+
+
+class Hunyuan15Adapter(ModelAdapter):
+    """Adapter of HunyuanVideo-1.5 text-to-video; shards hold ``text.text`` (Qwen2.5-VL) and ``text.glyphs`` (byT5).
+
+    ``text_tokens`` is the length of both texts together.
+    """
+
+    family = "hunyuan15"
+    vae_in_bf16 = True
+    decodes_tiled = True
+    model_class = HunyuanVideo15Transformer3DModel
+    processor_class = Hunyuan15Attention
+    lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
+    text_lora_targets = r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    tiny_config = {  # noqa: RUF012
+        "in_channels": 9,
+        "out_channels": 4,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "num_layers": 3,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": 24,
+        "text_embed_2_dim": 12,
+        "image_embed_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+        "task_type": "t2v",
+    }
+
+    def __init__(self, transformer: Any, text_tokens: int) -> None:
+        """Raises a UserError for a model of the class that is not text-to-video."""
+        config = transformer.config
+        if config.task_type != "t2v" or config.in_channels != 2 * config.out_channels + 1 or config.use_meanflow:
+            raise UserError(
+                f"the model has task_type={config.task_type}, use_meanflow={config.use_meanflow}, {config.in_channels} "
+                f"channels in and {config.out_channels} out, expected HunyuanVideo-1.5's text-to-video weights: t2v, "
+                "no meanflow, twice the channels out and one in"
+            )
+        super().__init__(transformer, text_tokens)
+        transformer.register_forward_pre_hook(_without_image, with_kwargs=True)
+        transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
+        # it gives a transposed view, whose strides every sum with it would inherit, block after block
+        transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
+        # the class would round the timestep to the weights' precision; its sines are rounded instead
+        transformer.time_embed.timestep_embedder.register_forward_pre_hook(
+            lambda layer, inputs: (inputs[0].to(layer.linear_1.weight.dtype), *inputs[1:])
+        )
+
+    def targets(self, *, text: bool) -> str:
+        last = self.transformer.config.num_layers - 1  # what its text becomes is not read
+        return rf"(?!transformer_blocks\.{last}\.attn\.(add_q_proj|to_add_out)$)({super().targets(text=text)})"
+
+    def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length by `rope`."""
+        rope = self.transformer.rope
+        return self.rope.extend(tables, geometric(rope.theta, rope.rope_dim[0]), self.grid(x))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer.transformer_blocks)
+
+    def self_attention(self, block: nn.Module) -> Any:
+        return block.attn
+
+    def feed_forwards(self) -> list[nn.Module]:
+        return [block.ff for block in self.transformer.transformer_blocks]
+
+    def grid(self, latent: Tensor) -> VideoGrid:
+        return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
+
+    def follow_shard(self) -> None:
+        model = self.transformer
+        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(x, dim=0) for x in angles))
+        model.x_embedder.register_forward_hook(lambda _, inputs, tokens: self.sliced(tokens))
+        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        config, batch = self.transformer.config, len(x)
+        dtype = self.transformer.x_embedder.proj.weight.dtype
+        words, length = conditions.packed_text("text", self.text_tokens)
+        glyphs = words.new_zeros(batch, 0, config.text_embed_2_dim)
+        shown = torch.zeros(batch, 0, dtype=torch.bool, device=words.device)
+        if "glyphs" in conditions.text:  # where no caption of a folder quotes anything, it may lack them
+            glyphs, shown = conditions.text["glyphs"].tokens, conditions.text["glyphs"].mask
+        room, found = self.text_tokens - glyphs.shape[1], conditions.text["text"].tokens.shape[1]
+        if found > room:
+            raise UserError(
+                f"the shards' text has {found} tokens and {glyphs.shape[1]} of glyphs, model.text_tokens is "
+                f"{self.text_tokens} for both"
+            )
+        given = x.new_zeros(batch, config.in_channels - x.shape[1], *x.shape[2:])
+        return self.transformer(
+            torch.cat([x, given], dim=1).to(dtype),
+            1000 * sigma,
+            words[:, :room].to(dtype),
+            torch.arange(room, device=length.device) < length[:, None],
+            encoder_hidden_states_2=glyphs.to(dtype),
+            encoder_attention_mask_2=shown,
+            image_embeds=words.new_zeros(batch, 0, config.image_embed_dim).to(dtype),
+            return_dict=False,
+        )[0].float()
+
+    @classmethod
+    def noise_levels(cls, steps: int, shift: float) -> list[float]:
+        return [shifted(1 - step / steps, shift) for step in range(steps)]
+
+    def random_conditions(self, latent: Tensor) -> Conditions:
+        """Captions that quote nothing, as most do."""
+        shape = (len(latent), self.text_tokens, self.transformer.config.text_embed_dim)
+        tokens = torch.randn(shape, device=latent.device)
+        return Conditions({"text": TextTokens(tokens, torch.ones(shape[:2], dtype=torch.bool, device=latent.device))})
+
+    def check(self, latent: Tensor, conditions: Conditions) -> None:
+        super().check(latent, conditions)
+        glyphs, width = conditions.text.get("glyphs"), self.transformer.config.text_embed_2_dim
+        if glyphs is not None and glyphs.tokens.shape[2] != width:
+            raise UserError(
+                f"the shards' text glyphs is (tokens, width) {tuple(glyphs.tokens.shape[1:])}, the model takes a "
+                f"width of {width}: it was made by another text encoder"
+            )
+
+    def linear_flops(self, grid: VideoGrid) -> float:
+        config, n, text = self.transformer.config, grid.tokens, grid.text_tokens
+        dim, wide = config.num_attention_heads * config.attention_head_dim, config.mlp_ratio
+        # Q, K, V, O and the MLP of each token in the weights of its stream; two modulations
+        blocks = config.num_layers * ((8 + 4 * wide) * n * dim**2 + 24 * dim**2)
+        refiner = config.num_refiner_layers * (24 * text * dim**2 + 4 * text**2 * dim + 4 * dim**2)
+        refiner += 2 * text * config.text_embed_dim * dim
+        cells = self.patch[0] * self.patch[1] * self.patch[2]
+        ends = 2 * grid.video_tokens * dim * cells * (config.in_channels + config.out_channels)
+        return float(blocks + refiner + ends)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        config = self.transformer.config
+        return config.patch_size_t, config.patch_size, config.patch_size
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        config = self.transformer.config
+        return config.num_layers, config.num_attention_heads, config.attention_head_dim
+
+
+def _without_image(model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A call without the image states, which a text-to-video model masks out whole: its text is so much shorter."""
+    return inputs, {**named, "image_embeds": named["image_embeds"][:, :0]}

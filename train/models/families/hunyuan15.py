@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
 from torch import Tensor, nn
 
 from data.shards.sample import TextTokens
@@ -25,6 +26,9 @@ from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.joint import JointAttention
 from train.models.rope import geometric
+
+_Last: Any = type(HunyuanVideo15TransformerBlock.__name__, (HunyuanVideo15TransformerBlock,), {})
+"""The last block's class: its text may carry fewer LoRAs, which makes it a graph of its own for the compiler."""
 
 
 class Hunyuan15Attention(JointAttention):
@@ -78,6 +82,7 @@ class Hunyuan15Adapter(ModelAdapter):
                 "no meanflow, twice the channels out and one in"
             )
         super().__init__(transformer, text_tokens)
+        transformer.transformer_blocks[-1].__class__ = _Last
         transformer.register_forward_pre_hook(_without_image, with_kwargs=True)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
         # it gives a transposed view, whose strides every sum with it would inherit, block after block

@@ -28,6 +28,7 @@ FAMILIES = {
     "wan": "data.encoders.wan:WanEncoder",
     "wan22_5b": "data.encoders.wan:Wan5BEncoder",
     "hunyuan": "data.encoders.hunyuan:HunyuanEncoder",
+    "hunyuan15": "data.encoders.hunyuan15:Hunyuan15Encoder",
     "mochi": "data.encoders.mochi:MochiEncoder",
     "pixels": "data.encoders.pixels:PixelEncoder",
 }

@@ -1,8 +1,9 @@
 """Between a VAE and the transformer: the scale of latents, and latents to frames, a few at a time.
 
-Each family decodes beside its encoder, in `wan.py`, `mochi.py` and `hunyuan.py`, so that the device's memory does not
-grow with the clip's length. With tiles, each also decodes a frame in overlapping squares, which are blended; Wan and
-Mochi decode a square over the whole time, so that the clip is gathered in CPU memory first.
+Each family decodes beside its encoder, in `wan.py`, `mochi.py`, `hunyuan.py` and `hunyuan15_vae.py`, so that the
+device's memory does not grow with the clip's length. With tiles, each also decodes a frame in overlapping squares,
+which are blended; all but HunyuanVideo decode a square over the whole time, so that the clip is gathered first, Wan's
+and Mochi's in CPU memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15, AutoencoderKLWan
 from torch import Tensor
 
 TILE, OVERLAP = 32, 8  # latent cells
@@ -52,7 +53,7 @@ def decode_frames(vae: Any, latent: Tensor, *, tiled: bool) -> Iterator[np.ndarr
     """The frames of a clip in order, some at a time.
 
     Args:
-        vae: one of diffusers' three.
+        vae: one of diffusers' four.
         latent: (1, C, f, h, w) as the transformer works on it.
         tiled: decode squares of a frame: less memory, more time.
 
@@ -71,6 +72,10 @@ def decode_videos(vae: Any, z: Tensor, *, tiled: bool) -> Iterator[Tensor]:
         from data.encoders import hunyuan
 
         return hunyuan.decode_stretches(vae, z, tiled=tiled)
+    if isinstance(vae, AutoencoderKLHunyuanVideo15):
+        from data.encoders import hunyuan15_vae
+
+        return hunyuan15_vae.decode_stream(vae, z, tiled=tiled)
     if isinstance(vae, AutoencoderKLWan):
         from data.encoders import wan
 

@@ -43,7 +43,7 @@ def _hash_part(folder: Path, digest: Any) -> None:
         raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
     if "tokenizer" in folder.name or "processor" in folder.name:
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".txt", ".model"):
+            if path.suffix in (".json", ".txt", ".model", ".jinja"):
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return
     config = read_config(folder)

@@ -6,9 +6,12 @@ from diffusers import AutoencoderKLWan
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings
-from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
+from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan, save_wan_5b
 
-SAVE = {"wan": (save_wan, 9), "wan22_5b": (save_wan_5b, 9), "hunyuan": (save_hunyuan, 9), "mochi": (save_mochi, 13)}
+SAVE = {
+    "wan": (save_wan, 9), "wan22_5b": (save_wan_5b, 9), "hunyuan": (save_hunyuan, 9), "hunyuan15": (save_hunyuan15, 9),
+    "mochi": (save_mochi, 13),
+}  # fmt: skip
 
 
 def load(family, folder, device, **more):

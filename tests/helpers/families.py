@@ -142,7 +142,7 @@ def given_to_the_decoder(pipeline: Any, latent: Tensor, **settings: Any) -> Tens
         return (torch.zeros(1, 3, 1, 8, 8),)
 
     pipeline.vae.decode = decode
-    pipeline.transformer.forward = lambda *_, **named: (torch.zeros_like(named["hidden_states"]),)
+    pipeline.transformer.forward = lambda *_, **named: (torch.zeros_like(named["hidden_states"][:, : len(latent)]),)
     pipeline.set_progress_bar_config(disable=True)
     pipeline(latents=latent[None].float(), num_inference_steps=2, output_type="pt", **settings)
     return seen[0]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMochi,
+    AutoencoderKLWan,
+    HunyuanVideo15Pipeline,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
@@ -18,6 +26,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -117,6 +127,48 @@ def save_hunyuan(folder: Path, seed: int = 0) -> Path:
     _random(CLIPTextModel(clip)).save_pretrained(folder / "text_encoder_2")
     _tokenizer(512, prefix=(TEMPLATE.partition("{}")[0], CROPPED)).save_pretrained(folder / "tokenizer")
     _tokenizer(77).save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
+CHAT = (
+    "{{ '<s> ' * FILLED }}{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} "
+    "<|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def _chat_tokenizer(before: int) -> Any:
+    """One whose chat has so many tokens before the caption, and three after it."""
+    words = _tokenizer(2048).backend_tokenizer
+    words.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    words.add_tokens(["system", "user", "assistant"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=2048, padding_side="right"
+    )
+    system = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters["system_message"].default
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": "ball"}]
+    tokenizer.chat_template = CHAT.replace("FILLED", "0")
+    shown = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    filled = before - (len(shown["input_ids"]) - 4)
+    tokenizer.chat_template = CHAT.replace("FILLED", str(filled))
+    return tokenizer
+
+
+def save_hunyuan15(folder: Path, seed: int = 0) -> Path:
+    """A HunyuanVideo-1.5 folder."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0, bos_token_id=3, eos_token_id=1,
+        rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]},
+    )  # fmt: skip
+    byt5 = T5Config(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=4, pad_token_id=0)
+    _random(vae).save_pretrained(folder / "vae")
+    _random(Qwen2_5_VLTextModel(qwen)).save_pretrained(folder / "text_encoder")
+    _random(T5EncoderModel(byt5)).save_pretrained(folder / "text_encoder_2")
+    _chat_tokenizer(108).save_pretrained(folder / "tokenizer")
+    ByT5Tokenizer().save_pretrained(folder / "tokenizer_2")
     return folder
 
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15, AutoencoderKLMochi, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
 from data.encoders import mochi, wan
@@ -28,6 +28,8 @@ def make(family):
         vae = AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
         )
+    elif family == "hunyuan15":
+        vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)
     else:
         vae = AutoencoderKLMochi(
             latent_channels=4, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
@@ -55,6 +57,7 @@ def whole(vae, latent):
     ("family", "ratio", "frames"),
     [("wan", 4, 1), ("wan", 4, 4), ("wan_5b", 4, 3)]
     + [("hunyuan", 4, frames) for frames in (1, 4, 5, 7, 9, 10)]
+    + [("hunyuan15", 4, frames) for frames in (1, 2, 5)]
     + [("mochi", 6, frames) for frames in (1, 2, 5)],
 )
 def test_streamed_frames_are_those_of_a_whole_decode(family, ratio, frames):
@@ -93,6 +96,20 @@ def test_hunyuans_tiles_are_diffusers_own():
     assert (got - untiled).abs().max() > 1e-3
 
 
+def test_hunyuan15s_tiles_are_diffusers_own_and_its_layers_as_they_were():
+    vae = make("hunyuan15")
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 64
+    vae.tile_latent_min_height = vae.tile_latent_min_width = 4
+    latent = latent_for(vae, 5, 7, 6)
+    parts = list(decode_videos(vae, denormalized(vae, latent), tiled=True))
+    assert all(part.shape[2] <= 17 for part in parts)
+    untiled = whole(vae, latent)
+    assert not any("forward" in vars(module) for module in vae.modules())
+    vae.enable_tiling()
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole(vae, latent), rtol=1e-4, atol=1e-5)
+    assert (torch.cat(parts, dim=2) - untiled).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", ["wan", "mochi"])
 def test_tiles_are_blended_into_the_frames(family):
     """Tiles see less of the frame, and these decoders average over all that they see: alike is all to be asked."""
@@ -119,16 +136,16 @@ def test_tiles_of_a_pointwise_decoder_are_exact():
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", ["wan", "wan_5b", "hunyuan", "mochi"])
+@pytest.mark.parametrize("family", ["wan", "wan_5b", "hunyuan", "hunyuan15", "mochi"])
 def test_latents_of_the_transformer_are_those_of_the_vae_scaled(family):
     """By the VAE's own statistics and factor, and back."""
     vae = make(family)
-    if family in ("hunyuan", "mochi"):
+    if "wan" not in family:
         vae.register_to_config(scaling_factor=0.5)
     encoded = latent_for(vae, 2)
     config = vae.config
-    mean, std = ([0.0], [1.0]) if family == "hunyuan" else (config.latents_mean, config.latents_std)
+    mean, std = ([0.0], [1.0]) if "hunyuan" in family else (config.latents_mean, config.latents_std)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (mean, std))
     found = normalized(vae, encoded)
-    torch.testing.assert_close(found, (encoded - mean) / std * (0.5 if family in ("hunyuan", "mochi") else 1.0))
+    torch.testing.assert_close(found, (encoded - mean) / std * (0.5 if "wan" not in family else 1.0))
     torch.testing.assert_close(denormalized(vae, found), encoded)

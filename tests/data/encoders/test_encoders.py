@@ -25,9 +25,11 @@ from data.encoders.decoding import normalized, to_frames
 from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
 from data.shards.sample import Sample
-from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan, save_wan_5b
+from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan, save_wan_5b
 
-SAVE = {"wan": save_wan, "wan22_5b": save_wan_5b, "hunyuan": save_hunyuan, "mochi": save_mochi}
+SAVE = {
+    "wan": save_wan, "wan22_5b": save_wan_5b, "hunyuan": save_hunyuan, "hunyuan15": save_hunyuan15, "mochi": save_mochi,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def moving(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([(view * 255).byte().numpy() for view in views])
 
 
-@pytest.mark.parametrize(("family", "stride"), [("wan", 4), ("wan22_5b", 4), ("mochi", 6)])
+@pytest.mark.parametrize(("family", "stride"), [("wan", 4), ("wan22_5b", 4), ("hunyuan15", 4), ("mochi", 6)])
 def test_a_longer_clip_begins_with_the_latent_of_the_shorter(
     folders: dict[str, Path], family: str, stride: int
 ) -> None:
@@ -81,11 +83,11 @@ def test_an_image_condition_of_a_longer_clip_begins_with_that_of_the_shorter(tmp
 
 @pytest.mark.parametrize(("family", "frames", "shape"), [
     ("wan", 9, (16, 3, 6, 8)), ("wan22_5b", 9, (48, 3, 4, 6)), ("hunyuan", 9, (4, 3, 6, 8)),
-    ("mochi", 13, (4, 3, 6, 8)),
+    ("hunyuan15", 9, (4, 3, 3, 4)), ("mochi", 13, (4, 3, 6, 8)),
 ])  # fmt: skip
 def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, frames: int, shape: Any) -> None:
     encoder = load(family, folders[family])
-    cell = 16 if family == "wan22_5b" else 8
+    cell = 16 if family in ("wan22_5b", "hunyuan15") else 8
     height, width = shape[2] * cell, shape[3] * cell
     encoder.check(frames, [(height, width)])
     prompt = encoder.prompt("a red ball")
@@ -96,7 +98,7 @@ def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, fr
     encoder.prompt("").validate("the empty prompt")
     with pytest.raises(DataError, match=rf"frames is {frames + 1}, expected 1 \+ a multiple of"):
         encoder.check(frames + 1, [(48, 64)])
-    expected = f"expected sides that divide by {2 * cell}, such as {height}x64"
+    expected = f"expected sides that divide by {cell * encoder.facts.patch}, such as {height}x64"
     with pytest.raises(DataError, match=f"size is {height}x60, {expected}"):
         encoder.check(frames, [(height, 60)])
 
@@ -119,9 +121,10 @@ def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("family", "frames", "mean", "std"), [
-    ("hunyuan", 9, [0.0] * 4, [1.0] * 4), ("mochi", 13, [0.1, -0.2, 0.3, 0.0], [0.9, 1.1, 1.2, 0.8]),
+    ("hunyuan", 9, [0.0] * 4, [1.0] * 4), ("hunyuan15", 9, [0.0] * 4, [1.0] * 4),
+    ("mochi", 13, [0.1, -0.2, 0.3, 0.0], [0.9, 1.1, 1.2, 0.8]),
 ])  # fmt: skip
-def test_hunyuan_and_mochi_store_what_their_pipelines_denoise(
+def test_hunyuans_and_mochi_store_what_their_pipelines_denoise(
     folders: dict[str, Path], family: str, frames: int, mean: list[float], std: list[float]
 ) -> None:
     """Normalised and scaled; decoding is the inverse."""
@@ -208,6 +211,39 @@ def test_hunyuan_text_is_without_template_and_padding(folders: dict[str, Path]) 
     assert tokens.shape[1] == 256 and 0 < mask.sum() < 256
     assert torch.equal(prompt.text["text"].tokens, tokens[0, : int(mask.sum())].bfloat16())
     assert torch.equal(prompt.pooled["clip"], pooled[0].bfloat16())
+
+
+def test_hunyuan15_texts_are_the_pipelines_without_template_and_padding(folders: dict[str, Path]) -> None:
+    """What a caption quotes is a text of its own; where it quotes nothing, one token that nothing may see."""
+    encoder: Any = load("hunyuan15", folders["hunyuan15"])
+    assert encoder.facts.text_tokens == 1000 + 256
+    for caption, quoted in (('a "red ball" moving', 'Text "red ball". '), ("a red ball", "")):
+        words, words_mask, glyphs, glyphs_mask = encoder.pipeline.encode_prompt(caption, device=torch.device("cpu"))
+        assert words.shape[1] == 1000 and glyphs.shape[1] == 256
+        found = encoder.prompt(caption).text
+        assert found["text"].mask.all() and torch.equal(found["text"].tokens, words[words_mask.bool()].bfloat16())
+        assert encoder.tokens(caption) == {
+            "Qwen2.5-VL": (int(words_mask.sum()), 1000), "byT5": (int(glyphs_mask.sum()), 256),
+        }  # fmt: skip
+        if quoted:
+            assert len(found["glyphs"].tokens) == len(quoted.encode()) + 1  # bytes, and the end
+            assert torch.equal(found["glyphs"].tokens, glyphs[glyphs_mask.bool()].bfloat16())
+        else:
+            assert found["glyphs"].mask.tolist() == [False] and not found["glyphs"].tokens.any()
+
+
+def test_hunyuan15_encodes_a_tile_a_few_frames_at_a_time_and_equals_the_whole(folders: dict[str, Path]) -> None:
+    """Against diffusers' own tiles over the whole time, in the middle of which tiles are blended."""
+    encoder: Any = load("hunyuan15", folders["hunyuan15"])
+    clip, seen = moving(13, 288, 272), []
+    counting = encoder.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    found = encoder.encode(clip)
+    counting.remove()
+    assert seen == [1, 4, 4, 4] * 4
+    mode = encoder.vae.encode(to_video(clip, torch.device("cpu"), torch.float32)).latent_dist.mode()
+    torch.testing.assert_close(found.float(), normalized(encoder.vae, mode)[0], atol=1e-4, rtol=2**-7)
+    untiled = encoder.vae.encoder(to_video(clip, torch.device("cpu"), torch.float32)).chunk(2, dim=1)[0]
+    assert (mode - untiled).abs().max() > 1e-2
 
 
 def test_mochi_empty_prompt(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -21,10 +21,10 @@ from data.errors import DataError
 from data.prepare.__main__ import main
 from data.shards.manifest import Manifest
 from tests.helpers.prepared import FAST
-from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan
+from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan
 from tests.helpers.videos import write_video
 
-SAVE = {"wan": save_wan, "hunyuan": save_hunyuan, "mochi": save_mochi}
+SAVE = {"wan": save_wan, "hunyuan": save_hunyuan, "hunyuan15": save_hunyuan15, "mochi": save_mochi}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,13 @@ def test_a_template_of_another_length_than_is_cropped_is_refused(tmp_path: Path,
         DataError, match=r"tokenizer: the template before the caption has \d+ tokens, and 95 are cropped;"
     ):
         load("hunyuan", broken)
+    other = shutil.copytree(folders["hunyuan15"], tmp_path / "other")
+    template = other / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert fingerprint("hunyuan15", other) != fingerprint("hunyuan15", folders["hunyuan15"])
+    template.write_text("<s> " + template.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(DataError, match="the template before the caption has 109 tokens, and 108 are cropped;"):
+        load("hunyuan15", other)
     check_prefix(open_tokenizer(folders["wan"] / "tokenizer"), tmp_path, "a red ball", 4)
 
 
@@ -120,6 +127,8 @@ def test_fingerprints_tell_how_captions_become_ids(
     ("wan", "red " * 600, {"UMT5": (601, 512)}), ("mochi", "red " * 300, {"T5": (301, 256)}),
     ("hunyuan", "red " * 300, {"LLaMA": (301, 256), "CLIP": (301, 77)}),
     ("hunyuan", "red " * 70, {"LLaMA": (71, 256), "CLIP": (71, 77)}),
+    ("hunyuan15", "red " * 1100, {"Qwen2.5-VL": (1103, 1000), "byT5": (0, 256)}),
+    ("hunyuan15", f'red "{"a" * 300}"', {"Qwen2.5-VL": (7, 1000), "byT5": (310, 256)}),
 ])  # fmt: skip
 def test_the_tokens_of_a_caption_are_counted_and_cutting_prints_nothing(
     folders: dict[str, Path], family: str, text: str, expected: Any, caplog: pytest.LogCaptureFixture

@@ -215,7 +215,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         (["source=s", "out=o", "souce=t"], "souce is not a known key; did you mean source"),
         (["source=s", "source=t"], "source is given twice"),
         (["source=s", "out=o", "top=many"], "top is 'many', expected a whole number"),
-        (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, wan22_5b, hunyuan, mochi"),
+        (["source=s", "out=o", "model=flux"], "model is 'flux', expected one of wan, wan22_5b, hunyuan, hunyuan15"),
         (["source=s", "out=o", "image_to_video=maybe"], "image_to_video is 'maybe', expected true or false"),
         (["source"], "'source' is not a setting, expected key=value"),
         (["--top"], "--top needs a value"),
@@ -236,7 +236,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
                 ["source=s", "out=o", f"model={model}", "weights=w", "--image-to-video"],
                 f"image_to_video is true, but model={model} has no image-to-video encoder here; leave it out",
             )
-            for model in ("pixels", "hunyuan", "mochi")
+            for model in ("pixels", "hunyuan", "hunyuan15", "mochi")
         ],
         (["source=s", "out=o", "model=wan22_5b", "--image-to-video"], "model=wan22_5b takes the first frame from"),
         (["source=s", f"out={tmp_path / 'file'}", "model=pixels"], "file: is a file, expected a folder for shards"),

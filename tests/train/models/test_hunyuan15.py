@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -12,10 +13,13 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 
+from data.encoders import load_encoder
+from data.encoders.base import EncoderSettings, to_video
 from data.shards.sample import TextTokens
 from radial import Dense
 from tests.helpers.attention import step_attention
-from tests.helpers.families import TEXT, Perfect, build, conditions, latents
+from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents
+from tests.helpers.tiny_models import save_hunyuan15
 from train.errors import UserError
 from train.evaluation.euler import generate
 from train.flow import noised
@@ -59,6 +63,13 @@ def original():
     model = HunyuanVideo15Transformer3DModel(**Hunyuan15Adapter.tiny_config)
     model.load_state_dict(build("hunyuan15").transformer.state_dict())
     return model.eval()
+
+
+def pipeline_of(vae, guidance):
+    return HunyuanVideo15Pipeline(
+        text_encoder=None, tokenizer=None, transformer=original(), text_encoder_2=None, tokenizer_2=None, vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=9.0), guider=ClassifierFreeGuidance(guidance_scale=guidance),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("glyphs", [(6, 6), (0, 4), (0, 0)])
@@ -107,11 +118,8 @@ def test_sampling_is_the_stock_pipelines():
     adapter = build("hunyuan15")
     noise = latents(adapter, TOKENS)
     seen, empty = texts(adapter, (3, 14), (0, 5)), texts(adapter, (2, 2), (0, 0), seed=4)
-    pipeline = HunyuanVideo15Pipeline(
-        text_encoder=None, tokenizer=None, transformer=original(), text_encoder_2=None, tokenizer_2=None,
-        vae=AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=9.0), guider=ClassifierFreeGuidance(guidance_scale=6.0),
-    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)
+    pipeline = pipeline_of(vae, guidance=6.0)
     pipeline.set_progress_bar_config(disable=True)
     given = {}
     for side, both in (("", seen), ("negative_", empty)):
@@ -182,3 +190,17 @@ def test_other_shards_are_refused():
     long = TextTokens(torch.zeros(2, 15, 24), torch.ones(2, 15, dtype=torch.bool))
     with pytest.raises(UserError, match="has 15 tokens and 6 of glyphs, model.text_tokens is 20 for both"):
         adapter.velocity(x, torch.ones(2), dataclasses.replace(seen, text={**seen.text, "text": long}))
+
+
+@torch.no_grad()
+def test_the_encoders_latents_are_normalised_as_the_pipeline_undoes_it(tmp_path):
+    cpu = torch.device("cpu")
+    encoder = load_encoder("hunyuan15", EncoderSettings(save_hunyuan15(tmp_path), cpu, torch.float32, torch.float32))
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    mode = encoder.vae.encode(to_video(frames, cpu, torch.float32)).latent_dist.mode()
+    pipeline = pipeline_of(encoder.vae, guidance=1.0)
+    text = {"prompt_embeds": torch.zeros(1, 4, 24), "prompt_embeds_mask": torch.ones(1, 4)}
+    text |= {"prompt_embeds_2": torch.zeros(1, 2, 12), "prompt_embeds_mask_2": torch.zeros(1, 2)}
+    got = given_to_the_decoder(pipeline, encoder.encode(frames), height=32, width=48, num_frames=9, **text)
+    torch.testing.assert_close(got, mode, rtol=1e-2, atol=1e-4)  # shards hold bfloat16
+    assert encoder.vae.config.scaling_factor != 1

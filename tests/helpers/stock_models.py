@@ -28,6 +28,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 16, "pooled_projection_dim": 8}
         | {"rope_axes_dim": (4, 6, 6)},
     ),
+    "hunyuan15": (
+        "HunyuanVideo15Transformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 9, "out_channels": 4, "num_layers": 3}
+        | {"num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 8, "image_embed_dim": 8}
+        | {"rope_axes_dim": (4, 6, 6), "task_type": "t2v"},
+    ),
     "mochi": (
         "MochiTransformer3DModel",
         {"num_attention_heads": 8, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "text_embed_dim": 16}
@@ -39,6 +45,7 @@ TARGETS = {
     "wan_i2v": r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
     "hunyuan": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
     r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_out)",
+    "hunyuan15": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
     "mochi": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
 }
 """Q, K, V and O of self-attention, those of the text's tokens for mochi."""
@@ -88,10 +95,13 @@ def inputs(family: str) -> dict[str, Any]:
     }
     if family == "wan_i2v":
         given["encoder_hidden_states_image"] = torch.randn(1, 5, 12)
-    if family in ("hunyuan", "mochi"):
+    if family in ("hunyuan", "hunyuan15", "mochi"):
         given["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
     if family == "hunyuan":
         given |= {"pooled_projections": torch.randn(1, 8), "guidance": torch.tensor([6000.0])}
+    if family == "hunyuan15":
+        given |= {"encoder_hidden_states_2": torch.randn(1, 4, 8), "image_embeds": torch.zeros(1, 5, 8)}
+        given["encoder_attention_mask_2"] = torch.tensor([[1, 1, 0, 0]], dtype=torch.bool)
     return given
 
 

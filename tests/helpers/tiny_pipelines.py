@@ -13,12 +13,13 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionModel,
     LlamaModel,
+    Qwen2_5_VLTextModel,
     T5EncoderModel,
     UMT5EncoderModel,
 )
 
 from tests.helpers.stock_models import CONFIGS, TARGETS, random_lora
-from tests.helpers.tiny_models import save_hunyuan, save_mochi, save_wan
+from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan
 from train.export.formats import FORMATS, Adapter
 from train.export.run import folded
 from train.models.pretrained import stand_in
@@ -58,11 +59,13 @@ def save_pipeline(family: str, folder: Path) -> Path:
     """A pipeline of random weights.
 
     Args:
-        family: wan, wan_i2v, wan_a14b (two experts), wan_5b (its own VAE, a timestep for each token), hunyuan, mochi.
+        family: wan, wan_i2v, wan_a14b (two experts), wan_5b (its own VAE, a timestep for each token), hunyuan,
+            hunyuan15, mochi.
     """
     torch.manual_seed(0)
     parts = folder.with_name(f"{folder.name}_parts")
-    {"hunyuan": _hunyuan, "mochi": _mochi}.get(family, _wan)(family, parts).save_pretrained(folder)
+    make = {"hunyuan": _hunyuan, "hunyuan15": _hunyuan15, "mochi": _mochi}.get(family, _wan)
+    make(family, parts).save_pretrained(folder)
     return folder
 
 
@@ -110,6 +113,20 @@ def _hunyuan(family: str, parts: Path) -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=_part(CLIPTextModel, parts, "text_encoder_2"),
         tokenizer_2=_part(AutoTokenizer, parts, "tokenizer_2"),
+    )
+
+
+def _hunyuan15(family: str, parts: Path) -> Any:
+    save_hunyuan15(parts)
+    return diffusers.HunyuanVideo15Pipeline(
+        text_encoder=_part(Qwen2_5_VLTextModel, parts, "text_encoder"),
+        tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
+        transformer=_transformer("hunyuan15", text_embed_dim=32, text_embed_2_dim=24),
+        vae=_part(diffusers.AutoencoderKLHunyuanVideo15, parts, "vae"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),  # as at less than 720 lines
+        text_encoder_2=_part(T5EncoderModel, parts, "text_encoder_2"),
+        tokenizer_2=_part(AutoTokenizer, parts, "tokenizer_2"),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
     )
 
 

@@ -15,6 +15,7 @@ from train.config.schema import RunConfig
 from train.evaluation.results import TEXT
 from train.export.formats import FORMATS
 from train.export.tools import differences, ways
+from train.models.families import family_of
 from train.models.pretrained import public_name
 
 NAME = "README.md"
@@ -64,9 +65,8 @@ def base_model(config: RunConfig) -> str | None:
 
 
 def takes_image(config: RunConfig) -> bool:
-    """Whether the model starts a clip from an image: it takes in more channels than it predicts."""
-    sizes = config.model.dimensions or {}
-    return bool(sizes.get("in_channels", 16) > sizes.get("out_channels", 16))
+    """Whether the model starts a clip from an image."""
+    return family_of(config.model).from_image(config.model.dimensions or {})
 
 
 def _licence(config: RunConfig, base: str | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Tool:
     def serves(self, config: RunConfig) -> bool:
         """Whether it runs the run's model."""
         model = config.model
-        image = (model.dimensions or {}).get("in_channels", 16) != (model.dimensions or {}).get("out_channels", 16)
+        image = family_of(model).from_image(model.dimensions or {})
         fits = self.experts is None or self.experts == (model.expert is not None)
         return self.family == model.family and fits and (self.image or not image)
 

@@ -66,11 +66,11 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
     model: Any = stand_in(base)
     with _quiet():
         family = adapter_of(adapter.model_class)
-        if family is not None and family.pipeline_name is not None:
-            pipeline = empty_pipeline(family.pipeline_class(), model)
-            name = f"{type(pipeline).__name__}.load_lora_weights"
-            pipeline.load_lora_weights(file.parent if file.name == WEIGHTS else file)
-        else:  # a family whose pipeline is not known here: what all pipelines call
+        cls: Any = None if family is None or family.pipeline_name is None else family.pipeline_class()
+        if hasattr(cls, "load_lora_weights"):
+            name = f"{cls.__name__}.load_lora_weights"
+            empty_pipeline(cls, model).load_lora_weights(file.parent if file.name == WEIGHTS else file)
+        else:  # a pipeline that is not known here, or has none: what all that have one call
             name = f"{adapter.model_class}.load_lora_adapter"
             model.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer")
     count = compare_pairs(lora_layers(model), adapter.pairs, name, file)

@@ -61,8 +61,6 @@ class ModelAdapter(PipelineTraits, ABC):
     """The name that ``model.family`` has in a YAML."""
     encoder: ClassVar[str]
     """What makes its latents and text, a key of `data.encoders.FAMILIES`; by default ``family``."""
-    model_class: ClassVar[Any]
-    """The diffusers class."""
     processor_class: ClassVar[type[LayoutAttention]]
     """What computes each self-attention."""
     lora_targets: ClassVar[str]

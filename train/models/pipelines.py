@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import diffusers
@@ -10,9 +12,15 @@ from torch import Tensor
 
 from train.config.schema import ModelConfig
 
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""What the pipelines call after each denoising step: pipeline, number of the step, timestep, tensors."""
+
 
 class PipelineTraits:
     """The pipeline's part of a `ModelAdapter`; a family without a pipeline trains, and cannot generate."""
+
+    model_class: ClassVar[Any]
+    """The diffusers class of the transformer."""
 
     pipeline_name: ClassVar[str | None] = None
     """The diffusers pipeline from text; None: `train.sample` does not know one."""
@@ -35,6 +43,19 @@ class PipelineTraits:
         name = cls.image_pipeline_name if image else cls.pipeline_name
         assert name is not None, f"{cls.__name__} names no pipeline"
         return getattr(diffusers, name)
+
+    @classmethod
+    def from_image(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model needs a first frame.
+
+        Args:
+            config: of its class; the class's defaults hold for what it lacks.
+        """
+        own = inspect.signature(cls.model_class.__init__).parameters
+        taken, given = (
+            config.get(name, own[name].default if name in own else None) for name in ("in_channels", "out_channels")
+        )
+        return bool(taken != (given or taken))
 
     @classmethod
     def negative_of(cls, model: ModelConfig) -> str:
@@ -64,3 +85,32 @@ class PipelineTraits:
         """
         found = pipeline.encode_prompt(prompt, negative, do_classifier_free_guidance=guided, **settings)
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found, strict=True))
+
+    @classmethod
+    def negative_inputs(cls, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the transformer is given for the negative prompt, where the pipeline asks for both prompts one by one.
+
+        Args:
+            encoded: as `encode_prompt` gives it.
+        """
+        found = encoded.get("negative_prompt_embeds")
+        return {} if found is None else {"encoder_hidden_states": found}
+
+    @classmethod
+    def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:
+        """The latent of a clip, (1, C, f, h, w), by the pipeline's own call.
+
+        Args:
+            tokens: that a prompt is padded to.
+            step_end: is called after each step.
+            settings: further arguments of the call.
+        """
+        latent: Tensor = pipeline(
+            guidance_scale=guidance,
+            max_sequence_length=tokens,
+            callback_on_step_end=step_end,
+            output_type="latent",
+            return_dict=False,
+            **settings,
+        )[0]
+        return latent

@@ -52,7 +52,7 @@ def extend(
     (``pipeline.load_lora_weights``, then ``set_adapters``) come after it.
 
     Args:
-        pipeline: of diffusers: Wan2.1, Wan2.2, HunyuanVideo or Mochi-1, text- or image-to-video.
+        pipeline: of diffusers: Wan2.1, Wan2.2, HunyuanVideo, HunyuanVideo-1.5 or Mochi-1, text- or image-to-video.
         lora: a file in any format, or an export's folder; None: attention alone.
         strength: of the LoRA.
         lora_2: that of the expert for low noise levels (Wan2.2-A14B), unless ``lora`` is a folder with both.
@@ -136,9 +136,9 @@ def _fits(model: ModelConfig, pipeline: Any) -> bool:
     family, (first, *others) = family_of(model), transformers_of(pipeline)
     if family.model_class is not type(first) or model.architecture is not None or not model.dimensions:
         return False
-    own = {"in_channels": first.config.out_channels, **model.dimensions}  # text-to-video takes in what it predicts
     return (
-        all(first.config.get(name) == value for name, value in own.items())
+        all(first.config.get(name) == value for name, value in model.dimensions.items())
+        and family.from_image(first.config) == family.from_image(model.dimensions)
         and len(others) == (0 if model.expert is None else 1)
         and pipeline.config.get("boundary_ratio") == model.boundary
         and bool(pipeline.config.get("expand_timesteps")) == family.takes_first_frame

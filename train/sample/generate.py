@@ -132,7 +132,7 @@ class Generator:
     ) -> None:
         self.settings, self.model, self.ranks, self.todo = settings, model, ranks, todo
         device, dtype = ranks.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
-        family = family_of(model)
+        self.family = family = family_of(model)
         guided = family.takes_negative(settings.guidance or 1.0)
         heads = json.loads((Path(folder) / "transformer" / "config.json").read_text(encoding="utf-8"))[
             "num_attention_heads"
@@ -186,29 +186,26 @@ class Generator:
         """The latent of a job with an attention; every rank must call it."""
         settings, device = self.settings, self.ranks.device
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in prompt.items()}
-        negative = {}
-        if "negative_prompt_embeds" in given:
-            negative["encoder_hidden_states"] = given["negative_prompt_embeds"]
+        negative = self.family.negative_inputs(given)
         if job.image is not None:
             given["image"] = first_frame(job.image, *size_of(settings))
         if settings.guidance_2 is not None:
             given["guidance_scale_2"] = settings.guidance_2
         self.denoiser.restart(attention, negative)
         self.pipeline.set_progress_bar_config(**{**self.pipeline._progress_bar_config, "desc": attention.pattern.name})
-        latent = self.pipeline(
+        latent = self.family.call(
+            self.pipeline,
+            settings.guidance,
+            self.model.text_tokens,
+            self.denoiser.step_end,
             height=settings.height,
             width=settings.width,
             num_frames=settings.frames,
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
             # on the CPU, so that every device and any number of them starts from the same noise
             generator=torch.Generator().manual_seed(settings.seed),
-            max_sequence_length=self.model.text_tokens,
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=self.denoiser.step_end,
             **given,
-        )[0]
+        )
         return Clip(latent.cpu(), self.denoiser.seconds, self.denoiser.dense)
 
     def _bring(self, wanted: Any) -> None:

@@ -75,7 +75,7 @@ def pipeline_class(folder: str, image: bool) -> Any:
         known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
         raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {known}")
     config = read_json(Path(folder) / "transformer" / "config.json")
-    needs_image = config["in_channels"] != (config.get("out_channels") or config["in_channels"])
+    needs_image = family.from_image(config)
     takes_image = needs_image or bool(index.get("expand_timesteps"))
     if image and not takes_image:
         raise UserError(f"image is set, but {folder} is text-to-video")
@@ -132,6 +132,7 @@ def encode_prompts(
         guided: encode the negative prompts too.
     """
     parts: dict[str, Any] = dict.fromkeys(_taken(cls, _OTHER_PARTS))
+    parts["vae"] = stand_in(Path(folder) / "vae")  # some pipelines are not made without
     parts |= {name: _load_part(folder, name, device, dtype) for name in _taken(cls, _TEXT_ENCODERS)}
     pipeline = _load(cls, folder, **parts, torch_dtype=dtype)
     found = []

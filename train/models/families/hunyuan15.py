@@ -11,6 +11,7 @@ The model predicts the velocity eps - x0 at timestep 1000 sigma. It is guided by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,16 @@ from train.flow import shifted
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.joint import JointAttention
+from train.models.pipelines import StepEnd
 from train.models.rope import geometric
 
+_INPUTS = {
+    "prompt_embeds": "encoder_hidden_states",
+    "prompt_embeds_mask": "encoder_attention_mask",
+    "prompt_embeds_2": "encoder_hidden_states_2",
+    "prompt_embeds_mask_2": "encoder_attention_mask_2",
+}
+"""What the pipeline calls both texts and their masks, and what the transformer does."""
 _Last: Any = type(HunyuanVideo15TransformerBlock.__name__, (HunyuanVideo15TransformerBlock,), {})
 """The last block's class: its text may carry fewer LoRAs, which makes it a graph of its own for the compiler."""
 
@@ -51,6 +60,7 @@ class Hunyuan15Adapter(ModelAdapter):
     """
 
     family = "hunyuan15"
+    pipeline_name = "HunyuanVideo15Pipeline"
     vae_in_bf16 = True
     decodes_tiled = True
     model_class = HunyuanVideo15Transformer3DModel
@@ -95,6 +105,44 @@ class Hunyuan15Adapter(ModelAdapter):
     def targets(self, *, text: bool) -> str:
         last = self.transformer.config.num_layers - 1  # what its text becomes is not read
         return rf"(?!transformer_blocks\.{last}\.attn\.(add_q_proj|to_add_out)$)({super().targets(text=text)})"
+
+    @classmethod
+    def from_image(cls, config: Mapping[str, Any]) -> bool:
+        return bool(config.get("task_type", "i2v") == "i2v")
+
+    @classmethod
+    def encode_prompt(
+        cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
+    ) -> dict[str, Tensor | None]:
+        pipeline.tokenizer_max_length = settings["max_sequence_length"] - pipeline.tokenizer_2_max_length
+        found: dict[str, Tensor | None] = {}
+        for side, text in (("", prompt), ("negative_", negative))[: 1 + guided]:
+            encoded = pipeline.encode_prompt(text, device=settings["device"])
+            found |= dict(zip((f"{side}{name}" for name in _INPUTS), encoded, strict=True))
+        return found
+
+    @classmethod
+    def negative_inputs(cls, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {theirs: encoded.get(f"negative_{name}") for name, theirs in _INPUTS.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:
+        """Its pipeline has the guidance in a part of its own, and tells nobody of its steps but the scheduler."""
+        pipeline.guider = pipeline.guider.new(guidance_scale=guidance)
+        step = pipeline.scheduler.step
+
+        def stepped(*inputs: Any, **named: Any) -> Any:
+            out = step(*inputs, **named)
+            step_end(pipeline, pipeline.scheduler.step_index - 1, inputs[1], {})
+            return out
+
+        pipeline.scheduler.step = stepped
+        try:
+            latent: Tensor = pipeline(output_type="latent", return_dict=False, **settings)[0]
+        finally:
+            del pipeline.scheduler.step
+        return latent
 
     def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's cosines and sines for its input x, (batch, C, F, H, W), past the native length by `rope`."""

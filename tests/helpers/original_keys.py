@@ -1,6 +1,7 @@
 """The tensors of the checkpoints that the families were released in: names and shapes, as data.
 
-`tests/train/lora/test_names.py` holds this list to diffusers' checkpoint converters and model classes. ``{n}``
+`tests/train/lora/test_names.py` holds this list to diffusers' checkpoint converters and model classes; HunyuanVideo-1.5
+has a converter in its scripts alone (convert_hunyuan_video1_5_to_diffusers.py), which takes just these. ``{n}``
 counts blocks; a name without an ending has a weight and a bias, whose shape is the weight's first side.
 """
 
@@ -84,6 +85,53 @@ single_blocks.{s}.modulation.linear 3D,D
 final_layer.linear 4O,D
 final_layer.adaLN_modulation.1 2D,D
 """
+# B byT5's width, I the image encoder's
+HUNYUAN15 = """
+img_in.proj D,C,1,1,1
+time_in.mlp.0 D,256
+time_in.mlp.2 D,D
+txt_in.input_embedder D,T
+txt_in.t_embedder.mlp.0 D,256
+txt_in.t_embedder.mlp.2 D,D
+txt_in.c_embedder.linear_1 D,T
+txt_in.c_embedder.linear_2 D,D
+txt_in.individual_token_refiner.blocks.{r}.norm1 D
+txt_in.individual_token_refiner.blocks.{r}.self_attn_qkv 3D,D
+txt_in.individual_token_refiner.blocks.{r}.self_attn_proj D,D
+txt_in.individual_token_refiner.blocks.{r}.norm2 D
+txt_in.individual_token_refiner.blocks.{r}.mlp.fc1 F,D
+txt_in.individual_token_refiner.blocks.{r}.mlp.fc2 D,F
+txt_in.individual_token_refiner.blocks.{r}.adaLN_modulation.1 2D,D
+byt5_in.layernorm B
+byt5_in.fc1 2048,B
+byt5_in.fc2 2048,2048
+byt5_in.fc3 D,2048
+vision_in.proj.0 I
+vision_in.proj.1 I,I
+vision_in.proj.3 D,I
+vision_in.proj.4 D
+cond_type_embedding.weight! 3,D
+double_blocks.{n}.img_mod.linear 6D,D
+double_blocks.{n}.img_attn_q D,D
+double_blocks.{n}.img_attn_k D,D
+double_blocks.{n}.img_attn_v D,D
+double_blocks.{n}.img_attn_q_norm.weight! 128
+double_blocks.{n}.img_attn_k_norm.weight! 128
+double_blocks.{n}.img_attn_proj D,D
+double_blocks.{n}.img_mlp.fc1 F,D
+double_blocks.{n}.img_mlp.fc2 D,F
+double_blocks.{n}.txt_mod.linear 6D,D
+double_blocks.{n}.txt_attn_q D,D
+double_blocks.{n}.txt_attn_k D,D
+double_blocks.{n}.txt_attn_v D,D
+double_blocks.{n}.txt_attn_q_norm.weight! 128
+double_blocks.{n}.txt_attn_k_norm.weight! 128
+double_blocks.{n}.txt_attn_proj D,D
+double_blocks.{n}.txt_mlp.fc1 F,D
+double_blocks.{n}.txt_mlp.fc2 D,F
+final_layer.linear O,D
+final_layer.adaLN_modulation.1 2D,D
+"""
 # E width of the text stream, G its feed-forward width; F and G are doubled by the gate; l is the last block alone
 MOCHI = """
 x_embedder.proj D,C,2,2
@@ -122,6 +170,10 @@ CHECKPOINTS: dict[str, tuple[str, dict]] = {
     "HunyuanVideo": (
         HUNYUAN,
         {"D": 3072, "F": 12288, "T": 4096, "C": 16, "O": 16, "r": range(2), "n": range(20), "s": range(40)},
+    ),
+    "HunyuanVideo-1.5": (
+        HUNYUAN15,
+        {"D": 2048, "F": 8192, "T": 3584, "B": 1472, "I": 1152, "C": 65, "O": 32, "r": range(2), "n": range(54)},
     ),
     "mochi-1-preview": (
         MOCHI,

@@ -1,11 +1,11 @@
 """A LoRA as the files that other tools load.
 
-    diffusers   <pipeline>.load_lora_weights(folder)
+    diffusers   <pipeline>.load_lora_weights(folder), <transformer>.load_lora_adapter for a pipeline without that
     comfyui     ComfyUI's LoRA loaders, WanVideoWrapper, LightX2V, DiffSynth, FastVideo, SGLang; names of the original
                 checkpoint after `diffusion_model.`, or ComfyUI's where it takes no others
     kohya       kohya's trainers and what reads their files; names of the original checkpoint with underscores (ComfyUI
-                reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers; musubi-tuner reads
-                layers of blocks alone)
+                reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers, and of
+                HunyuanVideo-1.5 also q, k and v; musubi-tuner reads layers of blocks alone)
     peft        PeftModel.from_pretrained(transformer, folder)
     released    the folder that the released HunyuanVideo inference script takes
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.errors import UserError
-from train.lora.names import TABLES, OriginalLayer, comfyui_names, original_layers
+from train.lora.names import TABLES, OriginalLayer, comfyui_layers, comfyui_names, original_layers
 from train.lora.reading import Pairs
 from train.lora.targets import weighted_layers
 
@@ -57,8 +57,11 @@ class Adapter:
         """The diffusers class."""
         return type(self.model).__name__
 
-    def fused(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def fused(self, *, comfyui: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         """The LoRA of each layer of the original checkpoint: A (sum of ranks, in), B (all rows, sum of ranks).
+
+        Args:
+            comfyui: of the checkpoint that ComfyUI loads.
 
         Raises:
             UserError: a layer that the tables of `train.lora.names` lack.
@@ -66,7 +69,7 @@ class Adapter:
         layers = weighted_layers(self.model)
         found = {}
         left = set(self.pairs)
-        for layer in original_layers(self.model_class, layers):
+        for layer in (comfyui_layers if comfyui else original_layers)(self.model_class, layers):
             if not left.isdisjoint(layer.parts):
                 found[layer.name] = _fuse(layer, self.pairs, [len(layers[part].weight) for part in layer.parts])
                 left -= set(layer.parts)
@@ -109,7 +112,7 @@ def _diffusers(adapter: Adapter, folder: Path) -> None:
 
 
 def _comfyui(adapter: Adapter, folder: Path) -> None:
-    fused = adapter.fused()
+    fused = adapter.fused(comfyui=True)
     rank = max(len(down) for down, _ in fused.values())
     named = {comfyui_names(adapter.model_class, name)[-1]: _filled_up(pair, rank) for name, pair in fused.items()}
     _save(named_tensors(named, "diffusion_model."), folder / f"{adapter.name}.safetensors", adapter)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from train.errors import UserError
 from train.export.formats import WEIGHTS, Adapter
+from train.lora.keys import of_kohya
 from train.lora.names import MUSUBI_BLOCKS, comfyui_names
 from train.lora.reading import Pairs, lora_in, read_lora, trim
 from train.lora.targets import weighted_layers
@@ -78,7 +79,7 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
 
 
 def _by_pipeline_if_wide(adapter: Adapter, base: Path, file: Path) -> str:
-    if adapter.model_class == "MochiTransformer3DModel":
+    if adapter.model_class in ("MochiTransformer3DModel", "HunyuanVideo15Transformer3DModel"):
         return ""  # diffusers knows its own names only
     if adapter.model_class == "HunyuanVideoTransformer3DModel":
         width = len(weighted_layers(adapter.model)["transformer_blocks.0.attn.to_q"].weight)
@@ -97,7 +98,7 @@ def _by_peft(adapter: Adapter, base: Path, file: Path) -> str:
 def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
     """ComfyUI's rule: a known prefix, the layer's name, and factors of the original weight's shape."""
     tensors = load_file(file)
-    layers = adapter.fused()
+    layers = adapter.fused(comfyui=not any(map(of_kohya, tensors)))
     passed_over = []
     for name, (down, up) in layers.items():
         known = _comfyui_keys(adapter.model_class, name)
@@ -136,8 +137,8 @@ def _same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool
 
 def _comfyui_keys(model_class: str, name: str) -> list[str]:
     """What ComfyUI looks for before ``.lora_A`` and the like."""
-    own, *others = comfyui_names(model_class, name)
-    return [*(f"diffusion_model.{known}" for known in (own, *others)), f"lora_unet_{own.replace('.', '_')}"]
+    names = comfyui_names(model_class, name)
+    return [*(f"diffusion_model.{known}" for known in names), *(f"lora_unet_{n.replace('.', '_')}" for n in names[:1])]
 
 
 # The format's own loader first; a second one may also read the file.

@@ -123,6 +123,70 @@ TABLES: dict[str, list[tuple[str, str, str]]] = {
             """,
         ),
     ],
+    "HunyuanVideo15Transformer3DModel": [
+        (
+            "",
+            "",
+            """
+            img_in.proj                   x_embedder.proj
+            time_in.mlp.0                 time_embed.timestep_embedder.linear_1
+            time_in.mlp.2                 time_embed.timestep_embedder.linear_2
+            txt_in.input_embedder         context_embedder.proj_in
+            txt_in.t_embedder.mlp.0       context_embedder.time_text_embed.timestep_embedder.linear_1
+            txt_in.t_embedder.mlp.2       context_embedder.time_text_embed.timestep_embedder.linear_2
+            txt_in.c_embedder.linear_1    context_embedder.time_text_embed.text_embedder.linear_1
+            txt_in.c_embedder.linear_2    context_embedder.time_text_embed.text_embedder.linear_2
+            byt5_in.layernorm             context_embedder_2.norm
+            byt5_in.fc1                   context_embedder_2.linear_1
+            byt5_in.fc2                   context_embedder_2.linear_2
+            byt5_in.fc3                   context_embedder_2.linear_3
+            vision_in.proj.0              image_embedder.norm_in
+            vision_in.proj.1              image_embedder.linear_1
+            vision_in.proj.3              image_embedder.linear_2
+            vision_in.proj.4              image_embedder.norm_out
+            cond_type_embedding           cond_type_embed
+            final_layer.adaLN_modulation.1  *norm_out.linear
+            final_layer.linear            proj_out
+            """,
+        ),
+        (
+            "txt_in.individual_token_refiner.blocks.{}.",
+            "context_embedder.token_refiner.refiner_blocks.{}.",
+            """
+            norm1               norm1
+            self_attn_qkv       attn.to_q attn.to_k attn.to_v
+            self_attn_proj      attn.to_out.0
+            norm2               norm2
+            mlp.fc1             ff.net.0.proj
+            mlp.fc2             ff.net.2
+            adaLN_modulation.1  norm_out.linear
+            """,
+        ),
+        (
+            "double_blocks.{}.",
+            "transformer_blocks.{}.",
+            """
+            img_mod.linear   norm1.linear
+            img_attn_q       attn.to_q
+            img_attn_k       attn.to_k
+            img_attn_v       attn.to_v
+            img_attn_q_norm  attn.norm_q
+            img_attn_k_norm  attn.norm_k
+            img_attn_proj    attn.to_out.0
+            img_mlp.fc1      ff.net.0.proj
+            img_mlp.fc2      ff.net.2
+            txt_mod.linear   norm1_context.linear
+            txt_attn_q       attn.add_q_proj
+            txt_attn_k       attn.add_k_proj
+            txt_attn_v       attn.add_v_proj
+            txt_attn_q_norm  attn.norm_added_q
+            txt_attn_k_norm  attn.norm_added_k
+            txt_attn_proj    attn.to_add_out
+            txt_mlp.fc1      ff_context.net.0.proj
+            txt_mlp.fc2      ff_context.net.2
+            """,
+        ),
+    ],
     "MochiTransformer3DModel": [
         (
             "",
@@ -170,13 +234,15 @@ PARAMETERS: dict[str, list[tuple[str, str]]] = {
         ("head.modulation", "scale_shift_table"),
     ]
 }
+_HUNYUANS = ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel")
 MUSUBI_BLOCKS: dict[str, tuple[str, ...]] = {
     "WanTransformer3DModel": ("blocks.",),
     "HunyuanVideoTransformer3DModel": ("double_blocks.", "single_blocks."),
+    "HunyuanVideo15Transformer3DModel": ("double_blocks.",),
 }
 """What the names of the layers start with that musubi-tuner reads of a LoRA; Mochi it does not know."""
-# ComfyUI has names of its own for HunyuanVideo's layers. Those of the blocks it also takes as the original has them,
-# after `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
+# ComfyUI has names of its own for the layers of both HunyuanVideos. Those of the blocks it also takes as the original
+# has them, after `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
 _COMFYUI_EMBEDDERS = {
     "mlp.0": "in_layer",
     "mlp.2": "out_layer",
@@ -245,14 +311,32 @@ def original_parameters(model_class: str, parameters: Iterable[str]) -> dict[str
     return found
 
 
+def comfyui_layers(model_class: str, modules: Iterable[str]) -> list[OriginalLayer]:
+    """The layers of the checkpoint that ComfyUI loads; arguments as for `original_layers`.
+
+    It is the original one, but that q, k and v of HunyuanVideo-1.5's blocks are stacked there, as HunyuanVideo's are.
+    """
+    found: dict[str, OriginalLayer] = {}
+    for layer in original_layers(model_class, modules):
+        name = layer.name
+        if not comfyui_names(model_class, name):
+            name = re.sub("[qkv]$", "qkv", name)
+            layer = OriginalLayer(name, (*(found[name].parts if name in found else ()), *layer.parts))
+        found[name] = layer
+    return list(found.values())
+
+
 def comfyui_names(model_class: str, name: str) -> tuple[str, ...]:
     """What ComfyUI calls a layer of the original checkpoint.
 
     Returns:
         Its own name, which is also the one that ``lora_unet_`` goes before with underscores; then the name of the
-        original checkpoint where it takes that too, after ``diffusion_model.`` alone.
+        original checkpoint where it takes that too, after ``diffusion_model.`` alone. Nothing for a layer that is a
+        part of another one there (`comfyui_layers`).
     """
-    if model_class == "HunyuanVideoTransformer3DModel":
+    if model_class in _HUNYUANS:
+        if re.search(r"(img|txt)_attn_[qkv]$", name):
+            return ()
         for theirs, own in _COMFYUI_EMBEDDERS.items():
             if name.endswith((f"_in.{theirs}", f"_embedder.{theirs}")):
                 return (name.removesuffix(theirs) + own,)

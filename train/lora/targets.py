@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.lora.names import comfyui_names, original_layers, original_parameters
+from train.lora.names import comfyui_layers, comfyui_names, original_layers, original_parameters
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
     """Each name that a tool may give a layer or parameter, without prefixes -> what it changes."""
     model_class, layers = type(model).__name__, weighted_layers(model)
     targets = {name: Target(name, (name,), (module,)) for name, module in layers.items()}
-    for layer in original_layers(model_class, layers):
+    for layer in (*original_layers(model_class, layers), *comfyui_layers(model_class, layers)):
         modules = tuple(layers[part] for part in layer.parts)
         target = Target(layer.name, layer.parts, modules, layer.swapped)
         targets |= dict.fromkeys((layer.name, *comfyui_names(model_class, layer.name)), target)

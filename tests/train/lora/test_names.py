@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.helpers.original_keys import CHECKPOINTS, original_keys
 from train.export.formats import Adapter
-from train.lora.names import comfyui_names, original_layers
+from train.lora.names import comfyui_layers, comfyui_names, original_layers
 from train.lora.targets import weighted_layers
 
 WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}
@@ -25,6 +25,7 @@ MODELS = {
         {"class": "HunyuanVideoTransformer3DModel", "convert": "convert_hunyuan_video_transformer_to_diffusers"},
         {},
     ),
+    "HunyuanVideo-1.5": ({"class": "HunyuanVideo15Transformer3DModel", "convert": None}, {}),
     "mochi-1-preview": (
         {"class": "MochiTransformer3DModel", "convert": "convert_mochi_transformer_checkpoint_to_diffusers"},
         {},
@@ -40,7 +41,7 @@ def model_of(name: str) -> nn.Module:
         return getattr(diffusers, about["class"])(**config)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name, (about, _) in MODELS.items() if about["convert"] is not None])
 def test_the_listed_checkpoints_are_what_diffusers_converts(name):
     assert MODELS.keys() == CHECKPOINTS.keys()
     checkpoint = {key: torch.empty(shape, device="meta") for key, shape in original_keys(name).items()}
@@ -129,3 +130,29 @@ def test_comfyuis_own_names_of_hunyuan_videos_layers():
     for name, expected in COMFYUI.items():
         assert comfyui_names("HunyuanVideoTransformer3DModel", name) == expected
     assert comfyui_names("MochiTransformer3DModel", "t_embedder.mlp.0") == ("t_embedder.mlp.0",)
+
+
+def test_comfyui_stacks_q_k_and_v_of_hunyuan_video_15_as_hunyuan_videos():
+    """Its checkpoint has them apart; ComfyUI's has the layers of HunyuanVideo, under the names of those."""
+    model = model_of("HunyuanVideo-1.5")
+    kind, layers = type(model).__name__, weighted_layers(model)
+    original = {layer.name: layer for layer in original_layers(kind, layers)}
+    comfyui = {layer.name: layer for layer in comfyui_layers(kind, layers)}
+    stacked = {name: layer for name, layer in comfyui.items() if name not in original}
+    assert set(stacked) == {f"double_blocks.{n}.{side}_attn_qkv" for n in range(54) for side in ("img", "txt")}
+    assert stacked["double_blocks.7.img_attn_qkv"].parts == tuple(f"transformer_blocks.7.attn.to_{x}" for x in "qkv")
+    assert stacked["double_blocks.7.txt_attn_qkv"].parts == tuple(
+        f"transformer_blocks.7.attn.add_{x}_proj" for x in "qkv"
+    )
+    assert sorted(p for layer in comfyui.values() for p in layer.parts) == sorted(layers)
+    assert {name: layer for name, layer in comfyui.items() if name in original} == {
+        name: layer for name, layer in original.items() if comfyui_names(kind, name)
+    }
+    assert not comfyui_names(kind, "double_blocks.7.img_attn_q")
+    for name in COMFYUI:
+        if name in comfyui:
+            assert comfyui_names(kind, name) == COMFYUI[name]
+    wan = model_of("Wan2.1-T2V-14B")
+    assert comfyui_layers(type(wan).__name__, weighted_layers(wan)) == original_layers(
+        type(wan).__name__, weighted_layers(wan)
+    )

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5 import pipeline_hunyuan_video1_5
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
 from torch import Tensor
-from transformers import Qwen2_5_VLTextModel, T5EncoderModel
+from transformers import Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
 
 from data.encoders.base import Encoder, EncoderSettings, load_text, load_tokenizer, quiet, stored, to_video
 from data.encoders.decoding import normalized
@@ -31,7 +31,8 @@ _MARK = "the caption"
 class Hunyuan15Encoder(Encoder):
     """Encoder of HunyuanVideo-1.5; `text.text` is Qwen2.5-VL's, `text.glyphs` byT5's.
 
-    A caption that quotes nothing has one token of glyphs, zeros behind the mask.
+    A caption that quotes nothing has one token of glyphs, zeros behind the mask. For image-to-video, `image.condition`
+    is the first frame's latent, (C, 1, h, w), and `image.vision` (tokens, D) the image encoder's last layer.
     """
 
     family = "hunyuan15"
@@ -41,6 +42,7 @@ class Hunyuan15Encoder(Encoder):
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     }
+    image_parts = {"image": ("image_encoder", "feature_extractor")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLHunyuanVideo15 in blended tiles, times scaling_factor"
     text_is = (
         "text: Qwen2.5-VL hidden state, third from last, up to 1,000 tokens, without the template before the caption "
@@ -56,19 +58,32 @@ class Hunyuan15Encoder(Encoder):
         self.check_vae(folder / "vae", found, "it is none of HunyuanVideo-1.5's")
         self.vae.enable_tiling()
         tokenizer = load_tokenizer(settings, "tokenizer")
-        self.pipeline: Any = HunyuanVideo15Pipeline(
-            text_encoder=load_text(Qwen2_5_VLTextModel, settings, "text_encoder"),
-            tokenizer=tokenizer,
-            transformer=None,
-            vae=self.vae,
-            scheduler=None,
-            text_encoder_2=load_text(T5EncoderModel, settings, "text_encoder_2"),
-            tokenizer_2=load_tokenizer(settings, "tokenizer_2"),
-            guider=None,
-        )
+        parts: dict[str, Any] = {
+            "text_encoder": load_text(Qwen2_5_VLTextModel, settings, "text_encoder"),
+            "tokenizer": tokenizer,
+            "transformer": None,
+            "vae": self.vae,
+            "scheduler": None,
+            "text_encoder_2": load_text(T5EncoderModel, settings, "text_encoder_2"),
+            "tokenizer_2": load_tokenizer(settings, "tokenizer_2"),
+            "guider": None,
+        }
+        self.pipeline: Any = HunyuanVideo15Pipeline(**parts)
         if tokenizer is not None:
             before = self._in_template(_MARK, tokenize=False).partition(_MARK)[0]
             check_prefix(tokenizer, folder / "tokenizer", before, self.cropped)
+
+        self.images: Any = None
+        if settings.image_to_video:
+            self.images = HunyuanVideo15ImageToVideoPipeline(
+                **parts,
+                image_encoder=load_part(SiglipVisionModel, folder / "image_encoder", self.device, settings.text_dtype),
+                feature_extractor=SiglipImageProcessor.from_pretrained(folder / "feature_extractor"),
+            )
+
+    @classmethod
+    def check_image_to_video(cls) -> None:
+        """It has such a model."""
 
     @property
     def cropped(self) -> int:
@@ -83,6 +98,15 @@ class Hunyuan15Encoder(Encoder):
         with torch.no_grad(), in_time(self.vae):
             latent = self.vae.encode(to_video(frames, self.device, self.vae.dtype)).latent_dist.mode().float()
         return stored(normalized(self.vae, latent)[0])
+
+    def image(self, frames: np.ndarray) -> dict[str, Tensor]:
+        if self.images is None:
+            return super().image(frames)
+        from PIL import Image
+
+        with torch.no_grad():
+            seen = self.images.encode_image(Image.fromarray(frames[0]), 1, self.device, torch.float32)
+        return {"condition": self.encode(frames[:1]), "vision": stored(seen[0])}
 
     def prompt(self, text: str) -> Prompt:
         with torch.no_grad(), quiet(pipeline_hunyuan_video1_5.__name__):

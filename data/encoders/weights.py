@@ -41,7 +41,7 @@ def fingerprint_of(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> dict[s
 def _hash_part(folder: Path, digest: Any) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
-    if "tokenizer" in folder.name or "processor" in folder.name:
+    if any(kind in folder.name for kind in ("tokenizer", "processor", "extractor")):
         for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".txt", ".model", ".jinja"):
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

@@ -28,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -154,8 +157,8 @@ def _chat_tokenizer(before: int) -> Any:
     return tokenizer
 
 
-def save_hunyuan15(folder: Path, seed: int = 0) -> Path:
-    """A HunyuanVideo-1.5 folder."""
+def save_hunyuan15(folder: Path, seed: int = 0, *, image: bool = False) -> Path:
+    """A HunyuanVideo-1.5 folder; `image` adds what image-to-video needs, with as many tokens as the real one's."""
     torch.manual_seed(seed)
     vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1)
     qwen = Qwen2_5_VLTextConfig(
@@ -169,6 +172,17 @@ def save_hunyuan15(folder: Path, seed: int = 0) -> Path:
     _random(T5EncoderModel(byt5)).save_pretrained(folder / "text_encoder_2")
     _chat_tokenizer(108).save_pretrained(folder / "tokenizer")
     ByT5Tokenizer().save_pretrained(folder / "tokenizer_2")
+    if image:
+        vision = SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=54,
+            patch_size=2,
+        )
+        _random(SiglipVisionModel(vision)).save_pretrained(folder / "image_encoder")
+        SiglipImageProcessor(size={"height": 54, "width": 54}).save_pretrained(folder / "feature_extractor")
     return folder
 
 

@@ -14,6 +14,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaModel,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessor,
+    SiglipVisionModel,
     T5EncoderModel,
     UMT5EncoderModel,
 )
@@ -60,11 +62,12 @@ def save_pipeline(family: str, folder: Path) -> Path:
 
     Args:
         family: wan, wan_i2v, wan_a14b (two experts), wan_5b (its own VAE, a timestep for each token), hunyuan,
-            hunyuan15, mochi.
+            hunyuan15, hunyuan15_i2v, mochi.
     """
     torch.manual_seed(0)
     parts = folder.with_name(f"{folder.name}_parts")
-    make = {"hunyuan": _hunyuan, "hunyuan15": _hunyuan15, "mochi": _mochi}.get(family, _wan)
+    makers = {"hunyuan": _hunyuan, "hunyuan15": _hunyuan15, "hunyuan15_i2v": _hunyuan15, "mochi": _mochi}
+    make = makers.get(family, _wan)
     make(family, parts).save_pretrained(folder)
     return folder
 
@@ -117,16 +120,25 @@ def _hunyuan(family: str, parts: Path) -> Any:
 
 
 def _hunyuan15(family: str, parts: Path) -> Any:
-    save_hunyuan15(parts)
-    return diffusers.HunyuanVideo15Pipeline(
-        text_encoder=_part(Qwen2_5_VLTextModel, parts, "text_encoder"),
-        tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
-        transformer=_transformer("hunyuan15", text_embed_dim=32, text_embed_2_dim=24),
-        vae=_part(diffusers.AutoencoderKLHunyuanVideo15, parts, "vae"),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),  # as at less than 720 lines
-        text_encoder_2=_part(T5EncoderModel, parts, "text_encoder_2"),
-        tokenizer_2=_part(AutoTokenizer, parts, "tokenizer_2"),
-        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+    image = family == "hunyuan15_i2v"
+    save_hunyuan15(parts, image=image)
+    widths = {"text_embed_dim": 32, "text_embed_2_dim": 24, "image_embed_dim": 16}
+    given = {
+        "text_encoder": _part(Qwen2_5_VLTextModel, parts, "text_encoder"),
+        "tokenizer": _part(AutoTokenizer, parts, "tokenizer"),
+        "transformer": _transformer("hunyuan15", **widths, task_type="i2v" if image else "t2v"),
+        "vae": _part(diffusers.AutoencoderKLHunyuanVideo15, parts, "vae"),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),  # as at less than 720 lines
+        "text_encoder_2": _part(T5EncoderModel, parts, "text_encoder_2"),
+        "tokenizer_2": _part(AutoTokenizer, parts, "tokenizer_2"),
+        "guider": diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+    }
+    if not image:
+        return diffusers.HunyuanVideo15Pipeline(**given)
+    return diffusers.HunyuanVideo15ImageToVideoPipeline(
+        **given,
+        image_encoder=_part(SiglipVisionModel, parts, "image_encoder"),
+        feature_extractor=_part(SiglipImageProcessor, parts, "feature_extractor"),
     )
 
 

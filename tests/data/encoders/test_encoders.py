@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi, WanImageToV
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -202,6 +203,26 @@ def test_wan_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
         load("wan", tmp_path).image(frames)
     with pytest.raises(DataError, match="model=pixels has no image-to-video encoder"):
         load("pixels", None).image(frames)  # type: ignore[arg-type]
+
+
+def test_hunyuan15_image_conditions_are_the_pipeline_s(tmp_path: Path) -> None:
+    """The first frame's latent is also that which the clip's own begins with."""
+    encoder: Any = load("hunyuan15", save_hunyuan15(tmp_path, image=True), image_to_video=True)
+    frames, cpu = moving(9, 48, 64), torch.device("cpu")
+    found = encoder.image(frames)
+    picture = Image.fromarray(frames[0])
+    latents = torch.zeros(1, 4, 3, 3, 4)
+    condition, mask = encoder.images.prepare_cond_latents_and_mask(latents, picture, 1, 48, 64, torch.float32, cpu)
+    assert mask[:, :, 0].all() and not mask[:, :, 1:].any() and not condition[:, :, 1:].any()
+    torch.testing.assert_close(found["condition"].float(), condition[0, :, :1], atol=1e-5, rtol=2**-7)
+    torch.testing.assert_close(encoder.encode(frames)[:, :1], found["condition"], atol=1e-5, rtol=2**-7)
+    assert found["vision"].shape == (729, 16)
+    torch.testing.assert_close(
+        found["vision"], encoder.images.encode_image(picture, 1, cpu, torch.float32)[0].bfloat16()
+    )
+    assert "+image-" in fingerprint("hunyuan15", tmp_path, image_to_video=True)
+    with pytest.raises(DataError, match="loaded without image_to_video"):
+        load("hunyuan15", tmp_path).image(frames)
 
 
 def test_hunyuan_text_is_without_template_and_padding(folders: dict[str, Path]) -> None:

@@ -236,7 +236,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
                 ["source=s", "out=o", f"model={model}", "weights=w", "--image-to-video"],
                 f"image_to_video is true, but model={model} has no image-to-video encoder here; leave it out",
             )
-            for model in ("pixels", "hunyuan", "hunyuan15", "mochi")
+            for model in ("pixels", "hunyuan", "mochi")
         ],
         (["source=s", "out=o", "model=wan22_5b", "--image-to-video"], "model=wan22_5b takes the first frame from"),
         (["source=s", f"out={tmp_path / 'file'}", "model=pixels"], "file: is a file, expected a folder for shards"),

@@ -12,6 +12,9 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, to_video
@@ -172,12 +175,13 @@ def test_the_last_blocks_text_gets_no_lora():
 
 
 @pytest.mark.parametrize(
-    "change", [{"task_type": "i2v"}, {"use_meanflow": True}, {"in_channels": 4}], ids=lambda change: next(iter(change))
+    ("change", "found"),
+    [({"use_meanflow": True}, "use_meanflow=True"), ({"in_channels": 4}, "4 channels in and 4 out")],
 )
-def test_other_models_of_the_class_are_refused(change):
-    config = {**Hunyuan15Adapter.tiny_config, **change}
-    with pytest.raises(UserError, match=f"{next(iter(change))}={next(iter(change.values()))}|4 channels in.*t2v"):
-        Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), TEXT)
+def test_other_models_of_the_class_are_refused(change, found):
+    model = HunyuanVideo15Transformer3DModel(**{**Hunyuan15Adapter.tiny_config, **change})
+    with pytest.raises(UserError, match=f"{found}.*text- or image-to-video weights"):
+        Hunyuan15Adapter(model, TEXT)
 
 
 def test_other_shards_are_refused():
@@ -188,7 +192,9 @@ def test_other_shards_are_refused():
     with pytest.raises(UserError, match=r"text glyphs is \(tokens, width\) \(3, 8\), the model takes a width of 12"):
         adapter.check(x, dataclasses.replace(seen, text={**seen.text, "glyphs": wide}))
     long = TextTokens(torch.zeros(2, 15, 24), torch.ones(2, 15, dtype=torch.bool))
-    with pytest.raises(UserError, match="has 15 tokens and 6 of glyphs, model.text_tokens is 20 for both"):
+    with pytest.raises(
+        UserError, match="has 15 tokens and 6 of glyphs and image, model.text_tokens is 20 for all of them"
+    ):
         adapter.velocity(x, torch.ones(2), dataclasses.replace(seen, text={**seen.text, "text": long}))
 
 
@@ -204,3 +210,42 @@ def test_the_encoders_latents_are_normalised_as_the_pipeline_undoes_it(tmp_path)
     got = given_to_the_decoder(pipeline, encoder.encode(frames), height=32, width=48, num_frames=9, **text)
     torch.testing.assert_close(got, mode, rtol=1e-2, atol=1e-4)  # shards hold bfloat16
     assert encoder.vae.config.scaling_factor != 1
+
+
+@torch.no_grad()
+def test_image_to_video_equals_the_stock_model():
+    """Called as its pipeline calls it: the first frame's latent and a mask of it, and the image before the texts."""
+    config = {**Hunyuan15Adapter.tiny_config, "task_type": "i2v"}
+    model = HunyuanVideo15Transformer3DModel(**config)
+    model.load_state_dict(build("hunyuan15").transformer.state_dict())
+    adapter = Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), 729 + TEXT)
+    adapter.transformer.load_state_dict(model.state_dict())
+    x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, (5, 14), (0, 4))
+    drawn = adapter.random_conditions(x)
+    assert drawn.text["text"].tokens.shape[1] == TEXT and drawn.image["vision"].shape == (2, 729, 8)
+    given = torch.zeros(2, 5, *x.shape[2:])
+    given[:, :4, 0], given[:, 4, 0] = drawn.image["condition"][:, :, 0], 1
+    text, glyphs = seen.text["text"], seen.text["glyphs"]
+    expected = model(
+        torch.cat([x, given], dim=1), 1000 * sigma, text.tokens, text.mask.float(),
+        encoder_hidden_states_2=glyphs.tokens, encoder_attention_mask_2=glyphs.mask.float(),
+        image_embeds=drawn.image["vision"], return_dict=False,
+    )[0]  # fmt: skip
+    adapter.set_attention(planned(adapter, x))
+    got = adapter.velocity(x, sigma, dataclasses.replace(seen, image=drawn.image))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    adapter.check(x, dataclasses.replace(seen, image=drawn.image))
+    with pytest.raises(UserError, match="the shards hold image .*make them with python -m data.prepare --image-to-vid"):
+        adapter.velocity(x, sigma, seen)
+
+
+def test_image_to_videos_flops_are_those_that_torch_counts():
+    config = {**Hunyuan15Adapter.tiny_config, "task_type": "i2v"}
+    adapter = Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), 729 + TEXT)
+    for block in adapter.blocks():
+        block.attn.processor = HunyuanVideo15AttnProcessor2_0()
+    x = latents(adapter, (24, 8, 8), 1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        adapter.velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))
+    attention = planned(adapter, x).attention_flops(*adapter.attention_shape)
+    assert adapter.linear_flops(adapter.grid(x)) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)

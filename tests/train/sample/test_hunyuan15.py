@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.encoders.decoding import decode_frames
 from tests.helpers import sample_ranks
@@ -104,6 +105,28 @@ def test_frames_are_the_stock_pipelines(folder):
         generator=torch.Generator().manual_seed(7),
     ).frames[0]  # fmt: skip
     assert np.abs(frames - 255 * stock).max() <= 2
+
+
+def test_image_to_video_is_the_stock_pipelines(tmp_path):
+    """Which takes the clip's size from the picture's and the model's; the command's is that of its settings."""
+    folder = save_pipeline("hunyuan15_i2v", tmp_path / "i2v")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8))
+    picture.save(tmp_path / "first.png")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.target_size = 80
+    assert pipeline.video_processor.calculate_default_height_width(64, 96, 80) == (64, 96)
+    expected = pipeline(
+        prompt=PROMPT, negative_prompt="the bar", image=picture, num_frames=33,
+        num_inference_steps=3, generator=torch.Generator().manual_seed(7), output_type="latent",
+    ).frames  # fmt: skip
+    changes = {**CHANGES, "model": "hunyuan15_i2v", "model.text_tokens": 729 + 300, "image": tmp_path / "first.png"}
+    got = latent(folder, **changes, pattern="dense")
+    assert got.latent.shape == expected.shape
+    close(got.latent, expected)
+    sparse = latent(folder, **changes, **SPARSE)
+    assert (sparse.latent - expected).abs().max() > 1e-3
+    with pytest.raises(UserError, match="is image-to-video, give image=FILE"):
+        pipeline_class(str(folder), image=False)
 
 
 def test_a_first_frame_is_refused(folder):

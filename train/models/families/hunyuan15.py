@@ -1,12 +1,13 @@
-"""HunyuanVideo-1.5 text-to-video: diffusers' HunyuanVideo15Transformer3DModel with radial joint attention.
+"""HunyuanVideo-1.5, text- and image-to-video: diffusers' HunyuanVideo15Transformer3DModel with radial joint attention.
 
 54 blocks, in which video and text have weights of their own; what the last makes of the text nothing reads. The text is
 two encoders' tokens in one sequence, Qwen2.5-VL's of the caption and byT5's of what the caption quotes (the glyphs that
-the video shows), each padded with a mask of its own: the model puts what is valid first, glyphs before words, and what
-is padding last. Image states would come before both; text-to-video has none, and its pipeline passes zeros, which the
-model masks out. Beside the noised latent the model takes a latent of given frames and their mask, zeros both here.
+the video shows), each padded with a mask of its own; before them stand the image encoder's tokens of a first frame. The
+model puts what is valid first, image, glyphs, words, and what is padding last. A text-to-video model has no image: its
+pipeline passes zeros, which the model masks out whole.
 
-The model predicts the velocity eps - x0 at timestep 1000 sigma. It is guided by a pass with another prompt.
+Beside the noised latent the model takes the latents of given frames and a mask that is 1 there: the first frame's, or
+zeros. It predicts the velocity eps - x0 at timestep 1000 sigma, and is guided by a pass with another prompt.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from train.models.joint import JointAttention
 from train.models.pipelines import StepEnd
 from train.models.rope import geometric
 
+_IMAGE_TOKENS = 729  # of the image encoder: 27 x 27 patches
 _INPUTS = {
     "prompt_embeds": "encoder_hidden_states",
     "prompt_embeds_mask": "encoder_attention_mask",
@@ -54,13 +56,15 @@ class Hunyuan15Attention(JointAttention):
 
 
 class Hunyuan15Adapter(ModelAdapter):
-    """Adapter of HunyuanVideo-1.5 text-to-video; shards hold ``text.text`` (Qwen2.5-VL) and ``text.glyphs`` (byT5).
+    """Adapter of HunyuanVideo-1.5; shards hold ``text.text`` (Qwen2.5-VL) and ``text.glyphs`` (byT5).
 
-    ``text_tokens`` is the length of both texts together.
+    Those for image-to-video hold ``image.condition``, (C, 1, H, W), and ``image.vision``, (tokens, width), too.
+    ``text_tokens`` is the length of both texts, and of the image's tokens, together.
     """
 
     family = "hunyuan15"
     pipeline_name = "HunyuanVideo15Pipeline"
+    image_pipeline_name = "HunyuanVideo15ImageToVideoPipeline"
     vae_in_bf16 = True
     decodes_tiled = True
     model_class = HunyuanVideo15Transformer3DModel
@@ -83,17 +87,18 @@ class Hunyuan15Adapter(ModelAdapter):
     }
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
-        """Raises a UserError for a model of the class that is not text-to-video."""
+        """Raises a UserError for a model of the class that is none of these."""
         config = transformer.config
-        if config.task_type != "t2v" or config.in_channels != 2 * config.out_channels + 1 or config.use_meanflow:
+        if config.in_channels != 2 * config.out_channels + 1 or config.use_meanflow:
             raise UserError(
-                f"the model has task_type={config.task_type}, use_meanflow={config.use_meanflow}, {config.in_channels} "
-                f"channels in and {config.out_channels} out, expected HunyuanVideo-1.5's text-to-video weights: t2v, "
-                "no meanflow, twice the channels out and one in"
+                f"the model has use_meanflow={config.use_meanflow}, {config.in_channels} channels in and "
+                f"{config.out_channels} out, expected HunyuanVideo-1.5's text- or image-to-video weights: no meanflow "
+                "(step-distilled models have it), twice the channels out and one in"
             )
         super().__init__(transformer, text_tokens)
         transformer.transformer_blocks[-1].__class__ = _Last
-        transformer.register_forward_pre_hook(_without_image, with_kwargs=True)
+        if not self.image_to_video:
+            transformer.register_forward_pre_hook(_without_image, with_kwargs=True)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
         # it gives a transposed view, whose strides every sum with it would inherit, block after block
         transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
@@ -106,6 +111,11 @@ class Hunyuan15Adapter(ModelAdapter):
         last = self.transformer.config.num_layers - 1  # what its text becomes is not read
         return rf"(?!transformer_blocks\.{last}\.attn\.(add_q_proj|to_add_out)$)({super().targets(text=text)})"
 
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the model takes a first frame."""
+        return self.from_image(self.transformer.config)
+
     @classmethod
     def from_image(cls, config: Mapping[str, Any]) -> bool:
         return bool(config.get("task_type", "i2v") == "i2v")
@@ -114,7 +124,10 @@ class Hunyuan15Adapter(ModelAdapter):
     def encode_prompt(
         cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
     ) -> dict[str, Tensor | None]:
-        pipeline.tokenizer_max_length = settings["max_sequence_length"] - pipeline.tokenizer_2_max_length
+        room = settings["max_sequence_length"] - pipeline.tokenizer_2_max_length
+        if type(pipeline).__name__ == cls.image_pipeline_name:
+            room -= pipeline.vision_num_semantic_tokens
+        pipeline.tokenizer_max_length = room
         found: dict[str, Tensor | None] = {}
         for side, text in (("", prompt), ("negative_", negative))[: 1 + guided]:
             encoded = pipeline.encode_prompt(text, device=settings["device"])
@@ -130,6 +143,10 @@ class Hunyuan15Adapter(ModelAdapter):
     def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:
         """Its pipeline has the guidance in a part of its own, and tells nobody of its steps but the scheduler."""
         pipeline.guider = pipeline.guider.new(guidance_scale=guidance)
+        if "image" in settings:  # whose size and the model's decide the clip's, unless they are told
+            size = settings.pop("height"), settings.pop("width")
+            pipeline.video_processor.calculate_default_height_width = lambda *_, **__: size
+            pipeline.vae.enable_tiling()  # as clips are encoded
         step = pipeline.scheduler.step
 
         def stepped(*inputs: Any, **named: Any) -> Any:
@@ -170,18 +187,24 @@ class Hunyuan15Adapter(ModelAdapter):
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         config, batch = self.transformer.config, len(x)
         dtype = self.transformer.x_embedder.proj.weight.dtype
+        given = x.new_zeros(batch, config.in_channels - x.shape[1], *x.shape[2:])
+        image = x.new_zeros(batch, 0, config.image_embed_dim)
+        if self.image_to_video:
+            given[:, :-1, :1] = conditions.named("image", "condition").to(x)
+            given[:, -1, 0] = 1
+            image = conditions.named("image", "vision")
         words, length = conditions.packed_text("text", self.text_tokens)
         glyphs = words.new_zeros(batch, 0, config.text_embed_2_dim)
         shown = torch.zeros(batch, 0, dtype=torch.bool, device=words.device)
         if "glyphs" in conditions.text:  # where no caption of a folder quotes anything, it may lack them
             glyphs, shown = conditions.text["glyphs"].tokens, conditions.text["glyphs"].mask
-        room, found = self.text_tokens - glyphs.shape[1], conditions.text["text"].tokens.shape[1]
+        others, found = glyphs.shape[1] + image.shape[1], conditions.text["text"].tokens.shape[1]
+        room = self.text_tokens - others
         if found > room:
             raise UserError(
-                f"the shards' text has {found} tokens and {glyphs.shape[1]} of glyphs, model.text_tokens is "
-                f"{self.text_tokens} for both"
+                f"the shards' text has {found} tokens and {others} of glyphs and image, model.text_tokens is "
+                f"{self.text_tokens} for all of them"
             )
-        given = x.new_zeros(batch, config.in_channels - x.shape[1], *x.shape[2:])
         return self.transformer(
             torch.cat([x, given], dim=1).to(dtype),
             1000 * sigma,
@@ -189,7 +212,7 @@ class Hunyuan15Adapter(ModelAdapter):
             torch.arange(room, device=length.device) < length[:, None],
             encoder_hidden_states_2=glyphs.to(dtype),
             encoder_attention_mask_2=shown,
-            image_embeds=words.new_zeros(batch, 0, config.image_embed_dim).to(dtype),
+            image_embeds=image.to(dtype),
             return_dict=False,
         )[0].float()
 
@@ -199,9 +222,19 @@ class Hunyuan15Adapter(ModelAdapter):
 
     def random_conditions(self, latent: Tensor) -> Conditions:
         """Captions that quote nothing, as most do."""
-        shape = (len(latent), self.text_tokens, self.transformer.config.text_embed_dim)
-        tokens = torch.randn(shape, device=latent.device)
-        return Conditions({"text": TextTokens(tokens, torch.ones(shape[:2], dtype=torch.bool, device=latent.device))})
+        config, batch, device = self.transformer.config, len(latent), latent.device
+        image = {}
+        if self.image_to_video:
+            image["condition"] = torch.randn_like(latent[:, :, :1], dtype=torch.float32)
+            image["vision"] = torch.randn(batch, _IMAGE_TOKENS, config.image_embed_dim, device=device)
+        tokens = torch.randn(batch, self._words, config.text_embed_dim, device=device)
+        text = TextTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))
+        return Conditions({"text": text}, image=image)
+
+    @property
+    def _words(self) -> int:
+        """Room for the texts."""
+        return self.text_tokens - (_IMAGE_TOKENS if self.image_to_video else 0)
 
     def check(self, latent: Tensor, conditions: Conditions) -> None:
         super().check(latent, conditions)
@@ -213,12 +246,13 @@ class Hunyuan15Adapter(ModelAdapter):
             )
 
     def linear_flops(self, grid: VideoGrid) -> float:
-        config, n, text = self.transformer.config, grid.tokens, grid.text_tokens
+        config, n, text = self.transformer.config, grid.tokens, self._words
         dim, wide = config.num_attention_heads * config.attention_head_dim, config.mlp_ratio
         # Q, K, V, O and the MLP of each token in the weights of its stream; two modulations
         blocks = config.num_layers * ((8 + 4 * wide) * n * dim**2 + 24 * dim**2)
         refiner = config.num_refiner_layers * (24 * text * dim**2 + 4 * text**2 * dim + 4 * dim**2)
         refiner += 2 * text * config.text_embed_dim * dim
+        refiner += 2 * (self.text_tokens - text) * config.image_embed_dim * (config.image_embed_dim + dim)
         cells = self.patch[0] * self.patch[1] * self.patch[2]
         ends = 2 * grid.video_tokens * dim * cells * (config.in_channels + config.out_channels)
         return float(blocks + refiner + ends)

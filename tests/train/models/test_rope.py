@@ -18,6 +18,7 @@ from train.config.compose import compose_run, finish
 from train.config.schema import ROPE_KINDS as KINDS
 from train.errors import UserError
 from train.models.families.hunyuan import HunyuanAdapter
+from train.models.families.hunyuan15 import Hunyuan15Adapter
 from train.models.families.mochi import MochiAdapter
 from train.models.families.wan import WanAdapter
 from train.models.loading import load_adapter, temporal_rope
@@ -92,13 +93,14 @@ def test_wans_rotary_angles_are_the_restated_ones(kind):
         assert torch.equal(got, own) == (kind == "default")
 
 
+@pytest.mark.parametrize("family", [HunyuanAdapter, Hunyuan15Adapter])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hunyuans_rotary_angles_are_the_restated_ones(kind):
-    x = torch.empty(1, 4, 7, 6, 10)  # 7 frames of 3 x 5 tokens
-    adapter = HunyuanAdapter.from_config(HunyuanAdapter.tiny_config, text_tokens=8)
+def test_hunyuans_rotary_angles_are_the_restated_ones(family, kind):
+    adapter = family.from_config(family.tiny_config, text_tokens=8)
+    x = torch.empty(1, 4, 7, 3 * adapter.patch[1], 5 * adapter.patch[2])  # 7 frames of 3 x 5 tokens
     own = adapter.transformer.rope(x)
     adapter.rope = TemporalRope(kind, 4, 1)
-    channels = HunyuanAdapter.tiny_config["rope_axes_dim"][0]
+    channels = family.tiny_config["rope_axes_dim"][0]
     angles = restated(kind, 256.0, channels // 2, 4, 1, 7).repeat_interleave(2, 1).repeat_interleave(15, 0)
     for got, plain, expected in zip(adapter.transformer.rope(x), own, (angles.cos(), angles.sin()), strict=True):
         torch.testing.assert_close(got[:, :channels].double(), expected, rtol=0, atol=1e-6)
@@ -187,5 +189,7 @@ def test_what_cannot_be_done_is_refused():
         UserError, match="rope=riflex cannot serve .* mochi: its frequencies are learned mixtures of time"
     ):
         preflight(finish(compose_run({"conf": "mochi_2x", "rope": "riflex"})))
+    with pytest.raises(UserError, match="rope=riflex cannot serve .* hunyuan15: which of its frequencies to slow down"):
+        preflight(finish(compose_run({"conf": "hunyuan15_2x", "rope": "riflex"})))
     assert temporal_rope(finish(compose_run({"conf": "mochi_2x", "rope": "interpolate"})).model).native_frames == 28
     assert temporal_rope(finish(compose_run({"conf": "hunyuan_4x", "rope": "riflex"})).model).intrinsic == 4

@@ -273,6 +273,9 @@ def test_another_lora_in_an_export_folder_is_noticed(wan, tmp_path):
         ("wan22_i2v_a14b", {}, (720, 1280, 40, 3.5, 3.5, 5.0)),
         ("wan22_5b", {}, (704, 1280, 50, 5.0, None, 5.0)),
         ("hunyuan", {}, (720, 1280, 50, 6.0, None, 7.0)),
+        ("hunyuan15", {}, (720, 1280, 50, 6.0, None, 9.0)),
+        ("hunyuan15", {"height": 480, "width": 848}, (480, 848, 50, 6.0, None, 5.0)),
+        ("hunyuan15_i2v", {}, (720, 1280, 50, 6.0, None, 7.0)),
         ("mochi", {}, (480, 848, 64, 4.5, None, 1.0)),
     ],
 )

@@ -65,7 +65,6 @@ class Hunyuan15Adapter(ModelAdapter):
     family = "hunyuan15"
     pipeline_name = "HunyuanVideo15Pipeline"
     image_pipeline_name = "HunyuanVideo15ImageToVideoPipeline"
-    vae_in_bf16 = True
     decodes_tiled = True
     model_class = HunyuanVideo15Transformer3DModel
     processor_class = Hunyuan15Attention

@@ -16,19 +16,24 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.encoders import load_encoder
+from data.encoders import fingerprint, load_encoder
 from data.encoders.base import EncoderSettings, to_video
-from data.shards.sample import TextTokens
+from data.shards.sample import Sample, TextTokens
+from data.shards.writer import ShardWriter
 from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents
 from tests.helpers.tiny_models import save_hunyuan15
+from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
 from train.models.families.hunyuan15 import Hunyuan15Adapter
+from train.preflight import preflight
+from train.run import RunFolder, train
+from train.storage.checkpoints import load_weights
 
 TOKENS = (3, 4, 5)
 GLYPHS = 6
@@ -249,3 +254,39 @@ def test_image_to_videos_flops_are_those_that_torch_counts():
         adapter.velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))
     attention = planned(adapter, x).attention_flops(*adapter.attention_shape)
     assert adapter.linear_flops(adapter.grid(x)) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_run_on_shards_of_the_encoder(tmp_path, task):
+    """Captions that quote something and one that does not, some of them dropped; a first frame."""
+    image, cpu = task == "i2v", torch.device("cpu")
+    folder = save_hunyuan15(tmp_path / "model", image=image)
+    widths = {"text_embed_dim": 32, "text_embed_2_dim": 24, "image_embed_dim": 16}
+    config = {**Hunyuan15Adapter.tiny_config, **widths, "task_type": task}
+    HunyuanVideo15Transformer3DModel(**config).save_pretrained(folder / "transformer")
+    encoder = load_encoder(
+        "hunyuan15", EncoderSettings(folder, cpu, torch.float32, torch.float32, image_to_video=image)
+    )
+    about = {"fps": 24.0, "latent": "", "text": "", "arguments": {}}
+    about["encoder"] = fingerprint("hunyuan15", folder, image_to_video=image)
+    with ShardWriter(tmp_path / "shards", empty_prompt=encoder.prompt(""), **about) as writer:
+        for row, caption in enumerate(('a red "ball" moving', "a red ball", 'the "a" and the “bar”', "a clip")):
+            frames = np.random.default_rng(row).integers(0, 256, (9, 64, 96, 3), dtype=np.uint8)
+            prompt, seen = encoder.prompt(caption), encoder.image(frames) if image else {}
+            latent = encoder.encode(frames)
+            writer.write(Sample(f"clip-{row}", latent, prompt.text, prompt.pooled, seen, {"caption": caption}))
+    settings = {
+        "conf": "hunyuan15_2x", "model": "hunyuan15_i2v" if image else "hunyuan15", "model.dimensions": "null",
+        "model.path": folder, "data.shards": tmp_path / "shards", "data.workers": 0, "runs": tmp_path / "runs",
+        "clip.frames": 9, "clip.height": 64, "clip.width": 96, "attention.block": 16, "attention.dense_layers": 1,
+        "lora.rank": 4, "lora.text": True, "objective.caption_dropout": 0.5, "trainer.steps": 2,
+        "trainer.checkpoint_every": 2, "trainer.devices": 1, "trainer.compile": False, "parallel.sequence": 1,
+        "parallel.activations": "full", "optim.global_batch": 2, "data.batch_size": 2, "report.clips": 0,
+        "log.wandb": "disabled",
+    }  # fmt: skip
+    run = finish(compose_run({key: str(value) for key, value in settings.items()}))
+    preflight(run)
+    place = RunFolder.create(run)
+    train(run, place)
+    trained = load_weights(place.path / "checkpoints" / "step-000002")
+    assert len(trained) == 2 * (3 * 8 - 2) and all(tensor.abs().max() > 0 for tensor in trained.values())

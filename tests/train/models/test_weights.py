@@ -7,8 +7,11 @@ from diffusers import WanTransformer3DModel
 from tests.helpers import weights_ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import ARCHITECTURE, save_model
+from train.config.compose import compose_run, finish
 from train.lora.layers import inject_lora
+from train.models.families import ADAPTERS
 from train.models.families.wan import WanAdapter
+from train.models.loading import benchmark_adapter
 from train.models.weights import settle, stored_dtype
 
 
@@ -71,3 +74,15 @@ def test_settling_leaves_a_lora_in_fp32(tmp_path):
     settle(adapter.transformer, torch.bfloat16, "cpu")
     assert {p.dtype for p in adapter.transformer.parameters() if p.requires_grad} == {torch.float32}
     assert adapter.transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", sorted(ADAPTERS))
+def test_a_benchmarks_blocks_share_the_weights_of_one_of_their_kind(family):
+    """Of seven blocks, whose weights stream: no weight is without data, and they take the memory of a few."""
+    cls = ADAPTERS[family]
+    config = finish(compose_run({"model.family": family, "model.text_tokens": "20"})).model
+    config.architecture = cls.cut(cls.tiny_config, 7)
+    adapter = benchmark_adapter(config, None, torch.float32, "cpu", blocks_on_cpu=True)
+    weights = [weight for block in adapter.blocks() for weight in block.parameters()]
+    assert len(adapter.blocks()) == 7 and not any(weight.is_meta for weight in adapter.transformer.parameters())
+    assert len({weight.data_ptr() for weight in weights}) < 0.5 * len(weights)

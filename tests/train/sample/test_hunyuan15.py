@@ -1,5 +1,7 @@
 """HunyuanVideo-1.5 by the command: its pipeline has two texts, a guider of its own, and calls nobody after a step."""
 
+import types
+
 import diffusers
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.errors import UserError
 from train.sample import extend, unextend
+from train.sample.extension import model_of
 from train.sample.pipeline import pipeline_class
 from train.sample.settings import parse_settings
 
@@ -127,6 +130,20 @@ def test_image_to_video_is_the_stock_pipelines(tmp_path):
     assert (sparse.latent - expected).abs().max() > 1e-3
     with pytest.raises(UserError, match="is image-to-video, give image=FILE"):
         pipeline_class(str(folder), image=False)
+
+
+def test_a_text_without_room_for_words_is_refused(folder):
+    with pytest.raises(UserError, match="model.text_tokens is 256, expected more than the 256 of glyphs and image"):
+        generator(folder, **{**CHANGES, "model.text_tokens": 256})
+
+
+@pytest.mark.parametrize(("task", "shift"), [("t2v", 9.0), ("i2v", 7.0)])
+def test_a_pipelines_model_is_found_by_its_task(task, shift):
+    config = {"task_type": task, "num_layers": 54, "num_attention_heads": 16, "attention_head_dim": 6}
+    with torch.device("meta"):
+        model = diffusers.HunyuanVideo15Transformer3DModel(**config, rope_axes_dim=(2, 2, 2))
+    pipeline = types.SimpleNamespace(transformer=model, config={})
+    assert model_of(pipeline).shifts[720] == shift
 
 
 def test_a_first_frame_is_refused(folder):

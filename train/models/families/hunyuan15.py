@@ -126,6 +126,9 @@ class Hunyuan15Adapter(ModelAdapter):
         room = settings["max_sequence_length"] - pipeline.tokenizer_2_max_length
         if type(pipeline).__name__ == cls.image_pipeline_name:
             room -= pipeline.vision_num_semantic_tokens
+        if room < 1:
+            asked = settings["max_sequence_length"]
+            raise UserError(f"model.text_tokens is {asked}, expected more than the {asked - room} of glyphs and image")
         pipeline.tokenizer_max_length = room
         found: dict[str, Tensor | None] = {}
         for side, text in (("", prompt), ("negative_", negative))[: 1 + guided]:
@@ -146,6 +149,7 @@ class Hunyuan15Adapter(ModelAdapter):
             size = settings.pop("height"), settings.pop("width")
             pipeline.video_processor.calculate_default_height_width = lambda *_, **__: size
             pipeline.vae.enable_tiling()  # as clips are encoded
+            pipeline.image_encoder.to(pipeline.device)  # where its picture goes
         step = pipeline.scheduler.step
 
         def stepped(*inputs: Any, **named: Any) -> Any:

@@ -101,8 +101,11 @@ def recaption(given: Arguments) -> int:
 def _captions(given: Arguments, manifest: Manifest) -> list[str | None]:
     """The new caption of each sample; None keeps the old one."""
     listed = read_source(given.captions, Columns(given.path_column, given.caption_column))
-    found = {name_of(video): video.caption for video in reversed(listed.videos) if video.caption is not None}
     names = _names(manifest)
+    there, found = set(names), dict[str, str]()
+    for video in listed.videos(()):
+        if video.caption is not None and name_of(video) in there:
+            found.setdefault(name_of(video), video.caption)
     captions = [found.get(name) for name in names]
     lacking = sorted({name for name, caption in zip(names, captions, strict=True) if caption is None})
     if lacking and given.missing == "refuse":

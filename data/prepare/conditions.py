@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from data.errors import DataError
@@ -41,7 +42,7 @@ class Condition:
         true and false are the same in capitals, as tables write them in many ways.
         """
         compare, found = _OPERATORS[self.symbol], columns.get(self.column)
-        wanted = number(self.value)
+        wanted = self._wanted
         if wanted is not None:
             actual = number(found)
             return self.symbol == "!=" if actual is None else compare(actual, wanted)
@@ -49,6 +50,10 @@ class Condition:
         if value.lower() in ("true", "false"):
             text, value = text.lower(), value.lower()
         return compare(text, value)
+
+    @cached_property
+    def _wanted(self) -> float | None:
+        return number(self.value)
 
 
 def number(value: Any) -> float | None:

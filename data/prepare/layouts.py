@@ -14,6 +14,9 @@ PATHS = ("path", "video", "video_path", "file", "file_name", "filename", "file_p
 CAPTIONS = ("caption", "text", "prompt")
 """The usual names of the columns of paths and captions; the first that is there is taken."""
 
+WEB_VID = ("videoid", "name", "page_dir")
+"""The columns by which WebVid's tables are known."""
+
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 VIDEOS, PROMPTS = "videos.txt", ("prompts.txt", "prompt.txt", "captions.txt")
 
@@ -23,7 +26,7 @@ def table_in(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def lists_in(folder: Path) -> list[tuple[str, dict[str, Any]]] | None:
+def lists_in(folder: Path) -> list[dict[str, Any]] | None:
     """The rows of a folder with a path in each line of videos.txt and its caption in that of prompts.txt, or None.
 
     Raises:
@@ -38,13 +41,12 @@ def lists_in(folder: Path) -> list[tuple[str, dict[str, Any]]] | None:
             f"{folder}: {VIDEOS} has {len(paths)} lines and {prompts.name} {len(captions)}, expected a caption for "
             "each video"
         )
-    rows = zip(paths, captions, strict=True)
-    return [(f"line {n}", {"path": path.strip(), "caption": text}) for n, (path, text) in enumerate(rows, 1)]
+    return [{"path": path.strip(), "caption": text} for path, text in zip(paths, captions, strict=True)]
 
 
 def web_vid(columns: Sequence[str]) -> bool:
     """Whether a table is WebVid's: files are named by `page_dir` and `videoid`, captions are in `name`."""
-    return {"videoid", "name", "page_dir"} <= set(columns)
+    return set(WEB_VID) <= set(columns)
 
 
 def web_vid_row(row: Mapping[str, Any]) -> dict[str, Any]:

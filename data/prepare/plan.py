@@ -19,7 +19,7 @@ from data.prepare.duplicates import Duplicates, fingerprint_of
 from data.prepare.packed import packed
 from data.prepare.scaling import Size, nearest_size
 from data.prepare.selection import Candidates
-from data.prepare.sources import NoVideosError, Video, name_of
+from data.prepare.sources import Candidate, NoVideosError, name_of
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
@@ -163,6 +163,7 @@ def make_plan(
     """
     matching = candidates.matching
     rows: list[Row] = []
+    chosen: list[Candidate] = []
     rejected: list[Rejected] = []
     unfit: list[str] = []
     lost: list[str] = []
@@ -184,6 +185,7 @@ def make_plan(
                 twins.append((name_of(video), twin))
             elif isinstance(found, Row):
                 rows.append(found)
+                chosen.append(video)
                 bar.update()
             elif isinstance(found, Rejected):
                 rejected.append(found)
@@ -204,12 +206,14 @@ def make_plan(
     if twins:
         told.append(f"duplicates, left out: {len(twins)}, such as {twins[0][0]}, which is {twins[0][1]} once more")
     told += compromises.told({row.name for row in rows})
+    captions = candidates.found.captions(chosen)
+    rows = [replace(row, caption=caption) for row, caption in zip(rows, captions, strict=True)]
     return Plan(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 
 def _judged(
     candidates: Candidates, wanted: Wanted, before: Plan | None
-) -> Iterator[tuple[Video, VideoInfo | None, Row | Rejected | Aside]]:
+) -> Iterator[tuple[Candidate, VideoInfo | None, Row | Rejected | Aside]]:
     """Each candidate with its header where that was read, and as a row, or why it is bad or left out."""
     known: dict[str, Row | Aside] = {}
     if before is not None:
@@ -217,10 +221,10 @@ def _judged(
         known = {**dict.fromkeys(before.unfit, Aside.UNFIT), **{row.name: row for row in before.rows}}
     root = Path(candidates.root)
 
-    def judge(video: Video) -> tuple[VideoInfo | None, Row | Rejected | Aside]:
+    def judge(video: Candidate) -> tuple[VideoInfo | None, Row | Rejected | Aside]:
         there = known.get(name_of(video))
         if isinstance(there, Row):
-            return None, replace(there, caption=video.caption or "")
+            return None, there
         found = _probed(root, video) if there is None else there
         if not isinstance(found, VideoInfo):
             return None, found
@@ -236,7 +240,7 @@ def _judged(
                 yield video, info, found
 
 
-def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
+def _probed(root: Path, video: Candidate) -> VideoInfo | Rejected | Aside:
     """The video's header, why it has none that can be used, or that it is not on disk."""
     try:
         video.path.encode()  # it becomes part of the shards
@@ -258,8 +262,8 @@ def _probed(root: Path, video: Video) -> VideoInfo | Rejected | Aside:
     return info if video.problem is None else Rejected(name_of(video), video.problem)
 
 
-def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Rejected | Aside:
-    """The video as a row of the plan, or that it does not qualify."""
+def _row(video: Candidate, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Rejected | Aside:
+    """The video as a row of the plan, still without its caption, or that it does not qualify."""
     try:
         start, end = video.span.seconds(info.fps) if video.span else (0.0, None)
     except DataError as error:
@@ -272,9 +276,9 @@ def _row(video: Video, info: VideoInfo, wanted: Wanted, probed: Sequence[Conditi
     slow = wanted.min_fps is not None and info.fps is not None and info.fps < wanted.min_fps
     small = not wanted.upscale and enlargement(info, wanted.sizes) > 1
     fits = all(condition.holds(_columns(info, wanted.fps)) for condition in probed)
-    if not info.may_hold(wanted.frames, wanted.fps) or slow or small or not fits or video.caption is None:
+    if not info.may_hold(wanted.frames, wanted.fps) or slow or small or not fits:
         return Aside.UNFIT
-    return Row(video.path, video.caption, count, start, end, name_of(video) if video.span else None)
+    return Row(video.path, "", count, start, end, name_of(video) if video.span else None)
 
 
 def enlargement(info: VideoInfo, sizes: Sequence[Size]) -> float:

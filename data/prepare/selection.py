@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data.prepare.conditions import Condition, parse_conditions, split_conditions
-from data.prepare.sources import Columns, Video, name_of, ranked, read_source
+from data.errors import DataError
+from data.prepare.conditions import Condition, no_column, number, parse_conditions, split_conditions
+from data.prepare.sources import Candidate, Columns, Listed, name_of, read_source
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,7 @@ class Candidates:
     """The listed videos that meet the conditions on the list's columns, the best first.
 
     Attributes:
+        found: the list.
         about: the list and the conditions, as they are named in errors.
         root: the folder that the listed paths are relative to.
         listed: how many videos the list has.
@@ -22,10 +28,11 @@ class Candidates:
         told: what is to be said of the list.
     """
 
+    found: Listed
     about: str
     root: str
     listed: int
-    matching: list[Video]
+    matching: list[Candidate]
     probed: list[Condition]
     told: list[str]
 
@@ -44,33 +51,90 @@ def select(
         source, columns: as in `read_source`.
         videos: the folder that the paths are relative to; None is the source's own.
         where: conditions, as `parse_conditions` takes them.
-        sort: as `ranked` takes it; None keeps the order of the list.
+        sort: as `Ranking` takes it; None keeps the order of the list.
 
     Raises:
-        DataError: as `read_source`, `parse_conditions` and `ranked`.
+        DataError: as `read_source`, `parse_conditions` and `Ranking`.
     """
     found = read_source(source, columns)
     own, probed = split_conditions(parse_conditions(where) if where else [], found.columns)
-    matching = [video for video in found.videos if all(condition.holds(video.columns) for condition in own)]
-    if sort is not None:
-        matching = ranked(matching, sort, found.columns)
-    matching, told = _once(matching, source)
+    ranking = Ranking(sort, found.columns) if sort is not None else None
+    asked = [condition.column for condition in own] + (ranking.names if ranking else [])
+    matching: list[Candidate] = []
+    captions, scores = array("q"), array("d")  # a million of them take 8 MB
+    listed = 0
+    for video in found.videos(asked):
+        listed += 1
+        if all(condition.holds(video.columns) for condition in own):
+            matching.append(Candidate(video.path, video.problem, video.span, video.place))
+            captions.append(hash(video.caption))
+            if ranking is not None:
+                scores.append(ranking.score(video.columns))
+    order: Iterable[int] = range(len(matching))
+    if ranking is not None:
+        order = sorted(order, key=scores.__getitem__, reverse=True)
+    kept, told = _once(matching, order, captions, source)
     root = (videos or (source if source.is_dir() else source.parent)).absolute()
     about = f"{source} with where={where}" if where else str(source)
-    # The columns have done their work, and of a million rows they are most of the memory.
-    matching = [replace(video, columns={}) for video in matching]
-    return Candidates(about, str(root), len(found.videos), matching, probed, [*found.told, *told])
+    return Candidates(found, about, str(root), listed, kept, probed, [*found.told, *told])
 
 
-def _once(videos: list[Video], source: Path) -> tuple[list[Video], list[str]]:
-    """Each path once, as it comes first, and what to say of the others."""
-    first: dict[str, Video] = {}
-    again = [video for video in videos if video.path and first.setdefault(name_of(video), video) is not video]
+class Ranking:
+    """Scores by a column, or by the sum of several joined by `+`.
+
+    Attributes:
+        names: the columns.
+
+    Args:
+        sort: what is asked for.
+        columns: the table's.
+
+    Raises:
+        DataError: an unknown column.
+    """
+
+    def __init__(self, sort: str, columns: Collection[str]) -> None:
+        # A column's own name may hold a plus.
+        self.names = [sort] if sort in columns else [name.strip() for name in sort.split("+")]
+        for name in self.names:
+            if name not in columns:
+                raise DataError(f"sort: {no_column(name, columns)}")
+
+    def score(self, cells: Mapping[str, Any]) -> float:
+        """A row's score: the higher the better, and the least where it lacks one of the numbers."""
+        total = 0.0
+        for name in self.names:
+            value = number(cells.get(name))
+            if value is None:
+                return -math.inf
+            total += value
+        return total
+
+
+def _once(
+    videos: Sequence[Candidate], order: Iterable[int], captions: Sequence[int], source: Path
+) -> tuple[list[Candidate], list[str]]:
+    """The videos in this order, each path once, as it comes first, and what to say of the others.
+
+    Args:
+        captions: a hash of the caption of each video.
+    """
+    first: dict[str, int] = {}
+    kept: list[Candidate] = []
+    again: list[str] = []
+    other: list[str] = []
+    for place in order:
+        video = videos[place]
+        name = name_of(video)
+        before = first.setdefault(name, place) if video.path else place
+        if before == place:
+            kept.append(video)
+            continue
+        again.append(name)
+        if captions[before] != captions[place]:
+            other.append(name)
     if not again:
-        return videos, []
-    repeated = {id(video) for video in again}
-    other = [video for video in again if video.caption != first[name_of(video)].caption]
-    captions = f" ({len(other)} with another caption, such as {name_of(other[0])})" if other else ""
-    rows = f"rows whose video an earlier row names: {len(again)}, such as {name_of(again[0])}{captions}"
-    told = f"{source}: {rows}; the first of each counts"
-    return [video for video in videos if id(video) not in repeated], [told]
+        return kept, []
+    another = f" ({len(other)} with another caption, such as {other[0]})" if other else ""
+    rows = f"rows whose video an earlier row names: {len(again)}, such as {again[0]}{another}"
+    return kept, [f"{source}: {rows}; the first of each counts"]

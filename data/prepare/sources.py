@@ -1,36 +1,48 @@
-"""Lists of videos: a folder with captions beside the videos, or a table; pieces of long videos; ranking."""
+"""Lists of videos: a folder with captions beside the videos, or a table; pieces of long videos."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.io.lines import read_utf8
 from data.prepare import layouts
-from data.prepare.conditions import no_column, number
+from data.prepare.conditions import no_column
 from data.prepare.folder import SUFFIXES, search
 from data.prepare.spans import Span, spans_of, texts_of, usual
-from data.prepare.tables import Row, read_table
+from data.prepare.tables import HeldTable, Table, open_table
 
 
 class NoVideosError(DataError):
     """A list that can be read, and has no video in it that is asked for."""
 
 
-@dataclass(frozen=True)
-class Video:
-    """A line of the list.
+class Candidate(NamedTuple):
+    """What is held of a line of the list, one of a million: not its caption and its cells.
 
     Attributes:
         path: as listed; empty where there is none.
-        caption: None where there is no text.
-        columns: all cells of its row, by column.
         problem: why it cannot be used, where it cannot.
         span: the piece of it that is meant; None is all of it.
+        place: the number of its place in the list.
+    """
+
+    path: str
+    problem: str | None
+    span: Span | None
+    place: int
+
+
+class Video(NamedTuple):
+    """A line of the list.
+
+    Attributes:
+        path, problem, span, place: as of a `Candidate`.
+        caption: None where there is no text.
+        columns: the cells of its row, by column.
         uncaptioned: all that it lacks is a caption.
     """
 
@@ -39,10 +51,11 @@ class Video:
     columns: Mapping[str, Any]
     problem: str | None = None
     span: Span | None = None
+    place: int = 0
     uncaptioned: bool = False
 
 
-def name_of(video: Video) -> str:
+def name_of(video: Candidate | Video) -> str:
     """What a listed video is called: its path, and which piece of it is meant."""
     if video.span is None:
         return video.path
@@ -50,32 +63,49 @@ def name_of(video: Video) -> str:
     return f"{video.path}[{video.span.start:g}-{end}{' frames' if video.span.frames else ''}]"
 
 
+Read = Callable[[Collection[int] | None, Collection[str] | None], Iterator[Video]]
+
+
 @dataclass(frozen=True)
 class Listed:
-    """A list of videos: the videos, the names of the table's columns, and what is to be said of the rest."""
+    """A list of videos.
 
-    videos: list[Video]
-    columns: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
-
-
-def ranked(videos: Sequence[Video], sort: str, columns: Collection[str]) -> list[Video]:
-    """Highest first by a column, or by the sum of several joined by `+`; lines without the numbers come last.
-
-    Raises:
-        DataError: an unknown column.
+    Attributes:
+        source: the folder or the table.
+        columns: the names of its columns.
+        told: what is to be said of what it leaves aside.
+        read: reads the videos at some places (None: all), with the cells of some columns at least (None: all).
     """
-    # A column's own name may hold a plus.
-    names = [sort] if sort in columns else [name.strip() for name in sort.split("+")]
-    for name in names:
-        if name not in columns:
-            raise DataError(f"sort: {no_column(name, columns)}")
 
-    def score(video: Video) -> float:
-        values = [number(video.columns.get(name)) for name in names]
-        return -math.inf if None in values else sum(value for value in values if value is not None)
+    source: Path
+    columns: list[str]
+    told: list[str]
+    read: Read
 
-    return sorted(videos, key=score, reverse=True)
+    def videos(self, columns: Collection[str] | None = None) -> Iterator[Video]:
+        """All videos in the list's order; a table is read while they are asked for.
+
+        Args:
+            columns: the cells that are needed; None is all.
+
+        Raises:
+            DataError: a line is none of the table; it names file and line.
+        """
+        return self.read(None, columns)
+
+    def captions(self, chosen: Sequence[Candidate]) -> list[str]:
+        """The captions of some of its videos, which are read anew; empty where there is no text.
+
+        Raises:
+            DataError: the list is not what it was.
+        """
+        found: dict[tuple[int, str], str] = {}
+        for video in self.read({video.place for video in chosen}, ()):
+            found.setdefault((video.place, name_of(video)), video.caption or "")
+        try:
+            return [found[video.place, name_of(video)] for video in chosen]
+        except KeyError as error:
+            raise DataError(f"{self.source}: was changed while it was read ({error.args[0][1]}); start again") from None
 
 
 @dataclass(frozen=True)
@@ -111,9 +141,11 @@ def read_source(source: Path, asked: Columns = Columns()) -> Listed:
     """
     table = layouts.table_in(source) if source.is_dir() else source
     if table is not None:
-        return _read_table(table, read_table(table), asked)
+        return _read_table(table, open_table(table), asked)
     rows = layouts.lists_in(source)
-    return _read_folder(source, asked) if rows is None else _read_table(source / layouts.VIDEOS, rows, asked)
+    if rows is None:
+        return _read_folder(source, asked)
+    return _read_table(source / layouts.VIDEOS, HeldTable("line", rows), asked)
 
 
 def _read_folder(source: Path, asked: Columns) -> Listed:
@@ -122,53 +154,67 @@ def _read_folder(source: Path, asked: Columns) -> Listed:
         told = "".join(f"; {line}" for line in found.told(source))
         ends = ", ".join(SUFFIXES)
         raise NoVideosError(f"{source}: no videos in this folder, expected files that end in {ends}{told}")
-    videos = [_captioned(path, source) for path in found.videos]
+    videos = [_captioned(path, source)._replace(place=place) for place, path in enumerate(found.videos)]
     columns = list(dict.fromkeys(name for video in videos for name in video.columns))
-    return Listed(_captions(videos, asked, columns), columns, told=found.told(source))
+    _check_otherwise(asked, columns)
+
+    def read(places: Collection[int] | None, _: Collection[str] | None) -> Iterator[Video]:
+        return (_captions(video, asked) for video in videos if places is None or video.place in places)
+
+    return Listed(source, columns, found.told(source), read)
 
 
-def _read_table(source: Path, rows: list[Row], asked: Columns) -> Listed:
-    if not rows:
+def _read_table(source: Path, table: Table, asked: Columns) -> Listed:
+    if next(table.rows(), None) is None:
         raise NoVideosError(f"{source}: the table is empty, expected a line for each video")
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    if layouts.web_vid(columns) and asked.path is None:
-        rows = [(place, layouts.web_vid_row(row)) for place, row in rows]
-        columns = [*columns, "path", "caption"]
+    columns = list(table.columns)
+    web_vid = layouts.web_vid(columns) and asked.path is None
+    if web_vid:
+        columns += ["path", "caption"]
     path = _column(source, "path_column", asked.path, layouts.PATHS, columns)
     caption = _column(source, "caption_column", asked.caption, layouts.CAPTIONS, columns)
-    start, end = _span_columns(asked, columns, rows)
-    names = _Names(path, caption, start, end)
-    videos = [video for place, row in rows for video in _pieces(place, row, names)]
-    return Listed(_captions(videos, asked, columns), columns)
+    _check_otherwise(asked, columns)
+    names = _Names(table.word, path, caption, *_span_columns(asked, columns, table))
+    own = {*names.columns(), asked.otherwise, *(layouts.WEB_VID if web_vid else ())}
+
+    def read(places: Collection[int] | None, cells: Collection[str] | None) -> Iterator[Video]:
+        for place, row in table.rows(places, None if cells is None else {*own, *cells}):
+            for video in _pieces(place, layouts.web_vid_row(row) if web_vid else row, names):
+                yield _captions(video, asked)
+
+    return Listed(source, columns, [], read)
 
 
-def _captions(videos: list[Video], asked: Columns, columns: Sequence[str]) -> list[Video]:
-    """The videos, those without a caption with what they get instead."""
-    if asked.otherwise == "require":
-        return videos
-    if asked.otherwise != "empty" and asked.otherwise not in columns:
+def _check_otherwise(asked: Columns, columns: Sequence[str]) -> None:
+    if asked.otherwise not in ("require", "empty", *columns):
         raise DataError(f"captions: {no_column(asked.otherwise, columns)}; or give require or empty")
 
-    def captioned(video: Video) -> Video:
-        if not video.uncaptioned:
-            return video
-        if asked.otherwise == "empty":
-            return replace(video, caption="", problem=None)
-        again = _video(video.path, video.columns.get(asked.otherwise), video.columns, video.problem or "")
-        return replace(again, span=video.span)
 
-    return [captioned(video) for video in videos]
+def _captions(video: Video, asked: Columns) -> Video:
+    """The video, one without a caption with what it gets instead."""
+    if not video.uncaptioned or asked.otherwise == "require":
+        return video
+    if asked.otherwise == "empty":
+        return video._replace(caption="", problem=None)
+    caption, columns = video.columns.get(asked.otherwise), video.columns
+    return _video(video.path, caption, columns, video.problem or "", place=video.place, span=video.span)
 
 
 @dataclass(frozen=True)
 class _Names:
+    """What a table calls its places, and the columns of its own meaning."""
+
+    place: str
     path: str
     caption: str
     start: str | None
     end: str | None
 
+    def columns(self) -> tuple[str | None, ...]:
+        return self.path, self.caption, self.start, self.end
 
-def _span_columns(asked: Columns, columns: Sequence[str], rows: Sequence[Row]) -> tuple[str | None, str | None]:
+
+def _span_columns(asked: Columns, columns: Sequence[str], table: Table) -> tuple[str | None, str | None]:
     """The columns of starts and ends; one that usually holds both only where it does."""
     for key, name in (("start_column", asked.start), ("end_column", asked.end)):
         if name is not None and name not in columns:
@@ -178,14 +224,14 @@ def _span_columns(asked: Columns, columns: Sequence[str], rows: Sequence[Row]) -
     start, end = usual(columns)
     if start is None or start != end:
         return start, end
-    first = next((row for _, row in rows if row.get(start)), {})
+    first = next((row for _, row in table.rows(None, (start,)) if row.get(start)), {})
     try:
         return (start, end) if spans_of(first, start, end) else (None, None)
     except DataError:
         return None, None  # a date, for one
 
 
-def _pieces(place: str, row: Mapping[str, Any], names: _Names) -> list[Video]:
+def _pieces(place: int, row: Mapping[str, Any], names: _Names) -> list[Video]:
     """A row of a table as videos: one for each piece that it names."""
     try:
         spans = spans_of(row, names.start, names.end) if names.start or names.end else []
@@ -194,36 +240,50 @@ def _pieces(place: str, row: Mapping[str, Any], names: _Names) -> list[Video]:
         texts = texts_of(row.get(names.caption), len(spans))
     except DataError as error:
         path = row.get(names.path)
-        return [Video(path if isinstance(path, str) else "", None, row, f"{place}: {error}")]
-    videos = [_row(place, row, text, names) for text in texts]
-    return [replace(video, span=span) for video, span in zip(videos, spans, strict=True)]
+        path, problem = path if isinstance(path, str) else "", f"{names.place} {place}: {error}"
+        return [Video(path, None, row, problem, None, place)]
+    return [_row(place, row, text, names, span) for text, span in zip(texts, spans, strict=True)]
 
 
-def _row(place: str, row: Mapping[str, Any], caption: Any, names: _Names) -> Video:
+def _row(place: int, row: Mapping[str, Any], caption: Any, names: _Names, span: Span | None = None) -> Video:
     """A row of a table as a video with this caption."""
     path = row.get(names.path)
+    if isinstance(path, str) and path.strip():
+        missing = f"no caption in the column {names.caption}, {names.place} {place}"
+        return _video(path, caption, row, missing, place=place, span=span)
     if path is None or path != path or not str(path).strip():
-        return Video("", None, row, f"{place} has no path in the column {names.path}")
-    if not isinstance(path, str):
-        return Video("", None, row, f"{place} has a path of type {type(path).__name__}, expected text")
-    missing = f"no caption in the column {names.caption}, {place}"
-    return _video(path, caption, row, missing)
+        problem = f"{names.place} {place} has no path in the column {names.path}"
+    else:
+        problem = f"{names.place} {place} has a path of type {type(path).__name__}, expected text"
+    return Video("", None, row, problem, span, place)
 
 
-def _video(path: str, caption: Any, columns: Mapping[str, Any], missing: str) -> Video:
+def _video(
+    path: str, caption: Any, columns: Mapping[str, Any], missing: str, place: int = 0, span: Span | None = None
+) -> Video:
     """A line of the list; a caption that cannot be stored as text is none."""
-    if caption is None or caption != caption:  # NaN is how some tables write that nothing is there
-        return Video(path, None, columns, missing, uncaptioned=True)
-    if not isinstance(caption, str):
-        return Video(path, None, columns, f"caption is of type {type(caption).__name__}, expected text")
-    if "\0" in caption:
-        return Video(path, None, columns, "caption holds a zero byte, as UTF-16 does; save it as UTF-8")
+    text, problem = None, None
+    # NaN is how some tables write that nothing is there
+    uncaptioned = caption is None or caption != caption or (isinstance(caption, str) and not caption.strip())
+    if uncaptioned:
+        problem = missing
+    elif not isinstance(caption, str):
+        problem = f"caption is of type {type(caption).__name__}, expected text"
+    elif "\0" in caption:
+        problem = "caption holds a zero byte, as UTF-16 does; save it as UTF-8"
+    elif not _encodable(caption):
+        problem = "caption has half a character (a lone surrogate)"
+    else:
+        text = caption.strip()
+    return Video(path, text, columns, problem, span, place, uncaptioned)
+
+
+def _encodable(text: str) -> bool:
     try:
-        caption.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return Video(path, None, columns, "caption has half a character (a lone surrogate)")
-    caption = caption.strip()
-    return Video(path, caption, columns) if caption else Video(path, None, columns, missing, uncaptioned=True)
+        return False
+    return True
 
 
 def _captioned(path: Path, root: Path) -> Video:
@@ -232,7 +292,8 @@ def _captioned(path: Path, root: Path) -> Video:
     try:
         columns = layouts.beside(path)
     except (DataError, OSError) as error:
-        return Video(listed, None, {}, f"{path.with_suffix('.json').name} cannot be used: {error}")
+        problem = f"{path.with_suffix('.json').name} cannot be used: {error}"
+        return Video(listed, None, {}, problem)
     try:
         return _video(listed, read_utf8(text), columns, f"no caption, {text.name} is empty")
     except FileNotFoundError:
@@ -240,9 +301,10 @@ def _captioned(path: Path, root: Path) -> Video:
         missing = f"no caption, expected {text.name} beside it"
         return _video(listed, columns[named] if named else None, columns, missing)
     except DataError as error:
-        return Video(listed, None, columns, f"caption cannot be used: {str(error).removeprefix(f'{text}: ')}")
+        problem = f"caption cannot be used: {str(error).removeprefix(f'{text}: ')}"
     except OSError as error:
-        return Video(listed, None, columns, f"caption cannot be read ({error.strerror})")
+        problem = f"caption cannot be read ({error.strerror})"
+    return Video(listed, None, columns, problem)
 
 
 def _column(source: Path, key: str, asked: str | None, usual: Sequence[str], columns: Sequence[str]) -> str:

@@ -1,88 +1,162 @@
-"""Tables of videos, read strictly: CSV, TSV, JSON, JSON lines and Parquet, every row with its place for errors."""
+"""Tables of videos, read strictly: CSV, TSV, JSON, JSON lines and Parquet, every row with its place for errors.
+
+A table of millions of rows is never held: its rows are read from the file each time that they are asked for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.errors import DataError
-from data.io.lines import lines_of, read_utf8
+from data.io.lines import read_utf8, utf8_lines
 from data.prepare.folder import SUFFIXES as VIDEOS
 from data.prepare.packed import packed_columns, packed_path
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 LONGEST = 1 << 24  # characters of a field; more are an unclosed quote
+BATCH = 512  # rows of a Parquet table that are in memory at once
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands, such as `line 7`, and its cells by column."""
+Row = tuple[int, dict[str, Any]]
+"""The number of a row's place, such as that of its line, and its cells by column."""
 
 
-def read_table(source: Path) -> list[Row]:
-    """The rows of a table, in its order.
+class Table(Protocol):
+    """A table in a file.
+
+    Attributes:
+        word: what its places are called, such as `line`.
+        columns: the names of all columns, in the order in which they come.
+    """
+
+    word: str
+    columns: list[str]
+
+    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """The rows in the table's order.
+
+        Args:
+            places: only those at these places.
+            columns: no cell of another column is needed; it may be there.
+
+        Raises:
+            DataError: what stands there is no row of the table; it names file and line.
+        """
+        ...
+
+
+def open_table(source: Path) -> Table:
+    """The table in a file.
 
     Raises:
-        DataError: no such file, another kind of file, or a line that is none of the table; it names file and line.
+        DataError: no such file, another kind of file, or one whose columns cannot be read.
     """
     suffix = source.suffix.lower()
     if not source.exists():
         raise DataError(f"{source}: no such folder or table; correct source=")
     if suffix not in SUFFIXES:
         raise DataError(f"{source}: unknown kind of list, expected a folder, .csv, .tsv, .json, .jsonl or .parquet")
-    try:
+    with _reading(source):
         if suffix == ".parquet":
-            return _parquet_rows(source)
-        text = read_utf8(source)
+            return ParquetTable(source)
+        if suffix in (".csv", ".tsv"):
+            return CsvTable(source, "\t" if suffix == ".tsv" else ",")
+        return HeldTable("entry", _json_rows(source)) if suffix == ".json" else JsonLinesTable(source)
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Inside, what a library or the system says of a file that it cannot read names the file."""
+    try:
+        yield
     except DataError:
         raise
     except (ValueError, OSError) as error:
-        raise DataError(f"{source}: cannot be read as {suffix[1:]} ({error})") from error
-    if suffix in (".csv", ".tsv"):
-        return list(_csv_rows(source, text, "\t" if suffix == ".tsv" else ","))
-    return _json_table(source, text) if suffix == ".json" else list(_json_rows(source, text))
+        raise DataError(f"{source}: cannot be read as {source.suffix.lower()[1:]} ({error})") from error
 
 
-def _csv_rows(source: Path, text: str, delimiter: str) -> Iterator[Row]:
+class HeldTable:
+    """Rows that are in memory, numbered from 1."""
+
+    def __init__(self, word: str, rows: Sequence[dict[str, Any]]) -> None:
+        self.word = word
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        self._rows = rows
+
+    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """As of every `Table`."""
+        return (row for row in enumerate(self._rows, 1) if places is None or row[0] in places)
+
+
+class CsvTable:
     """The rows below the first, which names the columns; a field between double quotes may go over several lines."""
-    csv.field_size_limit(LONGEST)
-    lines = [line + "\n" for line in text.split("\n")]
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    name = "a tab" if delimiter == "\t" else "a comma"
-    advice = f"put what holds {name}, a quote or a line break between double quotes, and double the quotes in it"
-    columns: list[str] = []
-    while True:
-        first = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{source}: {_csv_mistake(str(error), first, reader.line_num)}; {advice}") from error
-        if cells is None:
-            return
-        if not cells:
-            continue
-        if not columns:
-            columns = cells
-            twice = next((column for column in columns if columns.count(column) > 1), None)
-            if twice is not None:
-                raise DataError(f"{source}: line {first} names the column {twice!r} twice; name each once")
-            continue
-        if len(cells) != len(columns):
-            found = f"{len(cells)} field{'s' * (len(cells) != 1)}"
-            raise DataError(
-                f"{source}: line {reader.line_num} has {found}, the first line names {len(columns)} columns; {advice}"
-            )
-        swallowed = _swallowed(lines[first : reader.line_num], delimiter, columns)
-        if swallowed is not None:
-            raise DataError(
-                f"{source}: a quote opened in line {first} closes in line {reader.line_num} only, and line "
-                f"{first + 1 + swallowed} between them looks like a row; close it where its text ends, and {advice}"
-            )
-        yield f"line {first}", dict(zip(columns, cells, strict=True))
+
+    word = "line"
+
+    def __init__(self, source: Path, delimiter: str) -> None:
+        self._source, self._delimiter = source, delimiter
+        between = "a tab" if delimiter == "\t" else "a comma"
+        self._advice = (
+            f"put what holds {between}, a quote or a line break between double quotes, and double the quotes in it"
+        )
+        first, self.columns = next(self._records(), (1, []))
+        twice = next((column for column in self.columns if self.columns.count(column) > 1), None)
+        if twice is not None:
+            raise DataError(f"{source}: line {first} names the column {twice!r} twice; name each once")
+
+    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """As of every `Table`."""
+        records, names = self._records(), self.columns
+        next(records, None)
+        for place, cells in records:
+            if places is None or place in places:
+                yield place, dict(zip(names, cells, strict=True))
+
+    def _records(self) -> Iterator[tuple[int, list[str]]]:
+        """The cells of each row, that of the names too, with the line that it begins in."""
+        csv.field_size_limit(LONGEST)
+        source, width = self._source, 0
+        lines: list[str] = []  # of the row that is read
+        reader = csv.reader(self._lines(lines), delimiter=self._delimiter, strict=True)
+        first = 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{source}: {_mistake(str(error), first, reader.line_num)}; {self._advice}") from error
+            if cells is None:
+                return
+            if cells:
+                width = width or len(cells)
+                if len(cells) != width:
+                    found = f"{len(cells)} field{'s' * (len(cells) != 1)}"
+                    raise DataError(
+                        f"{source}: line {reader.line_num} has {found}, the first line names {width} columns; "
+                        f"{self._advice}"
+                    )
+                swallowed = _swallowed(lines[1:], self._delimiter, width) if len(lines) > 1 else None
+                if swallowed is not None:
+                    raise DataError(
+                        f"{source}: a quote opened in line {first} closes in line {reader.line_num} only, and line "
+                        f"{first + 1 + swallowed} between them looks like a row; close it where its text ends, and "
+                        f"{self._advice}"
+                    )
+                yield first, cells
+            lines.clear()
+            first = reader.line_num + 1
+
+    def _lines(self, taken: list[str]) -> Iterator[str]:
+        with _reading(self._source):
+            for line in utf8_lines(self._source):
+                taken.append(line)
+                yield line
 
 
-def _csv_mistake(said: str, first: int, last: int) -> str:
+def _mistake(said: str, first: int, last: int) -> str:
     """What the csv module says of the row that begins in line `first`, in plain words."""
     if "unexpected end of data" in said or "field larger than" in said:
         return f"a quote opened in line {first} is never closed"
@@ -94,7 +168,7 @@ def _csv_mistake(said: str, first: int, last: int) -> str:
     return f"line {last} is not of the format ({said})"
 
 
-def _swallowed(lines: list[str], delimiter: str, columns: list[str]) -> int | None:
+def _swallowed(lines: Sequence[str], delimiter: str, columns: int) -> int | None:
     """Which of the further lines of a row looks like a row of its own: a quote was not closed before it.
 
     Such a line has as many fields as there are columns, the path's place holds a video's name, and no quote is left
@@ -102,28 +176,46 @@ def _swallowed(lines: list[str], delimiter: str, columns: list[str]) -> int | No
     """
     for number, line in enumerate(lines):
         cells = line.rstrip("\r\n").split(delimiter)
-        if len(cells) >= len(columns) > 1 and any(cell.strip('" ').lower().endswith(VIDEOS) for cell in cells):
+        if len(cells) >= columns > 1 and any(cell.strip('" ').lower().endswith(VIDEOS) for cell in cells):
             return number
     return None
 
 
-def _json_rows(source: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(lines_of(text), 1):
-        if not line.strip():
-            continue
+class JsonLinesTable:
+    """An object on each line that is not empty; its keys are columns."""
+
+    word = "line"
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        found: dict[str, None] = {}
+        for _, row in self.rows():
+            if not row.keys() <= found.keys():
+                found.update(dict.fromkeys(row))
+        self.columns = list(found)
+
+    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """As of every `Table`."""
+        with _reading(self._source):
+            for number, line in enumerate(utf8_lines(self._source), 1):
+                if (places is None or number in places) and line.strip():
+                    yield number, self._row(number, line)
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}: line {number} is not JSON ({error.msg} at column {error.colno})") from error
+            found = f"{error.msg} at column {error.colno}"
+            raise DataError(f"{self._source}: line {number} is not JSON ({found})") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source}: line {number} is not an object, expected {{...}} on each line")
-        yield f"line {number}", row
+            raise DataError(f"{self._source}: line {number} is not an object, expected {{...}} on each line")
+        return row
 
 
-def _json_table(source: Path, text: str) -> list[Row]:
+def _json_rows(source: Path) -> list[dict[str, Any]]:
     """A list of objects, or one object for each path."""
     try:
-        found = json.loads(text)
+        found = json.loads(read_utf8(source))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{source}: is not JSON ({error.msg} in line {error.lineno}, column {error.colno}); for an object on each "
@@ -136,24 +228,47 @@ def _json_table(source: Path, text: str) -> list[Row]:
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict):
             raise DataError(f"{source}: entry {number} is {row!r:.60}, expected an object {{...}}")
-    return [(f"entry {number}", row) for number, row in enumerate(found, 1)]
+    return found
 
 
-def _parquet_rows(source: Path) -> list[Row]:
-    """Binary cells that hold UTF-8 are text: many writers do not say that a column of theirs is. Of cells that hold
-    whole files the bytes are left where they are."""
-    from pyarrow import parquet
+class ParquetTable:
+    """Rows from 1. Binary cells that hold UTF-8 are text: many writers do not say that a column of theirs is. Of cells
+    that hold whole files the bytes are left where they are."""
 
-    with parquet.ParquetFile(source) as file:
-        inside = packed_columns(file.schema_arrow)
-        names = [f"{name}.path" if name in inside else name for name in file.schema_arrow.names]
-        rows = file.read(names).to_pylist()
-    for number, row in enumerate(rows):
-        for name in inside:
-            row[name] = packed_path(source, number, (row[name] or {}).get("path"))
-    return [
-        (f"row {number}", {name: _as_text(cell) for name, cell in row.items()}) for number, row in enumerate(rows, 1)
-    ]
+    word = "row"
+
+    def __init__(self, source: Path) -> None:
+        from pyarrow import parquet
+
+        self._source = source
+        with parquet.ParquetFile(source) as file:
+            self.columns = file.schema_arrow.names
+            self._inside = packed_columns(file.schema_arrow)
+
+    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """As of every `Table`."""
+        import pyarrow
+        from pyarrow import parquet
+
+        names = [name for name in self.columns if columns is None or name in columns]
+        read = [f"{name}.path" if name in self._inside else name for name in names]
+        first = 1
+        with _reading(self._source), parquet.ParquetFile(self._source, pre_buffer=False) as file:
+            for batch in file.iter_batches(BATCH, columns=read):
+                numbers: Sequence[int] = range(first, first + batch.num_rows)
+                if places is not None:
+                    numbers = [number for number in numbers if number in places]
+                    batch = batch.take(pyarrow.array([number - first for number in numbers], pyarrow.int64()))
+                first += BATCH
+                cells = [self._cells(name, batch.column(name).to_pylist(), numbers) for name in names]
+                for number, row in zip(numbers, zip(*cells, strict=True), strict=True):
+                    yield number, dict(zip(names, row, strict=True))
+
+    def _cells(self, name: str, cells: list[Any], numbers: Sequence[int]) -> list[Any]:
+        if name in self._inside:
+            files = zip(numbers, cells, strict=True)
+            return [packed_path(self._source, number - 1, (cell or {}).get("path")) for number, cell in files]
+        return [_as_text(cell) for cell in cells] if bytes in map(type, cells) else cells
 
 
 def _as_text(cell: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +16,7 @@ from data.io.lines import lines_of, read_utf8
 from data.prepare.__main__ import main
 from data.prepare.selection import select
 from data.prepare.sources import Columns, read_source
-from data.prepare.tables import read_table
+from data.prepare.tables import open_table
 from data.shards.manifest import Manifest
 from radial.errors import Mistake
 from tests.helpers.prepared import FAST
@@ -43,7 +45,7 @@ def test_quotes_that_are_not_closed_are_told_with_their_line(
     text = f"path,caption\n{text}"
     source.write_text(text if kind == "csv" else text.replace(",", "\t"), encoding="utf-8", newline="")
     with pytest.raises(DataError, match=rf"list.{kind}: {message}.*double the quotes in it"):
-        read_table(source)
+        list(open_table(source).rows())
 
 
 def test_quoted_fields_may_hold_anything(tmp_path: Path) -> None:
@@ -52,13 +54,13 @@ def test_quoted_fields_may_hold_anything(tmp_path: Path) -> None:
         'path,caption\r\nv0.mp4,"two lines,\nwith a comma and ""quotes"" of a.mp4"\r\nv1.mp4,5" wide\n',
         encoding="utf-8",
     )
-    assert read_table(source) == [
-        ("line 2", {"path": "v0.mp4", "caption": 'two lines,\nwith a comma and "quotes" of a.mp4'}),
-        ("line 4", {"path": "v1.mp4", "caption": '5" wide'}),
+    assert list(open_table(source).rows()) == [
+        (2, {"path": "v0.mp4", "caption": 'two lines,\nwith a comma and "quotes" of a.mp4'}),
+        (4, {"path": "v1.mp4", "caption": '5" wide'}),
     ]
     source.write_text("path,caption,path\na,b,c\n", encoding="utf-8")
     with pytest.raises(DataError, match="line 1 names the column 'path' twice"):
-        read_table(source)
+        list(open_table(source).rows())
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").touch()
     (tmp_path / "v.txt").write_text(caption, encoding="utf-8")
     for name, expected in (("list.csv", caption), ("list.jsonl", "one\u2028\u2029\x85two"), ("", caption)):
-        (video,) = read_source(tmp_path / name).videos
+        (video,) = read_source(tmp_path / name).videos()
         assert (video.path, video.caption) == ("v.mp4", expected)
 
 
@@ -84,7 +86,7 @@ def test_other_codings_are_named(tmp_path: Path, coding: str, message: str) -> N
     """UTF-16 without a mark is valid UTF-8, with a zero byte after each letter."""
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a.txt").write_text("a red ball", encoding=coding)
-    (video,) = read_source(tmp_path).videos
+    (video,) = read_source(tmp_path).videos()
     assert video.caption is None and video.problem == f"caption cannot be used: {message}"
     (tmp_path / "list.csv").write_text("path,caption\na.mp4,a red ball\n", encoding=coding)
     with pytest.raises(DataError, match=rf"list.csv: {message}"):
@@ -92,7 +94,7 @@ def test_other_codings_are_named(tmp_path: Path, coding: str, message: str) -> N
     with pytest.raises(DataError, match=message):
         read_utf8(tmp_path / "a.txt")
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "caption": "a\\u0000b"}', encoding="utf-8")
-    (video,) = read_source(tmp_path / "list.jsonl").videos
+    (video,) = read_source(tmp_path / "list.jsonl").videos()
     assert video.caption is None and video.problem is not None and "zero byte" in video.problem
 
 
@@ -106,7 +108,7 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     (elsewhere / "ring").symlink_to(root)
     (root / "a_link").symlink_to(root / "own")
     found = read_source(root)
-    assert [video.path for video in found.videos] == ["link/c.mp4", "link/sub/b.mp4", "own/a.mp4"]
+    assert [video.path for video in found.videos()] == ["link/c.mp4", "link/sub/b.mp4", "own/a.mp4"]
     assert found.told == [f"{root}: not used as videos: 3 links to folders that are searched already"]
 
 
@@ -115,7 +117,7 @@ def test_what_is_left_aside_is_counted_by_kind_and_what_has_a_caption_is_named(t
     for name in names:
         (tmp_path / name).touch()
     found = read_source(tmp_path)
-    assert [video.path for video in found.videos] == ["a.mp4", "d.mp4"]
+    assert [video.path for video in found.videos()] == ["a.mp4", "d.mp4"]
     aside, captioned = found.told
     assert aside.endswith(
         "not used as videos: 1 .gif, 2 .jpg, 2 .txt without a video of its name, 1 hidden, 1 without an ending"
@@ -123,7 +125,7 @@ def test_what_is_left_aside_is_counted_by_kind_and_what_has_a_caption_is_named(t
     assert captioned.startswith(f"{tmp_path}: b.gif have captions beside them, but do not end in .mp4, ")
     for ending in ("ogv", "3gp", "m2ts", "mts", "mxf"):
         (tmp_path / f"z.{ending}").touch()
-    assert len(read_source(tmp_path).videos) == 7
+    assert len(list(read_source(tmp_path).videos())) == 7
 
 
 def test_rows_without_a_path_bytes_and_rows_that_come_twice(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_rows_without_a_path_bytes_and_rows_that_come_twice(tmp_path: Path) -> N
     ]
     source = tmp_path / "list.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), source)
-    videos = read_source(source).videos
+    videos = list(read_source(source).videos())
     assert [(video.path, video.caption) for video in videos] == [
         ("a.mp4", "caf\u00e9"), ("", None), ("c.mp4", None), ("", None), ("a.mp4", "another"),
     ]  # fmt: skip
@@ -146,7 +148,7 @@ def test_rows_without_a_path_bytes_and_rows_that_come_twice(tmp_path: Path) -> N
     ]  # fmt: skip
     found = select(source=source, videos=None, columns=Columns(), where=None, sort="score")
     best = found.matching[0]
-    assert (best.path, best.caption) == ("a.mp4", "another")
+    assert (best.path, found.found.captions([best])) == ("a.mp4", ["another"])
     assert len(found.matching) == 4 and found.about == str(source), "without a where that was not given"
     assert found.told == [
         f"{source}: rows whose video an earlier row names: 1, such as a.mp4 (1 with another caption, such as a.mp4); "
@@ -188,3 +190,47 @@ def test_enlarged_videos_and_repeated_frames_are_told_and_can_be_left_out(
     assert "1 videos chosen, 2 do not qualify" in shown and "are enlarged" not in shown and "are repeated" not in shown
     with pytest.raises(Mistake, match="min_fps is 0.0, expected a positive number"):
         main([*words, f"out={tmp_path / 'none'}", "min_fps=0"])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_large_table_is_not_held_and_captions_are_those_of_the_chosen(tmp_path: Path, kind: str) -> None:
+    """50 MB of captions, the first row of each row group among the chosen ones, at 4 MB of memory."""
+    rows = [
+        {"path": f"v{i % 4_500}.mp4", "caption": f'no. {i}, "\n{"x" * 5_000}', "score": -(i % 2_000)}
+        for i in range(5_000)
+    ]
+    source = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=500)
+    elif kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        with source.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    # what is imported at first use is no part of it
+    select(source=source, videos=None, columns=Columns(), where="score>1", sort="score")
+    tracemalloc.start()
+    try:
+        found = select(source=source, videos=None, columns=Columns(), where="score>-1500", sort="score")
+        best = found.matching[:7]
+        captions = found.found.captions(best)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.listed == 5_000 and len(found.matching) == 4_000 - 500
+    assert [video.path for video in best] == [f"v{i}.mp4" for i in (0, 2000, 4000, 1, 2001, 4001, 2)]
+    assert captions == [rows[i]["caption"] for i in (0, 2000, 4000, 1, 2001, 4001, 2)]
+    assert "an earlier row names: 500, such as v0.mp4 (500 with another caption, such as v0.mp4)" in found.told[0]
+    assert most < 10e6, most
+
+
+def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "list.csv"
+    source.write_text("path,caption\na.mp4,a\nb.mp4,b\n", encoding="utf-8")
+    found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
+    assert found.found.captions([found.matching[1], found.matching[0]]) == ["b", "a"]
+    source.write_text("path,caption\na.mp4,a\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"list.csv: was changed while it was read \(b.mp4\); start again"):
+        found.found.captions(found.matching)

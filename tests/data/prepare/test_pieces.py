@@ -117,7 +117,7 @@ def test_frames_are_counted_at_the_rate_of_the_file(tmp_path: Path) -> None:
 
 
 def listed(source: Path, *asked: Any) -> list[tuple[str, str | None]]:
-    return [(name_of(video), video.caption) for video in read_source(source, Columns(*asked)).videos]
+    return [(name_of(video), video.caption) for video in read_source(source, Columns(*asked)).videos()]
 
 
 def test_common_collections_need_no_options(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_json_beside_a_video_has_its_caption_and_columns(tmp_path: Path) -> None
     found = [(s.meta["source"], s.caption) for s in read_samples(tmp_path / "out")]
     assert found == [("v1.mp4", "clip of video 1"), ("v2.mp4", "seven")], "a .txt goes before"
     (videos / "v2.json").write_text("[1]", encoding="utf-8")
-    (video,) = (v for v in read_source(videos).videos if v.path == "v2.mp4")
+    (video,) = (v for v in read_source(videos).videos() if v.path == "v2.mp4")
     assert video.problem == "v2.json cannot be used: v2.json is not an object, expected {...}"
 
 

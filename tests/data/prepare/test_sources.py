@@ -15,8 +15,8 @@ from pyarrow import parquet
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
 from data.prepare.conditions import number, parse_conditions, split_conditions
-from data.prepare.selection import select
-from data.prepare.sources import Columns, Listed, Video, ranked
+from data.prepare.selection import Ranking, select
+from data.prepare.sources import Columns, Listed, Video
 from data.prepare.sources import read_source as read
 from radial.cli.reader import read as read_words
 from radial.errors import Mistake
@@ -24,7 +24,7 @@ from radial.errors import Mistake
 
 def read_source(*arguments: Any) -> tuple[list[Video], list[str]]:
     found: Listed = read(arguments[0], Columns(*arguments[1:]))
-    return found.videos, found.columns
+    return list(found.videos()), found.columns
 
 
 ROWS: list[dict[str, Any]] = [
@@ -162,11 +162,14 @@ def test_conditions() -> None:
 
 def test_ranking() -> None:
     columns = ["aesthetic score", "motion"]
-    videos = [Video(row["video"], row["caption"], row) for row in ROWS]
-    assert [v.path[-5] for v in ranked(videos, "aesthetic score", columns)] == ["d", "a", "b", "c"]
-    assert [v.path[-5] for v in ranked(videos, "aesthetic score+motion", columns)] == ["b", "a", "d", "c"]
+
+    def order(sort: str) -> str:
+        best = sorted(ROWS, key=Ranking(sort, columns).score, reverse=True)
+        return "".join(row["video"][-5] for row in best)
+
+    assert order("aesthetic score") == "dabc" and order("aesthetic score+motion") == "badc"
     with pytest.raises(DataError, match="sort: there is no column 'x'"):
-        ranked(videos, "x", columns)
+        order("x")
 
 
 def test_unusable_sources(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ The folders:
     synth/         `python -m data.synth`: the synthetic clips of the default run
 
 Beside them are the commands `data.index`, which makes a manifest for tars that somebody else wrote, `data.check`, which
-reads every byte of shards and names what is damaged, `data.recaption`, which gives shards other captions, and
-`data.bench`, which measures the loader. A user's own stages of the stream are in `shards/stages.py`.
+reads every byte of shards and names what is damaged, `data.caption`, which describes videos that have no caption,
+`data.recaption`, which gives shards other captions, and `data.bench`, which measures the loader. A user's own stages of
+the stream are in `shards/stages.py`.
 `README.md` beside this file is the manual.
 """
 

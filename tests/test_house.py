@@ -40,7 +40,7 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
     ),
     "data": (
         "errors", "colour", "animation", "io", "shards", "text", "encoders", "synth", "sheet", "scan", "index",
-        "prepare", "recaption", "rebuild", "check", "bench",
+        "prepare", "caption", "recaption", "rebuild", "check", "bench",
     ),
     "train": (
         "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",

@@ -25,6 +25,9 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
@@ -199,4 +202,33 @@ def save_mochi(folder: Path, seed: int = 0, *, force_zeros: bool = False) -> Pat
     _tokenizer(256).save_pretrained(folder / "tokenizer")
     index = {"_class_name": "MochiPipeline", "force_zeros_for_empty_prompt": force_zeros}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def save_llava(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA folder: a vision-language model with its processor, which answers in the words of `WORDS`."""
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(512)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, eos_token_id=1, bos_token_id=3,
+    )  # fmt: skip
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-1)
+    model = _random(LlavaForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = [image_token]
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>",
+        chat_template=(
+            "{% for message in messages %}user {% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+            "{% if add_generation_prompt %} assistant{% endif %}"
+        ),
+    ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -1,0 +1,99 @@
+"""Captions for videos without one: the model's own answer, each video once, and what cannot be described is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from data import caption
+from data.caption import spread_frames
+from data.errors import DataError
+from data.prepare.sources import read_source
+from tests.helpers.prepared import write_clips
+from tests.helpers.tiny_models import save_llava
+from tests.helpers.videos import number_of, write_sound
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("llava"))
+
+
+def folder_of(root: Path, lengths: tuple[int, ...] = (20, 10, 30)) -> Path:
+    """Videos without captions, but for the first."""
+    for number, length in enumerate(lengths):
+        path = write_clips(root, number, length)
+        if number:
+            path.with_suffix(".txt").unlink()
+    return root
+
+
+def run(videos: Path, model: Path, *more: str) -> int | None:
+    return caption.main(
+        [str(videos), f"model={model}", "frames=3", "tokens=6", "dtype=fp32", "prompt=the video", *more]
+    )
+
+
+def greedy(model: Path, videos: Path, name: str) -> str:
+    """The likeliest word after the likeliest, by whole forward passes."""
+    processor, llava = AutoProcessor.from_pretrained(model), LlavaForConditionalGeneration.from_pretrained(model)
+    frames = [Image.fromarray(frame) for frame in spread_frames(videos / name, 3, 448)]
+    inputs = processor(images=frames, text="user <image><image><image> the video assistant", return_tensors="pt")
+    ids, first = inputs["input_ids"], inputs["input_ids"].shape[1]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = llava(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[:, -1:]
+        logits[..., processor.tokenizer.convert_tokens_to_ids("<image>")] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1)], 1)
+        if ids[0, -1] == processor.tokenizer.eos_token_id:
+            break
+    return processor.decode(ids[0, first:], skip_special_tokens=True)
+
+
+def test_videos_without_a_caption_get_the_models_likeliest_answer(tmp_path: Path, model: Path) -> None:
+    videos = folder_of(tmp_path / "videos")
+    assert run(videos, model) == 0
+    found = {video.path: video.caption for video in read_source(videos).videos()}
+    assert found == {"v0.mp4": "clip of video 0", **{n: greedy(model, videos, n) for n in ("v1.mp4", "v2.mp4")}}
+    assert found["v1.mp4"]
+
+
+def test_frames_are_spread_over_the_video(tmp_path: Path) -> None:
+    frames = spread_frames(write_clips(tmp_path, 0, 40), 4, 448)
+    assert [number_of(frame) for frame in frames] == [0, 10, 20, 30]
+
+
+def test_what_is_there_stays_and_ranks_share_the_rest(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = folder_of(tmp_path / "videos", (20, 10, 10, 10))
+    (videos / "v2.txt").write_text("by hand", encoding="utf-8")
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert run(videos, model) == 0
+    assert "2 captions written" in capsys.readouterr().out
+    assert {path.name for path in videos.glob("*.txt")} == {"v0.txt", "v1.txt", "v2.txt", "v3.txt"}
+    assert (videos / "v2.txt").read_text(encoding="utf-8") == "by hand"
+    assert run(videos, model) == 0 and "no video lacks a caption" in capsys.readouterr().out
+    (videos / "v3.txt").unlink()
+    monkeypatch.setenv("RANK", "0")
+    assert run(videos, model) == 0 and "none of this rank lacks a caption" in capsys.readouterr().out
+
+
+def test_what_cannot_be_described_is_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = folder_of(tmp_path / "videos", (20, 10))
+    write_sound(videos / "sound.mp4")
+    assert run(videos, model) == 1
+    shown = capsys.readouterr()
+    assert "bad: sound.mp4: no video stream" in shown.err and "1 captions written, 1 videos could not" in shown.out
+    for words, message in [
+        ((videos, tmp_path / "gone"), "gone, which is no folder; download the model"),
+        ((videos, tmp_path), "which transformers cannot load to describe images"),
+        ((tmp_path / "list.csv", model), "list.csv: expected a folder of videos without a list"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            run(*words)

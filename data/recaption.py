@@ -2,16 +2,19 @@
 
 Text is encoded again, video is not: each shard is read, the text of its samples replaced, and written under its name
 into a new folder. Latents and image conditions keep their bytes. A shard counts from the moment its record has its
-name, so that a killed run goes on with the next one; the old folder stays as it is.
+name, so that a killed run goes on with the next one; ranks share the shards, and the last to end makes the manifest.
+The old folder stays as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from data.shards.reader import SampleReader
 from data.shards.sample import Prompt
 from data.shards.writer import TarShards, finish_folder
 from radial.cli.command import Command
+from radial.cli.ranks import Rank
 from radial.cli.settings import setting
 
 JOURNAL = ".recaption"
@@ -58,7 +62,7 @@ class Arguments:
 
 
 def recaption(given: Arguments) -> int:
-    """Make the folder, or go on with it; returns the exit code.
+    """Make the folder or this rank's part of it, or go on with it; returns the exit code.
 
     Raises:
         DataError: the shards are not of this machine, not our own or damaged; a video has no new caption; the weights
@@ -78,24 +82,51 @@ def recaption(given: Arguments) -> int:
         )
     captions = _captions(given, manifest)
     asked = _asked(manifest, captions, encoder, given.text_dtype)
-    if (given.out / FILE).exists():
-        if Manifest.load(given.out).arguments.get("recaptioned") != asked:
-            raise DataError(f"{given.out}: is finished, with other shards or captions; choose another out=")
+    if _is_made(given.out, asked):
         print(f"{given.out}: already there")
         return 0
     with naming(given.out):
         (given.out / JOURNAL).mkdir(parents=True, exist_ok=True)
-    with (given.out / JOURNAL / "lock").open("a", encoding="utf-8") as lock:
-        if take(lock) is Lock.HELD:
-            raise DataError(f"{given.out}: another data.recaption is writing it; wait for it or stop it")
+    with _exclusively(given.out):
+        if _is_made(given.out, asked):  # by another rank, meanwhile
+            return 0
         _begin(given.out, asked)
-        settings = EncoderSettings(given.weights, find_device(given.device), torch.float32, _DTYPES[given.text_dtype])
-        loaded = load_encoder(family, settings)
-        shards = Work(given.out, manifest, captions, encoder, loaded).all_shards()
-        _finish(given, manifest, captions, shards, encoder, asked, loaded)
-    shutil.rmtree(given.out / JOURNAL, ignore_errors=True)
+    rank = Rank.here()
+    device = find_device(given.device, rank.local)
+    loaded = load_encoder(family, EncoderSettings(given.weights, device, torch.float32, _DTYPES[given.text_dtype]))
+    work = Work(given.out, manifest, captions, encoder, loaded)
+    work.write(rank)
+    with _exclusively(given.out):
+        if _is_made(given.out, asked):
+            return 0
+        shards = [work.record(number) for number in range(len(manifest.shards))]
+        left = shards.count(None)
+        if left:
+            print(f"rank {rank.index} is done, {left} shards are left to the others")
+            return 0
+        _finish(given, manifest, captions, [shard for shard in shards if shard], encoder, asked, loaded)
     print(f"{given.out}: {len(manifest.samples)} clips in {len(shards)} shards, with new captions")
     return 0
+
+
+def _is_made(out: Path, asked: str) -> bool:
+    """Whether the new folder is finished; raises a DataError where it is, with something else."""
+    if not (out / FILE).exists():
+        return False
+    if Manifest.load(out).arguments.get("recaptioned") != asked:
+        raise DataError(f"{out}: is finished, with other shards or captions; choose another out=")
+    return True
+
+
+@contextlib.contextmanager
+def _exclusively(out: Path) -> Iterator[None]:
+    """Inside, this process has the folder's journal for itself; that of a finished folder is removed."""
+    (out / JOURNAL).mkdir(exist_ok=True)  # another rank has removed it where that finished the folder
+    with (out / JOURNAL / "lock").open("a", encoding="utf-8") as lock:
+        take(lock, wait=True)
+        yield
+    if (out / FILE).exists():
+        shutil.rmtree(out / JOURNAL, ignore_errors=True)
 
 
 def _captions(given: Arguments, manifest: Manifest) -> list[str | None]:
@@ -159,23 +190,37 @@ class Work:
         self._encoder, self._loaded = encoder, loaded
         self._last: tuple[str, Prompt] | None = None
 
-    def all_shards(self) -> list[ShardInfo]:
-        """All shards of the new folder, those that were there first."""
-        shards, first = [], 0
+    def write(self, rank: Rank) -> None:
+        """Write the shards of a rank that have no record.
+
+        Raises:
+            DataError: another process writes one of them.
+        """
+        counts = [len(shard.samples) for shard in self._manifest.shards]
+        firsts = list(itertools.accumulate(counts, initial=0))
+        mine = range(rank.index, len(counts), rank.world)
         begun = Begun(self._out / JOURNAL / "begun.txt")
-        with tqdm(total=len(self._manifest.samples), unit="clip", desc="encoding text") as bar:
-            for number, shard in enumerate(self._manifest.shards):
-                record = self._out / JOURNAL / f"{shard.file}.json"
-                if record.exists():
-                    raw = json.loads(record.read_text(encoding="utf-8"))
-                    shards.append(ShardInfo.parse(raw, record, ""))
-                else:
-                    begun.add(shard.file)
-                    shards.append(self.shard(number, first))
-                    write_bytes(record, json.dumps(shards[-1].to_json()).encode())
-                first += len(shard.samples)
-                bar.update(len(shard.samples))
-        return shards
+        total = sum(counts[number] for number in mine)
+        with tqdm(total=total, unit="clip", desc="encoding text", disable=rank.index != 0) as bar:
+            for number in mine:
+                if self.record(number) is None:
+                    with self._path(number).with_suffix(".lock").open("a", encoding="utf-8") as lock:
+                        if take(lock) is Lock.HELD:
+                            raise DataError(
+                                f"{self._out}: another data.recaption is writing it; wait for it or stop it"
+                            )
+                        begun.add(self._manifest.shards[number].file)
+                        made = self.shard(number, firsts[number])
+                        write_bytes(self._path(number), json.dumps(made.to_json()).encode())
+                bar.update(counts[number])
+
+    def record(self, number: int) -> ShardInfo | None:
+        """A shard of the new folder; None where it is not there yet."""
+        path = self._path(number)
+        return ShardInfo.parse(json.loads(path.read_text(encoding="utf-8")), path, "") if path.exists() else None
+
+    def _path(self, number: int) -> Path:
+        return self._out / JOURNAL / f"{self._manifest.shards[number].file}.json"
 
     def shard(self, number: int, first: int) -> ShardInfo:
         """One shard anew, whose samples are numbered from `first` on."""
@@ -232,7 +277,7 @@ def _finish(
 main = Command(
     "python -m data.recaption",
     "Makes a new folder of shards with other captions: text is encoded again, video is not. Kill it whenever you like: "
-    "the same command goes on where it stopped.",
+    "the same command goes on where it stopped. Under torchrun or srun each rank takes its share of the shards.",
     Arguments,
     recaption,
     [

@@ -1,7 +1,6 @@
 """From a video file to clips of frames at the model's pace and size.
 
-Decoded with PyAV: on one core, 1080p h264 at 30 fps to 720p RGB at 16 fps runs at 55 frames/s with PyAV 18.1 and at 15
-with TorchCodec 0.12 (27 without its resizing), both on the same FFmpeg libraries.
+Decoded with PyAV, which is faster on a core than TorchCodec (figures in data/README.md).
 
 Time is read from the frames' timestamps, so a variable rate needs nothing special: output frame k shows what a player
 shows k / fps seconds after the first frame. Nothing here needs torch, so that decoding processes start fast.

@@ -13,6 +13,7 @@ from data import recaption
 from data.check import check
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings
+from data.io.locks import Lock, take
 from data.prepare.__main__ import main as prepare
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
@@ -135,3 +136,36 @@ def test_data_prepare_appends_to_the_new_folder(tmp_path: Path) -> None:
     write_clips(tmp_path / "videos", 1, 10)
     assert not prepare([f"source={videos}", f"out={tmp_path}/new", *FAST])
     assert [sample.caption for sample in read_samples(tmp_path / "new")] == ["corrected", "clip of video 1"]
+
+
+def test_ranks_share_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        videos = write_clips(tmp_path / "videos", number, 20).parent
+    prepare([f"source={videos}", f"out={tmp_path}/old", *FAST, "shard_gb=0.00002"])
+    shards = [shard.file for shard in Manifest.load(tmp_path / "old").shards]
+    assert len(shards) > 2
+    new = table(tmp_path / "new.jsonl", NEW)
+
+    def run_into(out: str) -> int | None:
+        return recaption.main([f"{tmp_path}/old", f"captions={new}", f"out={tmp_path}/{out}"])
+
+    assert run_into("whole") == 0
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert run_into("out") == 0
+    out = tmp_path / "out"
+    assert {path.name for path in out.glob("*.tar")} == set(shards[1::2]) and not (out / "manifest.json").exists()
+    assert f"rank 1 is done, {len(shards[::2])} shards are left to the others" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    with (out / recaption.JOURNAL / f"{shards[0]}.lock").open("a", encoding="utf-8") as lock:
+        assert take(lock) is Lock.OURS
+        with pytest.raises(recaption.DataError, match="out: another data.recaption is writing it"):
+            run_into("out")
+    assert run_into("out") == 0
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    monkeypatch.setenv("RANK", "1")
+    assert run_into("out") == 0 and "already there" in capsys.readouterr().out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,6 @@ from data.io.lines import lines_of, read_utf8
 PATHS = ("path", "video", "video_path", "file", "file_name", "filename", "file_path", "media_path", "videos")
 CAPTIONS = ("caption", "text", "prompt")
 """The usual names of the columns of paths and captions; the first that is there is taken."""
-
-WEB_VID = ("videoid", "name", "page_dir")
-"""The columns by which WebVid's tables are known."""
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 VIDEOS, PROMPTS = "videos.txt", ("prompts.txt", "prompt.txt", "captions.txt")
@@ -44,20 +42,55 @@ def lists_in(folder: Path) -> list[dict[str, Any]] | None:
     return [{"path": path.strip(), "caption": text} for path, text in zip(paths, captions, strict=True)]
 
 
-def web_vid(columns: Sequence[str]) -> bool:
-    """Whether a table is WebVid's: files are named by `page_dir` and `videoid`, captions are in `name`."""
-    return set(WEB_VID) <= set(columns)
+@dataclass(frozen=True)
+class Collection:
+    """How the tables of a public collection say where a video lies, and what is seen in it.
+
+    Attributes:
+        columns: by these its tables are known; nothing else of a row is needed.
+        caption: the one with the caption.
+        path: the path that a row's cells give, as the collection's own tool for downloads names the file.
+        cut: its files are the pieces: times in its tables are those of longer videos.
+    """
+
+    columns: frozenset[str]
+    caption: str
+    path: Callable[[Mapping[str, Any]], Any]
+    cut: bool = False
+
+    def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with its `path` and its `caption`."""
+        return {**row, "path": self.path(row), "caption": row.get(self.caption)}
 
 
-def web_vid_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of WebVid's with its path and its caption."""
-    folder = row.get("page_dir")
-    known = isinstance(folder, str) and folder.strip()
-    return {
-        **row,
-        "path": f"{folder}/{row['videoid']}.mp4" if known else f"{row['videoid']}.mp4",
-        "caption": row["name"],
-    }
+def _named(row: Mapping[str, Any], column: str) -> str | None:
+    return None if row.get(column) in (None, "") else f"{row[column]}.mp4"
+
+
+def _in_page(row: Mapping[str, Any]) -> str | None:
+    folder, name = row.get("page_dir"), _named(row, "videoid")
+    return f"{folder}/{name}" if name is not None and isinstance(folder, str) and folder.strip() else name
+
+
+_COLLECTIONS = (
+    Collection(frozenset({"videoid", "name", "page_dir"}), "name", _in_page),  # WebVid
+    Collection(
+        frozenset({"videoID", "url", "timestamp", "caption", "matching_score"}),  # Panda-70M
+        "caption",
+        lambda row: _named(row, "videoID"),
+    ),
+    Collection(
+        frozenset({"clip_id", "file_path", "timestamp", "framestamp", "dense_caption"}),  # MiraData
+        "dense_caption",
+        lambda row: row.get("file_path"),
+        cut=True,
+    ),
+)
+
+
+def collection_of(columns: Sequence[str]) -> Collection | None:
+    """The collection that a table of these columns is of, None where it is of none."""
+    return next((known for known in _COLLECTIONS if known.columns <= set(columns)), None)
 
 
 def beside(video: Path) -> dict[str, Any]:

@@ -168,18 +168,19 @@ def _read_table(source: Path, table: Table, asked: Columns) -> Listed:
     if next(table.rows(), None) is None:
         raise NoVideosError(f"{source}: the table is empty, expected a line for each video")
     columns = list(table.columns)
-    web_vid = layouts.web_vid(columns) and asked.path is None
-    if web_vid:
-        columns += ["path", "caption"]
+    known = layouts.collection_of(columns) if asked.path is None else None
+    if known is not None:
+        columns = list(dict.fromkeys([*columns, "path", "caption"]))
     path = _column(source, "path_column", asked.path, layouts.PATHS, columns)
     caption = _column(source, "caption_column", asked.caption, layouts.CAPTIONS, columns)
     _check_otherwise(asked, columns)
-    names = _Names(table.word, path, caption, *_span_columns(asked, columns, table))
-    own = {*names.columns(), asked.otherwise, *(layouts.WEB_VID if web_vid else ())}
+    spans = _span_columns(asked, columns, table, known is not None and known.cut)
+    names = _Names(table.word, path, caption, *spans)
+    own = {*names.columns(), asked.otherwise, *(known.columns if known is not None else ())}
 
     def read(places: Collection[int] | None, cells: Collection[str] | None) -> Iterator[Video]:
         for place, row in table.rows(places, None if cells is None else {*own, *cells}):
-            for video in _pieces(place, layouts.web_vid_row(row) if web_vid else row, names):
+            for video in _pieces(place, row if known is None else known.row(row), names):
                 yield _captions(video, asked)
 
     return Listed(source, columns, [], read)
@@ -214,12 +215,13 @@ class _Names:
         return self.path, self.caption, self.start, self.end
 
 
-def _span_columns(asked: Columns, columns: Sequence[str], table: Table) -> tuple[str | None, str | None]:
-    """The columns of starts and ends; one that usually holds both only where it does."""
+def _span_columns(asked: Columns, columns: Sequence[str], table: Table, cut: bool) -> tuple[str | None, str | None]:
+    """The columns of starts and ends; one that usually holds both only where it does, and none of files that are `cut`
+    already."""
     for key, name in (("start_column", asked.start), ("end_column", asked.end)):
         if name is not None and name not in columns:
             raise DataError(f"{key}: {no_column(name, columns)}")
-    if asked.start or asked.end:
+    if asked.start or asked.end or cut:
         return asked.start, asked.end
     start, end = usual(columns)
     if start is None or start != end:

@@ -127,6 +127,21 @@ def test_common_collections_need_no_options(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert listed(web) == [("000001_000050/12.mp4", "A cat")]
+    panda = tmp_path / "panda.csv"
+    panda.write_text(
+        "videoID,url,timestamp,caption,matching_score\n"
+        """aB-1,https://x,"[['0:00:01.000', '0:00:05.5'], ['0:01:07', '0:01:09']]","['A cat', 'Its tail']",0.5\n""",
+        encoding="utf-8",
+    )
+    assert listed(panda) == [("aB-1.mp4[1-5.5]", "A cat"), ("aB-1.mp4[67-69]", "Its tail")]
+    mira = tmp_path / "mira.csv"
+    mira.write_text(
+        "clip_id,source,video_id,timestamp,framestamp,file_path,short_caption,dense_caption\n"
+        """1.2,games,x,"['00:05:36.933', '00:06:38.200']","[10108, 11946]",video/1.2.mp4,A cat,A cat on a mat\n""",
+        encoding="utf-8",
+    )
+    assert listed(mira) == [("video/1.2.mp4", "A cat on a mat")], "the file is the piece"
+    assert listed(mira, None, "short_caption", "timestamp", "timestamp") == [("video/1.2.mp4[336.933-398.2]", "A cat")]
     fun = tmp_path / "fun.json"
     fun.write_text(json.dumps([{"file_path": "train/1.mp4", "text": "A dog", "type": "video"}]), encoding="utf-8")
     assert listed(fun) == [("train/1.mp4", "A dog")]

@@ -24,6 +24,11 @@ def table_in(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
+def parquets_in(folder: Path) -> list[Path]:
+    """The Parquet files of a data set of Hugging Face, in the order of their names: in the folder, or in its `data`."""
+    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+
+
 def lists_in(folder: Path) -> list[dict[str, Any]] | None:
     """The rows of a folder with a path in each line of videos.txt and its caption in that of prompts.txt, or None.
 

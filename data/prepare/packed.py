@@ -28,7 +28,7 @@ def packed_columns(schema: Any) -> list[str]:
 
 def packed_path(table: Path, row: int, name: str | None) -> str:
     """What a video in a row is listed as."""
-    return f"{table.name}/{row}/{Path(name).name if name else 'video'}"
+    return f"{table}/{row}/{Path(name).name if name else 'video'}"
 
 
 def packed(path: Path) -> tuple[Path, int] | None:

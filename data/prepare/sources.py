@@ -12,8 +12,10 @@ from data.io.lines import read_utf8
 from data.prepare import layouts
 from data.prepare.conditions import no_column
 from data.prepare.folder import SUFFIXES, search
+from data.prepare.parquet_table import ParquetTable
 from data.prepare.spans import Span, spans_of, texts_of, usual
-from data.prepare.tables import HeldTable, Table, open_table
+from data.prepare.table import Table
+from data.prepare.tables import HeldTable, open_table
 
 
 class NoVideosError(DataError):
@@ -132,7 +134,8 @@ def read_source(source: Path, asked: Columns = Columns()) -> Listed:
     Args:
         source: a .csv, .tsv, .json, .jsonl or .parquet table; or a folder: one with a metadata.csv, .jsonl or .parquet,
             one with videos.txt and prompts.txt, or one that is searched, with all folders in it and those linked there,
-            for videos with a .txt or .json file of the same name beside them, but for hidden ones.
+            for videos with a .txt or .json file of the same name beside them, but for hidden ones; where it has none,
+            one with .parquet files, which are read as one table.
         asked: the columns of a table.
 
     Raises:
@@ -150,6 +153,9 @@ def read_source(source: Path, asked: Columns = Columns()) -> Listed:
 
 def _read_folder(source: Path, asked: Columns) -> Listed:
     found = search(source)
+    parquets = layouts.parquets_in(source)
+    if not found.videos and parquets:
+        return _read_table(source, ParquetTable(parquets, source), asked)
     if not found.videos:
         told = "".join(f"; {line}" for line in found.told(source))
         ends = ", ".join(SUFFIXES)

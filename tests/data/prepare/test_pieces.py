@@ -204,3 +204,25 @@ def test_parquet_rows_may_hold_the_videos_themselves(tmp_path: Path) -> None:
     ]
     first = ((found[2].latent[:, 0].permute(1, 2, 0).float() + 1) * 127.5).numpy()
     assert number_of(first) == 40
+
+
+@pytest.mark.parametrize("inner", ["", "data"])
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path, inner: str) -> None:
+    """As Hugging Face's data sets are stored, in several files."""
+    folder = tmp_path / "hub" / inner
+    folder.mkdir(parents=True)
+    for i in range(3):
+        content = [write_clips(tmp_path / "videos", n, 10).read_bytes() for n in (2 * i, 2 * i + 1)]
+        rows = [
+            {"video": {"bytes": b, "path": "v.mp4"}, "caption": f"clip of video {2 * i + k}", "score": 2 * i + k}
+            for k, b in enumerate(content)
+        ]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"train-0000{i}-of-00003.parquet")
+    words = [f"source={tmp_path / 'hub'}", f"out={tmp_path / 'out'}", *FAST, "where=score>0", "sort=score"]
+    assert main(words) == 0
+    found = list(read_samples(tmp_path / "out"))
+    names = [f"train-0000{n // 2}-of-00003.parquet/{n % 2}/v.mp4" for n in (5, 4, 3, 2, 1)]
+    assert [s.meta["source"] for s in found] == [f"{inner}/{name}".lstrip("/") for name in names]
+    for sample, n in zip(found, (5, 4, 3, 2, 1), strict=True):
+        first = ((sample.latent[:, 0].permute(1, 2, 0).float() + 1) * 127.5).numpy()
+        assert (number_of(first), sample.caption) == (40 * n, f"clip of video {n}")

@@ -159,17 +159,22 @@ class HeadLayout:
     def complete_blocks(self) -> int:
         return self.family.complete_blocks
 
-    def masks(self, device: torch.device | None = None) -> Masks:
-        """The lists of this layer's heads on a device, by default the CPU."""
+    def masks(self, device: torch.device | None = None, *, transposed: bool = False) -> Masks:
+        """The lists of this layer's heads on a device, by default the CPU.
+
+        Args:
+            transposed: of query blocks for each key block, ``row_offsets`` of key blocks and ``columns`` of query
+                blocks.
+        """
         family, device = self.family, device or torch.device("cpu")
         own = range(family.first, family.first + family.own)
         kept = family.pattern.head_blocks(self.index, own, family.heads, family.grid, family.block, device)
         if kept is None:
-            of_head, offsets, columns = self._kept_masks
+            of_head, offsets, columns = self._kept_transposed if transposed else self._kept_masks
             return Masks(of_head.to(device), offsets.to(device), columns.to(device))
         blocks = self.blocks
         whole = torch.ones(len(own), blocks, blocks, dtype=torch.bool, device=device)
-        whole[:, : kept.shape[1], : kept.shape[1]] = kept
+        whole[:, : kept.shape[1], : kept.shape[1]] = kept.mT if transposed else kept
         return Masks(
             torch.arange(len(own), device=device),
             F.pad(whole.sum(-1).cumsum(1), (1, 0)).int(),
@@ -196,6 +201,17 @@ class HeadLayout:
             torch.stack([offsets for offsets, _, _ in rows]),
             torch.cat([columns.to(_narrow(self.blocks)) for _, columns, _ in rows]),
         )
+
+    @cached_property
+    def _kept_transposed(self) -> Masks:
+        """Those of each key block."""
+        of_head, offsets, columns = self._kept_masks
+        blocks, masks = self.blocks, len(offsets)
+        owner = torch.repeat_interleave(torch.arange(masks * blocks), offsets.long().diff(dim=1).flatten())
+        # by mask and column; within a column the numbers of the rows ascend
+        keys = ((owner // blocks * blocks + columns.long()) * blocks + owner % blocks).sort().values
+        counts = torch.bincount(keys // blocks, minlength=masks * blocks).view(masks, blocks)
+        return Masks(of_head, F.pad(counts.cumsum(1), (1, 0)).int(), (keys % blocks).to(columns.dtype))
 
     @cached_property
     def _kept_by_head(self) -> list[int]:

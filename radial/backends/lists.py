@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from radial.backends.fa4.schedule import Schedule
-from radial.head_layouts import HeadLayout, HeadLayouts, Masks
+from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import BlockLayout
 
 
@@ -66,9 +66,10 @@ def block_lists(
     """
     blocks, complete = layout.blocks, layout.complete_blocks
     if isinstance(layout, HeadLayout):
-        found = layout.masks(device)
-        of_head = found.of_head
-        offsets, indices = _mask_lists(found, blocks, backward)
+        found = layout.masks(device, transposed=backward)
+        of_head, indices = found.of_head, found.columns.int()
+        counts = found.row_offsets.long().diff(dim=1).flatten()
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     else:
         of_head, device = None, layout.columns.device
         offsets, indices = (layout.column_offsets, layout.rows) if backward else (layout.row_offsets, layout.columns)
@@ -77,12 +78,7 @@ def block_lists(
     everything = torch.arange(blocks, dtype=torch.int32, device=device)
     order, start = everything, None
     if scheduled:
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        direction = "backward" if backward else "forward"
-        typical = counts
-        if of_head is not None:
-            typical = counts.view(-1, blocks)[of_head].double().mean(0).round().long()
-        schedule = Schedule.of(typical, layout.grid, layout.block, multiprocessors=multiprocessors, direction=direction)
+        schedule = _schedule(layout, counts, of_head, backward, device)
         order, start = schedule.order.int().to(device), schedule.start.repeat(rows // blocks)
     masked = everything[:1]
     if masks:
@@ -104,17 +100,30 @@ def block_lists(
     )
 
 
-def _mask_lists(found: Masks, blocks: int, backward: bool) -> tuple[Tensor, Tensor]:
-    """Offsets (masks x blocks + 1,) and indices of all masks of a layer, mask after mask."""
-    masks, device = len(found.row_offsets), found.columns.device
-    counts = found.row_offsets.long().diff(dim=1).flatten()
-    indices = found.columns.int()
-    if backward:
-        owner = torch.repeat_interleave(torch.arange(masks * blocks, device=device), counts)
-        # by mask and column; within a column the numbers of the rows ascend
-        keys = ((owner // blocks * blocks + indices) * blocks + owner % blocks).sort().values
-        counts, indices = torch.bincount(keys // blocks, minlength=masks * blocks), (keys % blocks).int()
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), indices
+def _schedule(
+    layout: BlockLayout | HeadLayout,
+    counts: Tensor,
+    of_head: Tensor | None,
+    backward: bool,
+    device: torch.device | None,
+) -> Schedule:
+    """The schedule of the lists; of masks that differ by head it follows their mean, and is kept on their device."""
+    direction = "backward" if backward else "forward"
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def make(counts: Tensor) -> Schedule:
+        return Schedule.of(counts, layout.grid, layout.block, multiprocessors=multiprocessors, direction=direction)
+
+    if of_head is None or not isinstance(layout, HeadLayout):
+        return make(counts)
+
+    def of_mean() -> Schedule:
+        made = make(counts.view(-1, layout.blocks)[of_head].double().mean(0).round().long())
+        return Schedule(made.order.to(device), made.start.to(device))
+
+    # a layer's lists are made whenever it runs; this, which waits for the device, once
+    schedule: Schedule = layout.family.derived(("schedule", layout.index, direction, str(device)), of_mean)
+    return schedule
 
 
 def masked_counts(layout: BlockLayout | HeadLayout | HeadLayouts, valid: Tensor, *, backward: bool) -> Tensor:

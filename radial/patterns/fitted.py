@@ -96,7 +96,7 @@ class Fitted(Pattern):
         kept = torch.empty(len(own), side * side, dtype=torch.bool, device=device)
         for index, head in enumerate(own):
             turn = spread(place * heads + head, everyone) * _ONE // everyone
-            drawn = (draws + turn & _ONE - 1) < width
+            drawn = (draws + turn & _ONE - 1) <= width - 1  # at a rate of 1, width itself is no int32
             torch.logical_or(rules[index][byte] >> bit & 1, drawn, out=kept[index])
         kept = kept.view(len(own), side, side)
         kept.diagonal(dim1=1, dim2=2).fill_(True)

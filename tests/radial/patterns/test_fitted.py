@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -65,6 +65,7 @@ def restated(pattern: Fitted, layer: int, head: int, grid: VideoGrid) -> np.ndar
     of=fits, grid=grids, block=st.sampled_from([16, 32]), rate=st.sampled_from([0.0, 0.07, 0.4, 1.0]),
     seed=st.integers(0, 2**32 - 1), layer=st.sampled_from([2, 5]), head=st.integers(0, 2),
 )  # fmt: skip
+@example(of=VideoGrid(2, 2, 3), grid=VideoGrid(6, 1, 1), block=16, rate=1.0, seed=0, layer=2, head=0)
 def test_a_heads_mask_is_its_rule_its_diagonal_and_its_draw(of, grid, block, rate, seed, layer, head):
     pattern = fitted(of, block, layers=(2, 5), heads=3, rate=rate, seed=seed)
     grid = VideoGrid(grid.frames, of.height, of.width, grid.text_tokens)
@@ -113,6 +114,7 @@ def test_heads_are_spread_over_all_places(places):
 
 @hypothesis_settings(max_examples=20)
 @given(of=fits, frames=st.integers(1, 9), heads=st.integers(1, 6), rate=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+@example(of=VideoGrid(2, 1, 4), frames=8, heads=1, rate=1.0, seed=0)
 def test_every_pair_is_drawn_by_as_many_heads_as_its_rate_gives(of, frames, heads, rate, seed):
     pattern = fitted(of, 16, heads=heads, rate=rate, seed=seed, bits=0.0)
     grid = VideoGrid(frames, of.height, of.width)
@@ -137,6 +139,8 @@ def values_of(about, seed=0, layers=2, heads=3):
     of=fits, text=st.sampled_from([0, 11, 40]), share=st.floats(0.05, 1), coverage=st.sampled_from([0, 0.25, 0.5, 1]),
     seed=st.integers(0, 99),
 )  # fmt: skip
+@example(of=VideoGrid(2, 4, 4), text=0, share=1.0, coverage=0.5, seed=0)
+@example(of=VideoGrid(2, 5, 9), text=0, share=0.640625, coverage=0, seed=8)
 def test_the_heaviest_bits_and_a_rate_that_reach_the_share(of, text, share, coverage, seed):
     grid = VideoGrid(of.frames, of.height, of.width, text)
     about = About("raster", 16, of.frames, of.height, of.width, (0, 1), share, coverage, 0.0, seed)
@@ -152,8 +156,8 @@ def test_the_heaviest_bits_and_a_rate_that_reach_the_share(of, text, share, cove
     )
     layouts = build_head_layouts(pattern, grid, 16, layers=2, heads=3)
     kept = sum(1 - layouts.layer(layer).sparsity for layer in range(2)) / 2
-    # the draw of each pair misses its rate by less than one of the six heads, on both sides
-    assert kept == pytest.approx(share, abs=0.2 * min(1, rate * 6) + 1e-9)
+    # the draw of each pair misses its rate by less than one of the six heads, on both sides; of few pairs by one block
+    assert kept == pytest.approx(share, abs=0.2 * min(1, rate * 6) + 1 / blocks**2)
     assert (1 - build_layout(pattern, grid, 16).sparsity) == pytest.approx(share, abs=1 / blocks**2 + 1e-6)
     # no bit that is left out is worth more than one that is taken, if it costs anything
     cost = torch.zeros(about.entries)

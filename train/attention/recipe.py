@@ -69,6 +69,10 @@ class AttentionRecipe:
             return step < self.dense_steps
         return self.dense_sigma is not None and sigma >= self.dense_sigma
 
+    def is_dense_layer(self, layer: int) -> bool:
+        """Whether a layer is dense in every step."""
+        return isinstance(self.pattern, Dense) or layer < self.dense_layers
+
     def step(self, grid: VideoGrid, *, dense: bool, sequence: SequenceGroup | None = None) -> StepAttention:
         """The attention of one step.
 

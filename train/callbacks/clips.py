@@ -38,6 +38,7 @@ from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 
 FOLDER = "samples"
+_STEPS, _GUIDANCE = 30, 5.0  # of a model that has none of its own
 
 
 class PromptClips(StepCallback):
@@ -128,7 +129,7 @@ class PromptClips(StepCallback):
     def _latent(self, trainer: L.Trainer, module: LengthExtensionModule, clip: Sample, number: int) -> Tensor:
         """The clip of a prompt, (C, f, h, w)."""
         batch = collate([clip], 0).to(module.device)
-        guidance = self.config.validation.samples_guidance
+        steps, guidance = sampled_with(self.config)
         distilled = getattr(module.transformer.config, "guidance_embeds", False)  # takes the guidance as an input
         conditions, empty = module.objective.both(batch, guidance if distilled else None)
         shape = batch.latent
@@ -146,7 +147,7 @@ class PromptClips(StepCallback):
             conditions,
             empty,
             attention,
-            steps=self.config.validation.samples_steps,
+            steps=steps,
             shift=self.config.shift(),
             guidance=1.0 if distilled else guidance,
             label=f"Sample {number + 1}",
@@ -199,6 +200,13 @@ class PromptClips(StepCallback):
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
+
+
+def sampled_with(config: RunConfig) -> tuple[int, float]:
+    """Denoising steps and the weight of guidance of the prompts' clips: the run's, else the model's own."""
+    own = config.model.guidance or [_GUIDANCE]
+    guidance = config.validation.samples_guidance or own[-1 if config.model.expert == "low" else 0]
+    return config.validation.samples_steps or config.model.steps or _STEPS, guidance
 
 
 def _to_wandb(run: Any, files: list[Path], step: int) -> None:

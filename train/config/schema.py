@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from radial import Pattern, VideoGrid, build_layout, make_pattern, with_share
-from radial.cli.settings import Bound, at_least, within
+from radial.cli.settings import POSITIVE, Bound, at_least, each, within
 from radial.patterns import RULES
 from train.config.keys import Key, key, keys_of, section
 from train.config.sections import (
@@ -67,7 +67,7 @@ class ModelConfig:
     native_frames: int | None = key("length of the clips that the model was made for", None, unit="frames of the video",
                                     must=at_least(1))  # fmt: skip
     longer: dict[str, int] = key("lengths at 2x and 4x of the native one, those of the published recipes", {})
-    fps: float | None = key("pace of its clips", None, unit="frames a second")
+    fps: float | None = key("pace of its clips", None, unit="frames a second", must=POSITIVE)
     rope: str = key("temporal positions past that length; the group rope sets it", "default", ROPE_KINDS)
     boundary: float | None = key("of two experts: the noise level from which on the first one runs", None,
                                  must=_BETWEEN)  # fmt: skip
@@ -79,8 +79,9 @@ class ModelConfig:
     native_size: list[int] | None = key("height and width of what its authors generate", None, unit="pixels")
     steps: int | None = key("denoising steps that its authors generate with", None, must=at_least(1))
     guidance: list[float] | None = key(
-        "its authors' weight of guidance; of two experts one each, that of high noise levels first", None
-    )
+        "its authors' weight of guidance; of two experts one each, that of high noise levels first", None,
+        must=each(POSITIVE),
+    )  # fmt: skip
     caption_dropout: float = key(
         "share of samples that it trains with the empty prompt; 0 for guidance-distilled models, which have no "
         "negative prompt", 0.1, must=within(0, 1),
@@ -96,9 +97,9 @@ class ModelConfig:
 class ClipConfig:
     """The clips to train on; shards may mix others, of which this is the largest."""
 
-    frames: int = key("length of the video, before the VAE", MISSING, unit="frames")
-    height: int = key("height of the video", MISSING, unit="pixels")
-    width: int = key("width of the video", MISSING, unit="pixels")
+    frames: int = key("length of the video, before the VAE", MISSING, unit="frames", must=at_least(1))
+    height: int = key("height of the video", MISSING, unit="pixels", must=at_least(1))
+    width: int = key("width of the video", MISSING, unit="pixels", must=at_least(1))
 
 
 @dataclass

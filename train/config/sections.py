@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
@@ -23,6 +24,8 @@ TOOL_KEYS = (
 )
 """What ``export.tools`` may name; `train.export.tools` holds what each tool runs."""
 _TOOLS = Bound(f"some of {', '.join(TOOL_KEYS)}", lambda value: set(value) <= set(TOOL_KEYS))
+_SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
+_FINITE = Bound("a finite number", math.isfinite)
 _SIGMAS = Bound("noise levels between 0 and 1", lambda value: all(0 < sigma < 1 for sigma in value))
 _BETAS = Bound("two numbers from 0 up to 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 _WEIGHTS = Bound("numbers above 0", lambda value: all(0 < weight < float("inf") for weight in value))
@@ -39,8 +42,9 @@ class AttentionConfig:
     reach: float | None = key("parameter of the patterns that have one of this name; null: the pattern's own", None,
                               must=POSITIVE)  # fmt: skip
     share: float | None = key(
-        "share of all blocks that is kept: the pattern's parameter is what comes nearest; null: as it is given", None
-    )
+        "share of all blocks that is kept: the pattern's parameter is what comes nearest; null: as it is given", None,
+        must=_SHARE,
+    )  # fmt: skip
     per_head: bool = key("of pattern random: a draw for each head of each layer", False)
     masks: str | None = key("of pattern fitted: the file of masks that python -m radial fit writes", None, path=True)
     block: int = key("side of a block of the mask", 128, unit="tokens", must=POWER_OF_TWO)
@@ -88,7 +92,7 @@ class ObjectiveConfig:
         "the model's own shift grows with the square root of the clip's length over the native one", False
     )
     density: str = key("distribution of the noise levels before the shift", "uniform", ("uniform", "logit_normal"))
-    mean: float = key("mean of the logit-normal density", 0.0)
+    mean: float = key("mean of the logit-normal density", 0.0, must=_FINITE)
     std: float = key("standard deviation of the logit-normal density", 1.0, must=POSITIVE)
     caption_dropout: float | None = key(
         "share of samples that train with the empty prompt; null: the model's own", None, must=within(0, 1)
@@ -234,8 +238,10 @@ class ValidationConfig:
                              must=at_least(0))  # fmt: skip
     prompts: list[str] = key("what is generated during training", [])
     images: list[str] = key("a first frame for each prompt, for models that take one", [], path=True)
-    samples_steps: int = key("denoising steps of these clips", 30, must=at_least(1))
-    samples_guidance: float = key("weight of classifier-free guidance of these clips", 5.0)
+    samples_steps: int | None = key("denoising steps of these clips; null: the model's own, else 30", None,
+                                    must=at_least(1))  # fmt: skip
+    samples_guidance: float | None = key("weight of guidance of these clips; null: the model's own, else 5", None,
+                                         must=POSITIVE)  # fmt: skip
 
 
 @dataclass
@@ -256,7 +262,7 @@ class ReportConfig:
 
     clips: int = key("held-out clips in the table of results; 0: no report", 0, must=_REPORTED)
     sampling_steps: int = key("denoising steps of the animation", 12, must=at_least(1))
-    guidance: float = key("weight of classifier-free guidance of the animation", 1.0)
+    guidance: float = key("weight of classifier-free guidance of the animation", 1.0, must=POSITIVE)
     short_frames: int = key("also measure the base at this length, its own; 0: not", 0, unit="frames",
                             must=at_least(0))  # fmt: skip
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from train.attention.recipe import AttentionRecipe
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -65,6 +66,11 @@ class Budget:
         """The run with as many nodes and GPUs as the machine has."""
         trainer = replace(self.config.trainer, nodes=self.machine.nodes, devices=self.machine.gpus)
         return replace(self.config, trainer=trainer)
+
+    @cached_property
+    def attention(self) -> AttentionRecipe:
+        """Which layers are dense."""
+        return AttentionRecipe.of(self.config)
 
     @property
     def clips(self) -> int:
@@ -169,7 +175,8 @@ class Budget:
         limit = self.cpu_room()
         if parallel.offload_gib is not None:
             limit = min(limit, parallel.offload_gib * GIB)
-        dense = 0 if self.config.attention.pattern == "dense" else self.config.attention.dense_layers
+        first = sum(self.attention.is_dense_layer(layer) for layer in range(layers))
+        dense = 0 if first == layers else first
         return chosen(layers, dense, max(limit, 0.0), self._needed_offload)
 
     def _needed_offload(self, names: Sequence[str]) -> float:

@@ -102,13 +102,9 @@ class Duration:
     def _sides(self) -> tuple[tuple[bool, float], tuple[bool, float]]:
         return (True, self.dense_share), (False, 1 - self.dense_share)
 
-    def _is_dense(self, layer: int, dense: bool) -> bool:
-        attention = self.budget.config.attention
-        return dense or attention.pattern == "dense" or layer < attention.dense_layers
-
     def _layer_flops(self, layer: int, dense: bool) -> float:
         sizes = self.budget.sizes
-        return sizes.dense_attention * (1.0 if self._is_dense(layer, dense) else sizes.density)
+        return sizes.dense_attention * (1.0 if dense or self.budget.attention.is_dense_layer(layer) else sizes.density)
 
     def _micro_step(self, dense: bool) -> dict[str, float]:
         """Forward and backward of one micro-batch on one rank."""
@@ -117,7 +113,7 @@ class Duration:
         clips = budget.clips / budget.sequence
         attention = 0.0
         for layer, name in enumerate(names):
-            forward, backward = self._attention_rates(self._is_dense(layer, dense))
+            forward, backward = self._attention_rates(dense or budget.attention.is_dense_layer(layer))
             times = 2 if name == "full" else 1
             attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
         again = sum(name != "none" for name in names) / len(names)

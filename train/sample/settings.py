@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,14 +15,17 @@ from data.io.lines import lines_of, read_utf8
 from radial import PATTERNS, Fitted, HeadMasks, RadialError, Released, VideoGrid, make_pattern
 from radial.backends import BACKENDS
 from radial.cli.reader import guess, read_some
-from radial.cli.settings import setting
+from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, check_value, setting
+from radial.errors import Mistake
 from train.attention.recipe import AttentionRecipe
 from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
+from train.config.sections import AttentionConfig
 from train.errors import UserError
 from train.lora import files as loras
 from train.sample import noise_levels
 
+_SEEDS = Bound("at least 0 and less than 2 to the 64th", lambda value: 0 <= value < 2**64)
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
 
@@ -36,15 +38,17 @@ class Settings:
     negative: str | None = setting("what not to show, with guidance above 1 (Wan: its authors' words)", None)
     image: Path | None = setting("first frame, for image-to-video models; cut to the clip's shape", None)
     out: Path | None = setting("the video; with prompts a folder (clip.mp4, clips)", None)
-    frames: int | None = setting("length (the LoRA's, else the model's)", None)
-    height: int | None = setting("pixels (the LoRA's, else the model's)", None)
-    width: int | None = setting("pixels (the LoRA's, else the model's)", None)
-    fps: float | None = setting("pace (the model's)", None)
+    frames: int | None = setting("length (the LoRA's, else the model's)", None, must=at_least(1))
+    height: int | None = setting("pixels (the LoRA's, else the model's)", None, must=at_least(1))
+    width: int | None = setting("pixels (the LoRA's, else the model's)", None, must=at_least(1))
+    fps: float | None = setting("pace (the model's)", None, must=POSITIVE)
     steps: int | None = setting("denoising steps (the model's: 40 to 64)", None)
-    guidance: float | None = setting("weight of guidance; 1 is off (the model's: 3.5 to 6)", None)
-    guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None)
-    shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None)
-    seed: int = setting("of the noise", 0)
+    guidance: float | None = setting("weight of guidance; 1 is off (the model's: 3.5 to 6)", None, must=POSITIVE)
+    guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None,
+                                      must=POSITIVE)  # fmt: skip
+    shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None,
+                                  must=POSITIVE)  # fmt: skip
+    seed: int = setting("of the noise", 0, must=_SEEDS)
     lora: str | None = setting(
         "the LoRA: file or folder, with :strength; an export's folder has both experts'", None, path=True
     )
@@ -57,18 +61,19 @@ class Settings:
     reach: float | None = setting("of the patterns that have one (the LoRA's, else the pattern's own)", None)
     per_head: bool | None = setting("of random: a draw for each head of each layer (the LoRA's, else no)", None)
     masks: Path | None = setting("of fitted: masks that fit the model (those beside the LoRA)", None)
-    block: int | None = setting("tokens of a block (the LoRA's, else 128)", None)
-    dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None)
-    dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None)
+    block: int | None = setting("tokens of a block (the LoRA's, else 128)", None, must=POWER_OF_TWO)
+    dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None, must=at_least(0))
+    dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None, must=at_least(0))
     dense_sigma: float | None = setting(
         "noise level from which on steps stay dense (the LoRA's, whatever the steps; else 2 steps)", None
     )
     rope: str | None = setting(
         "temporal positions past the native length (the LoRA's, else the model's own)", None, ROPE_KINDS
     )
-    backend: str | None = setting("attention backend", None)
+    backend: str | None = setting("attention backend", None, tuple(BACKENDS))
     compare: str | None = setting("dense: generate with dense attention too, and compare", None, ("dense",))
-    sequence: int | None = setting("GPUs that share a clip's tokens (with torchrun: as many as there are)", None)
+    sequence: int | None = setting("GPUs that share a clip's tokens (with torchrun: as many as there are)", None,
+                                  must=at_least(1))  # fmt: skip
     split_guidance: bool | None = setting("half of the GPUs take the negative prompt (with torchrun: yes)", None)
     offload: str = setting(
         "model: the transformer only while it runs; block: its blocks one by one", "none", ("none", "model", "block")
@@ -124,9 +129,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
-    for name in ("frames", "height", "width"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise UserError(f"{name} is {value}, expected at least 1")
+    _check_each(settings)
     if settings.dense_steps is not None and settings.dense_sigma is not None:
         raise UserError("dense_steps and dense_sigma are both set, expected one: each says which steps stay dense")
     if model.expert is None:
@@ -149,6 +152,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     family = family_of(model)
     size: list[Any] = list(model.native_size or (None, None))
     guidance = (model.guidance or []) if settings.guidance is None else []  # what is given is for both experts
+    attention = AttentionConfig()
     fallback: dict[str, Any] = {
         "out": Path("clip.mp4" if settings.prompts is None else "clips"),
         "frames": model.native_frames,
@@ -160,10 +164,10 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "guidance_2": guidance[1] if len(guidance) == 2 else None,
         "pattern": pattern,
         "rule": model.rule,
-        "decay": 1.0,
-        "per_head": False,
-        "block": 128 if settings.masks is None else _block_of(settings.masks),
-        "dense_layers": 2,
+        "decay": attention.decay,
+        "per_head": attention.per_head,
+        "block": attention.block if settings.masks is None else _block_of(settings.masks),
+        "dense_layers": attention.dense_layers,
         "rope": model.rope,
         "tiled": family.decodes_tiled,
     }
@@ -209,6 +213,15 @@ def slots(settings: Settings, model: ModelConfig) -> list[loras.Slot]:
     return [first, loras.Slot("lora_2", "low", settings.lora_2, settings.add_2)]
 
 
+def _check_each(settings: Settings) -> None:
+    """Holds each value to its own choices and bounds: those of a program, and those of a LoRA's header too."""
+    try:
+        for field in fields(Settings):
+            check_value(field.name, field, getattr(settings, field.name))
+    except Mistake as error:
+        raise UserError(str(error)) from None
+
+
 def _check(settings: Settings, model: ModelConfig) -> None:
     grid(settings, model)
     from train.models.families import family_of  # takes seconds to import
@@ -216,25 +229,10 @@ def _check(settings: Settings, model: ModelConfig) -> None:
 
     temporal_rope(replace(model, rope=str(settings.rope)))
     recipe_of(settings)
-    block = settings.block or 0
-    if block < 16 or block & (block - 1):
-        raise UserError(f"block is {settings.block}, expected a power of two such as 64 or 128")
-    for name, least in (
-        ("steps", family_of(model).fewest_steps),
-        ("dense_layers", 0),
-        ("dense_steps", 0),
-        ("seed", 0),
-        ("sequence", 1),
-    ):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}, expected at least {least}")
-    if settings.seed >= 2**64:
-        raise UserError(f"seed is {settings.seed}, expected less than 2 to the 64th")
-    for name in ("guidance", "guidance_2", "shift", "fps"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}, expected a positive number")
+    _check_each(settings)
+    fewest = family_of(model).fewest_steps
+    if settings.steps is not None and settings.steps < fewest:
+        raise UserError(f"steps is {settings.steps}, expected at least {fewest}")
     if settings.guidance is not None and settings.guidance <= 1 and settings.guidance_2 not in (None, 1):
         raise UserError(
             f"guidance is {settings.guidance:g}, which turns it off for both experts: leave guidance_2 out, or set "
@@ -242,8 +240,6 @@ def _check(settings: Settings, model: ModelConfig) -> None:
         )
     if settings.compare is not None and settings.pattern == "dense":
         raise UserError("compare=dense with pattern=dense has nothing to compare: choose another pattern, or one clip")
-    if settings.backend is not None and settings.backend not in BACKENDS:
-        raise UserError(f"backend is {settings.backend!r}, expected one of {', '.join(BACKENDS)}")
     if settings.image is not None and not settings.image.is_file():
         raise UserError(f"image {settings.image} is missing")
 

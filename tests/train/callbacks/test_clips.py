@@ -8,6 +8,7 @@ from tests.helpers.faults import losses
 from tests.helpers.tiny import run_config
 from tests.helpers.videos import frames_of
 from tests.helpers.wan_runs import FRAMES, config_of, make_shards, model_folder
+from train.callbacks.clips import sampled_with
 from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.preflight import preflight
@@ -76,3 +77,15 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path):
     with pytest.raises(UserError, match="validation.samples_steps is 0, expected at least 1"):
         run_config(tmp_path, validation__samples_steps=0)
     assert finish(compose_run({"conf": "wan_4x", "validation": "samples"})).validation.samples_every == 250
+
+
+def test_clips_are_made_as_the_models_own_unless_the_run_says_how():
+    def of(**changes):
+        words = {"conf": "wan22_2x", "model.path": "x", "data.shards": "y", **changes}
+        return sampled_with(finish(compose_run({key.replace("__", "."): str(value) for key, value in words.items()})))
+
+    model = finish(compose_run({"conf": "wan22_2x", "model.path": "x", "data.shards": "y"})).model
+    assert model.guidance[0] != model.guidance[1]
+    assert of() == (model.steps, model.guidance[0])
+    assert of(model__expert="low") == (model.steps, model.guidance[1])
+    assert of(validation__samples_steps=7, validation__samples_guidance=2.5) == (7, 2.5)

@@ -27,7 +27,7 @@ from data.errors import DataError, explained, naming
 from data.io.files import write_bytes
 from data.io.locks import Lock, take
 from data.io.remote import scheme_of
-from data.prepare.plan import Plan
+from data.prepare.chosen import ChosenVideos
 from data.prepare.sources import Columns, name_of, read_source
 from data.shards.begun import Begun, refuse_shards
 from data.shards.manifest import FILE, REJECTED, Manifest, ShardInfo
@@ -151,13 +151,13 @@ def _captions(given: Arguments, manifest: Manifest) -> list[str | None]:
 
 def _names(manifest: Manifest) -> list[str]:
     """What each sample's video, or the piece of it, is called in a list of videos."""
-    plan = Plan.load(manifest.folder, LIST)
-    if plan is None:
+    chosen = ChosenVideos.load(manifest.folder, LIST)
+    if chosen is None:
         return sources_of(manifest)
     rows = [numbers_of(sample.key) for sample in manifest.samples]
-    if any(row is None or row[0] >= len(plan.rows) for row in rows):
+    if any(row is None or row[0] >= len(chosen.rows) for row in rows):
         raise DataError(f"{manifest.folder / LIST}: does not list the videos of the samples; copy it again")
-    return [plan.rows[row[0]].name for row in rows if row is not None]
+    return [chosen.rows[row[0]].name for row in rows if row is not None]
 
 
 def _asked(manifest: Manifest, captions: Sequence[str | None], encoder: str, text_dtype: str) -> str:
@@ -262,13 +262,13 @@ def _finish(
     out, changed = given.out, {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch.")}
     if (manifest.folder / REJECTED).exists():
         write_bytes(out / REJECTED, (manifest.folder / REJECTED).read_bytes())
-    plan = Plan.load(manifest.folder, LIST)
-    if plan is not None:
+    chosen = ChosenVideos.load(manifest.folder, LIST)
+    if chosen is not None:
         # data.prepare compares its list with these captions, when it appends to the folder
         new = {numbers_of(sample.key): caption for sample, caption in zip(manifest.samples, captions, strict=True)}
         by_row = {numbers[0]: caption for numbers, caption in new.items() if numbers is not None}
-        rows = [replace(row, caption=by_row.get(number) or row.caption) for number, row in enumerate(plan.rows)]
-        write_bytes(out / LIST, replace(plan, rows=rows, arguments={**plan.arguments, **changed}).to_json())
+        rows = [replace(row, caption=by_row.get(number) or row.caption) for number, row in enumerate(chosen.rows)]
+        write_bytes(out / LIST, replace(chosen, rows=rows, arguments={**chosen.arguments, **changed}).to_json())
     about = {**manifest.arguments, **changed, "recaptioned": asked}
     made = replace(manifest, shards=tuple(shards), encoder=encoder, arguments=about, text=loaded.text_is)
     finish_folder(out, made, loaded.prompt(""))

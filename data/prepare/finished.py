@@ -13,7 +13,7 @@ from typing import Any
 from data.errors import DataError
 from data.prepare import journal
 from data.prepare.arguments import check_same
-from data.prepare.plan import Plan, Rejected, Row, make_plan
+from data.prepare.chosen import ChosenVideos, Rejected, Row, choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.sources import NoVideosError
 from data.shards.manifest import REJECTED, Manifest
@@ -23,7 +23,7 @@ from data.shards.origins import LIST
 def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Manifest | None:
     """The manifest of a finished folder that holds what is asked for, or None: it is under way again.
 
-    Videos that were added to the list since are put into the folder's plan, behind the others, and its manifest is
+    Videos that were added to the list since are put behind those that were chosen, and the folder's manifest is
     taken away until they are there too. Clips of videos that have gone from the list stay.
 
     Args:
@@ -43,7 +43,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         # an earlier decoding is no fault of a folder that stays as it is
         check_same(out, found, {**arguments, "decoding": found["decoding"]})
         there = f"{out}: {len(manifest.samples)} clips in {len(manifest.shards)} shards, already there"
-        before = Plan.load(out, LIST)
+        before = ChosenVideos.load(out, LIST)
         now, why = _list_now(recipe, before)
         if before is None or now is None:
             say(f"{there}; it was not compared with the list of videos, as {why}")
@@ -67,33 +67,35 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         )
         known = {row.name for row in before.rows}
         late = [entry for entry in _rejected(out) if entry.path in known]
-        plan = replace(now, rows=[*before.rows, *added])
-        journal.reopen(out, plan, manifest, len(before.rows), late)
+        chosen = replace(now, rows=[*before.rows, *added])
+        journal.reopen(out, chosen, manifest, len(before.rows), late)
         return None
 
 
-def _list_now(recipe: Recipe, before: Plan | None) -> tuple[Plan | None, str]:
-    """The plan that today's list makes, or None and why there is none to compare with."""
+def _list_now(recipe: Recipe, before: ChosenVideos | None) -> tuple[ChosenVideos | None, str]:
+    """What is chosen of today's list, or None and why there is none to compare with."""
     source = recipe.selection["source"]
     if before is None:
         return None, f"it has no {LIST}"
     if not source.exists():
         return None, f"{source} is gone"
     try:
-        return make_plan(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True), ""
+        return choose_videos(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True), ""
     except NoVideosError as error:  # which are needed no more
         return None, str(error)
 
 
-def _differences(before: Plan, now: Plan) -> tuple[list[Row], list[str], list[str]]:
+def _differences(before: ChosenVideos, now: ChosenVideos) -> tuple[list[Row], list[str], list[str]]:
     """Added rows, the paths of those with another caption, and of those that are no longer chosen."""
-    old, new = ({row.name: row for row in plan.rows} for plan in (before, now))
+    old, new = ({row.name: row for row in chosen.rows} for chosen in (before, now))
     added = [row for path, row in new.items() if path not in old]
     changed = [path for path, row in new.items() if path in old and row.caption != old[path].caption]
     return added, changed, [path for path in old if path not in new]
 
 
-def _check_appendable(recipe: Recipe, before: Plan, added: list[Row], changed: list[str], gone: list[str]) -> None:
+def _check_appendable(
+    recipe: Recipe, before: ChosenVideos, added: list[Row], changed: list[str], gone: list[str]
+) -> None:
     """Raise a DataError where the folder cannot become what is asked for by appending."""
     differs = []
     if changed:

@@ -4,12 +4,12 @@ While a folder is made it holds a folder `.prepare`. Each finished shard gets a 
 and the videos that were done and the bad files that were met since the record before. A shard counts from the moment
 its record has its name: a tar that was begun and has none is written anew, and a tar that nothing here names is left as
 it is. Any number of ranks may continue what any other number
-began. When all videos of the plan are done, the rank that sees it first writes the manifest and removes `.prepare`; the
-plan stays beside it as `videos.json`, so that the next run can see what was added, and append it (`reopen`).
+began. When all chosen videos are done, the rank that sees it first writes the manifest and removes `.prepare`; their
+list stays beside it as `videos.json`, so that the next run can see what was added, and append it (`reopen`).
 
-Ranks plan, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
+Ranks choose, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
 number of ranks is kept: a run with another number begins only when no rank writes any more. Where the file system has
-no locks, ranks may do the same at the same time: the same plan and the same manifest come of it.
+no locks, ranks may do the same at the same time: the same videos and the same manifest come of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.io.locks import Lock, say_no_locks, take
 from data.prepare.arguments import check_same
-from data.prepare.plan import FILE as PLAN
-from data.prepare.plan import Plan, Rejected
+from data.prepare.chosen import FILE as CHOSEN
+from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
 from data.shards.begun import Begun, shards_in
 from data.shards.manifest import FILE, Manifest, ShardInfo
@@ -57,7 +57,7 @@ class Journal:
 
     Args:
         folder: of the shards.
-        plan: what this rank follows.
+        chosen: the videos that the folder is made of.
         rank: this process's part of the run.
         max_bytes: of a shard.
         max_seconds: after which a shard is finished: a kill costs no more.
@@ -69,21 +69,21 @@ class Journal:
         strays: tars in the folder that nothing names.
 
     Raises:
-        DataError: another process writes as this rank, or as one of another number of ranks, or has made another plan
-            since this one was read.
+        DataError: another process writes as this rank, or as one of another number of ranks, or has chosen other
+            videos since these were read.
         FinishedError: the run has ended.
     """
 
-    def __init__(self, folder: Path, plan: Plan, rank: Rank, max_bytes: int, max_seconds: float) -> None:
+    def __init__(self, folder: Path, chosen: ChosenVideos, rank: Rank, max_bytes: int, max_seconds: float) -> None:
         self._folder, self._home, self._rank = folder, folder / FOLDER, rank.index
         with exclusively(folder):
             check_begun(folder)
-            there = Plan.load(self._home)
-            if there is not None and there.to_json() != plan.to_json():
-                check_same(folder, there.arguments, plan.arguments)
+            there = ChosenVideos.load(self._home)
+            if there is not None and there.to_json() != chosen.to_json():
+                check_same(folder, there.arguments, chosen.arguments)
                 raise DataError(
-                    f"{folder}: another data.prepare has made another plan of it since this one began, as the list has "
-                    "changed; start this one again"
+                    f"{folder}: another data.prepare has chosen other videos for it since this one began, as the list "
+                    "has changed; start this one again"
                 )
             self._lock = self._claimed(rank.world)
             try:
@@ -232,7 +232,7 @@ def exclusively(folder: Path) -> Iterator[Path]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a rank has ever begun to write; before that, a plan may be made anew."""
+    """Whether a rank has ever begun to write; before that, other videos may be chosen."""
     return (folder / FOLDER / _WORLD).exists()
 
 
@@ -255,7 +255,7 @@ def check_open(folder: Path) -> None:
 def check_begun(folder: Path) -> None:
     """Raise a FinishedError where the folder's manifest is there, a NoClipsError where its journal went without one."""
     check_open(folder)
-    if not (folder / FOLDER / PLAN).exists():
+    if not (folder / FOLDER / CHOSEN).exists():
         check_open(folder)  # where there are no locks, another rank may have merged since
         raise NoClipsError(folder)
 
@@ -281,7 +281,7 @@ def _locked(path: Path, wait: bool) -> TextIO | None:
         file.close()
 
 
-def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
+def reopen(folder: Path, chosen: ChosenVideos, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
     """Make a finished folder one that is under way again, inside `exclusively`: all of it is recorded, nothing moved.
 
     The manifest goes last and stays in the journal: a kill before that leaves a finished folder. What a kill left in
@@ -291,9 +291,9 @@ def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Se
 
     Args:
         folder: of the shards.
-        plan: what it is going to hold, more rows than there were.
+        chosen: the videos that it is going to be made of, more than there were.
         manifest: of what it holds.
-        done: how many rows of the plan are done.
+        done: how many of their rows are done.
         rejected: the bad files among them.
     """
     home = folder / FOLDER
@@ -302,7 +302,7 @@ def reopen(folder: Path, plan: Plan, manifest: Manifest, done: int, rejected: Se
     for number, shard in enumerate(manifest.shards):
         write_record(home, 0, number, shard, [], [], [], {})
     write_record(home, 0, len(manifest.shards), None, range(done), rejected, [], {})
-    plan.save(home)
+    chosen.save(home)
     with contextlib.suppress(FileNotFoundError):
         (folder / FILE).rename(home / FILE)
 

@@ -23,16 +23,16 @@ from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.errors import DataError
 from data.prepare.bars import WHOLE, find_bars
+from data.prepare.chosen import ChosenVideos, choose_videos
 from data.prepare.laying import Passed
 from data.prepare.looks import REASONS, Measures
-from data.prepare.plan import Plan, make_plan
 from data.prepare.recipe import Recipe
 from data.prepare.run import make_sample
 from data.prepare.video import Clip, read_clips
 from data.sheet import row_of, sheet_of
 
 VIDEOS, CLIPS = 16, 8
-"""Of a contact sheet: videos spread over the plan, and how much of each is looked at, in clips."""
+"""Of a contact sheet: videos spread over the chosen ones, and how much of each is looked at, in clips."""
 
 _STEPS = {"min_motion": (0.1, 0.3, 1.0), "max_black": (0.0, 0.1, 0.5), "max_repeated": (0.1, 0.25, 0.5)}
 """Bounds of which a dry run counts what they leave out."""
@@ -91,18 +91,18 @@ def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
     """
     if sheet is not None and not (sheet.suffix == ".png" and sheet.parent.is_dir()):
         raise DataError(f"preview is {sheet}, expected the name of a .png in a folder that is there")
-    planned = make_plan(recipe.arguments(), recipe.select(), recipe.wanted(), progress=True)
-    for line in planned.told:
+    chosen = choose_videos(recipe.arguments(), recipe.select(), recipe.wanted(), progress=True)
+    for line in chosen.told:
         print(line)
-    rows = range(len(planned.rows)) if everything else _spread(len(planned.rows), VIDEOS)
-    surveys = dict(zip(rows, _surveys(recipe, planned, rows, None if everything else CLIPS), strict=True))
-    print("\n".join(_estimate(recipe, planned, surveys, everything)))
+    rows = range(len(chosen.rows)) if everything else _spread(len(chosen.rows), VIDEOS)
+    surveys = dict(zip(rows, _surveys(recipe, chosen, rows, None if everything else CLIPS), strict=True))
+    print("\n".join(_estimate(recipe, chosen, surveys, everything)))
     if everything:
-        print("\n".join(_filters(recipe, planned, surveys)))
+        print("\n".join(_filters(recipe, chosen, surveys)))
     drawn = [(row, surveys[row]) for row in surveys if surveys[row].pictures]
     if sheet is not None and drawn:
         shown = [drawn[k] for k in _spread(len(drawn), VIDEOS)]
-        sheet_of([row_of(found.pictures, _label(planned, row, found)) for row, found in shown]).save(sheet)
+        sheet_of([row_of(found.pictures, _label(chosen, row, found)) for row, found in shown]).save(sheet)
         print(f"{sheet}: first, middle and last frame of {len(shown)} clips")
     return 0
 
@@ -112,14 +112,14 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / max(1, most - 1)) for k in range(most)}) if count else []
 
 
-def _surveys(recipe: Recipe, planned: Plan, rows: Sequence[int], most: int | None) -> Iterator[Survey]:
+def _surveys(recipe: Recipe, chosen: ChosenVideos, rows: Sequence[int], most: int | None) -> Iterator[Survey]:
     options = {"fps": recipe.fps, "frames": recipe.frames, "sizes": recipe.sizes, "rules": recipe.rules}
     with ProcessPoolExecutor(recipe.workers, multiprocessing.get_context("spawn")) as pool:
         waiting = [
             pool.submit(
                 survey,
-                planned.path(row),
-                {**options, "most": recipe.clips, "start": planned.rows[row].start, "end": planned.rows[row].end},
+                chosen.path(row),
+                {**options, "most": recipe.clips, "start": chosen.rows[row].start, "end": chosen.rows[row].end},
                 most,
                 row == rows[0],
             )
@@ -129,19 +129,19 @@ def _surveys(recipe: Recipe, planned: Plan, rows: Sequence[int], most: int | Non
             yield future.result()
 
 
-def _estimate(recipe: Recipe, planned: Plan, surveys: dict[int, Survey], everything: bool) -> list[str]:
+def _estimate(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], everything: bool) -> list[str]:
     """How much would come of it."""
     seen = sum(len(found.taken) for found in surveys.values())
     passed = sum(len(found.left) for found in surveys.values())
     bad = sum(found.reason is not None for found in surveys.values())
     ended = all(len(found.taken) + len(found.left) < CLIPS for found in surveys.values())
-    whole = everything or (ended and len(surveys) == len(planned.rows))
-    promised = sum(row.clips for row in planned.rows)
+    whole = everything or (ended and len(surveys) == len(chosen.rows))
+    promised = sum(row.clips for row in chosen.rows)
     clips = seen if whole else round(promised * seen / max(1, seen + passed))
     hours = clips * recipe.frames / recipe.fps / 3600
     about = "" if whole else "about "
     lines = [
-        f"{len(planned.rows)} videos chosen, {planned.passed} do not qualify, {len(planned.rejected)} files are bad; "
+        f"{len(chosen.rows)} videos chosen, {chosen.passed} do not qualify, {len(chosen.rejected)} files are bad; "
         f"{len(surveys)} looked at: {seen} clips, {passed} pieces left out, {bad} bad files",
         f"estimate: {about}{clips} clips of {recipe.frames} frames, {hours:.2f} hours of video",
     ]
@@ -149,7 +149,7 @@ def _estimate(recipe: Recipe, planned: Plan, surveys: dict[int, Survey], everyth
     if first is None or first.clip is None:
         return lines
     try:
-        size, seconds = _trial(recipe, planned, next(iter(surveys)), first.clip)
+        size, seconds = _trial(recipe, chosen, next(iter(surveys)), first.clip)
     except DataError as error:
         return [*lines, f"no estimate of gigabytes and of hours of encoding: {error}"]
     decoding = sum(found.seconds for found in surveys.values()) / max(1, seen) / recipe.workers
@@ -161,28 +161,28 @@ def _estimate(recipe: Recipe, planned: Plan, surveys: dict[int, Survey], everyth
     return lines
 
 
-def _trial(recipe: Recipe, planned: Plan, row: int, clip: Clip) -> tuple[int, float]:
+def _trial(recipe: Recipe, chosen: ChosenVideos, row: int, clip: Clip) -> tuple[int, float]:
     """Bytes and seconds of one clip's sample."""
     device = find_device(recipe.device)
     settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
     encoder = load_encoder(recipe.family, settings)
-    arguments = {**planned.arguments, "encoder": "trial"}
-    trial = Plan(arguments, planned.root, planned.rows, [], 0)
+    arguments = {**chosen.arguments, "encoder": "trial"}
+    trial = ChosenVideos(arguments, chosen.root, chosen.rows, [], 0)
     began = time.monotonic()
-    prompt = encoder.prompt(planned.rows[row].caption)
+    prompt = encoder.prompt(chosen.rows[row].caption)
     entry = make_sample(encoder, recipe, trial, row, clip, prompt).to_entry()
     return sum(len(part) for part in entry.values() if isinstance(part, bytes)), time.monotonic() - began
 
 
-def _filters(recipe: Recipe, planned: Plan, surveys: dict[int, Survey]) -> list[str]:
+def _filters(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey]) -> list[str]:
     """What the rules of the command leave out, and what other bounds would."""
     lines = []
     for reason, words in REASONS.items():
         places = [(row, p.start) for row, found in surveys.items() for p in found.left if p.why == reason]
         if places:
-            some = ", ".join(f"{planned.rows[row].path} at {start:.2f} s" for row, start in places[:3])
+            some = ", ".join(f"{chosen.rows[row].path} at {start:.2f} s" for row, start in places[:3])
             lines.append(f"left out: {len(places)} {words}, such as {some}")
-    bars = [planned.rows[row].path for row, found in surveys.items() if found.bars]
+    bars = [chosen.rows[row].path for row, found in surveys.items() if found.bars]
     if bars and recipe.rules.bars == "keep":
         lines.append(f"{len(bars)} videos have black bars, such as {bars[0]}; bars=crop or bars=drop")
     measured = [m for found in surveys.values() for _, m in found.taken if m is not None]
@@ -203,5 +203,5 @@ def _filters(recipe: Recipe, planned: Plan, surveys: dict[int, Survey]) -> list[
     return lines
 
 
-def _label(planned: Plan, row: int, found: Survey) -> str:
-    return f"{planned.rows[row].path} at {found.taken[0][0]:.2f} s: {planned.rows[row].caption}"
+def _label(chosen: ChosenVideos, row: int, found: Survey) -> str:
+    return f"{chosen.rows[row].path} at {found.taken[0][0]:.2f} s: {chosen.rows[row].caption}"

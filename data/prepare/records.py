@@ -12,7 +12,7 @@ from typing import Any
 
 from data.errors import DataError, naming
 from data.io.files import write_bytes
-from data.prepare.plan import Rejected
+from data.prepare.chosen import Rejected
 from data.shards.manifest import ShardInfo
 
 FOLDER = ".prepare"

@@ -17,12 +17,12 @@ from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.prepare import journal
 from data.prepare.arguments import check_same, same
+from data.prepare.chosen import FILE as CHOSEN
+from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.finished import revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
 from data.prepare.looks import REASONS
-from data.prepare.plan import FILE as PLAN
-from data.prepare.plan import Plan, Rejected, make_plan
 from data.prepare.recipe import Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
@@ -57,9 +57,9 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
     while True:
         try:
             # What is wrong with the list is reported before weights are loaded.
-            planned = shared_plan(recipe, rank, arguments)
+            chosen = shared_choice(recipe, rank, arguments)
             encoder = encoder_of(recipe, rank, device)
-            records = Journal(recipe.out, planned, rank, recipe.shard_bytes, recipe.shard_seconds)
+            records = Journal(recipe.out, chosen, rank, recipe.shard_bytes, recipe.shard_seconds)
             break
         except NoClipsError:
             _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
         _say(rank, f"{recipe.out}: nothing says where {some} are from: they are left as they are, and not counted")
     with Stopping() as stopping:
         try:
-            encode_all(recipe, rank, planned, encoder, records, stopping)
+            encode_all(recipe, rank, chosen, encoder, records, stopping)
         finally:
             # Whatever ended it: what was encoded stays.
             with stopping.held():
@@ -81,7 +81,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
                     records.flush()
                 finally:
                     records.close()
-    return finish(recipe, rank, planned, encoder)
+    return finish(recipe, rank, chosen, encoder)
 
 
 def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
@@ -91,16 +91,16 @@ def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
     return load_encoder(recipe.family, settings)
 
 
-def shared_plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
-    """The folder's plan; the rank that comes first makes it, and the others wait for it."""
+def shared_choice(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> ChosenVideos:
+    """The folder's videos; the rank that comes first chooses them, and the others wait for it."""
     journal.check_open(recipe.out)
     with journal.exclusively(recipe.out) as home:
         journal.check_open(recipe.out)
-        found = Plan.load(home)
+        found = ChosenVideos.load(home)
         if found is None or not (same(found.arguments, arguments) or journal.is_claimed(recipe.out)):
             refuse_shards(recipe.out)
-            found = make_plan(arguments, recipe.select(), recipe.wanted(), progress=True)
-            with naming(home / PLAN):
+            found = choose_videos(arguments, recipe.select(), recipe.wanted(), progress=True)
+            with naming(home / CHOSEN):
                 found.save(home)
     for line in found.told:
         _say(rank, line)
@@ -112,18 +112,18 @@ def shared_plan(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Plan:
 
 
 def encode_all(
-    recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder, records: Journal, stopping: Stopping
+    recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, records: Journal, stopping: Stopping
 ) -> None:
     """Decode, encode and write this rank's videos that are not done."""
-    rows = [row for row in range(rank.index, len(planned.rows), rank.world) if row not in records.done]
+    rows = [row for row in range(rank.index, len(chosen.rows), rank.world) if row not in records.done]
     tasks = [
-        Task(row, planned.path(row), records.present.get(row, set()), planned.rows[row].start, planned.rows[row].end)
+        Task(row, chosen.path(row), records.present.get(row, set()), chosen.rows[row].start, chosen.rows[row].end)
         for row in rows
     ]
-    expected = {task.row: max(0, planned.rows[task.row].clips - len(task.skip)) for task in tasks}
+    expected = {task.row: max(0, chosen.rows[task.row].clips - len(task.skip)) for task in tasks}
     bar = tqdm(total=sum(expected.values()), unit="clip", disable=rank.index != 0, smoothing=0.05)
     bar.set_description(f"encoding (rank 0 of {rank.world})" if rank.world > 1 else "encoding")
-    bad = len(planned.rejected) + records.rejected
+    bad = len(chosen.rejected) + records.rejected
     decoders = Decoders(
         tasks,
         recipe.workers,
@@ -142,13 +142,13 @@ def encode_all(
             bar.set_postfix(bad=bad, refresh=False)
             if isinstance(event, End):
                 kept += len(records.present.get(event.row, ()))
-                promised = planned.rows[event.row].clips
+                promised = chosen.rows[event.row].clips
                 reason = event.reason or failed
                 if not (kept or reason or event.left) and promised:
                     reason = f"ends before {recipe.frames} frames"
                 elif not (kept or reason or event.left):
-                    bar.write(f"too short after all: {planned.rows[event.row].name}", file=sys.stderr)
-                rejected = Rejected(planned.rows[event.row].name, reason, kept) if reason else None
+                    bar.write(f"too short after all: {chosen.rows[event.row].name}", file=sys.stderr)
+                rejected = Rejected(chosen.rows[event.row].name, reason, kept) if reason else None
                 with stopping.held():
                     records.finish_row(event.row, rejected, event.left)
                 bar.total = (bar.total or 0) + event.clips - expected[event.row]
@@ -160,15 +160,15 @@ def encode_all(
             row, clip = event
             try:
                 if row != captioned:
-                    caption = planned.rows[row].caption
+                    caption = chosen.rows[row].caption
                     prompt, captioned = encoder.prompt(caption), row
-                    records.cut(planned.rows[row].name, encoder.tokens(caption))
-                sample = make_sample(encoder, recipe, planned, row, clip, prompt)
+                    records.cut(chosen.rows[row].name, encoder.tokens(caption))
+                sample = make_sample(encoder, recipe, chosen, row, clip, prompt)
                 with stopping.held():
                     records.write(sample)
                 kept += 1
             except torch.OutOfMemoryError as error:
-                raise DataError(_too_large(planned, row, clip, error)) from error
+                raise DataError(_too_large(chosen, row, clip, error)) from error
             except DataError as error:
                 failed = str(error)
             bar.update()
@@ -179,13 +179,13 @@ def encode_all(
         events.close()
 
 
-def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip: Clip, prompt: Prompt) -> Sample:
+def make_sample(encoder: Encoder, recipe: Recipe, chosen: ChosenVideos, row: int, clip: Clip, prompt: Prompt) -> Sample:
     """Encode a clip; `prompt` is its caption's embedding, which all clips of a video share.
 
     Raises:
         DataError: what came out is no valid sample, a latent with NaN for example.
     """
-    video = planned.rows[row]
+    video = chosen.rows[row]
     image = encoder.image(clip.frames) if recipe.image_to_video else {}
     frames, height, width = clip.frames.shape[:3]
     meta = {
@@ -196,29 +196,29 @@ def make_sample(encoder: Encoder, recipe: Recipe, planned: Plan, row: int, clip:
         "frames": frames,
         "height": height,
         "width": width,
-        "encoder": planned.arguments["encoder"],
+        "encoder": chosen.arguments["encoder"],
     }
     sample = Sample(key_of(row, clip.index), encoder.encode(clip.frames), prompt.text, prompt.pooled, image, meta)
     sample.validate()
     return sample
 
 
-def _too_large(planned: Plan, row: int, clip: Clip, error: Exception) -> str:
+def _too_large(chosen: ChosenVideos, row: int, clip: Clip, error: Exception) -> str:
     frames, height, width = clip.frames.shape[:3]
     return (
-        f"{planned.path(row)}: the clip at {clip.start:.2f} s, {frames} frames of {height}x{width}, does not fit into "
+        f"{chosen.path(row)}: the clip at {clip.start:.2f} s, {frames} frames of {height}x{width}, does not fit into "
         f"the device's memory ({str(error).partition('.')[0]}); what is encoded stays. Start again on a device with "
         "more (device=), or choose vae_dtype=bf16, a smaller size= or fewer frames=, and another out="
     )
 
 
-def finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+def finish(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
     try:
         with journal.exclusively(recipe.out):
             journal.check_begun(recipe.out)
             try:
-                return merge(recipe, rank, planned, encoder)
+                return merge(recipe, rank, chosen, encoder)
             except FileNotFoundError:
                 journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
                 raise
@@ -226,41 +226,41 @@ def finish(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
         return 0  # another rank has merged
 
 
-def merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
+def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
     """Make the manifest of all ranks' records; returns the exit code."""
     records = read_records(recipe.out)
     journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
-    if len(records.done) < len(planned.rows):
-        left = len(planned.rows) - len(records.done)
+    if len(records.done) < len(chosen.rows):
+        left = len(chosen.rows) - len(records.done)
         _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
         return 0
     shards = records.shards
     check_unique(recipe.out, shards)
     remove_leftovers(recipe.out)
-    rejected = planned.rejected + sorted(records.rejected, key=lambda entry: entry.path)
+    rejected = chosen.rejected + sorted(records.rejected, key=lambda entry: entry.path)
     with naming(recipe.out / REJECTED):
         write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
-    files = len(planned.rows) + len(planned.rejected)
+    files = len(chosen.rows) + len(chosen.rejected)
     if not shards:
         journal.remove(recipe.out)
-        print(_nothing(recipe, planned, rejected, records.left), file=sys.stderr)
+        print(_nothing(recipe, chosen, rejected, records.left), file=sys.stderr)
         return 1
     manifest = Manifest(
         shards=tuple(shards),
         fps=recipe.fps,
-        encoder=planned.arguments["encoder"],
+        encoder=chosen.arguments["encoder"],
         latent=encoder.latent_is,
         text=encoder.text_is,
-        arguments={name: value for name, value in planned.arguments.items() if name != "encoder"},
+        arguments={name: value for name, value in chosen.arguments.items() if name != "encoder"},
         videos=files,
         rejected=len(rejected),
     )
     with naming(recipe.out / LIST):
-        write_bytes(recipe.out / LIST, planned.to_json())
+        write_bytes(recipe.out / LIST, chosen.to_json())
     finish_folder(recipe.out, manifest, encoder.prompt(""))
     journal.remove(recipe.out)
     print(
-        f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(planned.rows)} videos, "
+        f"{recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from {len(chosen.rows)} videos, "
         f"{len(rejected)} bad files"
     )
     for line in [*_left(records.left), *_cuts(records.cut)]:
@@ -268,14 +268,14 @@ def merge(recipe: Recipe, rank: Rank, planned: Plan, encoder: Encoder) -> int:
     return _code(recipe, manifest)
 
 
-def _nothing(recipe: Recipe, planned: Plan, rejected: list[Rejected], left: Counter[str]) -> str:
+def _nothing(recipe: Recipe, chosen: ChosenVideos, rejected: list[Rejected], left: Counter[str]) -> str:
     """Why no clip came out."""
     if rejected:
         bad = f"{len(rejected)} files are bad" if left else f"all {len(rejected)} files are bad"
         why = f"{bad}, such as {rejected[0].path}: {rejected[0].reason}"
     else:
-        why = f"of {len(planned.rows)} videos"
-    passed = f"; {planned.passed} more did not qualify" if planned.passed else ""
+        why = f"of {len(chosen.rows)} videos"
+    passed = f"; {chosen.passed} more did not qualify" if chosen.passed else ""
     return f"{recipe.out}: no clip came out, {'; '.join([why, *_left(left)])}{passed}; see {REJECTED}"
 
 

@@ -16,7 +16,7 @@ from data.io.remote import read_all, scheme_of
 from data.shards.manifest import Manifest, locate
 
 LIST = "videos.json"
-"""The plan of a finished folder of `data.prepare`, beside the manifest: its rows are the videos, by their numbers."""
+"""The videos of a finished folder of `data.prepare`, beside the manifest: its rows, by their numbers."""
 MADE_BY = "data.prepare"
 AT_MOST = 0.25
 """The share of a folder that may be held out where a number of samples is asked for."""
@@ -24,7 +24,7 @@ _KEY = re.compile(r"v(\d{7,})-(\d{4,})")
 
 
 def key_of(row: int, clip: int) -> str:
-    """The key of a clip of a row of `LIST`: the same in every run of a plan."""
+    """The key of a clip of a row of `LIST`: the same in every run over the same videos."""
     return f"v{row:07d}-{clip:04d}"
 
 

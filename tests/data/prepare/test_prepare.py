@@ -223,7 +223,7 @@ def test_each_rank_takes_its_own_gpu(tmp_path: Path, videos: Path, monkeypatch: 
     assert len(taken) == 5 and not (tmp_path / "other").exists(), "told before weights are loaded"
     with pytest.raises(DataError, match="enough"):
         main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, "clips=1"])
-    assert len(taken) == 6, "a plan that nothing was written of is made anew"
+    assert len(taken) == 6, "videos of which nothing was written are chosen anew"
 
 
 def test_wan_end_to_end(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from data.errors import DataError
 from data.prepare import journal, run
 from data.prepare.__main__ import main
-from data.prepare.plan import Plan
+from data.prepare.chosen import ChosenVideos
 from data.shards.manifest import FILE
 from tests.helpers.filesystems import no_locks
 from tests.helpers.prepared import FAST, LENGTHS, check_complete, write_clips
@@ -41,10 +41,10 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def test_a_command_whose_plan_was_replaced_while_it_loaded_its_weights_stops(
+def test_a_command_whose_videos_were_replaced_while_it_loaded_its_weights_stops(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would number its clips by one plan, and the folder's manifest would tell the other."""
+    """It would number its clips by one list, and the folder's manifest would have the other."""
     out = tmp_path / "out"
 
     def another() -> None:
@@ -58,8 +58,8 @@ def test_a_command_whose_plan_was_replaced_while_it_loaded_its_weights_stops(
     once(monkeypatch, run, "encoder_of", another)
     with pytest.raises(DataError, match=r"out: was begun with clips=1 \(asked: None\)"):
         main(words)
-    plan = Plan.load(out / ".prepare")
-    assert plan is not None and plan.arguments["clips"] == 1 and not list(out.glob("shard-*"))
+    chosen = ChosenVideos.load(out / ".prepare")
+    assert chosen is not None and chosen.arguments["clips"] == 1 and not list(out.glob("shard-*"))
 
     def same_arguments_of_a_longer_list() -> None:
         another()
@@ -69,7 +69,7 @@ def test_a_command_whose_plan_was_replaced_while_it_loaded_its_weights_stops(
             main(words)
 
     once(monkeypatch, run, "encoder_of", same_arguments_of_a_longer_list)
-    with pytest.raises(DataError, match=r"another data.prepare has made another plan of it since this one began"):
+    with pytest.raises(DataError, match=r"another data.prepare has chosen other videos for it since this one"):
         main(words)
     assert main(words) == 0
     check_complete(out, {**LENGTHS, "v6.mp4": 2})

@@ -201,8 +201,8 @@ def test_ranks_share_the_videos_and_one_merges(tmp_path: Path, videos: Path) -> 
 
 
 @pytest.mark.slow
-def test_ranks_that_cannot_plan_all_say_why(tmp_path: Path) -> None:
-    """None waits for a plan that never comes."""
+def test_ranks_that_cannot_choose_all_say_why(tmp_path: Path) -> None:
+    """None waits for a list that never comes."""
     started = ranks([f"source={tmp_path / 'gone.csv'}", f"out={tmp_path / 'out'}", *FAST], 2)
     assert [process.wait(300) for process in started] == [2, 2] and not (tmp_path / "out").exists()
 
@@ -252,11 +252,11 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, videos: Path, monkeypa
     check_complete(out)
 
 
-@pytest.mark.parametrize("late", ["encoder_of", "shared_plan"])
+@pytest.mark.parametrize("late", ["encoder_of", "shared_choice"])
 def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
     tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
-    """The others ran from start to end while it loaded its weights, or between its plan and its first record."""
+    """The others ran from start to end while it loaded its weights, or between its choice and its first record."""
     out, action = tmp_path / "out", getattr(run, late)
     words = [f"source={videos}", f"out={out}", *FAST]
     before: dict[str, bytes] = {}

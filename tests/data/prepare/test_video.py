@@ -182,7 +182,7 @@ def test_a_tag_of_matroska_is_the_end_or_the_length(tags: dict[str, str], second
 
 @pytest.mark.parametrize("sound", [False, True])
 def test_an_flv_has_its_file_s_length(tmp_path: Path, sound: bool) -> None:
-    """By which it is planned; with sound, which may be longer, its end says nothing of a cut."""
+    """By which its clips are counted; with sound, which may be longer, its end says nothing of a cut."""
     path = write_video(tmp_path / "v.flv", 80, picture=noisy, options={"g": "10"}, sound=sound)
     assert probe(path).frames_at(16) == 80 and len(clips_of(path)) == 8
     with av.open(str(path)) as file:

@@ -1,4 +1,4 @@
-"""What a folder of shards is going to hold: written once, before any clip, and followed by all ranks and restarts."""
+"""The videos that a folder of shards is made of: chosen once, before any clip, for all ranks and restarts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from data.prepare.sources import Candidate, NoVideosError, name_of
 from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
+"""Where the chosen videos stand while a folder is made: folders that were begun have them under this name."""
 
 
 class Aside(Enum):
@@ -92,7 +93,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChosenVideos:
     """The chosen videos, numbered by their place, and what was met while choosing.
 
     Attributes:
@@ -120,16 +121,16 @@ class Plan:
         return Path(self.root) / self.rows[row].path
 
     def to_json(self) -> bytes:
-        """The plan as it stands in a file."""
+        """What `load` reads, as it stands in a file."""
         return json.dumps(asdict(self)).encode()
 
     def save(self, folder: Path) -> None:
-        """Write plan.json into `folder`, atomically."""
+        """Write `FILE` into `folder`, atomically."""
         write_bytes(folder / FILE, self.to_json())
 
     @classmethod
-    def load(cls, folder: Path, name: str = FILE) -> Plan | None:
-        """The plan in `folder`, or None where there is none yet."""
+    def load(cls, folder: Path, name: str = FILE) -> ChosenVideos | None:
+        """What `save` wrote into `folder`, or None where there is nothing yet."""
         try:
             raw = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -138,24 +139,24 @@ class Plan:
         return cls(**{**raw, "rows": rows, "rejected": rejected})
 
 
-def make_plan(
+def choose_videos(
     arguments: dict[str, Any],
     candidates: Candidates,
     wanted: Wanted,
     *,
-    before: Plan | None = None,
+    before: ChosenVideos | None = None,
     progress: bool = False,
-) -> Plan:
+) -> ChosenVideos:
     """Choose the first candidates that hold a clip and meet the conditions on their headers.
 
-    Headers are read from the best video down, and only until enough are found. Where bad files are all there is, the
-    plan has no rows.
+    Headers are read from the best video down, and only until enough are found. Where bad files are all there is,
+    there are no rows.
 
     Args:
-        arguments: kept in the plan.
+        arguments: kept with the videos.
         candidates: from `select`.
         wanted: what a video has to be.
-        before: an earlier plan of the same arguments: the videos that it knows are judged as they were.
+        before: what was chosen earlier by the same arguments: the videos that it knows are judged as they were.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -208,11 +209,11 @@ def make_plan(
     told += compromises.told({row.name for row in rows})
     captions = candidates.found.captions(chosen)
     rows = [replace(row, caption=caption) for row, caption in zip(rows, captions, strict=True)]
-    return Plan(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
+    return ChosenVideos(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 
 def _judged(
-    candidates: Candidates, wanted: Wanted, before: Plan | None
+    candidates: Candidates, wanted: Wanted, before: ChosenVideos | None
 ) -> Iterator[tuple[Candidate, VideoInfo | None, Row | Rejected | Aside]]:
     """Each candidate with its header where that was read, and as a row, or why it is bad or left out."""
     known: dict[str, Row | Aside] = {}
@@ -263,7 +264,7 @@ def _probed(root: Path, video: Candidate) -> VideoInfo | Rejected | Aside:
 
 
 def _row(video: Candidate, info: VideoInfo, wanted: Wanted, probed: Sequence[Condition]) -> Row | Rejected | Aside:
-    """The video as a row of the plan, still without its caption, or that it does not qualify."""
+    """The video as a row, still without its caption, or that it does not qualify."""
     try:
         start, end = video.span.seconds(info.fps) if video.span else (0.0, None)
     except DataError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from data.encoders import FAMILIES, encoder_class
 from data.errors import DataError, explained
-from data.prepare.looks import BARS, CUTS, Rules
+from data.prepare.clip_rules import BARS, CUTS, Rules
 from data.prepare.scaling import Size
 from radial.cli.command import Command
 from radial.cli.ranks import Rank

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.encoders import same_encoder
 from data.errors import DataError
-from data.prepare.looks import ALL
+from data.prepare.clip_rules import ALL
 
 YOUNGER = {
     "upscale": True,

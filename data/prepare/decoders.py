@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.errors import DataError
-from data.prepare.laying import Passed
-from data.prepare.looks import ALL, Rules
+from data.prepare.clip_places import Passed
+from data.prepare.clip_rules import ALL, Rules
 from data.prepare.scaling import Size
 from data.prepare.video import Clip, read_clips
 
@@ -46,7 +46,7 @@ class Task:
 @dataclass(frozen=True)
 class End:
     """A video's end: how many of its clips there are, the reason when the file is bad, and how much of it is not taken
-    and why, by the keys of `data.prepare.looks.REASONS`."""
+    and why, by the keys of `data.prepare.clip_rules.REASONS`."""
 
     row: int
     clips: int

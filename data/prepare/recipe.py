@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data.prepare.chosen import Wanted
-from data.prepare.looks import Rules
+from data.prepare.clip_rules import Rules
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
 from data.prepare.sources import Columns

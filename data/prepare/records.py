@@ -33,7 +33,7 @@ class Cut:
 @dataclass
 class Records:
     """What all ranks have done so far: shards in the order of their names, done videos, bad files, cut captions, and
-    how much of the videos is left out and why, by the keys of `data.prepare.looks.REASONS`."""
+    how much of the videos is left out and why, by the keys of `data.prepare.clip_rules.REASONS`."""
 
     shards: list[ShardInfo] = field(default_factory=list)
     done: set[int] = field(default_factory=set)

@@ -19,10 +19,10 @@ from data.prepare import journal
 from data.prepare.arguments import check_same, same
 from data.prepare.chosen import FILE as CHOSEN
 from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
+from data.prepare.clip_rules import REASONS
 from data.prepare.decoders import Decoders, End, Task, prefetch
 from data.prepare.finished import revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
-from data.prepare.looks import REASONS
 from data.prepare.recipe import Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping

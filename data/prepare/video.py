@@ -20,9 +20,9 @@ from av.video.frame import VideoFrame
 
 from data.errors import DataError
 from data.prepare.bars import WHOLE, find_bars
+from data.prepare.clip_places import ClipPlaces, Passed, with_small_pictures
+from data.prepare.clip_rules import ALL, Measures, Rules
 from data.prepare.frames import between, opened, stream_seconds, video_stream
-from data.prepare.laying import Laying, Passed, looked
-from data.prepare.looks import ALL, Measures, Rules
 from data.prepare.scaling import Scaler, Size, reason_of, shown_size
 
 DECODING = 2
@@ -123,7 +123,7 @@ def read_clips(
         DataError: with the reason alone, after the clips before the damage: the file cannot be decoded, its clock
             jumps, or it ends before its header says.
     """
-    laying = Laying(fps, frames, rules, start)
+    places = ClipPlaces(fps, frames, rules, start)
     buffer: np.ndarray | None = None
     try:
         box = WHOLE if rules.bars == "keep" else find_bars(path)
@@ -133,24 +133,24 @@ def read_clips(
         yield Passed(start, "bars")
         return
     scaler = Scaler(sizes, box)
-    for frame, repeats, aspect, look, cut in looked(_paced(path, fps, start, end), rules, measure):
-        yield from laying.cut(cut)
+    for frame, repeats, aspect, look, cut in with_small_pictures(_paced(path, fps, start, end), rules, measure):
+        yield from places.cut(cut)
         for _ in range(repeats):
-            if laying.index not in skip:
+            if places.index not in skip:
                 picture = scaler(frame, aspect)
                 if buffer is None:
                     buffer = np.empty((frames, *picture.shape), np.uint8)
-                buffer[laying.filled] = picture
-            found = laying.add(look)
+                buffer[places.filled] = picture
+            found = places.add(look)
             if isinstance(found, Passed):
                 yield found
             elif found is not None:
                 if buffer is not None:
-                    yield Clip(laying.index - 1, found, buffer, laying.measures)
+                    yield Clip(places.index - 1, found, buffer, places.measures)
                 buffer = None
-                if laying.index == most:
+                if places.index == most:
                     return
-    yield from laying.end()
+    yield from places.end()
 
 
 def _paced(

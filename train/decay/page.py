@@ -30,7 +30,7 @@ def write_page(
     Args:
         about: what was measured (`train.decay.results.about`).
         settings, sentences: of `train.decay.advice`.
-        pictures: SVG with their captions (`train.decay.figures`).
+        pictures: SVG with their captions (`train.decay.charts`).
 
     Raises:
         UserError: the file cannot be written.

@@ -24,7 +24,7 @@ from data.shards.sample import Sample
 from train.config.schema import ClipConfig
 from train.decay.advice import advice, as_json, settings
 from train.decay.bins import Geometry
-from train.decay.figures import draw_all
+from train.decay.charts import draw_all
 from train.decay.measure import measure, pick_clips
 from train.decay.page import write_page
 from train.decay.results import about, head_rows, layer_figures, tables, velocities

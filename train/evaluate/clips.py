@@ -28,7 +28,7 @@ from data.io.files import beside, write_utf8
 from data.shards.batch import collate
 from data.shards.sample import Prompt, Sample
 from train.evaluate.model import EvaluatedModel
-from train.evaluate.parts import part_file
+from train.evaluate.results_folder import part_file
 from train.evaluate.settings import Job, Length, Variant
 from train.evaluation.decoding import encoder_for
 from train.evaluation.euler import generate

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.io.files import write_utf8
 from data.shards.sample import Sample
 from train.evaluate.model import EvaluatedModel
-from train.evaluate.parts import part_file
+from train.evaluate.results_folder import part_file
 from train.evaluate.settings import Job, Length, Variant
 from train.evaluation.losses import loss_at
 

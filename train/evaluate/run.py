@@ -3,7 +3,7 @@
     <out>/results.md, results.csv, results.json    the table (`train.evaluate.results`)
     <out>/report.html                              the page
     <out>/clips/                                   videos and prompt files (`train.evaluate.clips`)
-    <out>/parts/, about.json                       what a command that was stopped goes on from (`train.evaluate.parts`)
+    <out>/parts/, about.json                       what a stopped command goes on from (`train.evaluate.results_folder`)
 
 A signal ends the command at once: every file is written beside and renamed, so that what is there is whole.
 """
@@ -34,8 +34,8 @@ from train.evaluate.clips import Made, encoded, folder_of, make_clip, write_prom
 from train.evaluate.held_out import measure_losses
 from train.evaluate.model import EvaluatedModel
 from train.evaluate.page import write_page
-from train.evaluate.parts import open_folder, part_file
 from train.evaluate.results import Row, markdown, write_results
+from train.evaluate.results_folder import open_folder, part_file
 from train.evaluate.settings import Job, Length
 from train.evaluation.clip_measures import measure_clip
 from train.evaluation.decoding import encoder_for

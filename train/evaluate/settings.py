@@ -13,7 +13,7 @@ from radial.patterns.ultravico import UltraViCo
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.lora.listed import files_with_strengths
+from train.lora.file_lists import files_with_strengths
 
 TIMES = (1, 2, 4)
 TUNED, BASE = "tuned", "base"

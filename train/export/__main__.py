@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from radial.cli.command import Command
 from radial.cli.settings import setting
 from train.errors import UserError
-from train.lora.listed import files_with_strengths
+from train.lora.file_lists import files_with_strengths
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 
 from train.config.schema import ModelConfig
 from train.errors import UserError
+from train.lora.file_lists import files_with_strengths
 from train.lora.header import read_values, typed
-from train.lora.listed import files_with_strengths
 from train.lora.masks import check_masks, masks_beside
 
 NONE = "none"

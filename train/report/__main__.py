@@ -8,7 +8,7 @@ from pathlib import Path
 from radial.cli.command import Command
 from radial.cli.settings import setting
 from train.errors import UserError
-from train.lora.listed import split_files
+from train.lora.file_lists import split_files
 from train.report.compare import print_comparison, write_comparison
 from train.report.page import PAGE, write_page
 from train.report.runs import read_runs

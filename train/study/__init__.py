@@ -10,7 +10,7 @@
     clips       clips that go on from given frames, and their measures
     frechet     Fréchet distance in the base's own features
     results     table, paired differences, conclusions
-    figures     the picture of cost against loss, the strip of clips
+    pictures    the picture of cost against loss, the strip of clips
     page        the page
     run         the order of all this, and where it stopped
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.report.document import facts, section, table, write_document
-from train.study.figures import STRIP
+from train.study.pictures import STRIP
 from train.study.results import RowResult
 from train.study.results import table as table_of
 

@@ -31,10 +31,10 @@ from train.shards import held_out
 from train.storage.run_folder import held
 from train.study.base import BaseSign, pixels_leave
 from train.study.clips import ClipSet, generate_row, read_row, shown
-from train.study.figures import draw
 from train.study.frechet import frechet_distance
 from train.study.losses import arithmetic, mean_over_sigmas, measure_losses, module_of
 from train.study.page import write_page
+from train.study.pictures import draw
 from train.study.results import RowResult, write_results
 from train.study.rows import Row, rows_of
 from train.study.runs import Clock, RowRun, TimeUp

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.prepare.laying import Passed
-from data.prepare.looks import Rules
+from data.prepare.clip_places import Passed
+from data.prepare.clip_rules import Rules
 from data.prepare.video import Clip, read_clips
 from tests.helpers.scenes import HEIGHT, WIDTH, Scene, cut_together, lit, pan, still
 

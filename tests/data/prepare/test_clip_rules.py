@@ -10,7 +10,7 @@ import pytest
 from data.errors import DataError
 from data.prepare.__main__ import main
 from data.prepare.bars import WHOLE, find_bars
-from data.prepare.looks import Rules
+from data.prepare.clip_rules import Rules
 from data.prepare.video import Clip, Passed, read_clips
 from data.shards.stream import read_samples
 from radial.errors import Mistake

@@ -92,7 +92,7 @@ ALL = Rules()
 """Takes every clip."""
 
 
-class Looker:
+class SmallPictures:
     """Small pictures of a video's decoded frames, all of the size that the first one gets."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Meter:
         self._last, self._frames, self._black, self._repeated, self._changes = None, 0, 0, 0, 0.0
 
     def add(self, look: np.ndarray) -> None:
-        """The clip's next frame, as `Looker` makes it."""
+        """The clip's next frame, as `SmallPictures` makes it."""
         self._frames += 1
         self._black += float(look.mean()) < _BLACK
         if look is self._last:

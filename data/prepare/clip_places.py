@@ -9,7 +9,7 @@ from typing import Any
 
 from av.video.frame import VideoFrame
 
-from data.prepare.looks import Looker, Measures, Meter, Rules
+from data.prepare.clip_rules import Measures, Meter, Rules, SmallPictures
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Passed:
 
     Attributes:
         start: where it starts, in seconds.
-        why: a key of `looks.REASONS`.
+        why: a key of `data.prepare.clip_rules.REASONS`.
         measures: of a whole clip.
     """
 
@@ -27,7 +27,7 @@ class Passed:
     measures: Measures | None = field(default=None, compare=False)
 
 
-class Laying:
+class ClipPlaces:
     """Lays clips end to end over the frames of a video, and anew from each cut where they are split there.
 
     Args:
@@ -92,7 +92,7 @@ class Laying:
         self._meter.clear()
 
 
-def looked(
+def with_small_pictures(
     paced: Iterator[tuple[VideoFrame, int, Fraction | None]], rules: Rules, measure: bool
 ) -> Iterator[tuple[VideoFrame, int, Fraction | None, Any, bool]]:
     """The same frames with a small picture of each, or None where nothing needs it, and whether it begins a shot."""
@@ -100,8 +100,8 @@ def looked(
         for frame, repeats, aspect in paced:
             yield frame, repeats, aspect, None, False
         return
-    looker = Looker()
-    looks = (((frame, repeats, aspect), looker(frame)) for frame, repeats, aspect in paced)
+    small_picture = SmallPictures()
+    looks = (((frame, repeats, aspect), small_picture(frame)) for frame, repeats, aspect in paced)
     if rules.cuts == "keep":
         for (frame, repeats, aspect), look in looks:
             yield frame, repeats, aspect, look, False

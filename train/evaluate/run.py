@@ -76,7 +76,7 @@ class _Evaluation:
         self.held: list[Sample] = []
         if self.shards is not None:
             stages = load_stages(job.config.data.stages)
-            count = max(job.given.clips, 0 if job.prompts else job.given.samples)
+            count = max(job.given.held_out, 0 if job.prompts else job.given.clips)
             self.held = list(read_samples(self.shards, count, stages))
             if len(self.held) < 2:
                 raise UserError(f"shards has {len(self.held)} clips, expected at least 2 for an interval")
@@ -127,7 +127,7 @@ class _Evaluation:
                 made: list[Made] = []
                 longest = min((held.latent.shape[1] for held in self.held), default=0)
                 if length.latents <= longest:
-                    chosen = self.held[: job.given.clips]
+                    chosen = self.held[: job.given.held_out]
                     row.losses = measure_losses(job, lambda: self.model, chosen, self.levels, variant, length)
                 elif self.held and variant is job.variants[0]:
                     self.notes.append(
@@ -155,7 +155,7 @@ class _Evaluation:
             return shards
         if config.data.shards is None:
             frames = max([config.clip.frames, *(length.frames for length in job.lengths)])
-            return held_out(config, max(job.given.clips, job.given.samples), frames)
+            return held_out(config, max(job.given.held_out, job.given.clips), frames)
         self.notes.append("losses are not measured: shards= is not set, and the run has no validation.shards")
         return None
 
@@ -169,9 +169,9 @@ class _Evaluation:
         """What clips are generated of; no empty prompt where none can be."""
         job = self.job
         if not job.prompts:
-            chosen = {held.caption: held for held in self.held[: job.given.samples]}
+            chosen = {held.caption: held for held in self.held[: job.given.clips]}
             if not chosen:
-                wanted = job.given.samples > 0
+                wanted = job.given.clips > 0
                 self.notes += wanted * ["clips are not generated: prompts= is not set, and there are no held-out clips"]
                 return [], None
             assert self.shards is not None
@@ -186,7 +186,7 @@ class _Evaluation:
 
     def _truth(self, length: Length) -> Row | None:
         """The held-out clips themselves: what the measures are of real ones."""
-        chosen = [held for held in self.held[: self.job.given.clips] if held.latent.shape[1] >= length.latents]
+        chosen = [held for held in self.held[: self.job.given.held_out] if held.latent.shape[1] >= length.latents]
         if not chosen or length.latents < _FEWEST:
             return None
         native = self.job.native

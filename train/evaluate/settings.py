@@ -38,8 +38,8 @@ class Settings:
     lengths: str | None = setting(
         "lengths in multiples of the model's own, with commas; null: those of 1,2,4 that are not above the run's", None
     )
-    clips: int = setting("held-out clips whose loss is measured, the first ones", 16, must=at_least(2))
-    samples: int = setting("clips that are generated where prompts is not set; 0: none", 4, must=at_least(0))
+    held_out: int = setting("held-out clips whose loss is measured, the first ones", 16, must=at_least(2))
+    clips: int = setting("clips that are generated where prompts is not set; 0: none", 4, must=at_least(0))
     steps: int | None = setting("denoising steps; null: the model's own", None, must=at_least(1))
     guidance: float | None = setting("weight of guidance; null: the model's own", None, must=POSITIVE)
     seed: int = setting("of the noise of generated clips", 0, must=at_least(0))

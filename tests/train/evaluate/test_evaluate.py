@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 
 def job(run, tmp_path, **changes):
-    given = {"clips": 3, "samples": 1, "steps": 1, "lengths": "1,4", "out": tmp_path / "out", **changes}
+    given = {"held_out": 3, "clips": 1, "steps": 1, "lengths": "1,4", "out": tmp_path / "out", **changes}
     return Job.of(Settings(run=run, **given))
 
 
@@ -135,7 +135,7 @@ def test_a_control_has_the_base_models_velocity(run, tmp_path):
 
 
 def test_ultravico_is_a_row_without_training(run, tmp_path):
-    one = job(run, tmp_path, against="dense,ultravico", lengths="1,4", clips=2, samples=0)
+    one = job(run, tmp_path, against="dense,ultravico", lengths="1,4", held_out=2, clips=0)
     pattern = one.variants[1].pattern
     assert pattern == UltraViCo(4.0)  # latent frames of the model's own length
     run_evaluation(one)
@@ -145,7 +145,7 @@ def test_ultravico_is_a_row_without_training(run, tmp_path):
 
 def test_a_lora_file_stands_for_the_runs_own(run, tmp_path, evaluated):
     file = run / "export" / "diffusers"
-    one = job(run, tmp_path, lora=str(file), against=None, lengths="1", samples=0)
+    one = job(run, tmp_path, lora=str(file), against=None, lengths="1", clips=0)
     run_evaluation(one)
     (mine,) = [row for row in results(one)["rows"] if row["tuned"]]
     own = next(row for row in results(evaluated[0])["rows"] if row["tuned"])
@@ -219,7 +219,7 @@ def test_rows_of_one_clip_have_no_interval():
 def test_a_signal_ends_it_within_a_step_and_the_command_goes_on(run, tmp_path):
     """SIGTERM while losses are measured; the same command then makes what was left."""
     out = tmp_path / "out"
-    line = [sys.executable, "-m", "train.evaluate", f"run={run}", f"out={out}", "clips=8", "samples=0", "lengths=1"]
+    line = [sys.executable, "-m", "train.evaluate", f"run={run}", f"out={out}", "held_out=8", "clips=0", "lengths=1"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     parts = out / "parts"
     while process.poll() is None and len(list(parts.glob("*.json"))) < 2:

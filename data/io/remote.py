@@ -73,13 +73,18 @@ def read_all(url: str) -> bytes:
 
 
 class RemoteFile:
-    """An open file that can be read from the middle."""
+    """An open file that can be read from the middle.
+
+    Attributes:
+        url: as it is named in errors.
+        light: as of `ShardFile`.
+    """
 
     def __init__(self, url: str, file: Any, light: bool = False) -> None:
-        self._url, self._file, self.light = url, file, light
+        self.url, self._file, self.light = url, file, light
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        return persistently(self._url, lambda: self.fill(offset, buffer))
+        return persistently(self.url, lambda: self.fill(offset, buffer))
 
     def fill(self, offset: int, buffer: memoryview) -> int:
         """Read into a buffer from this byte on; returns how many bytes came, less than asked at the end alone."""

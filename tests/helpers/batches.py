@@ -1,6 +1,9 @@
-"""What tests of streams share: an order, and whether batches are the same."""
+"""What tests of streams share: an order, whether batches are the same, and how many shards are open."""
 
 from __future__ import annotations
+
+import contextlib
+from pathlib import Path
 
 import torch
 
@@ -21,3 +24,12 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
         assert torch.equal(a.text["umt5"].tokens, b.text["umt5"].tokens)
         assert torch.equal(a.text["umt5"].mask, b.text["umt5"].mask)
         assert torch.equal(a.pooled["clip"], b.pooled["clip"]) and torch.equal(a.image["first"], b.image["first"])
+
+
+def open_shards(manifest: Manifest) -> int:
+    """How many of a folder's shards this process has open."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists the others has gone
+            found.append(descriptor.readlink())
+    return sum(manifest.folder.resolve() / shard.file in found for shard in manifest.shards)

@@ -1,13 +1,12 @@
 """ComfyUI's own model classes at tiny size, with the weights of a diffusers model.
 
-The variable RADIAL_COMFYUI names the folder of ComfyUI. That is a program, no library: its folder goes into sys.path,
-and its arguments are read when it is imported.
+The variable RADIAL_COMFYUI names the folder of ComfyUI, which is a program, no library.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-import sys
 from typing import Any
 
 import pytest
@@ -33,16 +32,13 @@ DIFFUSERS = {
 """Changes to `tests.helpers.stock_models.CONFIGS` that make its models these."""
 
 
-def comfyui() -> None:
-    """Makes ComfyUI importable, or skips the test."""
+def comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes ComfyUI importable while a test runs, on the CPU, or skips the test."""
     folder = os.environ.get("RADIAL_COMFYUI")
     if folder is None:
         pytest.skip("RADIAL_COMFYUI names no ComfyUI: its model classes are not at hand")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        import comfy.cli_args
-
-        comfy.cli_args.args.cpu = True
+    monkeypatch.syspath_prepend(folder)
+    importlib.import_module("comfy.cli_args").args.cpu = True
 
 
 def patcher(family: str, model: Any) -> Any:

@@ -54,6 +54,7 @@ class WeightStream:
     Attributes:
         holds: the block in each slot, or on its way there.
         hosts: the slab's part of each block, once it is placed.
+        ring: the slots on the device, in bytes, uint8, once they are placed.
     """
 
     def __init__(self, chains: Sequence[Sequence[nn.Module]], device: torch.device, slots: int = SLOTS) -> None:
@@ -70,7 +71,7 @@ class WeightStream:
         self._last = -1
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slab: Tensor | None = None
-        self._ring: list[Tensor] = []
+        self.ring: list[Tensor] = []
         for block in self._blocks:
             _stay(block, device)
 
@@ -93,9 +94,9 @@ class WeightStream:
             return
         slab, fills, agree = _shared_slab(self.slab_bytes)
         starts = list(itertools.accumulate(self._sizes, initial=0))
-        self._ring = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=self.device) for _ in range(self.slots)]
+        self.ring = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=self.device) for _ in range(self.slots)]
         for index, parts in enumerate(self._parts):
-            slot = self._ring[index % self.slots]
+            slot = self.ring[index % self.slots]
             for parameter, start, end in parts:
                 if fills:
                     place = slab[starts[index] + start : starts[index] + end]
@@ -139,7 +140,7 @@ class WeightStream:
         if self.holds[slot] == index:
             return
         self.holds[slot] = index
-        source, target = self.hosts[index], self._ring[slot][: self._sizes[index]]
+        source, target = self.hosts[index], self.ring[slot][: self._sizes[index]]
         if self._copies is None:
             target.copy_(source)
             return

@@ -35,7 +35,7 @@ def in_memory(manifest: Manifest, name: str, monkeypatch: pytest.MonkeyPatch, er
     memory = fsspec.filesystem("memory")
     memory.put(str(manifest.folder), f"/bucket/{name}", recursive=True)
     far = Manifest.load(f"memory://bucket/{name}")
-    opened = memory._open
+    opened = memory.open
 
     def fails(self: Any, *arguments: Any, **more: Any) -> Any:
         error = next(errors)
@@ -43,7 +43,7 @@ def in_memory(manifest: Manifest, name: str, monkeypatch: pytest.MonkeyPatch, er
             raise error
         return opened(*arguments, **more)
 
-    monkeypatch.setattr(type(memory), "_open", fails)
+    monkeypatch.setattr(type(memory), "open", fails)
     return far
 
 

@@ -11,7 +11,7 @@ from data.errors import DataError
 from data.shards.manifest import FILE, Manifest
 from data.shards.reader import SampleReader
 from data.shards.stream import LatentStream, read_samples
-from tests.helpers.batches import assert_equal, order_of
+from tests.helpers.batches import assert_equal, open_shards, order_of
 from tests.helpers.damage import DAMAGE, damage, offset_of, skipped
 
 
@@ -70,7 +70,7 @@ def test_what_stood_in_is_closed_again(manifest: Manifest, monkeypatch: pytest.M
     DAMAGE["whole"][0](manifest)
     left: list[int] = []
     close = SampleReader.close
-    monkeypatch.setattr(SampleReader, "close", lambda self: left.append(len(self._open)) or close(self))
+    monkeypatch.setattr(SampleReader, "close", lambda self: left.append(open_shards(manifest)) or close(self))
     for steps in range(1, 12):
         list(LatentStream(manifest, order_of(manifest), num_steps=steps))
     assert left == [0] * 11

@@ -25,7 +25,7 @@ from data.shards.order import BatchOrder
 from data.shards.reader import SampleReader
 from data.shards.sample import Prompt, Sample, TextTokens
 from data.shards.stream import LatentStream, read_samples
-from tests.helpers.batches import assert_equal, order_of
+from tests.helpers.batches import assert_equal, open_shards, order_of
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -70,7 +70,7 @@ def test_only_the_bytes_of_ours_are_read(manifest: Manifest, monkeypatch: pytest
     read, fill = [], remote.RemoteFile.fill
 
     def watch(self: Any, offset: int, buffer: memoryview) -> int:
-        read.append((Path(self._url).name, offset, len(buffer)))
+        read.append((Path(self.url).name, offset, len(buffer)))
         return fill(self, offset, buffer)
 
     monkeypatch.setattr(remote.RemoteFile, "fill", watch)
@@ -87,7 +87,7 @@ def test_shards_are_closed_after_their_last_sample(manifest: Manifest, monkeypat
 
     def watch(self: SampleReader, shard: int, place: int) -> Any:
         content = fetch(self, shard, place)
-        open_at_once.append(len(self._open))
+        open_at_once.append(open_shards(manifest))
         return content
 
     monkeypatch.setattr(SampleReader, "fetch", watch)

@@ -35,8 +35,8 @@ RECIPE = AttentionRecipe(Released(decay=0.4), block=16, dense_layers=1, dense_si
 
 
 @pytest.fixture(autouse=True)
-def at_hand():
-    comfyui()
+def at_hand(monkeypatch):
+    comfyui(monkeypatch)
 
 
 def model_of(family):

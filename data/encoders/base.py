@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.encoders.decoding import decode_frames
+from data.encoders.decoding import TILED, decode_frames
 from data.encoders.model_facts import Facts
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part, read_config
@@ -60,8 +60,6 @@ class Encoder(ABC):
     """The same for image-to-video, where the folder has them."""
     latent_is: ClassVar[str]
     text_is: ClassVar[str]
-    decodes_tiled: ClassVar[bool] = False
-    """Whether `decode` decodes large frames in squares."""
     vae: Any
 
     @abstractmethod
@@ -103,7 +101,7 @@ class Encoder(ABC):
 
     def decode(self, latent: Tensor) -> np.ndarray:
         """A latent (C, f, h, w) as frames (F, H, W, 3) uint8."""
-        return np.concatenate(list(decode_frames(self.vae, latent[None], tiled=self.decodes_tiled)))
+        return np.concatenate(list(decode_frames(self.vae, latent[None], tiled=self.family in TILED)))
 
     @abstractmethod
     def prompt(self, text: str) -> Prompt:

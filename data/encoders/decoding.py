@@ -19,6 +19,11 @@ from torch import Tensor
 
 TILE, OVERLAP = 32, 8  # latent cells
 
+TILED = frozenset({"hunyuan", "hunyuan15"})
+"""Encoders, keys of `data.encoders.FAMILIES`, whose VAEs decode frames in squares where nothing else is asked for, as
+whole ones take more memory than a GPU has. Mochi's, of 480x848 and `mochi.DECODED` latent frames at a time, take 12 GiB
+in bf16 and 24 in fp32."""
+
 
 def normalized(vae: Any, latent: Tensor) -> Tensor:
     """What the transformer works on, from what the VAE encodes: (1, C, f, h, w) both."""

@@ -38,7 +38,6 @@ class HunyuanEncoder(Encoder):
 
     family = "hunyuan"
     facts = facts_of("hunyuan")
-    decodes_tiled = True
     parts = {  # noqa: RUF012
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),

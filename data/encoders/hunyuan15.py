@@ -37,7 +37,6 @@ class Hunyuan15Encoder(Encoder):
 
     family = "hunyuan15"
     facts = facts_of("hunyuan15")
-    decodes_tiled = True
     parts = {  # noqa: RUF012
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),

@@ -57,7 +57,6 @@ class MochiEncoder(Encoder):
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLMochi in blended tiles, (x - latents_mean) / latents_std * scaling_factor"
     text_is = "text: T5 last hidden state, up to 256 tokens, without padding"
-    decodes_tiled = True
 
     def __init__(self, settings: EncoderSettings) -> None:
         folder = settings.folder

@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from data.encoders.decoding import TILED
 from radial import BlockLayout, HeadLayout, VideoGrid
 from train.attention.sequence import SequenceShard, sharded_attention
 from train.attention.step import StepAttention
@@ -82,6 +83,7 @@ class ModelAdapter(PipelineTraits, ABC):
             assert other is cls, f"family {cls.family} is both {other} and {cls}"
             if "encoder" not in cls.__dict__:
                 cls.encoder = cls.family
+            cls.decodes_tiled = cls.encoder in TILED
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         self.transformer = transformer  # a diffusers model; the library has no types

@@ -28,8 +28,8 @@ class PipelineTraits:
     """The one from a first frame, where there is one."""
     vae_in_bf16: ClassVar[bool] = False
     """Whether its authors run the VAE in bf16 beside a bf16 transformer; else it is fp32."""
-    decodes_tiled: ClassVar[bool] = False
-    """Whether its VAE decodes frames in squares, as whole ones take more memory than a GPU has."""
+    decodes_tiled: ClassVar[bool]
+    """Whether its VAE decodes frames in squares, as `data.encoders.decoding.TILED` says of its encoder."""
     negative_prompt: ClassVar[str] = ""
     """Its authors' own, where they give none."""
     fewest_steps: ClassVar[int] = 1

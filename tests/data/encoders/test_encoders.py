@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from data.encoders import encoder_class, fingerprint, load_encoder, mochi
 from data.encoders.base import Encoder, EncoderSettings, to_video
-from data.encoders.decoding import normalized, to_frames
+from data.encoders.decoding import decode_frames, normalized, to_frames
 from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
 from data.shards.sample import Sample
@@ -102,6 +102,18 @@ def test_a_clip_becomes_a_valid_sample(folders: dict[str, Path], family: str, fr
     expected = f"expected sides that divide by {cell * encoder.facts.patch}, such as {height}x64"
     with pytest.raises(DataError, match=f"size is {height}x60, {expected}"):
         encoder.check(frames, [(height, 60)])
+
+
+@pytest.mark.parametrize(
+    ("family", "squares"), [("wan", False), ("mochi", False), ("hunyuan", True), ("hunyuan15", True)]
+)
+def test_large_frames_are_decoded_whole_where_they_fit(folders: dict[str, Path], family: str, squares: bool) -> None:
+    encoder = load(family, folders[family])
+    latent = torch.randn(encoder.latent_channels(folders[family]), 1, 2, 40, generator=torch.Generator().manual_seed(0))
+    found = encoder.decode(latent)
+    whole, cut = (next(decode_frames(encoder.vae, latent[None], tiled=tiled)) for tiled in (False, True))
+    assert not np.array_equal(whole, cut)
+    assert np.array_equal(found, cut if squares else whole)
 
 
 def test_wan_stores_what_its_pipeline_uses(folders: dict[str, Path]) -> None:

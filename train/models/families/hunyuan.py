@@ -54,7 +54,6 @@ class HunyuanAdapter(ModelAdapter):
     family = "hunyuan"
     pipeline_name = "HunyuanVideoPipeline"
     vae_in_bf16 = True
-    decodes_tiled = True
     guided_by_prompt = False
     model_class = HunyuanVideoTransformer3DModel
     processor_class = HunyuanAttention

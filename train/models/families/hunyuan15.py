@@ -65,7 +65,6 @@ class Hunyuan15Adapter(ModelAdapter):
     family = "hunyuan15"
     pipeline_name = "HunyuanVideo15Pipeline"
     image_pipeline_name = "HunyuanVideo15ImageToVideoPipeline"
-    decodes_tiled = True
     model_class = HunyuanVideo15Transformer3DModel
     processor_class = Hunyuan15Attention
     lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from radial import Dense, Fitted, Pattern, VideoGrid, build_layout
+from radial import Dense, Fitted, Pattern, Random, VideoGrid, build_layout
 from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
@@ -72,6 +73,20 @@ class AttentionRecipe:
     def is_dense_layer(self, layer: int) -> bool:
         """Whether a layer is dense in every step."""
         return isinstance(self.pattern, Dense) or layer < self.dense_layers
+
+    def facts(self) -> dict[str, Any]:
+        """What the header of a LoRA that is trained with it holds of it, by the names of `train.lora.header`."""
+        pattern = self.pattern
+        found: dict[str, Any] = {"pattern": pattern.name}
+        if pattern.parameter is not None:  # as it was found, where attention.share was asked for
+            found[pattern.parameter] = getattr(pattern, pattern.parameter)
+        if isinstance(pattern, Random) and pattern.per_head:
+            found["per_head"] = True
+        if isinstance(pattern, Fitted):
+            about = pattern.masks.about
+            found |= {"masks_sha256": pattern.masks.digest, "masks_share": about.share}
+            found |= {"masks_coverage": about.coverage, "masks_seed": about.seed}
+        return found | {"block": self.block, "dense_layers": self.dense_layers, "dense_sigma": self.dense_sigma}
 
     def step(self, grid: VideoGrid, *, dense: bool, sequence: SequenceGroup | None = None) -> StepAttention:
         """The attention of one step.

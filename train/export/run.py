@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.io.files import beside
-from radial import Fitted
 from train import __version__
 from train.clip_recipe import clip_recipe
 from train.config.compose import read_config
@@ -255,22 +253,13 @@ def _save_model(config: RunConfig, weights: dict[str, Tensor], dtype: torch.dtyp
 def header_of(config: RunConfig, step: int) -> dict[str, str]:
     """How the LoRA was trained (`train.lora.header`)."""
     assert config.lora is not None
-    attention: dict[str, Any] = {
-        name: getattr(config.attention, name) for name in ("pattern", "decay", "block", "dense_layers")
+    attention = {
+        "decay": config.attention.decay,  # it and the rule stand there for every pattern
+        "rule": config.rule(),
+        **clip_recipe(config).attention.facts(),
+        "dense_steps": config.attention.dense_steps if config.attention.dense_sigma is None else None,
+        "sampling_steps": config.model.steps,
     }
-    pattern = config.pattern()
-    if pattern.parameter is not None:  # as it was found, where attention.share was asked for
-        attention[pattern.parameter] = getattr(pattern, pattern.parameter)
-    if config.attention.per_head:
-        attention["per_head"] = True
-    if isinstance(pattern, Fitted):
-        about = pattern.masks.about
-        attention |= {"masks_sha256": pattern.masks.digest, "masks_share": about.share}
-        attention |= {"masks_coverage": about.coverage, "masks_seed": about.seed}
-    attention["rule"] = config.rule()
-    attention["dense_sigma"] = clip_recipe(config).attention.dense_sigma
-    attention["dense_steps"] = config.attention.dense_steps if config.attention.dense_sigma is None else None
-    attention["sampling_steps"] = config.model.steps
     clip = {"frames": config.clip.frames, "height": config.clip.height, "width": config.clip.width}
     model = {
         "base_model": public_name(config.model),

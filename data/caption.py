@@ -20,6 +20,7 @@ from data.encoders.base import find_device
 from data.errors import DataError, explained
 from data.io.files import write_bytes
 from data.prepare import layouts
+from data.prepare.folder import search
 from data.prepare.sources import Video, read_source
 from data.prepare.video import Clip, probe, read_clips
 from radial.cli.command import Command
@@ -77,7 +78,8 @@ def caption(given: Arguments) -> int:
 
 
 def _lacking(folder: Path) -> list[Video]:
-    if not folder.is_dir() or layouts.table_in(folder) is not None or layouts.lists_in(folder) is not None:
+    listed = not folder.is_dir() or layouts.table_in(folder) is not None or layouts.lists_in(folder) is not None
+    if listed or (layouts.parquets_in(folder) and not search(folder).videos):
         raise DataError(f"{folder}: expected a folder of videos without a list, as captions are written beside them")
     return [video for video in read_source(folder).videos() if video.uncaptioned]
 

@@ -118,13 +118,12 @@ class _Reorder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+        ctx.inverse = inverse  # needs no gradient, and may have been made under inference_mode
         return x.index_select(1, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(1, inverse), None, None
+        return gradient.index_select(1, ctx.inverse), None, None
 
 
 def _backend_name(

@@ -58,11 +58,12 @@ class ParquetTable:
         read = [f"{name}.path" if name in inside else name for name in names]
         first = 0
         for batch in file.iter_batches(BATCH, columns=read):
-            numbers: Sequence[int] = range(first, first + batch.num_rows)
+            count = batch.num_rows  # not always as many as asked for: fewer where a group of rows ends
+            numbers: Sequence[int] = range(first, first + count)
             if places is not None:
                 numbers = [number for number in numbers if before + number + 1 in places]
                 batch = batch.take(pyarrow.array([number - first for number in numbers], pyarrow.int64()))
-            first += BATCH
+            first += count
             cells = []
             for name in names:
                 found = batch.column(name).to_pylist()
@@ -73,8 +74,8 @@ class ParquetTable:
                 elif bytes in map(type, found):
                     found = [_as_text(cell) for cell in found]
                 cells.append(found)
-            for number, row in zip(numbers, zip(*cells, strict=True), strict=True):
-                yield before + number + 1, dict(zip(names, row, strict=True))
+            for place, number in enumerate(numbers):
+                yield before + number + 1, {name: cell[place] for name, cell in zip(names, cells, strict=True)}
 
 
 def _as_text(cell: Any) -> Any:

@@ -174,7 +174,8 @@ def _read_table(source: Path, table: Table, asked: Columns) -> Listed:
     if next(table.rows(), None) is None:
         raise NoVideosError(f"{source}: the table is empty, expected a line for each video")
     columns = list(table.columns)
-    known = layouts.collection_of(columns) if asked.path is None else None
+    # a table with a path of its own says itself where its videos are
+    known = layouts.collection_of(columns) if asked.path is None and "path" not in columns else None
     if known is not None:
         columns = list(dict.fromkeys([*columns, "path", "caption"]))
     path = _column(source, "path_column", asked.path, layouts.PATHS, columns)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout, radial_attention
+from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout, make_pattern, radial_attention
 from radial.backends import BACKENDS, AttentionCall, choose_backend
 from tests.helpers.oracles import masked_softmax
 
@@ -153,3 +153,13 @@ def test_mistakes_are_explained():
         radial_attention(x, x, x, sparse, backend="sdpa")
     with pytest.raises(RadialError, match="text_lengths is"):
         radial_attention(q, q, q, grid, text_lengths=torch.tensor([1, 2]))
+
+
+def test_an_order_made_under_inference_mode_serves_training():
+    grid, pattern = VideoGrid(5, 6, 7), make_pattern("temporal")
+    q = torch.randn(1, grid.tokens, 1, 8)
+    with torch.inference_mode():
+        radial_attention(q, q, q, grid, pattern, block=16)
+    q.requires_grad_()
+    radial_attention(q, q, q, grid, pattern, block=16).sum().backward()
+    assert q.grad is not None

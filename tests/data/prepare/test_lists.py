@@ -14,6 +14,7 @@ from pyarrow import parquet
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
 from data.prepare.__main__ import main
+from data.prepare.parquet_table import ParquetTable
 from data.prepare.selection import select
 from data.prepare.sources import Columns, read_source
 from data.prepare.tables import open_table
@@ -234,3 +235,28 @@ def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     source.write_text("path,caption\na.mp4,a\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"list.csv: was changed while it was read \(b.mp4\); start again"):
         found.found.captions(found.matching)
+
+
+def test_rows_of_parquet_have_their_numbers_where_batches_are_short(tmp_path: Path) -> None:
+    """pyarrow ends a batch with a group of rows where a column is a dictionary; files may have other columns."""
+    kinds = pyarrow.array([f"k{n % 3}" for n in range(1300)]).dictionary_encode()
+    names = pyarrow.array([f"{n}.mp4" for n in range(1300)])
+    parquet.write_table(pyarrow.table({"path": names, "kind": kinds}), tmp_path / "1.parquet", row_group_size=100)
+    parquet.write_table(pyarrow.table({"path": names, "start": list(range(1300))}), tmp_path / "2.parquet")
+    table = ParquetTable([tmp_path / "1.parquet", tmp_path / "2.parquet"], tmp_path)
+    rows = dict(table.rows())
+    assert list(rows) == list(range(1, 2601))
+    assert all(row["path"] == f"{(number - 1) % 1300}.mp4" for number, row in rows.items())
+    assert [number for number, _ in table.rows(places={101, 701, 1301})] == [101, 701, 1301]
+    starts = dict(table.rows(columns=["start"]))
+    assert list(starts) == list(rows) and starts[1] == {} and starts[1301 + 7] == {"start": 7}
+
+
+def test_a_known_collection_with_paths_of_its_own_keeps_them(tmp_path: Path) -> None:
+    source = tmp_path / "list.csv"
+    columns = "videoID,url,timestamp,caption,matching_score,path"
+    source.write_text(
+        f"{columns}\nabc,u,\"['0:00:00.000', '0:00:09.000']\",seen,0.4,clips/abc_0.mp4\n", encoding="utf-8"
+    )
+    (video,) = read_source(source).videos()
+    assert video.path == "clips/abc_0.mp4"

@@ -209,9 +209,10 @@ class Work:
                             raise DataError(
                                 f"{self._out}: another data.recaption is writing it; wait for it or stop it"
                             )
-                        begun.add(self._manifest.shards[number].file)
-                        made = self.shard(number, firsts[number])
-                        write_bytes(self._path(number), json.dumps(made.to_json()).encode())
+                        if self.record(number) is None:  # another process may have made it meanwhile
+                            begun.add(self._manifest.shards[number].file)
+                            made = self.shard(number, firsts[number])
+                            write_bytes(self._path(number), json.dumps(made.to_json()).encode())
                 bar.update(counts[number])
 
     def record(self, number: int) -> ShardInfo | None:

@@ -69,7 +69,7 @@ class FitOptions:
         "of that, the part that is drawn, thin and even, other pairs in each head; 1 draws all of it", 0.5,
         must=within(0, 1),
     )  # fmt: skip
-    dense_layers: int = setting("so many of the first layers get no masks, as attention.dense_layers", 2,
+    dense_layers: int = setting("with decay=: so many of the first layers get no masks, as attention.dense_layers", 2,
                                 must=at_least(0))  # fmt: skip
     seed: int = setting("of the draw", 0, must=_SEEDS)
     out: Path = setting("file of the masks", Path("masks.safetensors"))
@@ -197,6 +197,7 @@ def fit_masks(arguments: FitOptions) -> None:
             layers=arguments.layers,
             share=arguments.share,
             coverage=arguments.coverage,
+            seed=arguments.seed,
         )
     masks = HeadMasks.read(arguments.out)
     about = masks.about

@@ -1,8 +1,9 @@
 """Masks of heads whose attention falls off at known rates: for benchmarks, where no model's attention is at hand.
 
-A head's attention is exp(-alpha d - beta s) at d frames and s tokens of distance, s between the middles of tiles. Heads
-go in equal steps, on a logarithmic scale, from spatial ones, which see all of the near frames, to temporal ones, which
-see the same place in all frames; in every other one the first frame holds a fifth of the mass.
+A head's attention is exp(-alpha d - beta s) at d frames and s tokens of distance, s between the middles of tiles, on
+frames after the first. Heads go in equal steps, on a logarithmic scale, from spatial ones, which see all of the near
+frames, to temporal ones, which see the same place in all frames; in every other one the first frame holds a fifth of
+the mass, in the others none.
 """
 
 from __future__ import annotations
@@ -39,24 +40,28 @@ def known_pattern(grid: VideoGrid, heads: int, share: float) -> Fitted:
     Raises:
         RadialError: a share that is smaller than one block a row.
     """
-    rules, about = _fitted(grid, heads, 1, share, 0.5)
-    content = json.dumps(asdict(about)).encode() + packed(rules).numpy().tobytes()
-    return Fitted(HeadMasks(packed(rules), about, hashlib.sha256(content).hexdigest()))
+    rules, about = _fitted(grid, heads, 1, share, 0.5, 0)
+    bits = packed(rules)
+    content = json.dumps(asdict(about)).encode() + bits.numpy().tobytes()
+    return Fitted(HeadMasks(bits, about, hashlib.sha256(content).hexdigest()))
 
 
-def fit_known(grid: VideoGrid, out: Path, *, heads: int, layers: int, share: float, coverage: float) -> None:
+def fit_known(
+    grid: VideoGrid, out: Path, *, heads: int, layers: int, share: float, coverage: float, seed: int = 0
+) -> None:
     """Writes masks that are fitted to such heads, the same kinds in every layer, in patches; errors as above."""
-    write(*_fitted(grid, heads, layers, share, coverage), out)
+    write(*_fitted(grid, heads, layers, share, coverage, seed), out)
 
 
-def _fitted(grid: VideoGrid, heads: int, layers: int, share: float, coverage: float) -> tuple[Tensor, About]:
-    about = About("patches", 128, grid.frames, grid.height, grid.width, tuple(range(layers)), share, coverage, 0.0, 0)
+def _fitted(grid: VideoGrid, heads: int, layers: int, share: float, coverage: float, seed: int) -> tuple[Tensor, About]:
+    size, numbers = (grid.frames, grid.height, grid.width), tuple(range(layers))
+    about = About("patches", 128, *size, numbers, share, coverage, 0.0, seed)
     rules, rate = chosen(torch.stack([_values(about, heads)] * layers), about, grid)
     return rules, replace(about, rate=rate)
 
 
 def _values(about: About, heads: int) -> Tensor:
-    """(heads, entries) float32: mass per key token, a query's adding up to 1 in the mean over tiles."""
+    """(heads, entries) float32: mass per key token; that of all distances adds up to 1 in the mean over tiles."""
     frames, tiles = about.frames, about.tiles
     places = frame_order(about.order, about.height, about.width, about.block)
     tile = torch.arange(len(places)) // about.block

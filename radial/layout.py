@@ -174,7 +174,8 @@ def pair_share(kept: int, grid: VideoGrid, block: int) -> float:
 def build_layout(pattern: Pattern, grid: VideoGrid, block: int = 128) -> BlockLayout:
     """`make_layout`, cached by its arguments.
 
-    Of a pattern that differs by head it is the first head's of the first layer; `radial.head_layouts` has the others.
+    Of a pattern that differs by head it is one that stands for all (`Pattern.video_blocks`); `radial.head_layouts` has
+    each head's.
     """
     return _cached_layout(pattern, grid, block)
 

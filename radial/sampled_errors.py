@@ -20,7 +20,7 @@ def sampled_errors(
     computed here too, in float32.
 
     Args:
-        layout: on the tensors' device.
+        layout: of that head.
         inputs: q, k, v and the gradient of the output, (tokens, head_dim), one head of one sample.
         results: out, or out, dq, dk, dv, in the same shape, for scale head_dim ** -0.5.
         tokens: (samples,) positions, in the layout's order of tokens.

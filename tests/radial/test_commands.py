@@ -7,7 +7,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from radial import Released, VideoGrid, build_layout
+from radial import HeadMasks, Released, VideoGrid, build_layout
 from radial.__main__ import main
 from radial.backends.flashinfer import FlashInfer
 from radial.bench import Shape
@@ -101,3 +101,15 @@ def test_nonsense_is_one_line_and_exit_code_2(arguments, text, capsys):
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert text in captured.err
+
+
+def test_masks_of_known_decays_by_command(tmp_path, capsys):
+    out = tmp_path / "masks.safetensors"
+    main.run(["fit", "known=wan_1x", "share=0.3", "layers=1", "seed=7", f"out={out}"])
+    about = HeadMasks.read(out).about
+    assert about.seed == 7 and about.layers == (0,) and about.frames == 21 and "patches" in capsys.readouterr().out
+    for words in (["share=0.3"], ["share=0.3", "known=wan_1x", "decay=decay.safetensors"]):
+        with pytest.raises(SystemExit) as caught:
+            main.run(["fit", *words, f"out={out}"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith("error: decay and known are both set or neither")

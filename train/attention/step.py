@@ -13,7 +13,8 @@ class StepAttention:
     """Fixed from a micro-batch's forward until its backward has run, because checkpointing calls forward again.
 
     Attributes:
-        pattern_layout: block lists of the configured pattern; where its masks differ by head, the first head's.
+        pattern_layout: block lists of the configured pattern; where its masks differ by head, those of
+            one that stands for all.
         dense_layout: the full layout of the same grid.
         dense_layers: the first blocks, which stay dense.
         all_dense: all layers are dense in this step.

@@ -121,6 +121,8 @@ def _check_layers(job: Job, adapter: ModelAdapter) -> None:
     layers = adapter.attention_shape[0]
     if job.layers is not None and job.layers[-1] >= layers:
         raise UserError(f"layers has {job.layers[-1]}, the model's are 0 to {layers - 1}")
+    for candidate in job.candidates:
+        candidate.recipe.check_model(layers, adapter.attention_shape[1])
     if job.dense_layers[-1] > layers:
         raise UserError(f"dense_layers has {job.dense_layers[-1]}, the model has {layers} layers")
 

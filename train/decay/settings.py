@@ -32,7 +32,9 @@ class Settings:
     frames: str = setting("length of the clips: native, 2x, 4x, or a number of latent frames", "native")
     attention: str = setting("patterns held against dense attention: options of attention=, with commas", "radial")
     masks: str | None = setting(
-        "files of python -m radial fit, with commas: fitted patterns that are held against dense attention too", None
+        "files of python -m radial fit dense_layers=0, with commas: fitted patterns that are held against dense "
+        "attention too",
+        None,
     )
     decays: str = setting("decay factors at which a released pattern is tried", "0.5,1,2")
     dense_layers: str = setting("numbers of first layers left dense that are tried", "0,2")
@@ -172,8 +174,10 @@ def _candidates(
                 found.append(Candidate(f"{option}, decay {decay:g}", recipe.under(pattern)))
         else:
             found.append(Candidate(option, recipe))
+    theirs = ("attention.share", "attention.reach", "attention.per_head", "attention.masks")  # of other patterns
+    others = {key: value for key, value in settings.items() if key not in theirs}
     for file in masks.split(",") if masks else ():
-        config = finish(compose_run({**settings, "attention": "fitted", "attention.masks": file}))
+        config = finish(compose_run({**others, "attention": "fitted", "attention.masks": file}))
         found.append(Candidate(f"fitted, {Path(file).stem}", replace(AttentionRecipe.of(config), dense_layers=0)))
     names = [candidate.name for candidate in found]
     if len(set(names)) < len(names):

@@ -83,7 +83,8 @@ class ModelAdapter(PipelineTraits, ABC):
             assert other is cls, f"family {cls.family} is both {other} and {cls}"
             if "encoder" not in cls.__dict__:
                 cls.encoder = cls.family
-            cls.decodes_tiled = cls.encoder in TILED
+            if "decodes_tiled" not in cls.__dict__:
+                cls.decodes_tiled = cls.encoder in TILED
 
     def __init__(self, transformer: Any, text_tokens: int) -> None:
         self.transformer = transformer  # a diffusers model; the library has no types

@@ -24,7 +24,7 @@ from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.lora.files import notes
 from train.models.base import ModelAdapter
-from train.models.families import adapter_of, family_of
+from train.models.families import ADAPTERS, adapter_of, family_of
 from train.models.loading import temporal_rope
 from train.models.rope import TemporalRope
 from train.sample.denoise import Denoiser
@@ -117,7 +117,7 @@ def model_of(pipeline: Any, name: str | None = None) -> ModelConfig:
     family = adapter_of(type(found[0]).__name__) if found else None
     if family is None:
         raise UserError(
-            f"{type(pipeline).__name__} has no transformer of a known family, expected Wan, HunyuanVideo or Mochi"
+            f"{type(pipeline).__name__} has no transformer of a known family, expected one of {', '.join(ADAPTERS)}"
         )
     fitting = [name for name in names if _fits(_model_config(name), pipeline)]
     if len(fitting) != 1:

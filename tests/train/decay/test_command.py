@@ -11,7 +11,8 @@ from safetensors import safe_open
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
-from radial import Released, build_layout
+from radial import RadialError, Released, build_layout
+from radial.fit import fit
 from tests.helpers.families import shards
 from tests.helpers.tiny import save_model
 from train.attention.recipe import AttentionRecipe
@@ -124,6 +125,25 @@ def test_rivals(tmp_path, own):
     for row in results(tmp_path)["heads"]:
         assert all(0 < of["kept"] < 1 and of["output_error"] > 0 for of in row["patterns"].values())
     assert all(velocity["mean"] > 0 for velocity in results(tmp_path)["velocity"])
+
+
+def test_fitted_masks_are_held_against_dense_attention(tmp_path):
+    """Beside random ones that differ by head; masks that lack a layer are refused before anything is measured."""
+    words = command(tmp_path, clips=1, sigmas=0.6, dense_layers=0, attention="random")
+    main(words)
+    masks, few = tmp_path / "mine.safetensors", tmp_path / "few.safetensors"
+    fit(tmp_path / "decay" / "decay.safetensors", masks, share=0.6, dense_layers=0)
+    fit(tmp_path / "decay" / "decay.safetensors", few, share=0.6, dense_layers=1)
+    other = [word for word in words if not word.startswith("out=")] + [f"out={tmp_path / 'other'}"]
+    with pytest.raises(RadialError, match="masks are fitted for layers 1 to 2, layer 0 has none"):
+        main([*other, f"masks={few}"])
+    assert not (tmp_path / "other").exists()
+    main([*other, "attention.per_head=true", f"masks={masks}"])
+    found = json.loads((tmp_path / "other" / "decay.json").read_text(encoding="utf-8"))
+    assert {velocity["pattern"] for velocity in found["velocity"]} == {"random", "fitted, mine"}
+    for row in found["heads"]:
+        mine = row["patterns"]["fitted, mine"]
+        assert 0 < mine["kept"] < 1 and mine["output_error"] > 0
 
 
 @pytest.mark.slow

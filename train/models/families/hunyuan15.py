@@ -143,7 +143,7 @@ class Hunyuan15Adapter(ModelAdapter):
     @classmethod
     def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:
         """Its pipeline has the guidance in a part of its own, and tells nobody of its steps but the scheduler."""
-        pipeline.guider = pipeline.guider.new(guidance_scale=guidance)
+        pipeline.guider = pipeline.guider.new(guidance_scale=max(1.0, guidance or 1.0))  # it takes less than 1 for on
         if "image" in settings:  # whose size and the model's decide the clip's, unless they are told
             size = settings.pop("height"), settings.pop("width")
             pipeline.video_processor.calculate_default_height_width = lambda *_, **__: size

@@ -79,7 +79,22 @@ def attention_for(
 
 def is_dense(header: Mapping[str, str], *, layer: int, step: int | None = None, sigma: float | None = None) -> bool:
     """Whether a layer's attention is dense in a denoising step; arguments and errors as of `attention_for`."""
-    return layer < int(_number(header, "dense_layers", 0)) or _is_dense_step(header, step, sigma)
+    return layer < int(_number(header, "dense_layers", 0)) or _in_dense_step(header, step, sigma)
+
+
+def is_dense_step(dense_sigma: float | None, dense_steps: int | None, *, sigma: float | None, step: int | None) -> bool:
+    """Whether all layers are dense in a denoising step, the one place where noise levels are compared with a threshold.
+
+    Args:
+        dense_sigma: the noise level from which on they are; None: the steps decide.
+        dense_steps: the first steps, in which they are; None: none.
+        sigma: the step's noise level; needed with ``dense_sigma``.
+        step: its number from 0; None where steps are not counted, as in training.
+    """
+    if dense_sigma is not None:
+        assert sigma is not None
+        return sigma >= dense_sigma
+    return dense_steps is not None and step is not None and step < dense_steps
 
 
 def pattern_of(header: Mapping[str, str], masks: str | Path | HeadMasks | None = None) -> Pattern:
@@ -109,16 +124,14 @@ def pattern_of(header: Mapping[str, str], masks: str | Path | HeadMasks | None =
     )
 
 
-def _is_dense_step(header: Mapping[str, str], step: int | None, sigma: float | None) -> bool:
-    if _value(header, "dense_sigma") is not None:
-        level = _number(header, "dense_sigma", 1.0)
-        if sigma is None:
-            raise RadialError(f"the LoRA's steps are dense from noise level {level:g} on: give sigma")
-        return sigma >= level
+def _in_dense_step(header: Mapping[str, str], step: int | None, sigma: float | None) -> bool:
+    level = None if _value(header, "dense_sigma") is None else _number(header, "dense_sigma", 1.0)
     count = int(_number(header, "dense_steps", 0))
-    if count and step is None:
+    if level is not None and sigma is None:
+        raise RadialError(f"the LoRA's steps are dense from noise level {level:g} on: give sigma")
+    if level is None and count and step is None:
         raise RadialError(f"the LoRA's first {count} steps are dense: give step")
-    return step is not None and step < count
+    return is_dense_step(level, count, sigma=sigma, step=step)
 
 
 def _value(header: Mapping[str, str], name: str) -> str | None:

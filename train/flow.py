@@ -62,6 +62,21 @@ class SigmaSchedule:
             return 1 - u
         return 1 - NormalDist(self.mean, self.std).cdf(math.log(u / (1 - u)))
 
+    def sides(self, dense_sigma: float | None, within: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float, float]:
+        """Quantiles of the lowest noise level, of ``dense_sigma``, and of the highest: attention is dense between the
+        second and the third, which are the same where ``dense_sigma`` is None.
+
+        Args:
+            within: the range of noise levels, from the first up to below the second.
+        """
+        low, high = (1 - self.share_above(sigma) for sigma in within)
+        return low, high if dense_sigma is None else min(max(1 - self.share_above(dense_sigma), low), high), high
+
+    def dense_share(self, dense_sigma: float | None, within: tuple[float, float] = (0.0, 1.0)) -> float:
+        """Share of the draws within a range of noise levels at which attention is dense (`sides`)."""
+        low, edge, high = self.sides(dense_sigma, within)
+        return (high - edge) / (high - low)
+
     def at_quantile(self, quantile: float) -> float:
         """The noise level below which a share ``quantile`` in (0, 1) of all draws lies."""
         quantile = min(max(quantile, 1e-6), 1 - 1e-6)
@@ -94,11 +109,9 @@ class StepDraw:
         ``low`` and ``high`` are the quantiles of the schedule that belong to the side; ``within`` is the range of noise
         levels, from the first up to below the second, that the model of this step is for.
         """
-        low, high = (1 - schedule.share_above(sigma) for sigma in within)
-        if dense_sigma is None:
-            return cls(False, low, high, within)
-        edge = min(max(1 - schedule.share_above(dense_sigma), low), high)
-        dense = torch.rand((), generator=generator_for(seed, step, "side")).item() < (high - edge) / (high - low)
+        low, edge, high = schedule.sides(dense_sigma, within)
+        drawn = torch.rand((), generator=generator_for(seed, step, "side")).item()
+        dense = drawn < schedule.dense_share(dense_sigma, within)
         return cls(True, edge, high, within) if dense else cls(False, low, edge, within)
 
     def sigma(self, seed: int, step: int, sample: str, schedule: SigmaSchedule) -> float:

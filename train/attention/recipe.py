@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from radial import Dense, Fitted, Pattern, Random, VideoGrid, build_layout
+from radial.serving import is_dense_step
 from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
@@ -66,9 +67,7 @@ class AttentionRecipe:
 
     def is_dense(self, sigma: float, step: int | None = None) -> bool:
         """Whether all layers are dense at a noise level, or in the sampling step of that number (from 0)."""
-        if self.dense_steps is not None and step is not None:
-            return step < self.dense_steps
-        return self.dense_sigma is not None and sigma >= self.dense_sigma
+        return is_dense_step(self.dense_sigma, self.dense_steps, sigma=sigma, step=step)
 
     def is_dense_layer(self, layer: int) -> bool:
         """Whether a layer is dense in every step."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -76,8 +76,8 @@ def settings(
                     continue
                 good = max(under)
             dense_sigma = None if bad is None else (good + bad) / 2
-            noisy = [level for level in levels if dense_sigma is not None and level >= dense_sigma]
-            part = len(noisy) / len(levels)
+            noisy = sum(map(replace(candidate.recipe, dense_sigma=dense_sigma).is_dense, levels))
+            part = noisy / len(levels)
             own = attention_of(candidate, grid, dense_layers).attention_flops(*shape)
             attention = part * dense + (1 - part) * own
             found.append(
@@ -85,7 +85,7 @@ def settings(
                     candidate.name,
                     dense_layers,
                     dense_sigma,
-                    None if job.config.model.steps is None else len(noisy),
+                    None if job.config.model.steps is None else noisy,
                     max(error for sigma, error in errors.items() if sigma <= good),
                     attention,
                     attention / dense,

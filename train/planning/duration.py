@@ -39,13 +39,9 @@ class Duration:
         """Share of the steps at noise levels that run dense."""
         config = self.budget.config
         recipe = clip_recipe(config)
-        dense_sigma = recipe.attention.dense_sigma
-        if dense_sigma is None or config.attention.pattern == "dense":
+        if config.attention.pattern == "dense":
             return 0.0
-        low, high = sigma_range(config.model)
-        edge = min(max(dense_sigma, low), high)
-        share = [recipe.schedule.share_above(sigma) for sigma in (low, edge, high)]
-        return (share[1] - share[2]) / (share[0] - share[2])
+        return recipe.schedule.dense_share(recipe.attention.dense_sigma, sigma_range(config.model))
 
     @property
     def attention_flops(self) -> float:

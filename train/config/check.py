@@ -8,7 +8,7 @@ from radial import Fitted, RadialError
 from radial.cli.settings import check_value
 from radial.errors import Mistake
 from train.config.keys import value_of
-from train.config.schema import KEYS, RunConfig
+from train.config.schema import KEYS, ModelConfig, RunConfig
 from train.errors import UserError
 
 
@@ -18,13 +18,10 @@ def validate(config: RunConfig) -> None:
     Raises:
         UserError: naming the key, its value and what is possible.
     """
-    try:
-        for name, key in KEYS.items():
-            check_value(name, key.field, value_of(config, name))
-    except Mistake as error:
-        raise UserError(str(error)) from None
+    _check_keys(config)
     _check_data(config)
-    _check_model(config)
+    _check_experts(config.model)
+    config.shift()
     _check_attention(config)
     _check_parallel(config)
     if config.report.clips and config.report.short_frames > config.clip.frames:
@@ -50,6 +47,25 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"attention.{error}") from error
 
 
+def check_model(model: ModelConfig) -> None:
+    """Checks a model without a run: the choices and bounds of its keys, and the rules between them.
+
+    Raises:
+        UserError: naming the key, its value and what is possible.
+    """
+    _check_keys(model, "model.")
+    _check_experts(model)
+
+
+def _check_keys(config: RunConfig | ModelConfig, section: str = "") -> None:
+    try:
+        for name, key in KEYS.items():
+            if name.startswith(section):
+                check_value(name, key.field, value_of(config, name.removeprefix(section)))
+    except Mistake as error:
+        raise UserError(str(error)) from None
+
+
 def _check_data(config: RunConfig) -> None:
     data, places = config.data, len(config.data.places)
     if data.shards is not None and not places:
@@ -67,13 +83,12 @@ def _check_data(config: RunConfig) -> None:
         raise UserError(f"data.holdout is {data.holdout:g}, expected a whole number of samples, or a share below 1")
 
 
-def _check_model(config: RunConfig) -> None:
-    if (config.model.expert is None) != (config.model.boundary is None):
+def _check_experts(model: ModelConfig) -> None:
+    if (model.expert is None) != (model.boundary is None):
         raise UserError(
-            f"model.expert is {config.model.expert} and model.boundary {config.model.boundary}: a model of two experts "
-            "has both, any other neither"
+            f"model.expert is {model.expert} and model.boundary {model.boundary}: a model of two experts has both, any "
+            "other neither"
         )
-    config.shift()
 
 
 def _check_attention(config: RunConfig) -> None:

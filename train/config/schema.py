@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from radial import Pattern, VideoGrid, build_layout, make_pattern, with_share
+from radial import Pattern, VideoGrid, build_layout, with_share
 from radial.cli.settings import POSITIVE, Bound, at_least, each, within
 from radial.patterns import RULES
 from train.config.keys import Key, key, keys_of, section
@@ -150,14 +150,7 @@ class RunConfig:
             RadialError: an unknown name, or a value that it refuses.
         """
         attention = self.attention
-        pattern = make_pattern(
-            attention.pattern,
-            decay=attention.decay,
-            rule=self.rule(),
-            reach=attention.reach,
-            per_head=attention.per_head,
-            masks=attention.masks,
-        )
+        pattern = attention.made(self.model.rule)
         if attention.share is None:
             return pattern
         return with_share(pattern, self.grid(), attention.block, attention.share)

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from data.synth import SCENES
 from radial.backends import BACKENDS
 from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, within
-from radial.patterns import PATTERNS, RULES
+from radial.patterns import PATTERNS, RULES, Pattern, make_pattern
 from train.config.keys import key
 
 TOOL_KEYS = (
@@ -59,6 +59,24 @@ class AttentionConfig:
     )  # fmt: skip
     backend: str | None = key("what computes it; null: the fastest that can (python -m radial backends)", None,
                               tuple(BACKENDS))  # fmt: skip
+
+    def made(self, family_rule: str) -> Pattern:
+        """The pattern as its keys give it, without ``share``, which needs a grid (`RunConfig.pattern`).
+
+        Args:
+            family_rule: that of the released mask where ``rule`` is None.
+
+        Raises:
+            RadialError: an unknown name, or a value that it refuses.
+        """
+        return make_pattern(
+            self.pattern,
+            decay=self.decay,
+            rule=self.rule or family_rule,
+            reach=self.reach,
+            per_head=self.per_head,
+            masks=self.masks,
+        )
 
     def under(self, pattern: str) -> AttentionConfig:
         """The same with a pattern in every layer and step; what another one does not have is left out."""

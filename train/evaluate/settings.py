@@ -7,11 +7,12 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
-from radial import Pattern, RadialError, make_pattern
+from radial import Pattern, RadialError
 from radial.cli.settings import POSITIVE, at_least, setting
 from radial.patterns.ultravico import UltraViCo
 from train.config.compose import read_config
 from train.config.schema import RunConfig
+from train.config.sections import AttentionConfig
 from train.errors import UserError
 from train.lora.file_lists import files_with_strengths
 
@@ -137,8 +138,9 @@ def _variants(config: RunConfig, against: str | None) -> tuple[Variant, ...]:
         if word == UltraViCo.name:
             pattern = UltraViCo(float(_lengths(config, "1")[0].latents))
         elif word != BASE:
+            attention = AttentionConfig(word, rule=config.attention.rule, decay=config.attention.decay)
             try:
-                pattern = make_pattern(word, decay=config.attention.decay, rule=config.rule())
+                pattern = attention.made(config.model.rule)
             except RadialError as error:
                 raise UserError(f"against has {word!r}: {error}, {UltraViCo.name} or {BASE}") from error
             pattern = None if pattern == own else pattern

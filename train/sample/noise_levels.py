@@ -14,7 +14,7 @@ from typing import Any
 
 from train.config.schema import ModelConfig
 
-_DENSE_STEPS = 2
+DENSE_STEPS = 2
 """What the released scripts keep dense past the native length."""
 TRAINED = ("height", "width", "shift", "dense_steps")
 """What `at_size` reads of a header."""
@@ -32,7 +32,7 @@ def dense_side(given: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str
     if trained.get("dense_sigma") is not None:
         return {"dense_steps": None, "dense_sigma": trained["dense_sigma"]}
     steps = trained.get("dense_steps")
-    return {"dense_steps": _DENSE_STEPS if steps is None else steps, "dense_sigma": None}
+    return {"dense_steps": DENSE_STEPS if steps is None else steps, "dense_sigma": None}
 
 
 def at_size(trained: Mapping[str, Any], height: int, width: int, model: ModelConfig) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 
 from data.errors import DataError
 from data.io.lines import lines_of, read_utf8
-from radial import PATTERNS, Fitted, HeadMasks, RadialError, Released, VideoGrid, make_pattern
+from radial import PATTERNS, Fitted, HeadMasks, RadialError, VideoGrid
 from radial.backends import BACKENDS
 from radial.cli.reader import guess, read_some
-from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, check_value, setting
+from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, check_value, setting, text_of
 from radial.errors import Mistake
+from radial.patterns import RULES
 from train.attention.recipe import AttentionRecipe
+from train.config.check import check_model
 from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
 from train.config.sections import AttentionConfig
@@ -25,6 +27,8 @@ from train.errors import UserError
 from train.lora import files as loras
 from train.sample import noise_levels
 
+_UNTRAINED = AttentionConfig()
+"""What attention has where neither the user nor a LoRA's header says so."""
 _SEEDS = Bound("at least 0 and less than 2 to the 64th", lambda value: 0 <= value < 2**64)
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
@@ -42,8 +46,8 @@ class Settings:
     height: int | None = setting("pixels (the LoRA's, else the model's)", None, must=at_least(1))
     width: int | None = setting("pixels (the LoRA's, else the model's)", None, must=at_least(1))
     fps: float | None = setting("pace (the model's)", None, must=POSITIVE)
-    steps: int | None = setting("denoising steps (the model's: 40 to 64)", None)
-    guidance: float | None = setting("weight of guidance; 1 is off (the model's: 3.5 to 6)", None, must=POSITIVE)
+    steps: int | None = setting("denoising steps (the model's)", None)
+    guidance: float | None = setting("weight of guidance; 1 is off (the model's)", None, must=POSITIVE)
     guidance_2: float | None = setting("of the expert for low noise levels (guidance, else the model's)", None,
                                       must=POSITIVE)  # fmt: skip
     shift: float | None = setting("of the noise levels (the LoRA's, else the model's at this size)", None,
@@ -55,18 +59,23 @@ class Settings:
     lora_2: str | None = setting("that of the expert for low noise levels; none for none", None, path=True)
     add: str | None = setting("further LoRAs: style.safetensors:0.8,few_step.safetensors", None, path=True)
     add_2: str | None = setting("the same for the expert for low noise levels", None, path=True)
-    pattern: str | None = setting(f"attention: {', '.join(PATTERNS)} (the LoRA's, else released)", None)
-    rule: str | None = setting("of released: wan, hunyuan, ports (the LoRA's, else the model's)", None)
-    decay: float | None = setting("of released (the LoRA's, else 1)", None)
+    pattern: str | None = setting(f"attention: {', '.join(PATTERNS)} (the LoRA's, else {_UNTRAINED.pattern})", None)
+    rule: str | None = setting(f"of released: {', '.join(RULES)} (the LoRA's, else the model's)", None)
+    decay: float | None = setting(f"of released (the LoRA's, else {_UNTRAINED.decay:g})", None)
     reach: float | None = setting("of the patterns that have one (the LoRA's, else the pattern's own)", None)
-    per_head: bool | None = setting("of random: a draw for each head of each layer (the LoRA's, else no)", None)
+    per_head: bool | None = setting(
+        f"of random: a draw for each head of each layer (the LoRA's, else {text_of(_UNTRAINED.per_head)})", None
+    )
     masks: Path | None = setting("of fitted: masks that fit the model (those beside the LoRA)", None)
-    block: int | None = setting("tokens of a block (the LoRA's, else 128)", None, must=POWER_OF_TWO)
-    dense_layers: int | None = setting("first blocks that stay dense (the LoRA's, else 2)", None, must=at_least(0))
+    block: int | None = setting(f"tokens of a block (the LoRA's, else {_UNTRAINED.block})", None, must=POWER_OF_TWO)
+    dense_layers: int | None = setting(
+        f"first layers that stay dense (the LoRA's, else {_UNTRAINED.dense_layers})", None, must=at_least(0)
+    )
     dense_steps: int | None = setting("first steps that stay dense (else dense_sigma)", None, must=at_least(0))
     dense_sigma: float | None = setting(
-        "noise level from which on steps stay dense (the LoRA's, whatever the steps; else 2 steps)", None
-    )
+        "noise level from which on steps stay dense (the LoRA's, whatever the steps; else "
+        f"{noise_levels.DENSE_STEPS} steps)", None,
+    )  # fmt: skip
     rope: str | None = setting(
         "temporal positions past the native length (the LoRA's, else the model's own)", None, ROPE_KINDS
     )
@@ -78,7 +87,7 @@ class Settings:
     offload: str = setting(
         "model: the transformer only while it runs; block: its blocks one by one", "none", ("none", "model", "block")
     )
-    tiled: bool | None = setting("decode frames in squares: less memory (HunyuanVideo: yes, others: no)", None)
+    tiled: bool | None = setting("decode frames in squares: less memory (the model's own way)", None)
     compile: bool = setting("compile the transformer's blocks", False)
     dtype: str = setting("the transformer's numbers", "bf16", ("bf16", "fp32"))
 
@@ -116,8 +125,6 @@ def settled(settings: Settings, others: dict[str, str]) -> tuple[Settings, Model
         raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
     config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **others}).model)
     assert isinstance(config, ModelConfig)
-    if config.rope not in ROPE_KINDS:
-        raise UserError(f"model.rope is {config.rope!r}, expected one of {', '.join(ROPE_KINDS)}")
     return complete(settings, config), config
 
 
@@ -129,6 +136,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise UserError("give prompt=TEXT, or --prompts FILE for many: one of them")
+    check_model(model)
     _check_each(settings)
     if settings.dense_steps is not None and settings.dense_sigma is not None:
         raise UserError("dense_steps and dense_sigma are both set, expected one: each says which steps stay dense")
@@ -144,7 +152,7 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     trained = loras.header_settings(
         found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model
     )
-    pattern = settings.pattern or trained.get("pattern") or (Fitted.name if settings.masks else Released.name)
+    pattern = settings.pattern or trained.get("pattern") or (Fitted.name if settings.masks else _UNTRAINED.pattern)
     if pattern == Fitted.name:
         settings = replace(settings, masks=loras.masks_of(found, model, settings.masks))
     from train.models.families import family_of  # takes seconds to import
@@ -152,7 +160,6 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
     family = family_of(model)
     size: list[Any] = list(model.native_size or (None, None))
     guidance = (model.guidance or []) if settings.guidance is None else []  # what is given is for both experts
-    attention = AttentionConfig()
     fallback: dict[str, Any] = {
         "out": Path("clip.mp4" if settings.prompts is None else "clips"),
         "frames": model.native_frames,
@@ -164,10 +171,10 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         "guidance_2": guidance[1] if len(guidance) == 2 else None,
         "pattern": pattern,
         "rule": model.rule,
-        "decay": attention.decay,
-        "per_head": attention.per_head,
-        "block": attention.block if settings.masks is None else _block_of(settings.masks),
-        "dense_layers": attention.dense_layers,
+        "decay": _UNTRAINED.decay,
+        "per_head": _UNTRAINED.per_head,
+        "block": _UNTRAINED.block if settings.masks is None else _block_of(settings.masks),
+        "dense_layers": _UNTRAINED.dense_layers,
         "rope": model.rope,
         "tiled": family.decodes_tiled,
     }
@@ -252,14 +259,13 @@ def recipe_of(settings: Settings) -> AttentionRecipe:
     """
     assert settings.decay is not None and settings.block is not None and settings.dense_layers is not None
     try:
-        pattern = make_pattern(
-            str(settings.pattern),
+        pattern = AttentionConfig(
+            pattern=str(settings.pattern),
             decay=settings.decay,
-            rule=str(settings.rule),
             reach=settings.reach,
             per_head=bool(settings.per_head),
-            masks=settings.masks,
-        )
+            masks=None if settings.masks is None else str(settings.masks),
+        ).made(str(settings.rule))
     except RadialError as error:
         raise UserError(str(error)) from error
     return AttentionRecipe(

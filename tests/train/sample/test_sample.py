@@ -296,6 +296,8 @@ def test_compare_measures_against_dense(wan, tmp_path, capsys):
         ({"model.path": "/nowhere"}, "model.path /nowhere has no model_index.json"),
         ({"model.path": "hub:a/b/c"}, "model.path hub:a/b/c cannot be fetched: Repo id must be in the form"),
         ({"model.rope": "abc"}, "model.rope is 'abc', expected one of default, riflex, interpolate"),
+        ({"model.text_tokens": 0}, "model.text_tokens is 0, expected at least 1"),
+        ({"model.boundary": 0.5}, "model.expert is None and model.boundary 0.5: a model of two experts has both"),
         ({"lora_2": "x.safetensors"}, "lora_2 is for the second of two experts, the model has one transformer"),
         ({"add_2": "x.safetensors"}, "add_2 is for the second of two experts"),
         ({"guidance_2": 3}, "guidance_2 is for the second of two experts"),

@@ -120,7 +120,7 @@ def assemble(
         dtype=None if spread else frozen_dtype,
         seed=config.seed,
         device=trainer.strategy.root_device,
-        blocks_on_cpu=config.parallel.offload_weights or config.model.storage is not None,
+        layers_on_cpu=config.parallel.offload_weights or config.model.storage is not None,
     )
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:
@@ -144,9 +144,9 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         _add_lora(config, adapter)
     if config.model.storage is not None:
         home = torch.device("cpu") if config.parallel.offload_weights else adapter.device
-        store_fp8(adapter.blocks(), adapter.device, home)
+        store_fp8(adapter.layers(), adapter.device, home)
     if config.trainer.fp8:
-        use_fp8(adapter.blocks(), adapter.device)
+        use_fp8(adapter.layers(), adapter.device)
     policies = chosen_policies(config)
     stream = set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()

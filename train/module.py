@@ -19,7 +19,7 @@ from train.clip_recipe import Recipes
 from train.errors import UserError
 from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
-from train.memory.block_policies import BlockPolicies, check_agreement
+from train.memory.layer_policies import LayerPolicies, check_agreement
 from train.memory.weight_stream import WeightStream
 from train.models.base import ModelAdapter
 from train.objective import Objective
@@ -53,8 +53,8 @@ class LengthExtensionModule(L.LightningModule):
         seed: all randomness is a function of (seed, step, sample).
         lora: whether the weights to save are the LoRA's alone.
         sequence_size: ranks that share each sample's tokens.
-        policies: what blocks keep, where it was chosen for this machine; all ranks must have chosen the same.
-        stream: has the blocks' frozen weights come, where they lie in CPU memory.
+        policies: what layers keep, where it was chosen for this machine; all ranks must have chosen the same.
+        stream: has the layers' frozen weights come, where they lie in CPU memory.
     """
 
     strict_loading = False  # the frozen weights are in no checkpoint
@@ -69,7 +69,7 @@ class LengthExtensionModule(L.LightningModule):
         seed: int,
         lora: bool,
         sequence_size: int = 1,
-        policies: BlockPolicies | None = None,
+        policies: LayerPolicies | None = None,
         stream: WeightStream | None = None,
     ) -> None:
         super().__init__()

@@ -32,13 +32,13 @@ def clip(folder, device, **changes):
     return result.latent, next(made.transformers[0].parameters()).device
 
 
-@pytest.mark.parametrize("offload", ["none", "model", "block"])
+@pytest.mark.parametrize("offload", ["none", "model", "layer"])
 def test_the_gpus_clip_is_the_cpus(wan, tmp_path, offload):
     lora = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
     expected, _ = clip(wan, "cpu", lora=lora)
     got, device = clip(wan, "cuda", lora=lora, offload=offload)
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
-    assert device.type == ("cpu" if offload == "block" else "cuda")
+    assert device.type == ("cpu" if offload == "layer" else "cuda")
 
 
 def test_bf16_is_near(wan):

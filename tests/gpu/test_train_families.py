@@ -1,18 +1,18 @@
-"""One LoRA step of two blocks of each family at its longest clip, at the real shapes, with the fast backend."""
+"""One LoRA step of two layers of each family at its longest clip, at the real shapes, with the fast backend."""
 
 import pytest
 import torch
 
 from radial import build_layout, make_pattern
 from radial.backends import AttentionCall, choose_backend
-from tests.helpers.family_steps import config_of, longest_runs, step_of_two_blocks
+from tests.helpers.family_steps import config_of, longest_runs, step_of_two_layers
 from train.models.families import family_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.parametrize("run", sorted(longest_runs().values()))
-def test_a_step_of_two_blocks_at_the_real_shapes(run):
+def test_a_step_of_two_layers_at_the_real_shapes(run):
     config = config_of(run)
     family = family_of(config.model)
     with torch.device("meta"):
@@ -22,12 +22,12 @@ def test_a_step_of_two_blocks_at_the_real_shapes(run):
     head_dim = adapter.attention_shape[2]
     call = AttentionCall(torch.device("cuda"), torch.bfloat16, head_dim, True, grid.text_tokens > 0, layout)
     backend = choose_backend(call, None).name
-    result = step_of_two_blocks(config)
+    result = step_of_two_layers(config)
     print(
         f"{run}: {grid.tokens:,} tokens, {backend}, {result.step:.2f} s, {result.block:.2f} s a block, "
         f"{result.memory:.1f} GiB, {result.tflops:.0f} TFLOP/s"
     )
     assert backend in ("fa4", "flex")
-    assert result.blocks == 2
+    assert result.layers == 2
     assert result.tokens == grid.tokens
     assert 0 < result.memory < torch.cuda.get_device_properties(0).total_memory / 2**30

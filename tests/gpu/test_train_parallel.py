@@ -60,7 +60,7 @@ def test_zero_on_one_gpu(tmp_path, strategy):
     ],
 )
 def test_offload_and_memory_policies(tmp_path, changes):
-    clip = {"clip__frames": 32}  # what a block keeps is 2 MiB: smaller tensors are not worth moving
+    clip = {"clip__frames": 32}  # what a layer keeps is 2 MiB: smaller tensors are not worth moving
     expected, _, _ = run(tmp_path, "plain", **clip)
     got, _, _ = run(tmp_path, "changed", **clip, **changes)
     same(got, expected, 1e-3)
@@ -85,7 +85,7 @@ def test_weights_stored_in_float8_train(tmp_path, changes):
 
 @pair
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_compiled_blocks_on_two_gpus(tmp_path, strategy):
+def test_compiled_layers_on_two_gpus(tmp_path, strategy):
     expected, _, _ = run(tmp_path, "one", data__batch_size=4)
     got, _, _ = run(tmp_path, "two", trainer__devices=2, parallel__strategy=strategy, **COMPILED)
     same(got, expected, 1e-3)

@@ -1,4 +1,4 @@
-"""Frozen weights that stream on a GPU: the losses and gradients of resident ones, from a ring instead of all blocks."""
+"""Frozen weights that stream on a GPU: the losses and gradients of resident ones, from a ring instead of all layers."""
 
 import dataclasses
 import gc
@@ -28,13 +28,13 @@ POLICIES = {
 
 
 def steps(parallel, compiled):
-    """Losses and gradients of three steps of six blocks that are large against their clip, and the peak of memory."""
+    """Losses and gradients of three steps of six layers that are large against their clip, and the peak of memory."""
     torch._dynamo.reset()
     gc.collect()  # a module that was used is part of reference cycles: the one before would still be on the GPU
     torch.manual_seed(0)
     adapter = WanAdapter.from_config(WIDE, text_tokens=32)
     inject_lora(adapter.transformer, 8, 8, adapter.targets(text=False), seed=0)
-    settle(adapter.transformer, torch.bfloat16, "cuda", on_cpu=adapter.blocks() if parallel.offload_weights else ())
+    settle(adapter.transformer, torch.bfloat16, "cuda", on_cpu=adapter.layers() if parallel.offload_weights else ())
     set_memory_policy(adapter, parallel, compiled=compiled)
     adapter.transformer.train()
     trained = [p for p in adapter.transformer.parameters() if p.requires_grad]
@@ -62,11 +62,11 @@ def steps(parallel, compiled):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_streamed_weights_give_what_resident_ones_give(policy, compiled):
     parallel = POLICIES[policy]
-    resident, all_blocks = steps(parallel, compiled)
+    resident, all_layers = steps(parallel, compiled)
     streamed, ring = steps(dataclasses.replace(parallel, offload_weights=True), compiled)
     for got, expected in zip(streamed, resident, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
-    assert ring < all_blocks
+    assert ring < all_layers
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and why_not(torch.device("cuda")) is not None, reason="no float8")

@@ -44,7 +44,7 @@ def build(family: str) -> ModelAdapter:
 def stock(family: str) -> ModelAdapter:
     """The same weights with the processors that diffusers gives the model."""
     adapter = build(family)
-    for ours, theirs in zip(adapter.blocks(), _unwrapped(adapter), strict=True):
+    for ours, theirs in zip(adapter.layers(), _unwrapped(adapter), strict=True):
         adapter.self_attention(ours).processor = theirs
     return adapter
 
@@ -53,7 +53,7 @@ def _unwrapped(adapter: ModelAdapter) -> list[Any]:
     model = type(adapter).model_class(**type(adapter).tiny_config)
     bare: Any = copy.copy(adapter)
     bare.transformer = model
-    return [adapter.self_attention(block).processor for block in bare.blocks()]
+    return [adapter.self_attention(layer).processor for layer in bare.layers()]
 
 
 def latents(adapter: ModelAdapter, tokens: tuple[int, int, int], samples: int = 2) -> Tensor:

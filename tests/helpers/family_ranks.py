@@ -75,7 +75,7 @@ def gradients(
 def gathered_gradients(
     family: str, tokens: tuple[int, int, int], pattern: str, samples: int, policy: str
 ) -> dict[str, Any]:
-    """The same of compiled blocks with ZeRO 3."""
+    """The same of compiled layers with ZeRO 3."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(torch.distributed.get_rank())}
     import deepspeed
     from deepspeed.utils import safe_get_full_grad

@@ -1,4 +1,4 @@
-"""One LoRA step of a family's longest run file, cut to two blocks: on a GPU at its real shapes, on a CPU tiny."""
+"""One LoRA step of a family's longest run file, cut to two layers: on a GPU at its real shapes, on a CPU tiny."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def longest_runs() -> dict[str, str]:
 
 
 def config_of(name: str) -> RunConfig:
-    """A run file as a benchmark takes it: every block runs the pattern."""
+    """A run file as a benchmark takes it: every layer runs the pattern."""
     return finish(
         compose_run(
             {"conf": name, "attention.dense_layers": "0", "trainer.compile": "true", "parallel.activations": "full"}
@@ -48,6 +48,6 @@ def shrunk(config: RunConfig) -> RunConfig:
     )
 
 
-def step_of_two_blocks(config: RunConfig) -> Result:
+def step_of_two_layers(config: RunConfig) -> Result:
     """Seconds and peak memory of a step on one device; stops where loss or gradients are not finite."""
-    return run_case(config, sp=1, blocks=2, steps=2)
+    return run_case(config, sp=1, layers=2, steps=2)

@@ -24,7 +24,7 @@ from train.evaluation.losses import clip_losses
 from train.flow import SigmaSchedule, flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
-from train.memory.block_policies import BlockPolicies, check_agreement
+from train.memory.layer_policies import LayerPolicies, check_agreement
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
 
@@ -78,7 +78,7 @@ def wan_gradients(
 
 
 def compiled_gradients(policy: str, size: int) -> dict[str, Any]:
-    """LoRA gradients with each block and its checkpoint compiled, those without, and what the compiler says and keeps.
+    """LoRA gradients with each layer and its checkpoint compiled, those without, and what the compiler says and keeps.
 
     ``kept`` counts tensors of a hidden state's size: of the rank's tokens or, around attention, of its heads.
     """
@@ -229,7 +229,7 @@ def adjoints() -> dict[str, float]:
 def agreement(names_by_rank: list[tuple[str, ...]]) -> str:
     """What `check_agreement` says, or nothing."""
     try:
-        check_agreement(BlockPolicies(names_by_rank[dist.get_rank()]))
+        check_agreement(LayerPolicies(names_by_rank[dist.get_rank()]))
     except UserError as error:
         return str(error)
     return ""

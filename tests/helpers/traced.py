@@ -89,12 +89,12 @@ def _all_text_valid(model: Any, x: Tensor, timestep: Tensor, words: Tensor, mask
     grid = x.shape[2:]
     rotary, modulation, text = model.rope(x), model.time_embed(timestep), model.context_embedder(words, timestep, mask)
     tokens = model.x_embedder(x)
-    for block in model.transformer_blocks:
+    for layer in model.transformer_blocks:
         rest = (text, modulation, mask, rotary)
         run = (
-            model._gradient_checkpointing_func if model.gradient_checkpointing else lambda block, *given: block(*given)
+            model._gradient_checkpointing_func if model.gradient_checkpointing else lambda layer, *given: layer(*given)
         )
-        tokens, text = run(block, tokens, *rest)
+        tokens, text = run(layer, tokens, *rest)
     tokens = model.proj_out(model.norm_out(tokens, modulation))
     return (tokens.unflatten(1, grid).movedim(-1, 1),)
 

@@ -20,28 +20,28 @@ from train.memory.weight_stream import WeightStream
 
 
 def shared(opens: bool) -> dict[str, Any]:
-    """Whether a rank's blocks have their weights, and whether what rank 0 writes into its copy is seen here.
+    """Whether a rank's layers have their weights, and whether what rank 0 writes into its copy is seen here.
 
     ``opens``: whether the other rank may open its memory.
     """
     if not opens:
         weight_stream.Path.readlink = _refuses
     torch.manual_seed(0)
-    blocks = [nn.Linear(16, 16).requires_grad_(False) for _ in range(3)]
-    weights = [block.weight.clone() for block in blocks]
-    stream = WeightStream([blocks], torch.device("cpu"))
+    layers = [nn.Linear(16, 16).requires_grad_(False) for _ in range(3)]
+    weights = [layer.weight.clone() for layer in layers]
+    stream = WeightStream([layers], torch.device("cpu"))
     said, same = io.StringIO(), True
     with redirect_stdout(said):
         stream.place()
-    for block, weight in zip(blocks, weights, strict=True):
-        stream.arrive(block)
-        same = same and torch.equal(block.weight, weight)
+    for layer, weight in zip(layers, weights, strict=True):
+        stream.arrive(layer)
+        same = same and torch.equal(layer.weight, weight)
     dist.barrier()
     if dist.get_rank() == 0:
         stream.hosts[0].fill_(1)
     dist.barrier()
-    stream.arrive(blocks[0])
-    shares = bool(blocks[0].weight.view(torch.uint8).eq(1).all()) if dist.get_rank() else opens
+    stream.arrive(layers[0])
+    shares = bool(layers[0].weight.view(torch.uint8).eq(1).all()) if dist.get_rank() else opens
     return {"same": same, "shares": shares, "said": said.getvalue()}
 
 

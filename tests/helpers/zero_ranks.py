@@ -90,7 +90,7 @@ def zero(
 ) -> list[float]:
     """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it.
 
-    ``compiled`` holds the memory policy of blocks that are compiled; None leaves them eager and fully checkpointed.
+    ``compiled`` holds the memory policy of layers that are compiled; None leaves them eager and fully checkpointed.
     """
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
     import deepspeed
@@ -121,11 +121,11 @@ def zero(
     if start is not None:
         load_parameters(lora_parameters(step.transformer), load_weights(start))
         scatter_optimizer_state(optimizer, parameters, load_state(start)["optimizer_states"][0])
-    gathered = [] if compiled is None else gathered_weights(step.adapter.blocks())
+    gathered = [] if compiled is None else gathered_weights(step.adapter.layers())
     losses = []
     for _ in range(steps):
         loss = engine()
-        if compiled is not None:  # no block holds on to them until its backward
+        if compiled is not None:  # no layer holds on to them until its backward
             assert gathered and all(weights.expired() for weights in gathered)
             gathered.clear()
         engine.backward(loss)
@@ -139,18 +139,18 @@ def zero(
     return losses
 
 
-def gathered_weights(blocks: list[nn.Module]) -> list[StorageWeakRef]:
-    """Grows by the memory of a block's weights whenever the block is about to run."""
+def gathered_weights(layers: list[nn.Module]) -> list[StorageWeakRef]:
+    """Grows by the memory of a layer's weights whenever the layer is about to run."""
     seen: list[StorageWeakRef] = []
-    for block in blocks:
-        block.register_forward_pre_hook(
-            lambda block, _: seen.extend(StorageWeakRef(weight.untyped_storage()) for weight in block.parameters())
+    for layer in layers:
+        layer.register_forward_pre_hook(
+            lambda layer, _: seen.extend(StorageWeakRef(weight.untyped_storage()) for weight in layer.parameters())
         )
     return seen
 
 
 def zero3_compiled(parallel: ParallelConfig, folder: Path) -> dict[str, Any]:
-    """Losses of three steps of compiled blocks, and of how many graphs and attentions they consist."""
+    """Losses of three steps of compiled layers, and of how many graphs and attentions they consist."""
     kernel, attentions = type(BACKENDS["torch"]), []
     whole = kernel.forward
     kernel.forward = lambda *arguments: attentions.append(1) or whole(*arguments)  # type: ignore[method-assign]

@@ -134,7 +134,7 @@ def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm():
     ],
 )
 def test_the_signal_comes_as_early_as_the_plan_needs(capsys, given, limit, seconds, warned):
-    """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward."""
+    """40 dense layers of Wan 4x take 13.9 s each on an H200, forward and backward."""
     budget = Budget.of(finish(compose_run({"conf": "wan_4x"})), Machine(GPUS["h200"], 1, 1, 128 * GIB))
     assert seconds_before_end(given, limit, budget) == pytest.approx(seconds, rel=0.2 if seconds > 900 else 0)
     assert ("warning: the signal comes" in capsys.readouterr().out) == warned

@@ -16,7 +16,7 @@ class StepAttention:
         pattern_layout: block lists of the configured pattern; where its masks differ by head, those of
             one that stands for all.
         dense_layout: the full layout of the same grid.
-        dense_layers: the first blocks, which stay dense.
+        dense_layers: the first layers, which stay dense.
         all_dense: all layers are dense in this step.
         backend: an attention backend by name, or None for the fastest.
         shard: this rank's share of the sequence, or None where each rank holds whole samples.

@@ -1,7 +1,7 @@
 """``python -m train.bench.compare``: the plan's figures of measured steps, beside the measured ones.
 
 Each file is one that ``python -m train.bench --json`` wrote; its cases are planned anew for the machine that it names,
-with what blocks kept then.
+with what layers kept then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from radial.cli.command import Command
 from radial.cli.settings import setting
 from train.bench.steps import case_of, config_of
 from train.errors import UserError
-from train.memory.block_policies import BlockPolicies
+from train.memory.layer_policies import LayerPolicies
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine
@@ -84,13 +84,13 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
         parallel=replace(config.parallel, sequence=ranks),
         optim=replace(config.optim, accumulate=1),
     )
-    budget = Budget.of(config, _machine(gpu, ranks, measured), result["blocks"])
+    budget = Budget.of(config, _machine(gpu, ranks, measured), result["layers"])
     assert budget is not None
     if result.get("chosen") is not None:
-        budget = replace(budget, given=BlockPolicies(**result["chosen"]))
+        budget = replace(budget, given=LayerPolicies(**result["chosen"]))
     duration = Duration(budget)
     assert duration.parts is not None and duration.step is not None
-    name = f"{result['pattern']}, {result['blocks']} blocks, {result['tokens']:,} tokens, "
+    name = f"{result['pattern']}, {result['layers']} layers, {result['tokens']:,} tokens, "
     name += f"{ranks} GPU{'s' if ranks > 1 else ''}, {budget.policies}"
     name += ", compiled" * config.trainer.compile + ", fp8" * config.trainer.fp8
     return Case(

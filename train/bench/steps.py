@@ -34,9 +34,9 @@ from train.errors import UserError
 from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
-from train.memory.block_policies import BlockPolicies
 from train.memory.fp8 import use_fp8
 from train.memory.fp8_storage import store_fp8
+from train.memory.layer_policies import LayerPolicies
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import chosen_policies, cpu_memory, resolve_precision
@@ -44,7 +44,7 @@ from train.planning.flops import SampleFlops, peak_rate
 from train.planning.sizes import Sizes
 
 _MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
-_MOST_DENSE = 4  # blocks of a dense case: 40 of Wan-14B at 4x take ten minutes a step
+_MOST_DENSE = 4  # layers of a dense case: 40 of Wan-14B at 4x take ten minutes a step
 # in the names of kernels on a GPU, and of operators on a CPU
 _KINDS = {
     "copies": ("memcpy",),
@@ -61,18 +61,18 @@ class Result:
 
     pattern: str
     sp: int
-    blocks: int
+    layers: int
     tokens: int
     device: str
     first_step: float  # seconds, compilation included
     compile: float  # seconds of it, and of later steps, that torch.compile took
     step: float  # seconds, median
-    block: float  # seconds of a step for each block
+    layer: float  # seconds of a step for each layer
     parts: dict[str, float]  # seconds of a step by kind
     memory: float  # GiB, peak of the GPU
     tflops: float
     mfu: float | None
-    chosen: BlockPolicies | None = None  # what parallel.activations=auto chose
+    chosen: LayerPolicies | None = None  # what parallel.activations=auto chose
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Options:
     """What is measured."""
 
     frames: int | None = setting("length of the clip; null: 321, or that of conf=", None, must=at_least(1))
-    blocks: int | None = setting("so many blocks of the model; all: all", 2, must=at_least(1), none="all")
+    layers: int | None = setting("so many layers of the model; all: all", 2, must=at_least(1), none="all")
     pattern: list[str] = setting("attention patterns, each a case of its own", ["released", "dense"])
     sp: list[int] = setting("numbers of GPUs that share the clip, each a case of its own", [1], must=each(at_least(1)))
     steps: int = setting("steps of each case; the median counts", 3, must=at_least(1))
@@ -106,9 +106,9 @@ def measure(options: Options, settings: dict[str, str]) -> None:
         validate(case)
     results = []
     words = [*words_of(replace(options, json=None)), *(f"{key}={value}" for key, value in settings.items())]
-    print(f"{'pattern':<10} {'sp':>2} {'blocks':>6} {'s/step':>8} {'s/block':>8}   parts (s)")
+    print(f"{'pattern':<10} {'sp':>2} {'layers':>6} {'s/step':>8} {'s/layer':>8}   parts (s)")
     for case, sp in cases:
-        results.append(run_case(case, sp, options.blocks, options.steps, options.memory_limit))
+        results.append(run_case(case, sp, options.layers, options.steps, options.memory_limit))
         print(_line(results[-1]), flush=True)
         if options.json is not None:  # after each case: a later one may exceed a limit of memory or time
             about = {"torch": torch.__version__, "arguments": words, "cpu_memory": cpu_memory()}
@@ -133,7 +133,7 @@ def bench_config(options: Options, settings: dict[str, str]) -> RunConfig:
 
 
 def case_of(config: RunConfig, pattern: str) -> RunConfig:
-    """The run with a pattern in every block; those with dense attention keep their input alone."""
+    """The run with a pattern in every layer; those with dense attention keep their input alone."""
     case = replace(config, attention=config.attention.under(pattern))
     if pattern != "dense":
         return case
@@ -147,16 +147,16 @@ def _layers(config: RunConfig) -> int:
 
 
 def speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:
-    """How much faster a block is than a dense one, and a model of ``layers`` with so many dense, in words."""
-    mixed = dense_layers * dense.block + (layers - dense_layers) * other.block
-    recipe = f", with {dense_layers} of {layers} dense {layers * dense.block / mixed:.2f}x" if dense_layers else ""
+    """How much faster a layer is than a dense one, and a model of ``layers`` with so many dense, in words."""
+    mixed = dense_layers * dense.layer + (layers - dense_layers) * other.layer
+    recipe = f", with {dense_layers} of {layers} dense {layers * dense.layer / mixed:.2f}x" if dense_layers else ""
     return (
-        f"faster than dense with sp={dense.sp} ({dense.blocks} dense blocks measured): "
-        f"{other.pattern} {dense.block / other.block:.2f}x in every block{recipe}"
+        f"faster than dense with sp={dense.sp} ({dense.layers} dense layers measured): "
+        f"{other.pattern} {dense.layer / other.layer:.2f}x in every layer{recipe}"
     )
 
 
-def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int, limit: float | None = None) -> Result:
+def run_case(config: RunConfig, sp: int, layers: int | None, steps: int, limit: float | None = None) -> Result:
     """Measures ``steps`` steps of one clip on ``sp`` new processes.
 
     Args:
@@ -166,19 +166,19 @@ def run_case(config: RunConfig, sp: int, blocks: int | None, steps: int, limit: 
         UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
     """
     if config.attention.pattern == "dense":
-        blocks = min(_layers(config) if blocks is None else blocks, _MOST_DENSE)
+        layers = min(_layers(config) if layers is None else layers, _MOST_DENSE)
     if torch.cuda.is_available() and sp > torch.cuda.device_count():
         raise UserError(f"sp is {sp}, but there are {torch.cuda.device_count()} GPUs")
     context = multiprocessing.get_context("spawn")  # libraries start CUDA when they are imported
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
         store = f"file://{folder}/store"
-        tasks = [pool.submit(_rank, config, rank, sp, store, blocks, steps, limit) for rank in range(sp)]
+        tasks = [pool.submit(_rank, config, rank, sp, store, layers, steps, limit) for rank in range(sp)]
         results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
     return results[0]
 
 
 def _rank(
-    config: RunConfig, rank: int, sp: int, store: str, blocks: int | None, steps: int, limit: float | None
+    config: RunConfig, rank: int, sp: int, store: str, layers: int | None, steps: int, limit: float | None
 ) -> Result:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -192,29 +192,29 @@ def _rank(
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / there), device)
     dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=sp)
     try:
-        return _measure(config, device, sp, blocks, steps)
+        return _measure(config, device, sp, layers, steps)
     finally:
         dist.destroy_process_group()
 
 
-def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | None, steps: int) -> Result:
+def _measure(config: RunConfig, device: torch.device, sp: int, layers: int | None, steps: int) -> Result:
     dtype = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
     torch.manual_seed(config.seed)
     streams, stored = config.parallel.offload_weights, config.model.storage is not None
-    adapter = benchmark_adapter(config.model, blocks, dtype, device, blocks_on_cpu=streams or stored)
+    adapter = benchmark_adapter(config.model, layers, dtype, device, layers_on_cpu=streams or stored)
     layers, heads, _ = adapter.attention_shape
     check_heads(sp, heads)
     assert config.lora is not None
     targets = config.lora.targets or adapter.targets(text=config.lora.text)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
     for transformer in adapter.transformers:
-        settle(transformer, dtype, device, on_cpu=adapter.blocks() if streams or stored else ())
+        settle(transformer, dtype, device, on_cpu=adapter.layers() if streams or stored else ())
     if stored:
-        store_fp8(adapter.blocks(), device, torch.device("cpu") if streams else device)
+        store_fp8(adapter.layers(), device, torch.device("cpu") if streams else device)
     if config.trainer.fp8:
-        use_fp8(adapter.blocks(), device)
+        use_fp8(adapter.layers(), device)
     on_all = replace(config.trainer, devices=sp)
-    policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), blocks)
+    policies = chosen_policies(replace(config, trainer=on_all, parallel=replace(config.parallel, sequence=sp)), layers)
     set_memory_policy(adapter, config.parallel, compiled=config.trainer.compile, policies=policies)
     adapter.transformer.train()
     trained = [p for p in adapter.transformer.parameters() if p.requires_grad]
@@ -260,13 +260,13 @@ def _measure(config: RunConfig, device: torch.device, sp: int, blocks: int | Non
     return Result(
         pattern=attention.pattern,
         sp=sp,
-        blocks=layers,
+        layers=layers,
         tokens=of_step.pattern_layout.grid.tokens,
         device=name,
         first_step=first,
         compile=compile_seconds(),
         step=seconds,
-        block=seconds / layers,
+        layer=seconds / layers,
         parts=_parts(step, device, seconds),
         memory=memory,
         tflops=flops / seconds / 1e12,
@@ -300,13 +300,13 @@ def _line(result: Result) -> str:
     parts = "  ".join(f"{kind} {seconds:.3f}" for kind, seconds in result.parts.items())
     rest = f"{result.memory:.1f} GiB  {result.tflops:.1f} TFLOP/s" + (f"  MFU {result.mfu:.1%}" if result.mfu else "")
     return (
-        f"{result.pattern:<10} {result.sp:>2} {result.blocks:>6} {result.step:>8.3f} {result.block:>8.3f}   "
+        f"{result.pattern:<10} {result.sp:>2} {result.layers:>6} {result.step:>8.3f} {result.layer:>8.3f}   "
         f"{parts}  |  {rest}  first step {result.first_step:.1f} s"
         + (f", {result.compile:.1f} s of it compiling" if result.compile else "")
         + (_kept(result.chosen) if result.chosen else "")
     )
 
 
-def _kept(chosen: BlockPolicies) -> str:
+def _kept(chosen: LayerPolicies) -> str:
     moved = f", {chosen.offload / 2**30:.1f} GiB in CPU memory" if chosen.offload else ""
-    return f"  blocks keep {chosen}{moved}"
+    return f"  layers keep {chosen}{moved}"

@@ -3,7 +3,7 @@
 loss, grad_norm, lr, sigma             of the step itself; loss and sigma are means over its samples, on all ranks
 loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
 loss_frames/81                         loss of the samples of so many latent frames
-lora_norm/<block>                      Frobenius norm of (alpha / rank) B A, over a block's layers, now and then
+lora_norm/<layer>                      Frobenius norm of (alpha / rank) B A, over a layer's modules, now and then
 skipped                                steps that were skipped until now (`train.callbacks.bad_steps`)
 tokens_per_second, mfu, …              `train.callbacks.throughput`
 validation/…                           `train.callbacks.validation`
@@ -119,7 +119,7 @@ class StepMetrics(StepCallback):
 
 @torch.no_grad()
 def lora_norms(module: LengthExtensionModule) -> dict[str, float]:
-    """``lora_norm/<block>`` of every block with a LoRA; empty when all weights train. Every rank must call it."""
+    """``lora_norm/<layer>`` of every layer with a LoRA; empty when all weights train. Every rank must call it."""
     if not module.lora:
         return {}
     squares: dict[str, Tensor] = {}
@@ -130,10 +130,10 @@ def lora_norms(module: LengthExtensionModule) -> dict[str, float]:
         b = weights[name.replace(".lora_A.", ".lora_B.")].float()
         a = a.float()
         found = re.search(r"(\w+)\.(\d+)\.", name)  # blocks.7.attn1.to_q, transformer_blocks.7.attn.to_q
-        block = f"{found[1]}_{int(found[2]):02d}" if found else name.split(".lora_A.")[0]
+        layer = f"{found[1]}_{int(found[2]):02d}" if found else name.split(".lora_A.")[0]
         # |BA|^2 = tr(A^T B^T B A), without the product of the full size
-        squares[block] = squares.get(block, torch.zeros((), device=a.device)) + ((b.T @ b) * (a @ a.T)).sum()
+        squares[layer] = squares.get(layer, torch.zeros((), device=a.device)) + ((b.T @ b) * (a @ a.T)).sum()
     scale = next(layer.scaling[ADAPTER] for layer in module.transformer.modules() if hasattr(layer, "scaling"))
     return {
-        f"lora_norm/{block}": scale * float(square.clamp(min=0).sqrt()) for block, square in sorted(squares.items())
+        f"lora_norm/{layer}": scale * float(square.clamp(min=0).sqrt()) for layer, square in sorted(squares.items())
     }

@@ -30,7 +30,7 @@ class Throughput(Callback):
     memory_gib          peak since the start: of the GPU, or of the process on a CPU
     data_wait           seconds a step that training stood still for data
     step_seconds, hours_left
-    compile_seconds     that torch.compile took since the start, where blocks are compiled
+    compile_seconds     that torch.compile took since the start, where layers are compiled
     """
 
     def __init__(self) -> None:

@@ -61,8 +61,8 @@ class ModelConfig:
     patch: list[int] = key("latent cells of a token: time, height, width", MISSING, must=_SIZES)
     text_tokens: int = key("every prompt is padded to so many", MISSING, unit="tokens", must=at_least(1))
     storage: str | None = key(
-        "fp8: frozen weights of the blocks' linear layers are rounded to 8 bits, and computed with in float8 where the "
-        "GPU does; null: stored in the run's precision", None, ("fp8",),
+        "fp8: frozen weights of the layers' linear modules are rounded to 8 bits, and computed with in float8 where "
+        "the GPU does; null: stored in the run's precision", None, ("fp8",),
     )  # fmt: skip
     native_frames: int | None = key("length of the clips that the model was made for", None, unit="frames of the video",
                                     must=at_least(1))  # fmt: skip

@@ -192,8 +192,8 @@ class TrainerConfig:
     )  # fmt: skip
     nodes: int = key("machines that train together", 1, must=at_least(1), resume=True)
     devices: int = key("GPUs, or processes on a CPU, of each node", 1, must=at_least(1), resume=True)
-    compile: bool = key("compile each transformer block with torch.compile", False, resume=True)
-    fp8: bool = key("the blocks' frozen linear layers compute in float8", False)
+    compile: bool = key("compile each transformer layer with torch.compile", False, resume=True)
+    fp8: bool = key("the layers' frozen linear modules compute in float8", False)
     check_memory: bool = key("refuse a run that cannot fit this machine by its plan", True, resume=True)
     checkpoint_every: int = key("distance of two checkpoints", 100, unit="optimizer steps", must=at_least(1),
                                 resume=True)  # fmt: skip
@@ -223,10 +223,10 @@ class ParallelConfig:
     offload_optimizer: bool = key("with ZeRO, the optimizer's state and its step are on the CPU", False)
     offload_parameters: bool = key("with zero3, the weights are in CPU memory", False)
     offload_weights: bool = key(
-        "the blocks' frozen weights are in CPU memory, and come to the GPU one block ahead of use", False
+        "the layers' frozen weights are in CPU memory, and come to the GPU one layer ahead of use", False
     )
     activations: str = key(
-        "what a block keeps for its backward pass: none recomputes nothing, full keeps the block's input, selective "
+        "what a layer keeps for its backward pass: none recomputes nothing, full keeps the layer's input, selective "
         "also attention's output, auto chooses what fits", "none", ("none", "full", "selective", "auto"),
     )  # fmt: skip
     offload_activations: bool = key("what full or selective keep goes to CPU memory", False)
@@ -267,7 +267,7 @@ class LogConfig:
     """Where figures are logged: metrics.csv always, TensorBoard and Weights & Biases on request, by the same names."""
 
     every: int = key("distance of two logged steps", 1, unit="optimizer steps", must=at_least(1))
-    norms_every: int = key("distance of two logs of the LoRA's norms by block; 0: none", 25, unit="optimizer steps",
+    norms_every: int = key("distance of two logs of the LoRA's norms by layer; 0: none", 25, unit="optimizer steps",
                            must=at_least(0))  # fmt: skip
     tensorboard: bool = key("write TensorBoard's event files into the run folder", False)
     wandb: str = key("mode of Weights & Biases", "disabled", ("disabled", "offline", "online"))

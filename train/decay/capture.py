@@ -39,8 +39,8 @@ def observed(adapter: ModelAdapter, layers: Collection[int], see: Callable[[int,
     """
     count = adapter.attention_shape[0]
     processors = {
-        number: adapter.self_attention(block).processor
-        for number, block in enumerate(adapter.blocks())
+        number: adapter.self_attention(layer).processor
+        for number, layer in enumerate(adapter.layers())
         if number % count in layers
     }
 

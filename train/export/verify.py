@@ -123,7 +123,7 @@ def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
     if key.startswith("lora_unet_") and adapter.model_class in MUSUBI_BLOCKS:
         outside = [name for name in layers if not name.startswith(MUSUBI_BLOCKS[adapter.model_class])]
         if outside:
-            said.append(f"musubi-tuner passes over {_such(outside, layers)}: it reads layers of blocks alone")
+            said.append(f"musubi-tuner passes over {_such(outside, layers)}: it reads those of layers alone")
     return "; ".join(said)
 
 

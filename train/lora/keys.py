@@ -52,7 +52,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     if ending is None:
         return None
     kind, name = str(ending.lastgroup), key[: ending.start()]
-    return (f"{name}.modulation", "diff") if kind == "modulation" else (name, kind)  # short for that of a block
+    return (f"{name}.modulation", "diff") if kind == "modulation" else (name, kind)  # short for that of a layer
 
 
 def possible_names(name: str) -> Iterator[str]:

@@ -54,7 +54,7 @@ class _LoraLinear(Linear):
 
     The factor goes to the narrow side, and the second product adds to the frozen layer's output: no second tensor of
     the output's size is made in the forward, nor one of the gradient's in the backward. A class, since a compiler that
-    met another ``forward`` on each layer would compile each block by itself.
+    met another ``forward`` on each module would compile each layer by itself.
     """
 
     def forward(self, x: Tensor) -> Tensor:

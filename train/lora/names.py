@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# For each class: prefix in the original checkpoint, prefix in diffusers ({} is the number of a block), then lines of
+# For each class: prefix in the original checkpoint, prefix in diffusers ({} is the number of a layer), then lines of
 # the original name and the diffusers layers that it holds; * marks those whose two halves of rows change places.
 TABLES: dict[str, list[tuple[str, str, str]]] = {
     "WanTransformer3DModel": [
@@ -241,7 +241,7 @@ MUSUBI_BLOCKS: dict[str, tuple[str, ...]] = {
     "HunyuanVideo15Transformer3DModel": ("double_blocks.",),
 }
 """What the names of the layers start with that musubi-tuner reads of a LoRA; Mochi it does not know."""
-# ComfyUI has names of its own for the layers of both HunyuanVideos. Those of the blocks it also takes as the original
+# ComfyUI has names of its own for the modules of both HunyuanVideos. Those of the layers it also takes as the original
 # has them, after `diffusion_model.`; the others not (its comfy/lora.py, and the loading of checkpoints).
 _COMFYUI_EMBEDDERS = {
     "mlp.0": "in_layer",
@@ -314,7 +314,7 @@ def original_parameters(model_class: str, parameters: Iterable[str]) -> dict[str
 def comfyui_layers(model_class: str, modules: Iterable[str]) -> list[OriginalLayer]:
     """The layers of the checkpoint that ComfyUI loads; arguments as for `original_layers`.
 
-    It is the original one, but that q, k and v of HunyuanVideo-1.5's blocks are stacked there, as HunyuanVideo's are.
+    It is the original one, but that q, k and v of HunyuanVideo-1.5's layers are stacked there, as HunyuanVideo's are.
     """
     found: dict[str, OriginalLayer] = {}
     for layer in original_layers(model_class, modules):

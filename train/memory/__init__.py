@@ -1,1 +1,1 @@
-"""What a block keeps for its backward, where, and in which format."""
+"""What a layer keeps for its backward, where, and in which format."""

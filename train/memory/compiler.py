@@ -1,6 +1,6 @@
-"""Compiling transformer blocks, with their memory in mind.
+"""Compiling transformer layers, with their memory in mind.
 
-A checkpointed block runs again in its backward, as one graph with it, and the compiler keeps what both use. By default
+A checkpointed layer runs again in its backward, as one graph with it, and the compiler keeps what both use. By default
 that takes some hidden states more than it needs: it keeps float32 numbers instead of the 16-bit tensors from which a
 few operations give them again, and reserves the memory of a tensor that is gone for a later one of its size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
 
-_GRAPHS = 128  # of a process: kinds of block x shapes of clips x layouts, dense and sparse
+_GRAPHS = 128  # of a process: kinds of layer x shapes of clips x layouts, dense and sparse
 _CONVERT = torch.ops.prims.convert_element_type.default
 _SUMS = (
     torch.ops.aten.sum.dim_IntList,
@@ -77,25 +77,25 @@ SETTINGS: dict[str, Any] = {
     "dynamic": False,  # no graph for any shape
     "options": {"allow_buffer_reuse": False, "post_grad_custom_post_pass": StoreNarrow()},
 }
-"""What all blocks are compiled with."""
+"""What all layers are compiled with."""
 
 
 def compile_call(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a block, with one graph for each kind of block, shape of clip and layout of attention."""
+    """A function of a layer, with one graph for each kind of layer, shape of clip and layout of attention."""
     _allow_graphs()
     return torch.compile(run, **SETTINGS)
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles the blocks themselves, in place."""
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compiles the layers themselves, in place."""
     _allow_graphs()
-    for block in blocks:
-        block.compile(**SETTINGS)
+    for layer in layers:
+        layer.compile(**SETTINGS)
 
 
 def _allow_graphs() -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     config.optimize_ddp = False  # it cuts graphs where buckets of gradients end, and a LoRA's are small
-    # warns of operators in place under a checkpoint, of which blocks have none
+    # warns of operators in place under a checkpoint, of which layers have none
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)

@@ -74,24 +74,24 @@ def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def use_fp8(blocks: Sequence[nn.Module], device: torch.device) -> int:
-    """Exchanges the frozen linear layers of a model's blocks, those under a LoRA too; returns how many.
+def use_fp8(layers: Sequence[nn.Module], device: torch.device) -> int:
+    """Exchanges the frozen linear modules in a model's layers, those under a LoRA too; returns how many.
 
     Args:
-        blocks: after the LoRA's injection, their weights where they stay: on the device, or in CPU memory.
+        layers: after the LoRA's injection, their weights where they stay: on the device, or in CPU memory.
         device: where they run.
 
     Raises:
         UserError: as `check_fp8`.
     """
     check_fp8(device)
-    return exchange_linear(blocks, lambda linear: Fp8Linear(linear, device))
+    return exchange_linear(layers, lambda linear: Fp8Linear(linear, device))
 
 
-def exchange_linear(blocks: Sequence[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> int:
+def exchange_linear(layers: Sequence[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> int:
     """Puts what ``make`` makes of them in the place of all frozen linear layers that `fits`; returns how many."""
     exchanged = 0
-    for parent in [module for block in blocks for module in block.modules()]:
+    for parent in [module for layer in layers for module in layer.modules()]:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and not child.weight.requires_grad and fits(child):
                 setattr(parent, name, make(child))

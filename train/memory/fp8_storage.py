@@ -54,18 +54,18 @@ class StoredLinear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
-def store_fp8(blocks: Sequence[nn.Module], device: torch.device, home: torch.device) -> int:
-    """Exchanges the frozen linear layers of a model's blocks, those under a LoRA too; returns how many.
+def store_fp8(layers: Sequence[nn.Module], device: torch.device, home: torch.device) -> int:
+    """Exchanges the frozen linear modules in a model's layers, those under a LoRA too; returns how many.
 
     Args:
-        blocks: after the LoRA's injection, their weights anywhere.
+        layers: after the LoRA's injection, their weights anywhere.
         device: where they run.
         home: where all of their weights lie afterwards.
     """
     products = why_not(device) is None
-    count = exchange_linear(blocks, lambda linear: StoredLinear(linear, device, home, products=products))
-    for block in blocks:
-        block.to(home)
+    count = exchange_linear(layers, lambda linear: StoredLinear(linear, device, home, products=products))
+    for layer in layers:
+        layer.to(home)
     return count
 
 

@@ -39,7 +39,7 @@ class Offload:
 
     Args:
         least: smaller tensors stay where they are, in bytes.
-        limit: bytes of CPU memory to take at most. Once it is full tensors stay: those of the last blocks, which the
+        limit: bytes of CPU memory to take at most. Once it is full tensors stay: those of the last layers, which the
             backward needs first.
 
     Attributes:

@@ -1,17 +1,17 @@
-"""Frozen weights of blocks that stream: they lie in CPU memory, and come to the device just before their block runs.
+"""Frozen weights of layers that stream: they lie in CPU memory, and come to the device just before their layer runs.
 
-    CPU     one slab with the blocks' frozen weights, one after the other, page-locked on a machine with CUDA
-    device  a ring of slots, each as large as the largest block; block i's place is slot i modulo their number
+    CPU     one slab with the layers' frozen weights, one after the other, page-locked on a machine with CUDA
+    device  a ring of slots, each as large as the largest layer; layer i's place is slot i modulo their number
 
-A parameter of a streamed block is a view of its slot, for good: nothing is exchanged when a block's turn comes, only
+A parameter of a streamed layer is a view of its slot, for good: nothing is exchanged when a layer's turn comes, only
 bytes are copied, so that compiled graphs and what autograd has saved keep pointing to the right place. What has to hold
-is that a block's weights are in its slot whenever it computes: in its forward, in its backward, and where it runs again
+is that a layer's weights are in its slot whenever it computes: in its forward, in its backward, and where it runs again
 inside of that. `WeightStream.arrive` sees to it before a forward; before a backward a node of autograd's does, which
-stands behind the block's outputs. Autograd runs what was made last first, so that all of a block's backward lies
-between its own node and that of the block before it.
+stands behind the layer's outputs. Autograd runs what was made last first, so that all of a layer's backward lies
+between its own node and that of the layer before it.
 
-Every arrival also starts the copies of the blocks that come next, on a stream of their own. A copy waits for the work
-that was under way on the device when it was asked for: the block whose slot it takes is then done.
+Every arrival also starts the copies of the layers that come next, on a stream of their own. A copy waits for the work
+that was under way on the device when it was asked for: the layer whose slot it takes is then done.
 
 Processes of one machine share one slab. It is a file in memory without a name, gone with its last process. What is
 trained, LoRA weights and buffers stay on the device.
@@ -34,36 +34,36 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from train.memory.offload import page_lock
-from train.models.block_calls import forward_alone
+from train.models.layer_calls import forward_alone
 
 _ALIGNED = 256  # bytes that each tensor starts at a multiple of
 
 SLOTS = 2
-"""Blocks on the device at a time: the one that runs, and the next on its way."""
+"""Layers on the device at a time: the one that runs, and the next on its way."""
 
 
 class WeightStream:
-    """The frozen weights of a model's blocks, in CPU memory, with a ring of slots on the device.
+    """The frozen weights of a model's layers, in CPU memory, with a ring of slots on the device.
 
     Args:
-        chains: the blocks in the order in which they run, apart for each transformer of the model. Their frozen weights
+        chains: the layers in the order in which they run, apart for each transformer of the model. Their frozen weights
             are on the CPU, in the dtype that they are to have.
-        device: where the blocks run.
+        device: where the layers run.
         slots: of the ring, at least 2.
 
     Attributes:
-        holds: the block in each slot, or on its way there.
-        hosts: the slab's part of each block, once it is placed.
+        holds: the layer in each slot, or on its way there.
+        hosts: the slab's part of each layer, once it is placed.
         ring: the slots on the device, in bytes, uint8, once they are placed.
     """
 
     def __init__(self, chains: Sequence[Sequence[nn.Module]], device: torch.device, slots: int = SLOTS) -> None:
         self.device = device
-        self._blocks = [block for chain in chains for block in chain]
-        self._index = {id(block): index for index, block in enumerate(self._blocks)}
+        self._layers = [layer for chain in chains for layer in chain]
+        self._index = {id(layer): index for index, layer in enumerate(self._layers)}
         ends = list(itertools.accumulate((len(chain) for chain in chains), initial=0))
         self._chain = [range(low, high) for low, high in itertools.pairwise(ends) for _ in range(low, high)]
-        self._parts = [_packed(block) for block in self._blocks]
+        self._parts = [_packed(layer) for layer in self._layers]
         self._sizes = [max((end for *_, end in parts), default=0) for parts in self._parts]
         self.slots = slots
         self.holds: list[int | None] = [None] * slots
@@ -72,8 +72,8 @@ class WeightStream:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slab: Tensor | None = None
         self.ring: list[Tensor] = []
-        for block in self._blocks:
-            _stay(block, device)
+        for layer in self._layers:
+            _stay(layer, device)
 
     @property
     def slab_bytes(self) -> int:
@@ -107,10 +107,10 @@ class WeightStream:
         self._slab = slab
         self.hosts = [slab[low:high] for low, high in itertools.pairwise(starts)]
 
-    def arrive(self, block: nn.Module) -> None:
-        """Has a block's weights on the device for what is computed next, and the following ones on their way."""
+    def arrive(self, layer: nn.Module) -> None:
+        """Has a layer's weights on the device for what is computed next, and the following ones on their way."""
         self.place()
-        index = self._index[id(block)]
+        index = self._index[id(layer)]
         self.fetch(index)
         for near in self._following(index):
             self.fetch(near)
@@ -118,16 +118,16 @@ class WeightStream:
             torch.cuda.current_stream(self.device).wait_event(self._ready[index % self.slots])
         self._last = index
 
-    def returning(self, block: nn.Module, out: Any) -> Any:
-        """A block's outputs, a tensor or several, with an arrival at the beginning of the block's backward."""
+    def returning(self, layer: nn.Module, out: Any) -> Any:
+        """A layer's outputs, a tensor or several, with an arrival at the beginning of the layer's backward."""
         several = out if isinstance(out, tuple) else (out,)
         if not any(isinstance(x, Tensor) and x.requires_grad for x in several):
             return out
-        passed = _Returning.apply(self, block, *several)
+        passed = _Returning.apply(self, layer, *several)
         return passed if isinstance(out, tuple) else passed[0]
 
     def _following(self, index: int) -> list[int]:
-        """The blocks that come next: in a backward those before, which is seen from the block that ran last."""
+        """The layers that come next: in a backward those before, which is seen from the layer that ran last."""
         chain = self._chain[index]
         back = index == chain[-1] if index == self._last else index == self._last - 1
         step = -1 if back and index != chain[0] else 1
@@ -135,7 +135,7 @@ class WeightStream:
         return [near for near in ahead if near in chain]
 
     def fetch(self, index: int) -> None:
-        """Starts the copy of a block into its slot, unless it is there or on its way."""
+        """Starts the copy of a layer into its slot, unless it is there or on its way."""
         slot = index % self.slots
         if self.holds[slot] == index:
             return
@@ -151,35 +151,35 @@ class WeightStream:
 
 
 class _Returning(torch.autograd.Function):
-    """Hands a block's outputs on; its backward, the first of the block's, has the weights come."""
+    """Hands a layer's outputs on; its backward, the first of the layer's, has the weights come."""
 
     @staticmethod
-    def forward(ctx: Any, stream: WeightStream, block: nn.Module, *outputs: Any) -> Any:
-        ctx.stream, ctx.block = stream, block
+    def forward(ctx: Any, stream: WeightStream, layer: nn.Module, *outputs: Any) -> Any:
+        ctx.stream, ctx.layer = stream, layer
         return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.stream.arrive(ctx.block)
+        ctx.stream.arrive(ctx.layer)
         return None, None, *grads
 
 
-def stream_block(
-    block: Any, stream: WeightStream, run: Callable[..., Any], alone: Callable[..., Any] = forward_alone
+def stream_layer(
+    layer: Any, stream: WeightStream, run: Callable[..., Any], alone: Callable[..., Any] = forward_alone
 ) -> None:
-    """Makes a block have its weights come by a stream when it is called.
+    """Makes a layer have its weights come by a stream when it is called.
 
     Args:
-        run: what runs the block where there are gradients, ``run(block, *inputs)``, by way of `forward_alone`.
+        run: what runs the layer where there are gradients, ``run(layer, *inputs)``, by way of `forward_alone`.
         alone: what runs it where there are none, with any inputs.
     """
-    block.weight_stream, block.run_streamed, block.run_streamed_alone = stream, run, alone
-    block.__class__ = _streamed(type(block))  # type: ignore[arg-type]
+    layer.weight_stream, layer.run_streamed, layer.run_streamed_alone = stream, run, alone
+    layer.__class__ = _streamed(type(layer))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _streamed(kind: Any) -> Any:
-    """A class for all blocks of a kind, so that they share compiled graphs."""
+    """A class for all layers of a kind, so that they share compiled graphs."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         self.weight_stream.arrive(self)
@@ -191,26 +191,26 @@ def _streamed(kind: Any) -> Any:
     return type(f"Streamed{kind.__name__}", (kind,), {"forward": forward, "forward_alone": kind.forward})
 
 
-def _frozen(block: nn.Module) -> list[Parameter]:
+def _frozen(layer: nn.Module) -> list[Parameter]:
     """What a stream moves: no LoRA, and nothing that is trained."""
-    return [p for name, p in block.named_parameters() if not p.requires_grad and ".lora_" not in name]
+    return [p for name, p in layer.named_parameters() if not p.requires_grad and ".lora_" not in name]
 
 
-def _packed(block: nn.Module) -> list[tuple[Parameter, int, int]]:
-    """A block's frozen parameters with the bytes that each takes of a slot, from and up to."""
+def _packed(layer: nn.Module) -> list[tuple[Parameter, int, int]]:
+    """A layer's frozen parameters with the bytes that each takes of a slot, from and up to."""
     found, start = [], 0
-    for parameter in _frozen(block):
+    for parameter in _frozen(layer):
         found.append((parameter, start, start + parameter.nbytes))
         start += -(-parameter.nbytes // _ALIGNED) * _ALIGNED
     return found
 
 
-def _stay(block: nn.Module, device: torch.device) -> None:
-    moved = {id(parameter) for parameter in _frozen(block)}
-    for parameter in block.parameters():
+def _stay(layer: nn.Module, device: torch.device) -> None:
+    moved = {id(parameter) for parameter in _frozen(layer)}
+    for parameter in layer.parameters():
         if id(parameter) not in moved:
             parameter.data = parameter.data.to(device)
-    for module in block.modules():
+    for module in layer.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
 

@@ -69,7 +69,7 @@ class ModelAdapter(PipelineTraits, ABC):
     text_lora_targets: ClassVar[str | None] = None
     """The same of the text's tokens in joint attention, where they have projections of their own."""
     tiny_config: ClassVar[Mapping[str, Any]]
-    """A config of the class with every kind of block, small enough for a test on a CPU; its heads divide by 2."""
+    """A config of the class with every kind of layer, small enough for a test on a CPU; its heads divide by 2."""
     riflex: ClassVar[int | str] = "which of its frequencies to slow down is not known"
     """RIFLEx's k, counted from 1 (`train.models.rope`); or why ``rope=riflex`` is refused."""
     takes_first_frame: ClassVar[bool] = False
@@ -101,9 +101,9 @@ class ModelAdapter(PipelineTraits, ABC):
 
     def install_processors(self) -> None:
         """Puts a processor of ours on each self-attention."""
-        for block in self.blocks():
+        for layer in self.layers():
             # by hand, since not every class of diffusers has a set_processor
-            self.self_attention(block).processor = self.processor_class()
+            self.self_attention(layer).processor = self.processor_class()
 
     @classmethod
     def load(
@@ -148,14 +148,14 @@ class ModelAdapter(PipelineTraits, ABC):
         return cls(model, text_tokens)
 
     @classmethod
-    def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-        """A model's config with that many blocks, one of each kind at least: what benchmarks measure."""
-        return {**config, "num_layers": blocks}
+    def cut(cls, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """A model's config with that many layers, one of each kind at least: what benchmarks measure."""
+        return {**config, "num_layers": layers}
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs: the place of what lies outside its blocks, whose weights may stream."""
-        inside = {id(parameter) for block in self.blocks() for parameter in block.parameters()}
+        """Where the model runs: the place of what lies outside its layers, whose weights may stream."""
+        inside = {id(parameter) for layer in self.layers() for parameter in layer.parameters()}
         return next(p.device for p in self.transformer.parameters() if id(p) not in inside)
 
     @property
@@ -164,12 +164,12 @@ class ModelAdapter(PipelineTraits, ABC):
         return [self.transformer]
 
     @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """The transformer's blocks in the order in which they run; each has one self-attention."""
+    def layers(self) -> list[nn.Module]:
+        """The transformer's layers in the order in which they run; each has one self-attention."""
 
     @abstractmethod
-    def self_attention(self, block: nn.Module) -> Any:
-        """A block's self-attention: the module that calls its ``processor``."""
+    def self_attention(self, layer: nn.Module) -> Any:
+        """A layer's self-attention: the module that calls its ``processor``."""
 
     def targets(self, *, text: bool) -> str:
         """Regex of the modules that carry the LoRA; ``text`` adds those of the text's tokens.
@@ -199,10 +199,10 @@ class ModelAdapter(PipelineTraits, ABC):
         It holds for the micro-batches that follow, until their backward has run.
         """
         layers, heads, _ = self.attention_shape
-        for layer, block in enumerate(self.blocks()):
-            processor = self.self_attention(block).processor
-            processor.layout = attention.own_layout(layer, layers, heads)
-            processor.backend = attention.backend_of(layer)
+        for number, layer in enumerate(self.layers()):
+            processor = self.self_attention(layer).processor
+            processor.layout = attention.own_layout(number, layers, heads)
+            processor.backend = attention.backend_of(number)
             processor.shard = attention.shard
         self._shard = attention.shard
         if attention.shard is not None and not self._follows_shard:
@@ -211,7 +211,7 @@ class ModelAdapter(PipelineTraits, ABC):
 
     @abstractmethod
     def follow_shard(self) -> None:
-        """Hooks `sliced` and `gathered` to where the video's tokens, and their positions, enter and leave the blocks.
+        """Hooks `sliced` and `gathered` to where the video's tokens, and their positions, enter and leave the layers.
 
         Called once, and only where sequences are shared.
         """

@@ -54,11 +54,11 @@ class TwoExperts(ModelAdapter):
     def targets(self, *, text: bool) -> str:
         return rf"transformer(_2)?\.({self.experts[0].targets(text=text)})"
 
-    def blocks(self) -> list[nn.Module]:
-        return [block for expert in self.experts for block in expert.blocks()]
+    def layers(self) -> list[nn.Module]:
+        return [layer for expert in self.experts for layer in expert.layers()]
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return self.experts[0].self_attention(block)
+    def self_attention(self, layer: nn.Module) -> Any:
+        return self.experts[0].self_attention(layer)
 
     def feed_forwards(self) -> list[nn.Module]:
         return [layer for expert in self.experts for layer in expert.feed_forwards()]

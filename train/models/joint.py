@@ -1,7 +1,7 @@
 """Joint attention: the video's and the text's tokens attend to each other in one sequence, [video, text].
 
 Each stream has projections of its own, or both share the video's. Only the video's tokens have positions. Text is
-padded to one length, so that layouts and compiled blocks stay the same; padding is masked as keys. Under sequence
+padded to one length, so that layouts and compiled layers stay the same; padding is masked as keys. Under sequence
 parallelism a rank holds its stretch of the video and all of the text.
 """
 
@@ -36,8 +36,8 @@ class JointAttention(LayoutAttention):
             attn: the module with the projections.
             hidden_states: (batch, this rank's video tokens, dim).
             encoder_hidden_states: (batch, text tokens, text dim).
-            attention_mask: what the model hands its blocks; see `text_lengths`.
-            image_rotary_emb: what the model hands its blocks; see `pairs`.
+            attention_mask: what the model hands its layers; see `text_lengths`.
+            image_rotary_emb: what the model hands its layers; see `pairs`.
         """
         q, k, v = _heads(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         cos, sin = self.pairs(image_rotary_emb)

@@ -100,16 +100,16 @@ def random_adapter(config: ModelConfig, architecture: Mapping[str, Any]) -> Mode
 
 def benchmark_adapter(
     config: ModelConfig,
-    blocks: int | None,
+    layers: int | None,
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    blocks_on_cpu: bool = False,
+    layers_on_cpu: bool = False,
 ) -> ModelAdapter:
-    """A model of the run's dimensions, of so many ``blocks`` or all, with random weights drawn on the device itself.
+    """A model of the run's dimensions, of so many ``layers`` or all, with random weights drawn on the device itself.
 
     Args:
-        blocks_on_cpu: the blocks' weights are in CPU memory, those of one block of each kind for all of them: drawing
+        layers_on_cpu: the layers' weights are in CPU memory, those of one layer of each kind for all of them: drawing
             all takes minutes there.
 
     Raises:
@@ -119,13 +119,13 @@ def benchmark_adapter(
     if not shape:
         raise UserError("the model has no dimensions in its file, which a benchmark needs")
     family = family_of(config)
-    shape = shape if blocks is None else family.cut(shape, blocks)
+    shape = shape if layers is None else family.cut(shape, layers)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            few = family.cut(shape, 3) if blocks_on_cpu else shape  # no family has more kinds of blocks
+            few = family.cut(shape, 3) if layers_on_cpu else shape  # no family has more kinds of layers
             drawn = family.from_config(few, text_tokens=config.text_tokens)
-        if not blocks_on_cpu:
+        if not layers_on_cpu:
             return drawn
         with torch.device("meta"):
             whole = family.from_config(shape, text_tokens=config.text_tokens)
@@ -136,19 +136,19 @@ def benchmark_adapter(
 
 
 def _repeat(few: ModelAdapter, whole: ModelAdapter) -> None:
-    """Gives a model without weights those of one with fewer blocks, the blocks' in CPU memory and shared."""
-    kinds = {_kind(block): block.cpu() for block in few.blocks()}
+    """Gives a model without weights those of one with fewer layers, the layers' in CPU memory and shared."""
+    kinds = {_kind(layer): layer.cpu() for layer in few.layers()}
     whole.transformer.load_state_dict(few.transformer.state_dict(), strict=False, assign=True)
-    for block in whole.blocks():
-        block.load_state_dict(kinds[_kind(block)].state_dict(), assign=True)
+    for layer in whole.layers():
+        layer.load_state_dict(kinds[_kind(layer)].state_dict(), assign=True)
     for name, module in whole.transformer.named_modules():
         for own, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:  # in no state dict: the rotary angles' tables
                 module._buffers[own] = few.transformer.get_submodule(name)._buffers[own]
 
 
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    return type(block), *(parameter.shape for parameter in block.parameters())
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    return type(layer), *(parameter.shape for parameter in layer.parameters())
 
 
 def load_adapter(
@@ -157,7 +157,7 @@ def load_adapter(
     seed: int,
     device: torch.device | str = "cpu",
     *,
-    blocks_on_cpu: bool = False,
+    layers_on_cpu: bool = False,
 ) -> ModelAdapter:
     """The adapter of a run's model.
 
@@ -166,13 +166,13 @@ def load_adapter(
         dtype: of the weights; layers that the family keeps in fp32 stay there. None leaves them as they are stored,
             mapped from their files, for `train.models.weights.settle`.
         device: where the weights go.
-        blocks_on_cpu: those of the blocks stay on the CPU, mapped from their files as far as they are stored in
+        layers_on_cpu: those of the layers stay on the CPU, mapped from their files as far as they are stored in
             ``dtype``: for `train.memory.weight_stream`.
     """
     adapter = _load_as_stored(config, seed)
     if dtype is not None:
         for transformer in adapter.transformers:
-            settle(transformer, dtype, device, on_cpu=adapter.blocks() if blocks_on_cpu else ())
+            settle(transformer, dtype, device, on_cpu=adapter.layers() if layers_on_cpu else ())
     return adapter
 
 

@@ -99,14 +99,14 @@ def settle(
     each: Callable[[nn.Module], None] = lambda part: None,
     on_cpu: Collection[nn.Module] = (),
 ) -> None:
-    """Converts and moves the weights, one part of the model (a block, an embedder) after the other.
+    """Converts and moves the weights, one part of the model (a layer, an embedder) after the other.
 
     Args:
         transformer: a diffusers model. The layers that it keeps in fp32 come to fp32, and so does a LoRA.
         dtype: of all other weights.
         device: where to.
         each: called with each part when its weights are there, for instance to spread them over ranks.
-        on_cpu: parts whose weights stay on the CPU: blocks that `train.memory.weight_stream` brings.
+        on_cpu: parts whose weights stay on the CPU: layers that `train.memory.weight_stream` brings.
     """
     keep = set(transformer._keep_in_fp32_modules or ())
     for name, part in _parts(transformer):
@@ -125,6 +125,6 @@ def settle(
 def _parts(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{index}", block) for index, block in enumerate(child))
+            yield from ((f"{name}.{index}", layer) for index, layer in enumerate(child))
         else:
             yield name, child

@@ -32,7 +32,7 @@ def strategy_arguments(
         precision: ``bf16`` or ``fp32``.
         frozen: dtype of the frozen weights.
         idle: whether steps leave some of what is trained alone, the same on all ranks (of two experts, one).
-        compiled: whether blocks are.
+        compiled: whether layers are.
     """
     if parallel.strategy != "ddp":
         config = zero_config(

@@ -35,15 +35,15 @@ def zero_config(
     """DeepSpeed's config of a run; clipping and accumulation come from the trainer.
 
     Args:
-        compiled: whether blocks are, which `gather_whole` has prepared for stage 3.
+        compiled: whether layers are, which `gather_whole` has prepared for stage 3.
     """
     stage_config: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": stage > 1}
     stage_config["reduce_bucket_size"] = REDUCE_BUCKET
     if compiled and stage == 3:
         # DeepSpeed's linear layer, which keeps no gathered weights for the backward, torch 2.11 compiles to wrong
-        # gradients; compiled blocks keep none anyway, and the layers outside of them are small
+        # gradients; compiled layers keep none anyway, and the modules outside of them are small
         stage_config["memory_efficient_linear"] = False
-        # the last blocks would stay gathered: their weights count as used again soon, however far the next use is
+        # the last layers would stay gathered: their weights count as used again soon, however far the next use is
         stage_config["stage3_max_reuse_distance"] = 0
     if offload_optimizer:
         stage_config["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -75,25 +75,25 @@ def spread_weights(transformer: Any, frozen: torch.dtype, device: torch.device |
 
 
 def gather_whole(runners: Mapping[nn.Module, Callable[..., Any]]) -> None:
-    """Makes stage 3 gather all weights of a block around its forward, not those of each layer around the layer's.
+    """Makes stage 3 gather all weights of a layer around its forward, not those of each module around the module's.
 
-    A compiler then meets no hook of DeepSpeed's in a block: it would break there, which it cannot do in a checkpoint.
+    A compiler then meets no hook of DeepSpeed's in a layer: it would break there, which it cannot do in a checkpoint.
 
     Args:
-        runners: what runs each block once its weights are there, ``run(block, *inputs)``, by way of
-            `train.models.block_calls.forward_alone`.
+        runners: what runs each layer once its weights are there, ``run(layer, *inputs)``, by way of
+            `train.models.layer_calls.forward_alone`.
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    for block, runner in runners.items():
-        set_z3_leaf_module(block, True)
-        block.runner = runner  # type: ignore[assignment]
-        block.__class__ = _gathered(type(block))  # type: ignore[arg-type]
+    for layer, runner in runners.items():
+        set_z3_leaf_module(layer, True)
+        layer.runner = runner  # type: ignore[assignment]
+        layer.__class__ = _gathered(type(layer))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _gathered(kind: Any) -> Any:
-    """A class for all blocks of a kind, so that they share compiled graphs."""
+    """A class for all layers of a kind, so that they share compiled graphs."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():  # there is nothing to keep, nor does diffusers call a checkpoint
@@ -104,13 +104,13 @@ def _gathered(kind: Any) -> Any:
     return type(f"Gathered{kind.__name__}", (kind,), {"forward": forward, "forward_alone": kind.forward})
 
 
-def call_gathered(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:
-    """Calls a block of `gather_whole`; for diffusers' gradient checkpointing.
+def call_gathered(layer: nn.Module, hidden: Tensor, *rest: Any) -> Any:
+    """Calls a layer of `gather_whole`; for diffusers' gradient checkpointing.
 
-    DeepSpeed takes a block's gradients once those of its inputs are there. Of inputs without any, the first block's, it
+    DeepSpeed takes a layer's gradients once those of its inputs are there. Of inputs without any, the first layer's, it
     would take them before they are computed.
     """
-    return block(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
+    return layer(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
 
 
 def _is_whole(parameter: Parameter) -> bool:

@@ -115,7 +115,7 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
 
 
 def _stored(budget: Budget, clips_a_step: float) -> Setting | None:
-    """The best setting with the blocks' weights in float8; None where none fits, or they cannot be stored so."""
+    """The best setting with the layers' weights in float8; None where none fits, or they cannot be stored so."""
     config = budget.config
     if config.lora is None or config.model.storage is not None or budget.machine.is_cpu:
         return None
@@ -133,7 +133,7 @@ def _counts(most: int) -> Iterator[int]:
 
 
 def _settings(budget: Budget, clips_a_step: float, streams: bool) -> Iterator[Setting]:
-    """All that keep the global batch, whose blocks' weights stream or stay on the GPU."""
+    """All that keep the global batch, whose layers' weights stream or stay on the GPU."""
     given, machine = budget.config, budget.machine
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
     if (given.trainer.fp8 or given.model.storage is not None or streams) and "zero3" in strategies:

@@ -1,6 +1,6 @@
 """The memory of a run, before a GPU is touched.
 
-    memory of a GPU = weights + LoRA, gradients and optimizer + what blocks keep + the working set of one backward
+    memory of a GPU = weights + LoRA, gradients and optimizer + what layers keep + the working set of one backward
 
 Every term follows from counted sizes (`train.planning.sizes`) and a few measured figures
 (`train.planning.calibration`).
@@ -17,11 +17,11 @@ from train.attention.recipe import AttentionRecipe
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.memory.block_policies import BlockPolicies, configured
+from train.memory.layer_policies import LayerPolicies, configured
 from train.memory.weight_stream import SLOTS
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
-from train.planning.calibration import BlockCosts
+from train.planning.calibration import LayerCosts
 from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
 from train.planning.sizes import Sizes
@@ -37,13 +37,13 @@ class Budget:
         config: the run; its ``trainer.nodes`` and ``devices`` are not read: the machine has its own number of GPUs.
         machine: where.
         sizes: of its model and clip.
-        given: what each block keeps, instead of what the run's settings or the memory give.
+        given: what each layer keeps, instead of what the run's settings or the memory give.
     """
 
     config: RunConfig
     machine: Machine
     sizes: Sizes
-    given: BlockPolicies | None = None
+    given: LayerPolicies | None = None
 
     @classmethod
     def of(cls, config: RunConfig, machine: Machine, layers: int | None = None) -> Budget | None:
@@ -99,7 +99,7 @@ class Budget:
         return float(self.clips * self.tokens * self.sizes.width * self.sizes.element)
 
     @property
-    def costs(self) -> BlockCosts:
+    def costs(self) -> LayerCosts:
         """What the layers cost, eager or compiled."""
         if self.config.trainer.compile:
             return calibration.COMPILED
@@ -117,20 +117,20 @@ class Budget:
 
     @cached_property
     def weights(self) -> float:
-        """Frozen weights on a GPU: all; with ZeRO 3 a rank's share and two gathered blocks, or only those two; where
-        they stream, what lies outside the blocks and a ring of some blocks."""
+        """Frozen weights on a GPU: all; with ZeRO 3 a rank's share and two gathered layers, or only those two; where
+        they stream, what lies outside the layers and a ring of some layers."""
         sizes, parallel = self.sizes, self.config.parallel
         if parallel.offload_weights:
-            return sizes.weights - self.streamed + min(SLOTS * sizes.block_weights, sizes.weights)
+            return sizes.weights - self.streamed + min(SLOTS * sizes.layer_weights, sizes.weights)
         if self.stage < 3:
             return sizes.weights
         own = 0.0 if parallel.offload_parameters else sizes.weights / self.machine.world
-        return own + min(2 * sizes.block_weights, sizes.weights)
+        return own + min(2 * sizes.layer_weights, sizes.weights)
 
     @property
     def streamed(self) -> float:
         """Frozen weights that lie in a node's CPU memory, one copy for all its GPUs."""
-        return self.sizes.blocks_weights if self.config.parallel.offload_weights else 0.0
+        return self.sizes.layers_weights if self.config.parallel.offload_weights else 0.0
 
     @cached_property
     def training(self) -> float:
@@ -144,7 +144,7 @@ class Budget:
         return own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
 
     def kept_by(self, policy: str) -> float:
-        """What one block keeps for its backward."""
+        """What one layer keeps for its backward."""
         middle = self.sizes.wide / self.sizes.width if self.chunk is None else 1.0
         if policy == "none":
             return (self.costs.saved + self.modulated * self.costs.saved_modulated + middle) * self.hidden
@@ -152,7 +152,7 @@ class Budget:
         return self.hidden if policy == "full" else 2 * self.hidden + sums
 
     def running(self, policy: str) -> float:
-        """The working set of the backward of a block with that policy."""
+        """The working set of the backward of a layer with that policy."""
         sizes, chunk = self.sizes, self.chunk
         own = self.costs
         costs = {"none": own.running_saved, "full": own.running, "selective": own.running_selective}[policy]
@@ -165,8 +165,8 @@ class Budget:
         return costs * self.hidden + middle + latents
 
     @cached_property
-    def policies(self) -> BlockPolicies:
-        """What each block keeps: as configured, or chosen by the memory there is."""
+    def policies(self) -> LayerPolicies:
+        """What each layer keeps: as configured, or chosen by the memory there is."""
         if self.given is not None:
             return self.given
         parallel, layers = self.config.parallel, self.sizes.layers
@@ -193,9 +193,9 @@ class Budget:
         return movable if least <= room + calibration.MARGIN * self.usable else math.inf
 
     def _at_peak(self, names: Sequence[str], offload: float) -> tuple[float, float]:
-        """What blocks keep on the GPU, and the working set, when both together are largest.
+        """What layers keep on the GPU, and the working set, when both together are largest.
 
-        The last block's backward comes first, and what a block keeps goes with it. What the first keep goes to the CPU.
+        The last layer's backward comes first, and what a layer keeps goes with it. What the first keep goes to the CPU.
         """
         on_gpu, peak = -offload, (0.0, 0.0)
         for name in names:
@@ -243,13 +243,13 @@ class Budget:
     def cpu_parts(self) -> dict[str, float]:
         """Memory of one node's CPU by part. The weights' files are mapped: their pages are the node's, and can go."""
         if self.machine.is_cpu:
-            return {"processes": self.machine.gpus * self.gpu_memory, "blocks' weights": self.streamed}
+            return {"processes": self.machine.gpus * self.gpu_memory, "layers' weights": self.streamed}
         parallel, gpus = self.config.parallel, self.machine.gpus
         share = gpus / self.machine.world
         return {
             "processes": float(gpus * calibration.PROCESS),
             "kept activations, page-locked": gpus * self.offloaded,
-            "blocks' weights, page-locked": self.streamed,
+            "layers' weights, page-locked": self.streamed,
             "weights": share * self.sizes.weights if parallel.offload_parameters else 0.0,
             "optimizer": share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0,
         }
@@ -303,11 +303,11 @@ class Budget:
         return None
 
 
-def chosen_policies(config: RunConfig, layers: int | None = None) -> BlockPolicies | None:
+def chosen_policies(config: RunConfig, layers: int | None = None) -> LayerPolicies | None:
     """With ``parallel.activations=auto``, the policies that fit this machine's memory; None with any other.
 
     Args:
-        layers: another number of blocks than the model's.
+        layers: another number of layers than the model's.
 
     Raises:
         UserError: the model has no dimensions to plan with.

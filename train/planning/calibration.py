@@ -27,7 +27,7 @@ DENSE = {
 }
 
 LINEAR, LINEAR_FP8 = 800e12, 1540e12
-"""FLOP/s of the linear layers of Wan-14B blocks, LoRA included, in bf16 and with ``trainer.fp8``."""
+"""FLOP/s of the linear modules in layers of Wan-14B, LoRA included, in bf16 and with ``trainer.fp8``."""
 
 LINK = 0.66
 """Share of a link's rate that all-to-alls reach: 300 GB/s of an H200's 450."""
@@ -37,14 +37,14 @@ PCIE = 5.5e10
 
 
 @dataclass(frozen=True)
-class BlockCosts:
-    """What a transformer block costs beside its attention and GEMM kernels, eager or compiled.
+class LayerCosts:
+    """What a transformer layer costs beside its attention and GEMM kernels, eager or compiled.
 
     Attributes:
         passes: times that a hidden state goes through the GPU's memory in one forward of norms, rotary angles, gates,
             casts and pauses; a backward takes twice as many.
         saved: hidden states that autograd saves in a forward without a policy, beside the feed-forward's middle.
-        running: hidden states at the peak of a backward that runs the block again, its input not counted.
+        running: hidden states at the peak of a backward that runs the layer again, its input not counted.
         running_selective: the same without running attention again, its output not counted either.
         running_saved: the same where nothing runs again.
         saved_modulated, running_modulated: more of both where each token has its own timestep, and so its own scales,
@@ -60,8 +60,8 @@ class BlockCosts:
     running_modulated: float = 0.0
 
 
-# eager: passes from 3.59 s a block at 291,600 tokens; the rest from the trace in tests/train/planning/test_planning.py
-EAGER = BlockCosts(
+# eager: passes from 3.59 s a layer at 291,600 tokens; the rest from the trace in tests/train/planning/test_planning.py
+EAGER = LayerCosts(
     passes=280,
     saved=19.2,
     running=29.2,
@@ -71,16 +71,16 @@ EAGER = BlockCosts(
     running_modulated=17.0,
 )
 EAGER_OF = {
-    "hunyuan": BlockCosts(passes=280, saved=15.0, running=29.2, running_selective=28.2, running_saved=7.0),
-    "hunyuan15": BlockCosts(passes=280, saved=13.5, running=20.3, running_selective=20.2, running_saved=4.9),
+    "hunyuan": LayerCosts(passes=280, saved=15.0, running=29.2, running_selective=28.2, running_saved=7.0),
+    "hunyuan15": LayerCosts(passes=280, saved=13.5, running=20.3, running_selective=20.2, running_saved=4.9),
     # modulates and rotates in float32
-    "mochi": BlockCosts(passes=280, saved=25.7, running=38.6, running_selective=37.6, running_saved=4.7),
+    "mochi": LayerCosts(passes=280, saved=25.7, running=38.6, running_selective=37.6, running_saved=4.7),
 }
-"""Families whose blocks differ much from Wan's, by the same trace."""
-# compiled: tests/train/bench/measured, where running is that of dense blocks; saved as counted on a CPU
-COMPILED = BlockCosts(passes=44, saved=13.1, running=16.6, running_selective=10.5, running_saved=7.0)
+"""Families whose layers differ much from Wan's, by the same trace."""
+# compiled: tests/train/bench/measured, where running is that of dense layers; saved as counted on a CPU
+COMPILED = LayerCosts(passes=44, saved=13.1, running=16.6, running_selective=10.5, running_saved=7.0)
 MODULATION = 6
-"""Hidden states that scales, shifts and gates of each token take, which all blocks share."""
+"""Hidden states that scales, shifts and gates of each token take, which all layers share."""
 FP8_PASSES = 24
 """More passes of that kind with ``trainer.fp8``, which rounds activations and gradients."""
 
@@ -89,7 +89,7 @@ CONTEXT = 1.5 * 2**30
 FRAGMENTATION = 0.04
 """Share of a GPU's memory that the allocator holds and cannot use."""
 PROCESS = 8 * 2**30
-"""Bytes of CPU memory of a process beside what it locks: 7.4 and 9.5 GiB in the runs of 40 blocks on an H200."""
+"""Bytes of CPU memory of a process beside what it locks: 7.4 and 9.5 GiB in the runs of 40 layers on an H200."""
 MARGIN = 0.1
 """Share of what a step may allocate that chosen policies leave free where they can: a plan may be off by that much."""
 CPU_SPARE = 0.1

@@ -29,14 +29,14 @@ class Sizes:
         wide: features in the middle of a feed-forward layer.
         tokens, video_tokens: of a clip, with and without text tokens.
         cells: values of a clip's latent.
-        weights, block_weights: bytes of the frozen weights of the model and of one block, the largest.
-        blocks_weights: bytes of those of all blocks.
-        passed_weights: bytes of those of the blocks that one forward passes: of two experts, one's.
+        weights, layer_weights: bytes of the frozen weights of the model and of one layer, the largest.
+        layers_weights: bytes of those of all layers.
+        passed_weights: bytes of those of the layers that one forward passes: of two experts, one's.
         trained: parameters.
         linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
         density: share of token pairs that a layer with the pattern computes.
         element: bytes of an activation's element.
-        all_chunked: whether ``parallel.ffn_chunk`` reaches the feed-forward layer of every block.
+        all_chunked: whether ``parallel.ffn_chunk`` reaches the feed-forward part of every layer.
         takes_first_frame: see `ModelAdapter.takes_first_frame`.
     """
 
@@ -48,8 +48,8 @@ class Sizes:
     video_tokens: int
     cells: int
     weights: float
-    block_weights: float
-    blocks_weights: float
+    layer_weights: float
+    layers_weights: float
     passed_weights: float
     trained: int
     linear: float
@@ -75,7 +75,7 @@ class Sizes:
 
         Args:
             precision: ``bf16`` or ``fp32``.
-            layers: another number of blocks than the model's.
+            layers: another number of layers than the model's.
         """
         model = config.model
         known = model.architecture is not None or model.path is not None
@@ -89,8 +89,8 @@ class Sizes:
         adapter = _skeleton(config.model.family, config.model.text_tokens, json.dumps(architecture), frozen)
         grid = adapter.grid(torch.empty(1, 1, *config.latent_size(), device="meta"))
         layers, heads, head_dim = adapter.attention_shape
-        blocks = [_bytes(block) - _saved_by_fp8(block, config.model.storage) for block in adapter.blocks()]
-        outside = _bytes(adapter.transformer) - sum(_bytes(block) for block in adapter.blocks())
+        each = [_bytes(layer) - _saved_by_fp8(layer, config.model.storage) for layer in adapter.layers()]
+        outside = _bytes(adapter.transformer) - sum(_bytes(layer) for layer in adapter.layers())
         trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
         if config.lora is not None:
             targets = config.lora.targets or adapter.targets(text=config.lora.text)
@@ -105,16 +105,16 @@ class Sizes:
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,
             cells=adapter.latent_channels * math.prod(config.latent_size()),
-            weights=experts * (outside + sum(blocks)) if lora else 0,
-            block_weights=max(blocks),
-            blocks_weights=experts * sum(blocks) if lora else 0,
-            passed_weights=sum(blocks),
+            weights=experts * (outside + sum(each)) if lora else 0,
+            layer_weights=max(each),
+            layers_weights=experts * sum(each) if lora else 0,
+            passed_weights=sum(each),
             trained=experts * trained,
             linear=adapter.linear_flops(grid),
             lora=2.0 * trained * grid.tokens if lora else 0.0,
             density=AttentionRecipe.of(config).density(grid),
             element=2 if precision == "bf16" else 4,
-            all_chunked=len(middle) == len(adapter.blocks()),
+            all_chunked=len(middle) == len(adapter.layers()),
             takes_first_frame=adapter.takes_first_frame,
         )
 
@@ -128,12 +128,12 @@ def _skeleton(family: str, text_tokens: int, architecture: str, frozen: torch.dt
     return adapter
 
 
-def _saved_by_fp8(block: nn.Module, storage: str | None) -> int:
-    """Bytes less that a block takes with `train.memory.fp8_storage`: numbers of one byte, and four for each row."""
+def _saved_by_fp8(layer: nn.Module, storage: str | None) -> int:
+    """Bytes less that a layer takes with `train.memory.fp8_storage`: numbers of one byte, and four for each row."""
     if storage is None:
         return 0
-    layers = [m for m in block.modules() if isinstance(m, nn.Linear) and fits(m)]
-    return sum(m.weight.nbytes - m.weight.numel() - 4 * m.out_features for m in layers)
+    linear = [m for m in layer.modules() if isinstance(m, nn.Linear) and fits(m)]
+    return sum(m.weight.nbytes - m.weight.numel() - 4 * m.out_features for m in linear)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -53,7 +53,7 @@ def plan_table(budget: Budget) -> str:
             "run dense: times are the mean"
         )
     if config.attention.dense_layers and config.attention.pattern != "dense":
-        notes.append(f"the first {config.attention.dense_layers} of {sizes.layers} blocks are dense in every step")
+        notes.append(f"the first {config.attention.dense_layers} of {sizes.layers} layers are dense in every step")
     if machine.gpu.flops is None:
         notes.append(f"no times: nothing is known of the speed of {machine.gpu.name}")
     elif not machine.gpu.name.startswith(calibration.MEASURED_ON):
@@ -80,7 +80,7 @@ def setting_lines(title: str, setting: Setting) -> list[str]:
         figures += f", {figure(duration.step)} s a step, {figure(duration.hours)} h"
         figures += f", {figure(setting.gpu_hours)} GPU-hours"
     gpus = f"{machine.world} GPU{'s' if machine.world > 1 else ''}"
-    return [f"{title} ({gpus}): {figures}; blocks keep {budget.policies}", f"  {setting.words}"]
+    return [f"{title} ({gpus}): {figures}; layers keep {budget.policies}", f"  {setting.words}"]
 
 
 def figure(number: float) -> str:
@@ -112,10 +112,10 @@ def _machine(budget: Budget) -> str:
 def _how(budget: Budget) -> str:
     parallel, policies = budget.config.parallel, budget.policies
     words = [parallel.strategy, f"{budget.sequence} GPU{'s' if budget.sequence > 1 else ''} a clip"]
-    words.append(f"blocks keep {policies}" + (" (chosen)" if parallel.activations == "auto" else ""))
+    words.append(f"layers keep {policies}" + (" (chosen)" if parallel.activations == "auto" else ""))
     if budget.offloaded:
         words.append(f"{budget.offloaded / GIB:.1f} GiB of it in CPU memory")
     if budget.streamed:
-        words.append("blocks' weights come from CPU memory")
+        words.append("layers' weights come from CPU memory")
     words.append("compiled" if budget.config.trainer.compile else "not compiled")
     return ", ".join(words)

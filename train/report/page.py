@@ -92,9 +92,9 @@ def _charts(rows: Rows) -> Iterator[str]:
     yield line_chart("learning rate", [Line(series(rows, "lr"))])
     norms = _keys(rows, "lora_norm/")
     chosen = norms if len(norms) <= 8 else [norms[round(i * (len(norms) - 1) / 7)] for i in range(8)]
-    more = f" ({len(chosen)} of {len(norms)} blocks)" if len(chosen) < len(norms) else ""
-    blocks = {key.split("/")[1]: series(rows, key) for key in chosen}
-    yield line_chart(f"norm of the LoRA's update by block{more}", lines_of(blocks))
+    more = f" ({len(chosen)} of {len(norms)} layers)" if len(chosen) < len(norms) else ""
+    layers = {key.split("/")[1]: series(rows, key) for key in chosen}
+    yield line_chart(f"norm of the LoRA's update by layer{more}", lines_of(layers))
     yield line_chart("tokens a second", [Line(series(rows, "tokens_per_second"))])
     yield line_chart("MFU", [Line(series(rows, "mfu"))])
     waits = {"step": series(rows, "step_seconds"), "waiting for data": series(rows, "data_wait")}

@@ -1,6 +1,6 @@
 """``python -m train.sample.bench``: seconds of a denoising step of a whole model, dense and sparse in one run.
 
-Random weights and inputs of the real shapes; all blocks, no gradients, no LoRA: what generation spends its time on. A
+Random weights and inputs of the real shapes; all layers, no gradients, no LoRA: what generation spends its time on. A
 step is two forward passes, the prompt's and the negative prompt's, but one for a model that takes the guidance as an
 input. The bound is the ratio of floating-point operations: no kernel can be faster than that by sparsity alone.
 """
@@ -26,7 +26,7 @@ from train.attention.step import StepAttention
 from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.memory.compiler import compile_blocks
+from train.memory.compiler import compile_layers
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import resolve_precision
@@ -57,9 +57,9 @@ class Options:
         "lengths of the clip; null: 161,321, or that of conf=", None, must=each(at_least(1))
     )
     dense_layers: list[int] = setting("numbers of dense layers, each a case of its own", [0, 2], must=each(at_least(0)))
-    blocks: int | None = setting("so many blocks of the model; all: all", None, must=at_least(1), none="all")
+    layers: int | None = setting("so many layers of the model; all: all", None, must=at_least(1), none="all")
     steps: int = setting(
-        "forward passes of each case, after one of some blocks of each kind; the median counts", 1, must=at_least(1)
+        "forward passes of each case, after one of some layers of each kind; the median counts", 1, must=at_least(1)
     )
     dense: bool = setting("measure dense attention too", True)
     json: Path | None = setting("also write the figures to this file", None)
@@ -68,9 +68,9 @@ class Options:
 def measure(options: Options, settings: dict[str, str]) -> None:
     """Runs the cases and prints a line for each."""
     runs = bench_runs(options.frames, settings)
-    bench = Bench(runs[0], options.blocks)
+    bench = Bench(runs[0], options.layers)
     results: list[Result] = []
-    print(f"{bench.name}, {bench.layers} blocks, {bench.dtype}; {bench.passes} forward passes a step")
+    print(f"{bench.name}, {bench.layers} layers, {bench.dtype}; {bench.passes} forward passes a step")
     print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
     words = [*words_of(replace(options, json=None)), *(f"{key}={value}" for key, value in settings.items())]
     about = {"torch": torch.__version__, "device": bench.name, "arguments": words}
@@ -104,23 +104,23 @@ class Bench:
 
     Args:
         config: names the model and its numbers.
-        blocks: as many of its blocks; None: all.
+        layers: as many of them; None: all.
     """
 
-    def __init__(self, config: RunConfig, blocks: int | None) -> None:
+    def __init__(self, config: RunConfig, layers: int | None) -> None:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         self.name = torch.cuda.get_device_name() if cuda else "cpu"
         precision = resolve_precision(config.trainer.precision)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         torch.manual_seed(config.seed)
-        self.adapter = benchmark_adapter(config.model, blocks, self.dtype, self.device)
+        self.adapter = benchmark_adapter(config.model, layers, self.dtype, self.device)
         settle(self.adapter.transformer, self.dtype, self.device)
         self.adapter.transformer.requires_grad_(False).eval()
         self.layers = self.adapter.attention_shape[0]
         self.passes = 1 if getattr(self.adapter.transformer.config, "guidance_embeds", False) else 2
         if config.trainer.compile:
-            compile_blocks(self.adapter.blocks())
+            compile_layers(self.adapter.layers())
 
     @torch.no_grad()
     def measure(self, config: RunConfig, steps: int) -> Result:
@@ -160,20 +160,20 @@ class Bench:
         )
 
     def _warm_up(self, forward: Callable[[], None], attention: StepAttention) -> None:
-        """Some blocks of each kind, which build layouts, kernels and graphs; a whole dense pass takes minutes."""
+        """Some layers of each kind, which build layouts, kernels and graphs; a whole dense pass takes minutes."""
         transformer = self.adapter.transformer
-        layers = {block: layer for layer, block in enumerate(self.adapter.blocks())}
+        numbers = {layer: number for number, layer in enumerate(self.adapter.layers())}
         lists = {
-            n: c for n, c in transformer.named_children() if isinstance(c, nn.ModuleList) and layers.keys() >= {*c}
+            n: c for n, c in transformer.named_children() if isinstance(c, nn.ModuleList) and numbers.keys() >= {*c}
         }
         try:
-            for name, blocks in lists.items():
-                kinds = [(type(block), attention.layout(layers[block]) is attention.dense_layout) for block in blocks]
-                setattr(transformer, name, nn.ModuleList(blocks[i] for i in _of_each_kind(kinds)))
+            for name, layers in lists.items():
+                kinds = [(type(layer), attention.layout(numbers[layer]) is attention.dense_layout) for layer in layers]
+                setattr(transformer, name, nn.ModuleList(layers[i] for i in _of_each_kind(kinds)))
             forward()
         finally:
-            for name, blocks in lists.items():
-                setattr(transformer, name, blocks)
+            for name, layers in lists.items():
+                setattr(transformer, name, layers)
 
 
 def _of_each_kind(kinds: Sequence[Hashable]) -> list[int]:

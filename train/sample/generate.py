@@ -24,7 +24,7 @@ from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.memory.apply import stream_models
-from train.memory.compiler import compile_blocks
+from train.memory.compiler import compile_layers
 from train.models.families import family_of
 from train.sample.compare import write_both
 from train.sample.extension import Extension
@@ -82,7 +82,7 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
     if model.storage is not None:
         raise UserError(
             f"model.storage is {model.storage}, but clips are generated with the model's own weights: leave it out; "
-            "offload=block fits them into less memory"
+            "offload=layer fits them into less memory"
         )
     folder = pipeline_folder(model)
     found = jobs(settings)
@@ -154,9 +154,9 @@ class Generator:
             adapter.transformer.requires_grad_(False).eval()
             if settings.offload == "none":
                 adapter.transformer.to(device)
-            if settings.compile and settings.offload != "block":
-                compile_blocks(adapter.blocks())
-        if settings.offload == "block":
+            if settings.compile and settings.offload != "layer":
+                compile_layers(adapter.layers())
+        if settings.offload == "layer":
             stream_models(self.extension.adapters, device, compiled=settings.compile)
         self.pipeline.set_progress_bar_config(unit="step", dynamic_ncols=True, disable=ranks.rank != 0)
 

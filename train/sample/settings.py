@@ -85,10 +85,10 @@ class Settings:
                                   must=at_least(1))  # fmt: skip
     split_guidance: bool | None = setting("half of the GPUs take the negative prompt (with torchrun: yes)", None)
     offload: str = setting(
-        "model: the transformer only while it runs; block: its blocks one by one", "none", ("none", "model", "block")
+        "model: the transformer only while it runs; layer: its layers one by one", "none", ("none", "model", "layer")
     )
     tiled: bool | None = setting("decode frames in squares: less memory (the model's own way)", None)
-    compile: bool = setting("compile the transformer's blocks", False)
+    compile: bool = setting("compile the transformer's layers", False)
     dtype: str = setting("the transformer's numbers", "bf16", ("bf16", "fp32"))
 
 

@@ -30,14 +30,14 @@ def features(base: LengthExtensionModule, clips: Tensor, native: int) -> Tensor:
         base: the model untuned, with dense attention.
         clips: (batch, C, F, H, W).
     """
-    blocks = base.adapter.blocks()
+    layers = base.adapter.layers()
     seen: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
         seen.append(hidden.double().mean(1).cpu())
 
-    hook = blocks[len(blocks) // 2].register_forward_hook(keep)
+    hook = layers[len(layers) // 2].register_forward_hook(keep)
     text = {
         name: TextTokens(one.tokens[None].to(device()), one.mask[None].to(device()))
         for name, one in base.objective.empty_prompt.text.items()

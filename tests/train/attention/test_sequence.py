@@ -63,12 +63,12 @@ def test_masks_that_differ_by_head_are_those_of_a_ranks_own_heads(pattern, world
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "kept"), [("full", 4), ("selective", 7)])
-def test_compiled_blocks_hold_the_collectives_without_a_graph_break(policy, kept):
-    """Blocks and the last norm keep their inputs, and a block attention's output if that is not computed again."""
+def test_compiled_layers_hold_the_collectives_without_a_graph_break(policy, kept):
+    """Layers and the last norm keep their inputs, and a layer attention's output if that is not computed again."""
     for rank in run_ranks(2, sequence_ranks.compiled_gradients, policy, 2):
         assert rank["breaks"] == {}
         assert rank["kept"] == kept
-        assert rank["graphs"] == 2  # the first block's input has no gradient
+        assert rank["graphs"] == 2  # the first layer's input has no gradient
         for got, expected in zip(rank["compiled"], rank["eager"], strict=True):
             close(got, expected, 1e-4)
 

@@ -30,17 +30,17 @@ def test_the_figures_of_a_step(tmp_path):
     command = [sys.executable, "-m", "train.bench", *settings]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"faster than dense with sp=(\d) \(2 dense blocks measured\): released [\d.]+x", done.stdout) == [
+    assert re.findall(r"faster than dense with sp=(\d) \(2 dense layers measured\): released [\d.]+x", done.stdout) == [
         str(count) for count in counts
     ]
-    assert done.stdout.count("  blocks keep none\n") == len(counts)
+    assert done.stdout.count("  layers keep none\n") == len(counts)
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
     assert [(row["pattern"], row["sp"]) for row in results] == [
         (pattern, sp) for sp in counts for pattern in ("released", "dense")
     ]
     for row in results:
-        assert (row["tokens"], row["blocks"]) == (5 * 8 * 16, 2)
-        assert row["step"] == pytest.approx(2 * row["block"])
+        assert (row["tokens"], row["layers"]) == (5 * 8 * 16, 2)
+        assert row["step"] == pytest.approx(2 * row["layer"])
         assert row["tflops"] > 0
         chosen = {"names": ["none", "none"], "offload": 0.0}  # this machine has room for all
         assert row["chosen"] == (chosen if row["pattern"] == "released" else None)
@@ -55,7 +55,7 @@ def test_the_figures_of_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["blocks=some"], "blocks is 'some', expected a whole number"),
+        (["layers=some"], "layers is 'some', expected a whole number"),
         (["frames=320"], "clip.frames is 320, expected 4 x k"),
         (["model=shapes"], "model=shapes has no dimensions"),
         (["conf=shapes_base"], "conf=shapes_base trains all weights"),
@@ -78,10 +78,10 @@ def test_the_baseline_is_dense_attention_with_full_checkpointing():
 
 
 def test_the_recipes_speed_up():
-    """13.9 s and 2.6 s a block: 5.3 times faster, and 4.4 times where 2 of 40 blocks are dense."""
+    """13.9 s and 2.6 s a layer: 5.3 times faster, and 4.4 times where 2 of 40 layers are dense."""
     about = {"sp": 1, "tokens": 1, "device": "", "first_step": 0, "compile": 0, "parts": {}, "memory": 0, "tflops": 0}
-    dense = Result(pattern="dense", blocks=4, step=55.6, block=13.9, mfu=None, **about)
-    released = Result(pattern="released", blocks=40, step=104, block=2.6, mfu=None, **about)
+    dense = Result(pattern="dense", layers=4, step=55.6, layer=13.9, mfu=None, **about)
+    released = Result(pattern="released", layers=40, step=104, layer=2.6, mfu=None, **about)
     told = speed_up(dense, released, 2, 40)
-    assert "4 dense blocks measured" in told
-    assert "released 5.35x in every block, with 2 of 40 dense 4.39x" in told
+    assert "4 dense layers measured" in told
+    assert "released 5.35x in every layer, with 2 of 40 dense 4.39x" in told

@@ -16,13 +16,13 @@ PARTS = {"copies": 0.0, "attention": 4.1, "linear": 1.4, "communication": 0.0, "
 RESULT = {
     "pattern": "released",
     "sp": 1,
-    "blocks": 2,
+    "layers": 2,
     "tokens": 291_600,
     "device": "NVIDIA H200",
     "first_step": 90,
     "compile": 60.0,
     "step": 6.1,
-    "block": 3.05,
+    "layer": 3.05,
     "parts": PARTS,
     "memory": 60.0,
     "tflops": 1.0,
@@ -48,7 +48,7 @@ def test_the_comparison(tmp_path, capsys):
     assert dense.predicted_parts["communication"] > 0 == ours.predicted_parts["communication"]
     main([str(file)])
     out = capsys.readouterr().out
-    assert out.count("\n| released, 2 blocks, 291,600 tokens, 1 GPU, full, compiled | 60.0 |") == 1
+    assert out.count("\n| released, 2 layers, 291,600 tokens, 1 GPU, full, compiled | 60.0 |") == 1
     assert "seconds measured (predicted): attention 4.1 (" in out
 
 

@@ -105,18 +105,18 @@ def test_buckets_add_up_to_the_loss(logged):
         assert low <= float(row["sigma"]) <= high
 
 
-def test_the_norm_of_a_block_is_that_of_its_whole_update(logged):
+def test_the_norm_of_a_layer_is_that_of_its_whole_update(logged):
     config, folder, _ = logged
     assert config.lora is not None
     weights = load_weights(folder / "checkpoints" / "step-000008")
     row = read_metrics(folder / "metrics.csv")[-1]
     scale = config.lora.alpha / config.lora.rank
-    for block in range(3):
-        names = [name for name in weights if f"blocks.{block}." in name and ".lora_A." in name]
+    for layer in range(3):
+        names = [name for name in weights if f"blocks.{layer}." in name and ".lora_A." in name]
         deltas = [weights[name.replace("lora_A", "lora_B")] @ weights[name] for name in names]
         whole = scale * math.sqrt(sum(float(delta.square().sum()) for delta in deltas))
         assert len(names) == 4
-        assert float(row[f"lora_norm/blocks_{block:02d}"]) == pytest.approx(whole, rel=1e-5)
+        assert float(row[f"lora_norm/blocks_{layer:02d}"]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(logged):

@@ -32,7 +32,7 @@ def test_linear_flops_are_those_that_torch_counts():
     assert got == pytest.approx(counter.get_total_flops() - attention - time, rel=1e-6)
 
 
-def test_a_block_of_wan_14b_at_4x():
+def test_a_layer_of_wan_14b_at_4x():
     """The figures of the published geometry: 1.74e14 linear, 2.82e14 attention at density 0.162."""
     with torch.device("meta"):
         model = WanTransformer3DModel(num_layers=1)

@@ -39,7 +39,7 @@ def test_lightnings_observer_of_the_ranks_is_relieved():
 
 
 def test_a_run_is_as_patient_as_its_longest_step(tmp_path, monkeypatch):
-    """40 dense blocks of Wan 4x take 13.9 s each on an H200, forward and backward: more than trainer.timeout in all."""
+    """40 dense layers of Wan 4x take 13.9 s each on an H200, forward and backward: more than trainer.timeout in all."""
     monkeypatch.setattr("train.planning.budget.this_machine", lambda *_: Machine(GPUS["h200"], 1, 1, 128 * GIB))
     config = finish(compose_run({"conf": "wan_4x"}))
     assert 0.8 < patience(config) / (3 * 40 * 13.9) < 1.25

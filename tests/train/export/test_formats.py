@@ -162,13 +162,13 @@ def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
     assert verify("comfyui", adapter, base, tmp_path / "comfyui")[0].endswith(f"{2 * len(keys)} tensors")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
     assert "; ComfyUI passes over 13 of 30 layers such as time_in.mlp.0: give it format=comfyui; " in said
-    outside = "musubi-tuner passes over 10 of 30 layers such as time_in.mlp.0: it reads layers of blocks alone"
+    outside = "musubi-tuner passes over 10 of 30 layers such as time_in.mlp.0: it reads those of layers alone"
     assert said.endswith(outside)
     alphas = [t for k, t in load_file(tmp_path / "kohya" / "x.safetensors").items() if k.endswith(".alpha")]
     assert {alpha.item() for alpha in alphas} <= {rank, 2 * rank, 3 * rank, 4 * rank}
 
 
-def test_musubi_passes_over_what_is_outside_of_wans_blocks(tmp_path):
+def test_musubi_passes_over_what_is_outside_of_wans_layers(tmp_path):
     base = save_transformer("wan_i2v", tmp_path / "base")
     model = stand_in(base)
     pairs = folded(random_lora(model, r".*(attn1\.to_q|image_embedder\.ff\.net\.2|text_embedder\.linear_1)"), 3)
@@ -176,7 +176,7 @@ def test_musubi_passes_over_what_is_outside_of_wans_blocks(tmp_path):
     FORMATS["kohya"](adapter, tmp_path / "kohya")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
     assert said.endswith(
-        "; musubi-tuner passes over 2 of 4 layers such as text_embedding.0: it reads layers of blocks alone"
+        "; musubi-tuner passes over 2 of 4 layers such as text_embedding.0: it reads those of layers alone"
     )
 
 

@@ -15,8 +15,8 @@ from train.config.schema import ParallelConfig
 from train.errors import UserError
 from train.flow import noised
 from train.memory.apply import set_memory_policy
-from train.memory.block_policies import BlockPolicies
-from train.memory.block_runners import block_runner
+from train.memory.layer_policies import LayerPolicies
+from train.memory.layer_runners import layer_runner
 from train.memory.offload import Offload, Stored
 from train.models.conditions import Conditions
 
@@ -40,13 +40,13 @@ def policy(**settings):
 
 
 def mixed(offload, *names, compiled=False):
-    """Each of the three blocks keeps something else."""
-    parallel, policies = ParallelConfig(activations="auto"), BlockPolicies(names, offload)
+    """Each of the three layers keeps something else."""
+    parallel, policies = ParallelConfig(activations="auto"), LayerPolicies(names, offload)
     return lambda adapter: set_memory_policy(adapter, parallel, compiled=compiled, policies=policies)
 
 
 def with_offload(name, offload, compiled=False):
-    runner = block_runner(name, offload, compiled=compiled)
+    runner = layer_runner(name, offload, compiled=compiled)
     return lambda adapter: adapter.transformer.enable_gradient_checkpointing(runner)
 
 
@@ -90,9 +90,9 @@ def test_selective_never_computes_attention_again(monkeypatch, prepare, forwards
     assert len(calls) == forwards
 
 
-def test_flex_attention_in_plain_blocks_is_refused_by_selective():
+def test_flex_attention_in_plain_layers_is_refused_by_selective():
     q = torch.randn(1, 1, 16, 16)  # without a gradient, which a CPU cannot give
-    run = block_runner("selective")
+    run = layer_runner("selective")
     with pytest.raises(UserError, match="add trainer.compile=true"):
         run(lambda q: flex_attention(q, q, q), q)
 
@@ -107,8 +107,8 @@ def test_flex_attention_in_plain_blocks_is_refused_by_selective():
         (mixed(0, "selective", "selective", "selective", compiled=True), 3),
     ],
 )
-def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
-    """One graph for the first block, whose input has no gradient, one for all others, and no breaks."""
+def test_compiled_layers_keep_the_same(monkeypatch, prepare, forwards):
+    """One graph for the first layer, whose input has no gradient, one for all others, and no breaks."""
     expected, calls = gradients(), []
     kernel = type(BACKENDS["torch"])
     whole = kernel.forward
@@ -128,8 +128,8 @@ def test_compiled_blocks_keep_the_same(monkeypatch, prepare, forwards):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_may_keep_different_things():
-    """One graph for each policy, and one for the first block, whose input has no gradient: no breaks."""
+def test_compiled_layers_may_keep_different_things():
+    """One graph for each policy, and one for the first layer, whose input has no gradient: no breaks."""
     expected = gradients()
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -179,7 +179,7 @@ def test_what_is_kept_goes_out_and_all_of_it_comes_back(name, kept):
 
     offload.put = counted
     gradients(with_offload(name, offload))
-    assert len(out) == kept  # each block's input, and with selective attention's output; all share text and angles
+    assert len(out) == kept  # each layer's input, and with selective attention's output; all share text and angles
     assert not offload.stored
     assert len(offload.spare) == kept
     gradients(with_offload(name, offload))

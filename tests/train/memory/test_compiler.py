@@ -1,4 +1,4 @@
-"""What the compiler is told: 16-bit tensors are stored narrow, and a step of compiled blocks takes less memory."""
+"""What the compiler is told: 16-bit tensors are stored narrow, and a step of compiled layers takes less memory."""
 
 import json
 
@@ -78,8 +78,8 @@ def test_nodes_of_which_nothing_is_known_are_left_alone():
     assert not any(node.meta for node in graph.nodes)
 
 
-class Block(nn.Module):
-    """The norms, gates and residual connections of a transformer block, with linear layers for its rest."""
+class Layer(nn.Module):
+    """The norms, gates and residual connections of a transformer layer, with linear layers for its rest."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -93,11 +93,11 @@ class Block(nn.Module):
         return x
 
 
-def peak(block, x, settings, monkeypatch, tmp_path):
+def peak(layer, x, settings, monkeypatch, tmp_path):
     """Gradient of x, and the most memory that a compiled, checkpointed step has allocated, in tensors like x."""
     monkeypatch.setattr(compiler, "SETTINGS", settings)
     torch._dynamo.reset()
-    run = compiler.compile_call(lambda x: checkpoint(block, x, use_reentrant=False))
+    run = compiler.compile_call(lambda x: checkpoint(layer, x, use_reentrant=False))
 
     def step():
         own = x.clone().requires_grad_()
@@ -120,9 +120,9 @@ def peak(block, x, settings, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_step_takes_less_memory_for_the_same_gradients(monkeypatch, tmp_path):
     torch.manual_seed(0)
-    block, x = Block(64), torch.randn(1, 20_000, 64, dtype=torch.bfloat16)
-    ours, less = peak(block, x, compiler.SETTINGS, monkeypatch, tmp_path)
-    plain, more = peak(block, x, {"dynamic": False}, monkeypatch, tmp_path)
+    layer, x = Layer(64), torch.randn(1, 20_000, 64, dtype=torch.bfloat16)
+    ours, less = peak(layer, x, compiler.SETTINGS, monkeypatch, tmp_path)
+    plain, more = peak(layer, x, {"dynamic": False}, monkeypatch, tmp_path)
     torch.testing.assert_close(ours, plain, rtol=3e-2, atol=3e-2)
     print(f"{more:.2f} -> {less:.2f} tensors")
     assert less < more - 1

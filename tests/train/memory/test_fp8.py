@@ -62,7 +62,7 @@ def test_products_are_those_of_the_rounded_operands(bias, dtype):
 def test_a_model_trains_its_lora_over_rounded_weights():
     def run(fp8: bool):
         adapter = tiny_adapter()
-        exchanged = use_fp8(adapter.blocks(), torch.device("cpu")) if fp8 else 0
+        exchanged = use_fp8(adapter.layers(), torch.device("cpu")) if fp8 else 0
         x0, eps, sigma, text = clips(1, (3, 12, 20))
         x, target = noised(x0, eps, sigma)
         adapter.set_attention(step_attention(PATTERNS["released"], adapter.grid(x), block=16))
@@ -73,7 +73,7 @@ def test_a_model_trains_its_lora_over_rounded_weights():
 
     loss, grads, _, plain = run(False)
     rounded_loss, rounded_grads, exchanged, adapter = run(True)
-    # Q, K, V, O of both attentions and the feed-forward's two, in each block; the LoRA's own stay
+    # Q, K, V, O of both attentions and the feed-forward's two, in each layer; the LoRA's own stay
     assert exchanged == 10 * len(plain.transformer.blocks)
     names = {n for n, p in plain.transformer.named_parameters() if p.requires_grad}
     assert {n for n, p in adapter.transformer.named_parameters() if p.requires_grad} == names
@@ -94,7 +94,7 @@ def test_a_device_without_float8_is_named(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", refuses)
     said = r"no float8 products .* on the CPU \(only per-tensor scaling here\): expected torch 2.13"
     with pytest.raises(UserError, match=said):
-        use_fp8(tiny_adapter().blocks(), torch.device("cpu"))
+        use_fp8(tiny_adapter().layers(), torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = finish(compose_run({"conf": "wan_4x", "trainer.fp8": "true", "model.path": "hub:a/b"}))
     with pytest.raises(UserError, match=said):  # before anything is loaded

@@ -61,7 +61,7 @@ def test_a_model_trains_its_lora_over_stored_weights(family):
     step = Step(family, (3, 4, 5), "released", 1, ParallelConfig(), compiled=False)
     adapter, exact = step.adapter, step().item()
     before = {n for n, p in adapter.transformer.named_parameters() if p.requires_grad}
-    assert store_fp8(adapter.blocks(), CPU, CPU) >= 4 * len(adapter.blocks())
+    assert store_fp8(adapter.layers(), CPU, CPU) >= 4 * len(adapter.layers())
     assert {n for n, p in adapter.transformer.named_parameters() if p.requires_grad} == before
     stored = [m for m in adapter.transformer.modules() if isinstance(m, StoredLinear)]
     assert all(not p.requires_grad for m in stored for p in m.parameters())
@@ -75,8 +75,8 @@ def test_the_plan_counts_it():
     config = finish(compose_run({"conf": "wan_2x"}))
     plain = Sizes.of(config, "bf16")
     stored = Sizes.of(dataclasses.replace(config, model=dataclasses.replace(config.model, storage="fp8")), "bf16")
-    assert 0.5 < stored.blocks_weights / plain.blocks_weights < 0.51
-    assert plain.weights - stored.weights == plain.blocks_weights - stored.blocks_weights
+    assert 0.5 < stored.layers_weights / plain.layers_weights < 0.51
+    assert plain.weights - stored.weights == plain.layers_weights - stored.layers_weights
 
 
 def float8_file(folder, scales):

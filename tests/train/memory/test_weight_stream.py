@@ -69,13 +69,13 @@ def test_losses_and_gradients_are_those_of_resident_weights(family, policy):
     ("family", "policy"),
     [("wan", "full"), ("hunyuan", "full"), *(pytest.param(f, "selective", marks=pytest.mark.slow) for f in FAMILIES)],
 )
-def test_no_block_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, policy):
-    """Whatever is in the ring beside the block that has arrived turns to NaN at once."""
+def test_no_layer_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, policy):
+    """Whatever is in the ring beside the layer that has arrived turns to NaN at once."""
     arrive = WeightStream.arrive
 
-    def only(stream, block):
-        arrive(stream, block)
-        own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    def only(stream, layer):
+        arrive(stream, layer)
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
         for slot, weights in enumerate(stream.ring):
             if weights.untyped_storage().data_ptr() not in own:
                 weights.fill_(255)  # NaN in every format
@@ -87,14 +87,14 @@ def test_no_block_computes_with_a_slot_that_is_not_its_own(monkeypatch, family, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "policy"), [("wan", "selective"), ("hunyuan", "full"), ("mochi", "offload")])
-def test_compiled_blocks_stream_too(family, policy):
+def test_compiled_layers_stream_too(family, policy):
     torch._dynamo.reset()
     same(POLICIES[policy], family, compiled=True, count=1)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-def test_each_copy_is_made_one_block_ahead_and_once_a_pass(monkeypatch, slots):
+def test_each_copy_is_made_one_layer_ahead_and_once_a_pass(monkeypatch, slots):
     copies = []
     fetch = WeightStream.fetch
 
@@ -104,31 +104,31 @@ def test_each_copy_is_made_one_block_ahead_and_once_a_pass(monkeypatch, slots):
         fetch(stream, index)
 
     monkeypatch.setattr(WeightStream, "fetch", noted)
-    blocks = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(6)]
-    weights = [block.weight.clone() for block in blocks]
-    stream = WeightStream([blocks], torch.device("cpu"), slots)
+    layers = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(6)]
+    weights = [layer.weight.clone() for layer in layers]
+    stream = WeightStream([layers], torch.device("cpu"), slots)
     for _ in range(2):
         asked = []
         for index in [*range(6), *reversed(range(6))]:
-            stream.arrive(blocks[index])
-            assert torch.equal(blocks[index].weight, weights[index])
+            stream.arrive(layers[index])
+            assert torch.equal(layers[index].weight, weights[index])
             asked.append(len(copies))
         ahead = slots - 1
         assert asked[:6] == [min(6, index + 1 + ahead) for index in range(6)]  # forward: so many ahead
         assert asked[6:] == [min(12 - slots, 6 + max(0, n + 1 + ahead - slots)) for n in range(6)]
         assert copies == [*range(6), *reversed(range(6 - slots))]
-        copies[:] = range(slots)  # the first blocks, which the backward ended with, are there for the next step
+        copies[:] = range(slots)  # the first layers, which the backward ended with, are there for the next step
     assert stream.ring_bytes == slots * 256 and stream.slab_bytes == 6 * 256
 
 
-def test_two_transformers_keep_to_their_own_blocks():
+def test_two_transformers_keep_to_their_own_layers():
     chains = [[torch.nn.Linear(4, 4).requires_grad_(False) for _ in range(3)] for _ in range(2)]
-    weights = {block: block.weight.clone() for block in itertools.chain(*chains)}
+    weights = {layer: layer.weight.clone() for layer in itertools.chain(*chains)}
     stream = WeightStream(chains, torch.device("cpu"))
     for chain in (chains[1], chains[0], chains[1]):
-        for block in [*chain, *reversed(chain)]:
-            stream.arrive(block)
-            assert torch.equal(block.weight, weights[block])
+        for layer in [*chain, *reversed(chain)]:
+            stream.arrive(layer)
+            assert torch.equal(layer.weight, weights[layer])
 
 
 def test_what_is_trained_stays_and_what_streams_takes_a_ring():

@@ -17,7 +17,7 @@ from radial import Dense, VideoGrid
 from tests.helpers import family_ranks
 from tests.helpers.attention import step_attention
 from tests.helpers.families import PATTERNS, TEXT, build, conditions, latents, shards, stock
-from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_two_blocks
+from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_two_layers
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
 from train.config.compose import compose_run, finish
@@ -49,9 +49,9 @@ def ready(adapter, tokens=TOKENS, pattern="dense", **settings):
 def test_the_adapter_describes_its_model(family):
     adapter = build(family)
     layers, heads, head_dim = adapter.attention_shape
-    assert len(adapter.blocks()) == layers
-    for block in adapter.blocks():
-        attention = adapter.self_attention(block)
+    assert len(adapter.layers()) == layers
+    for layer in adapter.layers():
+        attention = adapter.self_attention(layer)
         assert isinstance(attention.processor, LayoutAttention)
         assert attention.to_q.weight.shape[0] == heads * head_dim
     x = latents(adapter, TOKENS)
@@ -65,9 +65,9 @@ def test_the_adapter_describes_its_model(family):
     assert levels[-1] > 0
     assert len(adapter.noise_levels(1, 3.0)) == 1
     assert 0 <= adapter.given_frames(conditions(adapter, x)) < TOKENS[0]
-    for blocks in (2, 3):
-        smaller = type(adapter).from_config(type(adapter).cut(type(adapter).tiny_config, blocks), text_tokens=TEXT)
-        assert len(smaller.blocks()) == smaller.attention_shape[0] == blocks
+    for layers in (2, 3):
+        smaller = type(adapter).from_config(type(adapter).cut(type(adapter).tiny_config, layers), text_tokens=TEXT)
+        assert len(smaller.layers()) == smaller.attention_shape[0] == layers
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "torch"])
@@ -90,8 +90,8 @@ def test_released_equals_a_masked_softmax_model(family, dense_layers):
     x, sigma, seen = ready(adapter, (12, 8, 8), "released", dense_layers=dense_layers)
     got = adapter.velocity(x, sigma, seen)
     layouts = []
-    for block in adapter.blocks():
-        processor = adapter.self_attention(block).processor
+    for layer in adapter.layers():
+        processor = adapter.self_attention(layer).processor
 
         def attend(q, k, v, text_lengths=None, layout=processor.layout):
             layouts.append(layout)
@@ -143,7 +143,7 @@ def test_lora_gradients_equal_the_stock_models_with_peft(family):
                 torch.nn.init.normal_(parameter, std=0.1)
         side.velocity(*ready(adapter)).square().mean().backward()
         gradients.append({n: p.grad for n, p in side.transformer.named_parameters() if p.requires_grad})
-    assert len(names) == 4 * adapter.attention_shape[0]  # Q, K, V and O of each block
+    assert len(names) == 4 * adapter.attention_shape[0]  # Q, K, V and O of each layer
     assert len(gradients[0]) == 2 * len(names)
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[1].items():
@@ -180,7 +180,7 @@ def test_frozen_layers_run_in_float8(family):
     batch = ready(adapter)
     exact = adapter.velocity(*batch)
     adapter.transformer.requires_grad_(False)
-    assert use_fp8(adapter.blocks(), torch.device("cpu")) >= 4 * len(adapter.blocks())
+    assert use_fp8(adapter.layers(), torch.device("cpu")) >= 4 * len(adapter.layers())
     error = (adapter.velocity(*batch) - exact).norm() / exact.norm()
     assert 0 < error < 0.1
 
@@ -189,14 +189,14 @@ def test_frozen_layers_run_in_float8(family):
 @pytest.mark.parametrize("policy", ["none", "selective"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_kind_of_block_compiles_to_one_graph(monkeypatch, family, policy):
-    """And to one more where the first block's input has no gradient."""
+    """And to one more where the first layer's input has no gradient."""
     # the graphs are what counts here, not the code that becomes of them
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     got = family_ranks.gradients(family, ODD, "dense", 1, 2, policy, True)
     expected = family_ranks.gradients(family, ODD, "dense", 1, 2, "none", False)
-    blocks = build(family).blocks()
-    kinds = {(type(block), *((name, weight.shape) for name, weight in block.named_parameters())) for block in blocks}
-    hooks = {hook for block in blocks for hook in block._forward_hooks.values()} if policy == "none" else ()
+    layers = build(family).layers()
+    kinds = {(type(layer), *((name, weight.shape) for name, weight in layer.named_parameters())) for layer in layers}
+    hooks = {hook for layer in layers for hook in layer._forward_hooks.values()} if policy == "none" else ()
     assert got["breaks"] == {}
     assert got["graphs"] <= len(kinds) + 1 + len(hooks)
     for name, gradient in expected["gradients"].items():
@@ -305,7 +305,7 @@ def test_a_run_trains_and_exports(tmp_path, family):
 @pytest.mark.parametrize("family", sorted(longest_runs()))
 def test_the_longest_runs_step_is_measured(family):
     """What tests/gpu runs at the real shapes, tiny."""
-    result = step_of_two_blocks(shrunk(config_of(longest_runs()[family])))
-    assert result.blocks == 2
+    result = step_of_two_layers(shrunk(config_of(longest_runs()[family])))
+    assert result.layers == 2
     assert result.step > 0
     assert result.tflops > 0

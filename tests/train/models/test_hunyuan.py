@@ -100,7 +100,7 @@ def test_the_single_blocks_o_projection_is_in_proj_out():
         *(f"single_transformer_blocks.{n}.attn.{layer}" for n in range(2) for layer in ("to_q", "to_k", "to_v")),
         *(f"single_transformer_blocks.{n}.proj_out" for n in range(2)),
     }
-    assert build("hunyuan").blocks()[2].proj_out.in_features == 64 + 128  # attention's output and the MLP's middle
+    assert build("hunyuan").layers()[2].proj_out.in_features == 64 + 128  # attention's output and the MLP's middle
 
 
 def test_a_model_without_guidance_is_told_none():

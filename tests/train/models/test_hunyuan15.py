@@ -109,12 +109,12 @@ def test_captions_that_quote_nothing_need_no_glyphs():
 
 @torch.no_grad()
 def test_a_call_of_the_pipelines_has_no_image_tokens():
-    """Its zeros of an image are left out before the blocks, so that the text is as long as the layout says."""
+    """Its zeros of an image are left out before the layers, so that the text is as long as the layout says."""
     adapter, model = build("hunyuan15"), original()
     x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, (5, 14), (0, 4))
     adapter.set_attention(planned(adapter, x))
     found = []
-    adapter.blocks()[0].register_forward_hook(lambda _, inputs, outputs: found.append(outputs[1].shape[1]))
+    adapter.layers()[0].register_forward_hook(lambda _, inputs, outputs: found.append(outputs[1].shape[1]))
     got = as_the_pipeline_calls(adapter.transformer, x, sigma, seen)
     torch.testing.assert_close(got, as_the_pipeline_calls(model, x, sigma, seen), rtol=0, atol=1e-5)
     assert found == [TEXT]
@@ -247,8 +247,8 @@ def test_image_to_video_equals_the_stock_model():
 def test_image_to_videos_flops_are_those_that_torch_counts():
     config = {**Hunyuan15Adapter.tiny_config, "task_type": "i2v"}
     adapter = Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), 729 + TEXT)
-    for block in adapter.blocks():
-        block.attn.processor = HunyuanVideo15AttnProcessor2_0()
+    for layer in adapter.layers():
+        layer.attn.processor = HunyuanVideo15AttnProcessor2_0()
     x = latents(adapter, (24, 8, 8), 1)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         adapter.velocity(x, torch.tensor([0.5]), adapter.random_conditions(x))

@@ -27,7 +27,7 @@ def test_a_made_up_family_is_two_files_away(tmp_path):
         "data.synthetic_clips=4", "data.batch_size=1", "data.workers=0", "trainer.steps=2", "trainer.compile=false",
         "trainer.precision=fp32", "optim.warmup=0",
     ]  # fmt: skip
-    # the contract's tests of this family, the compiled blocks too
+    # the contract's tests of this family, the compiled layers too
     tests = ["-m", "pytest", "tests/train/models/test_contract.py", "-k", "made_up", "-m", "slow or not slow"]
     for command in (run, tests):
         done = subprocess.run(

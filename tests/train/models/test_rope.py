@@ -79,7 +79,7 @@ def tiny_wan(rope):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wans_rotary_angles_are_the_restated_ones(kind):
-    """Temporal columns of the cosines and sines that reach the blocks; the spatial ones stay as the model has them."""
+    """Temporal columns of the cosines and sines that reach the layers; the spatial ones stay as the model has them."""
     x = torch.empty(1, 3, 7, 12, 20)  # 7 frames of 3 x 5 tokens
     cos, sin = tiny_wan(TemporalRope(kind, 4, 1)).transformer.rope(x)
     own_cos, own_sin = WanTransformer3DModel(**ARCHITECTURE).rope(x)

@@ -85,8 +85,8 @@ def test_released_equals_a_masked_softmax_model(variant):
     adapter = wan.adapter_of(variant)
     x, sigma, seen = ready(adapter, variant, Released(), (12, 8, 8), dense_layers=1)
     got = adapter.velocity(x, sigma, seen)
-    for block in adapter.blocks():
-        processor = adapter.self_attention(block).processor
+    for layer in adapter.layers():
+        processor = adapter.self_attention(layer).processor
 
         def attend(q, k, v, text_lengths=None, layout=processor.layout):
             exact = [t.double() for t in (q, k, v)]

@@ -45,13 +45,13 @@ def test_the_ranks_of_a_node_load_the_weights_once(large):
 
 @pytest.mark.slow
 def test_zero_3_spreads_weights_that_no_rank_ever_holds(large):
-    """Straight from the files: a rank's own memory grows by its share, and by one block on the way."""
+    """Straight from the files: a rank's own memory grows by its share, and by one layer on the way."""
     folder, _ = large
     ranks = run_ranks(4, weights_ranks.spread_memory, folder)
     size = ranks[0]["size"]
     assert sum(rank["own"] for rank in ranks) == pytest.approx(size, rel=0.01)
     for rank in ranks:
-        assert rank["most"] < 0.9 * size  # a quarter, a block of 0.37, and what the process takes for itself
+        assert rank["most"] < 0.9 * size  # a quarter, a layer of 0.37, and what the process takes for itself
 
 
 def test_settling_gives_what_diffusers_loads(tmp_path):
@@ -63,8 +63,8 @@ def test_settling_gives_what_diffusers_loads(tmp_path):
     for (name, got), (_, want) in zip(adapter.transformer.named_parameters(), expected.named_parameters(), strict=True):
         assert got.dtype == want.dtype, name
         assert torch.equal(got, want), name
-    blocks = list(adapter.transformer.blocks)
-    assert [part for part in parts if part in blocks] == blocks
+    layers = list(adapter.transformer.blocks)
+    assert [part for part in parts if part in layers] == layers
     assert {got.dtype for got in adapter.transformer.parameters()} == {torch.bfloat16, torch.float32}
 
 
@@ -77,12 +77,12 @@ def test_settling_leaves_a_lora_in_fp32(tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(ADAPTERS))
-def test_a_benchmarks_blocks_share_the_weights_of_one_of_their_kind(family):
-    """Of seven blocks, whose weights stream: no weight is without data, and they take the memory of a few."""
+def test_a_benchmarks_layers_share_the_weights_of_one_of_their_kind(family):
+    """Of seven layers, whose weights stream: no weight is without data, and they take the memory of a few."""
     cls = ADAPTERS[family]
     config = finish(compose_run({"model.family": family, "model.text_tokens": "20"})).model
     config.architecture = cls.cut(cls.tiny_config, 7)
-    adapter = benchmark_adapter(config, None, torch.float32, "cpu", blocks_on_cpu=True)
-    weights = [weight for block in adapter.blocks() for weight in block.parameters()]
-    assert len(adapter.blocks()) == 7 and not any(weight.is_meta for weight in adapter.transformer.parameters())
+    adapter = benchmark_adapter(config, None, torch.float32, "cpu", layers_on_cpu=True)
+    weights = [weight for layer in adapter.layers() for weight in layer.parameters()]
+    assert len(adapter.layers()) == 7 and not any(weight.is_meta for weight in adapter.transformer.parameters())
     assert len({weight.data_ptr() for weight in weights}) < 0.5 * len(weights)

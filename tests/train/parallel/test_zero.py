@@ -76,14 +76,14 @@ def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, s
     ("activations", "offload", "attentions"),
     [("none", False, 1), ("full", False, 2), ("selective", False, 1), ("selective", True, 1)],
 )
-def test_blocks_are_compiled_within_zero3s_gathering(tmp_path, activations, offload, attentions):
-    """Each block is one graph; what a policy keeps, it keeps all the same, and no gathered weights."""
+def test_layers_are_compiled_within_zero3s_gathering(tmp_path, activations, offload, attentions):
+    """Each layer is one graph; what a policy keeps, it keeps all the same, and no gathered weights."""
     parallel = ParallelConfig(strategy="zero3", activations=activations, offload_activations=offload)
     expected = zero_ranks.plain(3, 2, tmp_path / "plain")
     for rank in run_ranks(2, zero_ranks.zero3_compiled, parallel, tmp_path / "zero"):
         assert rank["losses"] == pytest.approx(expected, rel=1e-4)
         assert rank["graphs"] == 1
-        assert rank["attentions"] == 3 * 3 * attentions  # steps, blocks
+        assert rank["attentions"] == 3 * 3 * attentions  # steps, layers
     same(tmp_path / "zero", tmp_path / "plain" / "step-3")
 
 

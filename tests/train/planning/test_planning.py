@@ -48,7 +48,7 @@ def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
 
 
 def test_the_published_geometry():
-    """Wan2.1-14B: 14.3e9 weights in bf16, a rank-128 LoRA of 210 M, 291,600 tokens, 40 block inputs of 2.99 GB."""
+    """Wan2.1-14B: 14.3e9 weights in bf16, a rank-128 LoRA of 210 M, 291,600 tokens, 40 layer inputs of 2.99 GB."""
     budget = planned()
     sizes = budget.sizes
     assert (sizes.layers, sizes.heads, sizes.width, sizes.wide, sizes.tokens) == (40, 40, 5120, 13824, 291_600)
@@ -87,7 +87,7 @@ def test_flops_are_those_of_the_training_log(tmp_path):
     ],
 )
 def test_memory_is_that_of_a_traced_step(policy, chunk, layers, frames):
-    """Real Wan-14B blocks at their real shape, eager: what autograd keeps and the backward's working set."""
+    """Real Wan-14B layers at their real shape, eager: what autograd keeps and the backward's working set."""
     budget = planned(clip__frames=frames, layers=layers)
     config = with_parallel(budget.config, activations=policy, ffn_chunk=chunk)
     budget = replace(budget, config=config)
@@ -125,7 +125,7 @@ def test_ranks_share_what_they_share():
     assert shared.gpu_parts["kept activations"] == whole.gpu_parts["kept activations"] / 4
     assert planned(gpus=7, parallel__sequence=1).tokens == 291_600
     zero3 = planned(gpus=8, parallel="zero3")
-    assert zero3.weights == pytest.approx(whole.weights / 8 + 2 * whole.sizes.block_weights)
+    assert zero3.weights == pytest.approx(whole.weights / 8 + 2 * whole.sizes.layer_weights)
     assert planned(gpus=8, parallel="zero1").training > planned(gpus=8, parallel="zero2").training > zero3.training
     offload = planned(gpus=8, parallel="zero3_offload")
     assert offload.weights < zero3.weights
@@ -182,10 +182,10 @@ def test_chosen_policies_fit_wherever_any_do(memory, cpu, sequence, dense):
         assert budget.misfit is None
     if budget.gpu_memory > budget.usable + 1:
         assert set(names) == {"full"}
-    elif budget.misfit is not None:  # the CPU's memory is too small for the process itself, whatever blocks keep
+    elif budget.misfit is not None:  # the CPU's memory is too small for the process itself, whatever layers keep
         assert budget.offloaded == 0 and budget.cpu_parts["processes"] > budget.cpu_usable
     ranks = [order.index(name) for name in names[0 if dense else 2 :]]
-    assert ranks == sorted(ranks)  # the last blocks keep the most
+    assert ranks == sorted(ranks)  # the last layers keep the most
     larger = replace(budget, machine=replace(budget.machine, gpu=replace(gpu, memory=2 * gpu.memory)))
     assert larger.policies.count("full") <= budget.policies.count("full")
 
@@ -204,7 +204,7 @@ def planned_sizes():
     return _CACHE["config"].sizes
 
 
-def test_dense_blocks_keep_attention_first():
+def test_dense_layers_keep_attention_first():
     needs = lambda names: 10 * (len(names) - names.count("full"))  # noqa: E731
     assert chosen(5, 2, 20, needs).names == ("selective", "selective", "full", "full", "full")
     assert chosen(5, 2, 30, needs).names == ("selective", "selective", "full", "full", "selective")

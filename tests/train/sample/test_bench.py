@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.sample import bench
 
 TINY = [
-    "model=wan_14b", "frames=33", "blocks=3", "clip.height=64", "clip.width=96", "attention.block=16",
+    "model=wan_14b", "frames=33", "layers=3", "clip.height=64", "clip.width=96", "attention.block=16",
     "trainer.precision=fp32", "trainer.compile=false",
     "model.dimensions={num_attention_heads: 2, attention_head_dim: 16, ffn_dim: 32}",
 ]  # fmt: skip
@@ -31,20 +31,20 @@ def test_every_case_is_measured_beside_dense(tmp_path, capsys):
 
 
 JOINT = [
-    "conf=hunyuan_4x", "blocks=4", "clip.height=64", "clip.width=96", "attention.block=16", "trainer.precision=fp32",
+    "conf=hunyuan_4x", "layers=4", "clip.height=64", "clip.width=96", "attention.block=16", "trainer.precision=fp32",
     "model.dimensions={num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, num_single_layers: 4, "
     "text_embed_dim: 32, pooled_projection_dim: 16, rope_axes_dim: [4,6,6]}",
 ]  # fmt: skip
 
 
 def test_nothing_is_compiled_while_it_istimed(monkeypatch):
-    """Of a model with two kinds of blocks; torch.compile without its code generation, which takes minutes."""
+    """Of a model with two kinds of layers; torch.compile without its code generation, which takes minutes."""
     torch._dynamo.reset()
 
-    def compile_block(block, **settings):
-        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", **settings)
+    def compile_layer(layer, **settings):
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **settings)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
     graphs, timed = [], bench.timed
 
     def counted(forward):
@@ -57,7 +57,7 @@ def test_nothing_is_compiled_while_it_istimed(monkeypatch):
     monkeypatch.setattr(bench, "timed", counted)
     bench.main([*JOINT, "trainer.compile=true", "frames=33", "dense_layers=1", "dense=false"])
     ((before, after),) = graphs
-    assert before == after >= 3  # a dense block, a sparse one, and one of the joint stream at least
+    assert before == after >= 3  # a dense layer, a sparse one, and one of the joint stream at least
 
 
 def test_what_is_measured_is_kept_when_a_later_case_fails(tmp_path, monkeypatch, capsys):

@@ -115,18 +115,18 @@ def test_dense_is_the_stock_pipeline_and_released_is_not(folders, family, image)
     assert sparse.dense == [True] + [False] * (changes["steps"] - 1)
 
 
-@pytest.mark.parametrize(("family", "offload", "compiles"), [("mochi", "none", True), ("hunyuan", "block", False)])
+@pytest.mark.parametrize(("family", "offload", "compiles"), [("mochi", "none", True), ("hunyuan", "layer", False)])
 def test_the_joint_families_compare_compile_offload_and_take_styles(
     folders, tmp_path, monkeypatch, family, offload, compiles
 ):
     """By the command, compared with dense; torch.compile without its code generation, which takes minutes."""
     compiled = []
 
-    def compile_block(block, **settings):
+    def compile_layer(layer, **settings):
         compiled.append(settings)
-        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
     folder, changes = settings(folders, family)
     style = save_lora(folder, tmp_path / "style.safetensors", header={}, family=family, seed=2)
     changes |= {"steps": 2 if family == "mochi" else 1, "decay": 0.4, "dense_layers": 1, "dense_steps": 0}
@@ -166,7 +166,7 @@ def test_two_processes_make_the_clip_of_one(folders, family):
             np.testing.assert_allclose(rank["latent"], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("offload", "device"), [("none", "meta"), ("model", "cpu"), ("block", "cpu")])
+@pytest.mark.parametrize(("offload", "device"), [("none", "meta"), ("model", "cpu"), ("layer", "cpu")])
 def test_an_offloaded_image_encoder_is_not_on_the_device(folders, offload, device):
     """The meta device stands in for a GPU."""
     folder, changes = settings(folders, "wan_i2v", image=True)

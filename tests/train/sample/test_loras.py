@@ -155,7 +155,7 @@ def test_files_with_commas_in_their_names(wan, tmp_path, capsys):
     assert f"{style}: alpha / rank is 1, from its alpha tensors" in said
 
 
-@pytest.mark.parametrize("offload", ["model", "block"])
+@pytest.mark.parametrize("offload", ["model", "layer"])
 def test_offloaded_transformers_make_the_same_clip(wan, tmp_path, offload):
     lora = save_lora(wan, tmp_path / "mine.safetensors", header=HEADER)
     close(latent(wan, lora=lora, offload=offload).latent, latent(wan, lora=lora).latent)

@@ -1,8 +1,8 @@
 """HunyuanVideo text-to-video: diffusers' HunyuanVideoTransformer3DModel with radial joint attention.
 
-20 double blocks, in which video and text have weights of their own, then 40 single blocks, in which they share them.
-In a single block the O projection is a part of ``proj_out``, a matrix over attention's output and the MLP's middle.
-LLaMA's tokens are refined by two blocks of their own before. The model predicts the velocity eps - x0 at timestep 1000
+20 double layers, in which video and text have weights of their own, then 40 single layers, in which they share them.
+In a single layer the O projection is a part of ``proj_out``, a matrix over attention's output and the MLP's middle.
+LLaMA's tokens are refined by two layers of their own before. The model predicts the velocity eps - x0 at timestep 1000
 sigma. It is distilled for guidance, and takes 1000 times the weight as an input: 1 in training, 6 in the public
 pipeline.
 """
@@ -27,7 +27,7 @@ from train.models.rope import geometric
 
 
 class HunyuanAttention(JointAttention):
-    """Attention processor of one double or single block."""
+    """Attention processor of one double or single layer."""
 
     def text_lengths(self, mask: Tensor, text_tokens: int) -> Tensor:
         """The mask is (batch, 1, 1, this rank's video tokens + text tokens)."""
@@ -39,10 +39,10 @@ class HunyuanAttention(JointAttention):
         return cos[:, None, 0::2], sin[:, None, 0::2]
 
 
-def _apart(block: nn.Module, inputs: Any, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _apart(layer: nn.Module, inputs: Any, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Video and text as tensors of their own.
 
-    A single block cuts them out of one tensor. The next would be compiled anew for views of it, and what is kept of the
+    A single layer cuts them out of one tensor. The next would be compiled anew for views of it, and what is kept of the
     video for the backward would keep the text too.
     """
     return tuple(stream.contiguous() for stream in streams)
@@ -83,10 +83,10 @@ class HunyuanAdapter(ModelAdapter):
             raise UserError(f"the model takes an image (image_condition_type={kind}), expected text-to-video weights")
         super().__init__(transformer, text_tokens)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
-        # it gives a transposed view, whose strides every sum with it would inherit, block after block
+        # it gives a transposed view, whose strides every sum with it would inherit, layer after layer
         transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
-        for block in transformer.single_transformer_blocks:
-            block.register_forward_hook(_apart)
+        for layer in transformer.single_transformer_blocks:
+            layer.register_forward_hook(_apart)
 
     @classmethod
     def encode_prompt(
@@ -101,20 +101,20 @@ class HunyuanAdapter(ModelAdapter):
         return self.rope.extend(tables, geometric(rope.theta, rope.rope_dim[0]), self.grid(x))
 
     @classmethod
-    def cut(cls, config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-        """One double block for each two single ones, as the model has them."""
-        double = max(1, round(blocks / 3))
-        return {**config, "num_layers": double, "num_single_layers": blocks - double}
+    def cut(cls, config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """One double layer for each two single ones, as the model has them."""
+        double = max(1, round(layers / 3))
+        return {**config, "num_layers": double, "num_single_layers": layers - double}
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return block.attn
+    def self_attention(self, layer: nn.Module) -> Any:
+        return layer.attn
 
     def feed_forwards(self) -> list[nn.Module]:
-        """The feed-forward layers of the double blocks; a single block's is no layer of its own."""
-        return [block.ff for block in self.transformer.transformer_blocks]
+        """The feed-forwards of the double layers; a single layer's is no module of its own."""
+        return [layer.ff for layer in self.transformer.transformer_blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
@@ -155,13 +155,13 @@ class HunyuanAdapter(ModelAdapter):
         dim, wide = config.num_attention_heads * config.attention_head_dim, config.mlp_ratio
         modulation = 12 * dim**2
         # Q, K, V, O and the MLP, of each token in the weights of its stream or in shared ones
-        blocks = (config.num_layers + config.num_single_layers) * (8 + 4 * wide) * n * dim**2
-        blocks += (2 * config.num_layers + 0.5 * config.num_single_layers) * modulation
+        layers = (config.num_layers + config.num_single_layers) * (8 + 4 * wide) * n * dim**2
+        layers += (2 * config.num_layers + 0.5 * config.num_single_layers) * modulation
         refiner = config.num_refiner_layers * (24 * text * dim**2 + 4 * text**2 * dim + 4 * dim**2)
         refiner += 2 * text * config.text_embed_dim * dim
         cells = self.patch[0] * self.patch[1] * self.patch[2]
         ends = 2 * grid.video_tokens * dim * cells * (config.in_channels + config.out_channels)
-        return float(blocks + refiner + ends)
+        return float(layers + refiner + ends)
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """HunyuanVideo-1.5, text- and image-to-video: diffusers' HunyuanVideo15Transformer3DModel with radial joint attention.
 
-54 blocks, in which video and text have weights of their own; what the last makes of the text nothing reads. The text is
+54 layers, in which video and text have weights of their own; what the last makes of the text nothing reads. The text is
 two encoders' tokens in one sequence, Qwen2.5-VL's of the caption and byT5's of what the caption quotes (the glyphs that
 the video shows), each padded with a mask of its own; before them stand the image encoder's tokens of a first frame. The
 model puts what is valid first, image, glyphs, words, and what is padding last. A text-to-video model has no image: its
@@ -39,11 +39,11 @@ _INPUTS = {
 }
 """What the pipeline calls both texts and their masks, and what the transformer does."""
 _Last: Any = type(HunyuanVideo15TransformerBlock.__name__, (HunyuanVideo15TransformerBlock,), {})
-"""The last block's class: its text may carry fewer LoRAs, which makes it a graph of its own for the compiler."""
+"""The last layer's class: its text may carry fewer LoRAs, which makes it a graph of its own for the compiler."""
 
 
 class Hunyuan15Attention(JointAttention):
-    """Attention processor of one block."""
+    """Attention processor of one layer."""
 
     def text_lengths(self, mask: Tensor, text_tokens: int) -> Tensor:
         """The mask is (batch, text tokens)."""
@@ -98,7 +98,7 @@ class Hunyuan15Adapter(ModelAdapter):
         if not self.image_to_video:
             transformer.register_forward_pre_hook(_without_image, with_kwargs=True)
         transformer.rope.register_forward_hook(lambda _, inputs, tables: self._extended(inputs[0], tables))
-        # it gives a transposed view, whose strides every sum with it would inherit, block after block
+        # it gives a transposed view, whose strides every sum with it would inherit, layer after layer
         transformer.x_embedder.register_forward_hook(lambda _, inputs, tokens: tokens.contiguous())
         # the class would round the timestep to the weights' precision; its sines are rounded instead
         transformer.time_embed.timestep_embedder.register_forward_pre_hook(
@@ -168,14 +168,14 @@ class Hunyuan15Adapter(ModelAdapter):
         rope = self.transformer.rope
         return self.rope.extend(tables, geometric(rope.theta, rope.rope_dim[0]), self.grid(x))
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return list(self.transformer.transformer_blocks)
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return block.attn
+    def self_attention(self, layer: nn.Module) -> Any:
+        return layer.attn
 
     def feed_forwards(self) -> list[nn.Module]:
-        return [block.ff for block in self.transformer.transformer_blocks]
+        return [layer.ff for layer in self.transformer.transformer_blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
@@ -251,13 +251,13 @@ class Hunyuan15Adapter(ModelAdapter):
         config, n, text = self.transformer.config, grid.tokens, self._words
         dim, wide = config.num_attention_heads * config.attention_head_dim, config.mlp_ratio
         # Q, K, V, O and the MLP of each token in the weights of its stream; two modulations
-        blocks = config.num_layers * ((8 + 4 * wide) * n * dim**2 + 24 * dim**2)
+        layers = config.num_layers * ((8 + 4 * wide) * n * dim**2 + 24 * dim**2)
         refiner = config.num_refiner_layers * (24 * text * dim**2 + 4 * text**2 * dim + 4 * dim**2)
         refiner += 2 * text * config.text_embed_dim * dim
         refiner += 2 * (self.text_tokens - text) * config.image_embed_dim * (config.image_embed_dim + dim)
         cells = self.patch[0] * self.patch[1] * self.patch[2]
         ends = 2 * grid.video_tokens * dim * cells * (config.in_channels + config.out_channels)
-        return float(blocks + refiner + ends)
+        return float(layers + refiner + ends)
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Mochi-1 text-to-video: diffusers' MochiTransformer3DModel with radial joint attention.
 
-48 blocks, in which the text has a narrower stream with weights of its own; the last has no text output. The model's
+48 layers, in which the text has a narrower stream with weights of its own; the last has no text output. The model's
 own convention runs time from noise to data: its input is 1000 (1 - sigma), its output x0 - eps. Its rotary angles are
 learned mixtures of the three axes, other ones in each head. Its sampler takes half of its steps above sigma 0.975.
 """
@@ -22,7 +22,7 @@ from train.models.joint import JointAttention
 
 
 class MochiJointAttention(JointAttention):
-    """Attention processor of one block."""
+    """Attention processor of one layer."""
 
     def text_lengths(self, mask: Tensor, text_tokens: int) -> Tensor:
         """The mask is (batch, text tokens)."""
@@ -86,14 +86,14 @@ class MochiAdapter(ModelAdapter):
         turns = moves.float()[:, None, None] * frequencies[0].float()
         return cos * turns.cos() - sin * turns.sin(), sin * turns.cos() + cos * turns.sin()
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return list(self.transformer.transformer_blocks)
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return block.attn1
+    def self_attention(self, layer: nn.Module) -> Any:
+        return layer.attn1
 
     def feed_forwards(self) -> list[nn.Module]:
-        return [block.ff for block in self.transformer.transformer_blocks]
+        return [layer.ff for layer in self.transformer.transformer_blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
@@ -140,10 +140,10 @@ class MochiAdapter(ModelAdapter):
         video = (8 + 16) * n * dim**2 + 8 * dim**2  # Q, K, V, O and a gated MLP of 8/3 the width; modulation
         words = 8 * text * narrow * dim + 16 * text * narrow**2 + 8 * dim * narrow
         last = 6 * text * narrow * dim + 2 * dim * narrow  # its text is read only
-        blocks = config.num_layers * video + (config.num_layers - 1) * words + last
+        layers = config.num_layers * video + (config.num_layers - 1) * words + last
         embedding = 2 * text * source * narrow + 4 * text * source**2
         channels = config.in_channels + (config.out_channels or config.in_channels)
-        return float(blocks + embedding + 2 * n * dim * self.patch[1] * self.patch[2] * channels)
+        return float(layers + embedding + 2 * n * dim * self.patch[1] * self.patch[2] * channels)
 
     @property
     def patch(self) -> tuple[int, int, int]:

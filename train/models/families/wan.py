@@ -1,6 +1,6 @@
 """Wan2.1, text- and image-to-video: diffusers' WanTransformer3DModel with radial self-attention.
 
-The class stays as diffusers ships it. Each block's ``attn1`` gets a `WanSelfAttention` processor, the cross-attention
+The class stays as diffusers ships it. Each layer's ``attn1`` gets a `WanSelfAttention` processor, the cross-attention
 ``attn2`` keeps its own. The model predicts the velocity eps - x0 at timestep 1000 sigma; text is zero-padded to 512
 tokens and not masked, as in the family's own training.
 
@@ -123,14 +123,14 @@ class WanAdapter(ModelAdapter):
         """Whether the model takes a first frame."""
         return self.transformer.config.in_channels != self.latent_channels
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return list(self.transformer.blocks)
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return block.attn1
+    def self_attention(self, layer: nn.Module) -> Any:
+        return layer.attn1
 
     def feed_forwards(self) -> list[nn.Module]:
-        return [block.ffn for block in self.transformer.blocks]
+        return [layer.ffn for layer in self.transformer.blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)

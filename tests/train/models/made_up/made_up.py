@@ -62,14 +62,14 @@ class MadeUpAdapter(ModelAdapter):
         "caption_channels": 24,
     }
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return list(self.transformer.transformer_blocks)
 
-    def self_attention(self, block: nn.Module) -> Any:
-        return block.attn1
+    def self_attention(self, layer: nn.Module) -> Any:
+        return layer.attn1
 
     def feed_forwards(self) -> list[nn.Module]:
-        return [block.ff for block in self.transformer.transformer_blocks]
+        return [layer.ff for layer in self.transformer.transformer_blocks]
 
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
@@ -99,9 +99,9 @@ class MadeUpAdapter(ModelAdapter):
     def linear_flops(self, grid: VideoGrid) -> float:
         config, n, text = self.transformer.config, grid.tokens, self.text_tokens
         dim = config.num_attention_heads * config.attention_head_dim
-        block = 12 * n * dim**2 + 4 * text * dim**2 + 4 * n * text * dim + 16 * n * dim**2
+        layer = 12 * n * dim**2 + 4 * text * dim**2 + 4 * n * text * dim + 16 * n * dim**2
         ends = 2 * n * dim * (config.in_channels + config.out_channels)
-        return float(config.num_layers * block + ends + 2 * text * dim * (config.caption_channels + dim))
+        return float(config.num_layers * layer + ends + 2 * text * dim * (config.caption_channels + dim))
 
     @property
     def patch(self) -> tuple[int, int, int]:

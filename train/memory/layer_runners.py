@@ -1,7 +1,7 @@
-"""What a transformer block keeps for its backward: one policy a run, or one a block (``parallel.activations=auto``).
+"""What a transformer layer keeps for its backward: one policy a run, or one a layer (``parallel.activations=auto``).
 
     none        everything that autograd saves
-    full        the block's input; the block runs again in the backward
+    full        the layer's input; the layer runs again in the backward
     selective   the input, and attention's output and log-sum-exp: all but attention runs again
 
 What is kept can go to CPU memory (`train.memory.offload`). A feed-forward layer can run in stretches of tokens, each of
@@ -32,27 +32,27 @@ _Runner = Callable[..., Any]
 
 
 def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
-    """Runs each block by its own `block_runner`."""
-    by_block = {id(block): runner for block, runner in runners.items()}
-    return lambda block, hidden, *rest: by_block[id(block)](block, hidden, *rest)
+    """Runs each layer by its own `layer_runner`."""
+    by_layer = {id(layer): runner for layer, runner in runners.items()}
+    return lambda layer, hidden, *rest: by_layer[id(layer)](layer, hidden, *rest)
 
 
-def call_block(block: nn.Module, *inputs: Any) -> Any:
-    """Calls a block as the model does by itself, its hooks included."""
-    return block(*inputs)
+def call_layer(layer: nn.Module, *inputs: Any) -> Any:
+    """Calls a layer as the model does by itself, its hooks included."""
+    return layer(*inputs)
 
 
-def block_runner(
-    policy: str, offload: Offload | None = None, *, compiled: bool = False, call: _Runner = call_block
+def layer_runner(
+    policy: str, offload: Offload | None = None, *, compiled: bool = False, call: _Runner = call_layer
 ) -> _Runner:
-    """How a model calls its blocks, ``run(block, hidden_states, *rest)``, for diffusers' gradient checkpointing.
+    """How a model calls its layers, ``run(layer, hidden_states, *rest)``, for diffusers' gradient checkpointing.
 
     Args:
-        policy: ``full``, ``selective`` or, beside blocks that have one of those, ``none``.
+        policy: ``full``, ``selective`` or, beside layers that have one of those, ``none``.
         offload: where to what is kept goes; None leaves it on the device.
-        compiled: compile the block with its checkpoint as one graph. Operators inside a compiled block are out of
-            reach from outside, so that checkpointing a compiled block would compute attention again.
-        call: what is compiled, or checkpointed, of a block.
+        compiled: compile the layer with its checkpoint as one graph. Operators inside a compiled layer are out of
+            reach from outside, so that checkpointing a compiled layer would compute attention again.
+        call: what is compiled, or checkpointed, of a layer.
     """
     if policy == "none":
         return compile_call(call) if compiled else call
@@ -62,24 +62,24 @@ def block_runner(
     elif policy == "selective":
         settings["context_fn"] = functools.partial(_contexts, offload)
 
-    def inner(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(functools.partial(call, block), *inputs, **settings)
+    def inner(layer: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(functools.partial(call, layer), *inputs, **settings)
 
     if compiled:
         inner = compile_call(inner)
     if offload is None:
         return inner
 
-    def run(block: nn.Module, hidden: Tensor, *rest: Any) -> Any:
-        # what all blocks share stays: text, modulation, rotary angles; and so do weights, which compiled blocks save
+    def run(layer: nn.Module, hidden: Tensor, *rest: Any) -> Any:
+        # what all layers share stays: text, modulation, rotary angles; and so do weights, which compiled layers save
         shared = {x.data_ptr() for x in _tensors(rest)}
 
         def pack(x: Tensor) -> Any:
-            stays = x.data_ptr() in shared or any(x.data_ptr() == weight.data_ptr() for weight in block.parameters())
+            stays = x.data_ptr() in shared or any(x.data_ptr() == weight.data_ptr() for weight in layer.parameters())
             return x if stays else offload.put(x)
 
         with saved_tensors_hooks(pack, offload.get):
-            return inner(block, hidden, *rest)
+            return inner(layer, hidden, *rest)
 
     return run
 
@@ -95,7 +95,7 @@ def chunk_tokens(layer: nn.Module, tokens: int) -> None:
 
 @functools.cache
 def _chunked(kind: Any, tokens: int) -> Any:
-    """A class for all layers of a kind, so that the blocks that hold them share one compiled graph."""
+    """A class for all feed-forwards of a kind, so that the layers that hold them share one compiled graph."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         whole = super(chunked, self).forward
@@ -148,7 +148,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(operator, HigherOrderOperator):  # FlexAttention, which torch would run uncompiled in this mode
             raise UserError(
-                f"parallel.activations=selective cannot keep what {operator.name()} gives in blocks that are not "
+                f"parallel.activations=selective cannot keep what {operator.name()} gives in layers that are not "
                 "compiled: add trainer.compile=true, or take parallel.activations=full"
             )
         out = operator(*args, **(kwargs or {}))

@@ -1,7 +1,7 @@
-"""Which blocks keep what for their backward.
+"""Which layers keep what for their backward.
 
-A block keeps its input (``full``), its input and attention's output (``selective``), or all that autograd saves
-(``none``). What is kept lies on the GPU, or in CPU memory up to a limit, the first blocks' first
+A layer keeps its input (``full``), its input and attention's output (``selective``), or all that autograd saves
+(``none``). What is kept lies on the GPU, or in CPU memory up to a limit, the first layers' first
 (`train.memory.offload`).
 """
 
@@ -18,11 +18,11 @@ from train.errors import UserError
 
 
 @dataclass(frozen=True)
-class BlockPolicies:
-    """What each block keeps, and how much of it may lie in CPU memory.
+class LayerPolicies:
+    """What each layer keeps, and how much of it may lie in CPU memory.
 
     Attributes:
-        names: ``none``, ``full`` or ``selective`` of each block, in the order in which they run.
+        names: ``none``, ``full`` or ``selective`` of each layer, in the order in which they run.
         offload: bytes of CPU memory that each GPU's activations may take.
     """
 
@@ -30,7 +30,7 @@ class BlockPolicies:
     offload: float = 0.0
 
     def count(self, name: str) -> int:
-        """Blocks with that policy."""
+        """Layers with that policy."""
         return self.names.count(name)
 
     def __str__(self) -> str:
@@ -39,16 +39,16 @@ class BlockPolicies:
         return text if len(counts) > 1 else next(iter(counts))
 
 
-def configured(parallel: ParallelConfig, layers: int) -> BlockPolicies:
+def configured(parallel: ParallelConfig, layers: int) -> LayerPolicies:
     """The policies of ``parallel.activations`` other than auto."""
     assert parallel.activations != "auto", "chosen by train.planning.choose_policies"
     offload = 0.0
     if parallel.offload_activations:
         offload = math.inf if parallel.offload_gib is None else parallel.offload_gib * 2**30
-    return BlockPolicies((parallel.activations,) * layers, offload)
+    return LayerPolicies((parallel.activations,) * layers, offload)
 
 
-def check_agreement(policies: BlockPolicies) -> None:
+def check_agreement(policies: LayerPolicies) -> None:
     """All ranks chose the same; otherwise their collectives would not meet. Every rank must call it.
 
     Raises:
@@ -61,7 +61,7 @@ def check_agreement(policies: BlockPolicies) -> None:
     other = next((rank for rank, names in enumerate(found) if names != found[0]), None)
     if other is not None:
         raise UserError(
-            f"parallel.activations is auto, and blocks would keep {BlockPolicies(found[0])} on rank 0 but "
-            f"{BlockPolicies(found[other])} on rank {other}, whose machine has other memory: set parallel.offload_gib "
+            f"parallel.activations is auto, and layers would keep {LayerPolicies(found[0])} on rank 0 but "
+            f"{LayerPolicies(found[other])} on rank {other}, whose machine has other memory: set parallel.offload_gib "
             "to what every machine has, or parallel.activations=selective or full"
         )

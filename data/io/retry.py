@@ -35,12 +35,16 @@ def check_wanted(url: str, seconds: float = 0.0) -> None:
         raise DataError(f"{url}: is no longer wanted")
 
 
-def persistently(url: str, action: Callable[[], T]) -> T:
+def persistently(url: str, action: Callable[[], T], done: str = "read") -> T:
     """What `action` returns; it is tried again after failures that may pass, after 1 s, 2 s, 4 s and so on.
 
     A refused connection or an unknown host fails at once if nothing was ever read from that host in this process;
     later its server may be starting anew, and it is tried again. Errors that are neither the system's nor HTTP's are
     raised as they are.
+
+    Args:
+        url: of what is read or written.
+        done: what is done with it, in words.
 
     Raises:
         DataError: it failed and `PATIENCE` seconds were waited, or it failed in a way that time does not mend, or it is
@@ -56,7 +60,7 @@ def persistently(url: str, action: Callable[[], T]) -> T:
             nobody = place not in answered and is_nobody(error, before)
             if nobody or left <= 0 or is_lasting(error):
                 hint = "check that it can be reached"
-                raise DataError(f"{url}: cannot be read ({reason_of(error)}); {hint}") from error
+                raise DataError(f"{url}: cannot be {done} ({reason_of(error)}); {hint}") from error
             seconds = min(max(2.0**attempt, _asked_for(error)), left)
             left, before = left - seconds, error
             log.warning("%s: %s, trying again in %.0f s", url, reason_of(error), seconds)

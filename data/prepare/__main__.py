@@ -28,6 +28,10 @@ class Arguments:
 
     source: Path = setting("folder of videos with .txt captions, or a .csv, .tsv, .json, .jsonl or .parquet table")
     out: Path = setting("folder for the shards; an unfinished one is continued")
+    upload: str | None = setting(
+        "address that each finished shard moves to, and the manifest last, such as s3://bucket/shards; null: they stay "
+        "in out", None, path=True,
+    )  # fmt: skip
     model: str = setting("model family", "wan", tuple(FAMILIES))
     weights: Path | None = setting("the model's diffusers folder, with vae, text_encoder and tokenizer", None)
     frames: str = setting("frames of a clip: a number, or 1x, 2x, 4x of the model's native clip", "4x")
@@ -91,6 +95,7 @@ def run(given: Arguments) -> int:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     recipe = Recipe(
         out=given.out,
+        upload=given.upload,
         family=given.model,
         weights=given.weights,
         fps=given.fps or family.facts.fps,

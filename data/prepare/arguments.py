@@ -19,6 +19,7 @@ YOUNGER = {
     "end_column": None,
     "captions": "require",
     "dedup": False,
+    "upload": None,
     **asdict(ALL),
 }
 """Arguments that folders of earlier versions do not know, with what they were made with."""

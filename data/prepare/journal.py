@@ -31,6 +31,7 @@ from data.prepare.arguments import check_same
 from data.prepare.chosen import FILE as CHOSEN
 from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
+from data.prepare.upload import Upload
 from data.shards.begun import Begun, shards_in
 from data.shards.manifest import FILE, Manifest, ShardInfo
 from data.shards.origins import numbers_of
@@ -61,6 +62,7 @@ class Journal:
         rank: this process's part of the run.
         max_bytes: of a shard.
         max_seconds: after which a shard is finished: a kill costs no more.
+        upload: where finished shards move to; None: they stay.
 
     Attributes:
         done: the videos that are done, on any rank, when this rank started.
@@ -74,8 +76,16 @@ class Journal:
         FinishedError: the run has ended.
     """
 
-    def __init__(self, folder: Path, chosen: ChosenVideos, rank: Rank, max_bytes: int, max_seconds: float) -> None:
-        self._folder, self._home, self._rank = folder, folder / FOLDER, rank.index
+    def __init__(
+        self,
+        folder: Path,
+        chosen: ChosenVideos,
+        rank: Rank,
+        max_bytes: int,
+        max_seconds: float,
+        upload: Upload | None = None,
+    ) -> None:
+        self._folder, self._home, self._rank, self._upload = folder, folder / FOLDER, rank.index, upload
         with exclusively(folder):
             check_begun(folder)
             there = ChosenVideos.load(self._home)
@@ -113,8 +123,11 @@ class Journal:
                 begun.clear(folder, recorded)
             named.update(begun.names())
         there = shards_in(folder)
+        if self._upload is not None:  # a kill came between a record and this
+            for name in recorded.intersection(there):
+                (folder / name).unlink(missing_ok=True)
         self.strays = [name for name in there if name not in named]
-        shards = [int(m[2]) for m in map(_SHARD.fullmatch, there) if m and int(m[1]) == rank]
+        shards = [int(m[2]) for m in map(_SHARD.fullmatch, {*there, *recorded}) if m and int(m[1]) == rank]
         numbers = [int(m[2]) for m in map(RECORD.fullmatch, names_in(self._home)) if m and int(m[1]) == rank]
         self._next = max(numbers, default=-1) + 1
         first = max([*numbers, *shards], default=-1) + 1
@@ -176,7 +189,12 @@ class Journal:
 
     def record(self, shard: ShardInfo | None) -> None:
         """Write what has come since the record before: a finished shard, if any, and the videos that were done."""
+        file = None if shard is None or self._upload is None else self._folder / shard.file
+        if file is not None and self._upload is not None:
+            self._upload.send(file)
         write_record(self._home, self._rank, self._next, shard, self._rows, self._bad, self._cut, self._left)
+        if file is not None:
+            file.unlink(missing_ok=True)
         self._next += 1
         self._rows, self._bad, self._cut, self._left = [], [], [], Counter()
 
@@ -239,7 +257,10 @@ def is_claimed(folder: Path) -> bool:
 def manifest_of(folder: Path) -> Manifest | None:
     """The manifest of a finished folder, None where there is none."""
     try:
-        return Manifest.load(folder) if (folder / FILE).exists() else None
+        if not (folder / FILE).exists():
+            return None
+        found = Manifest.load(folder, missing=True)
+        return found if found.arguments.get("upload") else Manifest.load(folder)  # which misses shards that have to be
     except DataError:
         if (folder / FILE).exists():
             raise

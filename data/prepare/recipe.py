@@ -23,6 +23,7 @@ class Recipe:
 
     Attributes:
         out: the folder of shards.
+        upload: the address that finished shards move to, or None.
         family: of the model, a key of `data.encoders.FAMILIES`.
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
@@ -37,6 +38,7 @@ class Recipe:
     """
 
     out: Path
+    upload: str | None
     family: str
     weights: Path | None
     fps: float
@@ -84,6 +86,7 @@ class Recipe:
             "dedup": self.dedup,
             **asdict(self.rules),
             "image_to_video": self.image_to_video,
+            "upload": self.upload,
             "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
             "text_dtype": str(self.text_dtype).removeprefix("torch."),
             **{name: str(v) if isinstance(v, Path) else v for name, v in self.selection.items()},

@@ -13,7 +13,7 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Prompt, Sample, TextTokens
 from data.shards.writer import ShardWriter
 from tests.helpers.prepared import write_six
-from tests.helpers.servers import Server, http_server
+from tests.helpers.servers import HOW, MOTO, Server, http_server, s3_server
 
 MakeSample = Callable[..., Sample]
 MakeFolder = Callable[..., Manifest]
@@ -99,3 +99,28 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(patience, "check_wanted", lambda url, seconds: waited.append(seconds))
     monkeypatch.setattr(patience, "answered", set())
     return waited
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The address of an S3 server."""
+    if not (MOTO / "bin" / "moto_server").exists():
+        pytest.skip(HOW)
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket on the server, which s3fs finds through the environment as it finds AWS."""
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[dev]'")
+    for name, value in {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().makedirs("videos", exist_ok=True)
+    return "s3://videos"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,34 +14,9 @@ from data.shards.batch import Batch
 from data.shards.manifest import Manifest
 from data.shards.stream import LatentStream, read_samples
 from tests.helpers.batches import assert_equal, order_of
-from tests.helpers.servers import HOW, MOTO, s3_server
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[dev]'")
-pytestmark = [
-    pytest.mark.skipif(not (MOTO / "bin" / "moto_server").exists(), reason=HOW),
-    pytest.mark.usefixtures("waits"),
-]
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket on the server, which s3fs finds through the environment as it finds AWS."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().makedirs("videos", exist_ok=True)
-    return "s3://videos"
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def uploaded(manifest: Manifest, bucket: str, name: str) -> Manifest:

@@ -1,0 +1,144 @@
+"""`python -m data.prepare upload=s3://…`: shards move to a real S3 server, which the tests start, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data import check
+from data.errors import DataError
+from data.prepare import upload as uploads
+from data.prepare.__main__ import main
+from data.prepare.records import read_records
+from data.prepare.upload import Upload
+from data.shards.manifest import Manifest
+from data.shards.stream import read_samples
+from tests.helpers.prepared import FAST, LENGTHS, command, write_clips
+
+s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[dev]'")
+SMALL = "shard_gb=0.00003"  # a clip or two in each
+
+
+def there(address: str) -> set[str]:
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    return {name.rpartition("/")[2] for name in store.ls(address)} if store.exists(address) else set()
+
+
+def same_samples(address: str, folder: Path) -> None:
+    """The address holds the clips of the folder, whole."""
+    assert check.main([address]) == 0
+    expected = {sample.key: sample for sample in read_samples(folder)}
+    for sample in read_samples(address):
+        assert torch.equal(sample.latent, expected.pop(sample.key).latent)
+    assert not expected
+
+
+def test_a_killed_run_goes_on_and_is_visible_once_all_is_there(tmp_path: Path, videos: Path, bucket: str) -> None:
+    out, address = tmp_path / "out", f"{bucket}/killed"
+    words = [f"source={videos}", *FAST, SMALL]
+    process = subprocess.Popen(command(*words, f"out={out}", f"upload={address}"), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list(out.glob(".prepare/record-*"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = there(address)
+    assert len(before) >= 2 and "manifest.json" not in before and not (out / "manifest.json").exists()
+
+    assert main([*words, f"out={out}", f"upload={address}"]) == 0
+    assert before < there(address) and not list(out.glob("*.tar")) and not (out / ".prepare").exists()
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    same_samples(address, tmp_path / "whole")
+    assert len(list(read_samples(address))) == sum(LENGTHS.values())
+
+
+@pytest.mark.parametrize("last", ["shard-000-00001.tar", "videos.json", "manifest.json"])
+def test_killed_before_or_after_any_file_arrives(
+    tmp_path: Path, videos: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """No file of what is there counts until the manifest is, and the same command brings the rest."""
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST, SMALL]
+    send, sent = Upload.send, Upload.send
+    for moment in ("before", "after"):
+        address = f"{bucket}/{hashlib.sha256(f'{last} {moment}'.encode()).hexdigest()[:8]}"
+        asked = [*words[:1], f"out={tmp_path / moment}", *words[2:], f"upload={address}"]
+
+        def dies(self: Upload, file: Path, moment: str = moment) -> None:
+            if moment == "after" or file.name != last:
+                send(self, file)
+            if file.name == last:
+                raise RuntimeError("killed")
+
+        monkeypatch.setattr(uploads.Upload, "send", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(asked)
+        assert ("manifest.json" in there(address)) == ((last, moment) == ("manifest.json", "after"))
+        monkeypatch.setattr(uploads.Upload, "send", sent)
+        assert main(asked) == 0
+        assert len(list(read_samples(address))) == sum(LENGTHS.values()) and check.main([address]) == 0
+
+
+def test_videos_are_appended(tmp_path: Path, videos: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any rank: names of shards that have moved are not taken again. Until the end, what was there can be read."""
+    address = f"{bucket}/appended"
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST, SMALL, f"upload={address}"]
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(words) == 0
+    first = Manifest.load(address)
+    write_clips(videos, 6, 20)
+    write_clips(videos, 7, 20)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert Manifest.load(address) == first
+        assert main(words) == 0
+    files = [shard.file for shard in Manifest.load(address).shards]
+    assert len(files) == len(set(files)) > len(first.shards) and check.main([address]) == 0
+    assert len(list(read_samples(address))) == sum(LENGTHS.values()) + 4
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path: Path, videos: Path, bucket: str) -> None:
+    address, words = f"{bucket}/taken", [f"source={videos}", *FAST]
+    s3fs.S3FileSystem().pipe_file(f"{address}/shard-000-00000.tar", b"somebody's")
+    with pytest.raises(DataError, match=f"upload is {address}, which holds shard-000-00000.tar already"):
+        main([*words, f"out={tmp_path / 'out'}", f"upload={address}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_address(tmp_path: Path, videos: Path, bucket: str) -> None:
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
+    assert main([*words, f"upload={bucket}/kept"]) == 0
+    with pytest.raises(DataError, match=rf"was begun with upload={bucket}/kept \(asked: None\)"):
+        main(words)
+
+
+def test_a_store_that_refuses_keeps_what_is_recorded(
+    tmp_path: Path, videos: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"{bucket}/refused"
+    words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST, SMALL, f"upload={address}"]
+    put = s3fs.S3FileSystem._put_file  # what its public put_file runs
+
+    async def refuses(self: Any, file: str, target: str, **more: Any) -> None:
+        if target.endswith("00002.tar"):
+            raise PermissionError("Access Denied")
+        await put(self, file, target, **more)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", refuses)
+    s3fs.S3FileSystem.clear_instance_cache()  # an instance binds its methods when it is made
+    with pytest.raises(OSError, match=rf"{address}/shard-000-00002.tar: cannot be written \(Access Denied\)"):
+        main(words)
+    assert len(read_records(tmp_path / "out").shards) == 2
+    monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", put)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert main(words) == 0
+    assert len(list(read_samples(address))) == sum(LENGTHS.values())

@@ -49,15 +49,6 @@ def validation_shards(config: RunConfig) -> Manifest | None:
     return held_out(config, config.validation.clips, config.clip.frames)
 
 
-def all_shards(config: RunConfig) -> Manifest:
-    """All samples of `data.shards`, those too that are held out.
-
-    Raises:
-        DataError: as `training_shards`.
-    """
-    return _given_shards(config)[0]
-
-
 def _given_shards(config: RunConfig) -> tuple[Manifest, set[int]]:
     """The samples of `data.shards`, and the numbers of those that are held out."""
     folders = [_cut(config, Manifest.load(place)) for place in config.data.places]

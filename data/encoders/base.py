@@ -58,6 +58,8 @@ class Encoder(ABC):
     parts: ClassVar[dict[str, tuple[str, ...]]]
     image_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The same for image-to-video, where the folder has them."""
+    chat_template: ClassVar[bool] = False
+    """Whether captions go through the tokenizer's own chat template, a file beside its vocabulary."""
     latent_is: ClassVar[str]
     text_is: ClassVar[str]
     vae: Any
@@ -89,7 +91,7 @@ class Encoder(ABC):
         if folder is None:
             raise DataError(f"weights is not set, model={cls.family} needs its diffusers folder")
         image = {kind: parts for kind, parts in cls.image_parts.items() if (folder / parts[0]).is_dir()}
-        names = fingerprint_of(folder, cls.parts)
+        names = fingerprint_of(folder, cls.parts, chat_template=cls.chat_template)
         tokenizers = [part for part in cls.parts.get("text", ()) if part.startswith("tokenizer")]
         names["ids"] = ids_of([open_tokenizer(folder / part) for part in tokenizers])
         names |= fingerprint_of(folder, image if image_to_video else {})

@@ -41,6 +41,7 @@ class Hunyuan15Encoder(Encoder):
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     }
+    chat_template = True
     image_parts = {"image": ("image_encoder", "feature_extractor")}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLHunyuanVideo15 in blended tiles, times scaling_factor"
     text_is = (

@@ -12,10 +12,13 @@ import torch
 
 from data.errors import DataError
 
+_VOCABULARY = (".json", ".txt", ".model")  # of a tokenizer
 SLICE = 4096  # bytes at the start, middle and end of each tensor that enter a fingerprint
 
 
-def fingerprint_of(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def fingerprint_of(
+    folder: Path, parts: Mapping[str, tuple[str, ...]], *, chat_template: bool = False
+) -> dict[str, str]:
     """Twelve hexadecimal digits for each kind of part, equal where its files mean the same.
 
     Each kind of part is hashed over its configs and vocabularies, and over name, dtype, shape and three slices of each
@@ -25,6 +28,7 @@ def fingerprint_of(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> dict[s
     Args:
         folder: the diffusers folder.
         parts: kind -> the folder's subfolders, as `Encoder.parts`.
+        chat_template: captions go through the tokenizers' own template.
 
     Raises:
         DataError: a subfolder is missing or has no weights.
@@ -33,17 +37,17 @@ def fingerprint_of(folder: Path, parts: Mapping[str, tuple[str, ...]]) -> dict[s
     for kind, subfolders in parts.items():
         digest = hashlib.sha256()
         for subfolder in subfolders:
-            _hash_part(folder / subfolder, digest)
+            _hash_part(folder / subfolder, digest, (*_VOCABULARY, ".jinja") if chat_template else _VOCABULARY)
         names[kind] = digest.hexdigest()[:12]
     return names
 
 
-def _hash_part(folder: Path, digest: Any) -> None:
+def _hash_part(folder: Path, digest: Any, vocabulary: tuple[str, ...]) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
     if any(kind in folder.name for kind in ("tokenizer", "processor", "extractor")):
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".txt", ".model", ".jinja"):
+            if path.suffix in vocabulary:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return
     config = read_config(folder)

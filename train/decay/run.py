@@ -35,7 +35,7 @@ from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, load_adapter, sigma_range
 from train.planning.full_memory import is_out_of_memory
-from train.shards import all_shards, held_out
+from train.shards import held_out, training_shards
 from train.storage.inputs import fingerprints
 
 _SAMPLER_STEPS = 50  # where the model has none of its own
@@ -106,7 +106,7 @@ def run_decay(job: Job) -> list[str]:
 def _shards(job: Job) -> Manifest:
     config = job.config
     if config.data.places:
-        shards = all_shards(config)
+        shards = training_shards(config)
         check_encoder(shards, *encoder_of(config.model))
         return shards
     if tuple(config.model.vae) != (1, 1, 1):

@@ -86,6 +86,11 @@ def test_a_template_of_another_length_than_is_cropped_is_refused(tmp_path: Path,
     template = other / "tokenizer" / "chat_template.jinja"
     template.write_text(template.read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert fingerprint("hunyuan15", other) != fingerprint("hunyuan15", folders["hunyuan15"])
+    before = fingerprint("hunyuan", folders["hunyuan"])  # which has a template of its own, in its encoder
+    (broken / "tokenizer").rename(tmp_path / "unused")
+    shutil.copytree(folders["hunyuan"] / "tokenizer", broken / "tokenizer")
+    (broken / "tokenizer" / "chat_template.jinja").write_text("unused", encoding="utf-8")
+    assert fingerprint("hunyuan", broken) == before
     template.write_text("<s> " + template.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(DataError, match="the template before the caption has 109 tokens, and 108 are cropped;"):
         load("hunyuan15", other)

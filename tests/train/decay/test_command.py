@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,9 @@ from safetensors import safe_open
 
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
+from data.shards.origins import held_out
 from data.shards.stream import read_samples
+from data.shards.writer import ShardWriter
 from radial import RadialError, Released, build_layout
 from radial.fit import fit
 from tests.helpers.families import shards
@@ -21,6 +24,7 @@ from train.decay.__main__ import main
 from train.decay.capture import observed
 from train.decay.kept import dense_attention, output_errors
 from train.decay.settings import Job
+from train.errors import UserError
 from train.flow import noise_like, noised
 from train.models.conditions import Conditions
 from train.models.families import ADAPTERS
@@ -181,6 +185,28 @@ def test_a_stopped_command_goes_on(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "other" / "decay.json").read_text(encoding="utf-8")) == first
     whole, again = (safetensors.torch.load_file(tmp_path / name / "decay.safetensors") for name in ("decay", "other"))
     assert all(whole[name].equal(again[name]) for name in whole)
+
+
+def test_clips_that_are_held_out_are_not_measured(tmp_path):
+    words = dict(word.split("=", 1) for word in command(tmp_path, clips=1, sigmas=0.6))
+    given = Manifest.load(words["data.shards"])
+    about = {name: getattr(given, name) for name in ("fps", "encoder", "latent", "text")}
+    about |= {"arguments": {}, "empty_prompt": given.load_empty_prompt()}
+    with ShardWriter(tmp_path / "named", **about) as writer:
+        for sample in read_samples(given):
+            writer.write(replace(sample, meta={**sample.meta, "source": f"{sample.key}.mp4"}))
+    words |= {"data.shards": str(tmp_path / "named")}
+    main([f"{key}={value}" for key, value in words.items()])
+    assert results(tmp_path)["about"]["clips"] == ["clip-0"]
+    words |= {"data.holdout": "1", "out": str(tmp_path / "rest")}
+    (held,) = held_out([Manifest.load(tmp_path / "named")], 1)
+    first = min(set(range(len(given.samples))) - held)
+    main([f"{key}={value}" for key, value in words.items()])
+    found = json.loads((tmp_path / "rest" / "decay.json").read_text(encoding="utf-8"))
+    assert found["about"]["clips"] == [f"clip-{first}"]
+    words |= {"clips": str(len(given.samples))}
+    with pytest.raises(UserError, match=f"{len(given.samples) - len(held)} clips of one size"):
+        main([f"{key}={value}" for key, value in words.items()])
 
 
 def test_other_weights_are_measured_anew(tmp_path):

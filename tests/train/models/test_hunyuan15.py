@@ -228,6 +228,9 @@ def test_image_to_video_equals_the_stock_model():
     x, sigma, seen = latents(adapter, TOKENS), torch.tensor([0.2, 0.95]), texts(adapter, (5, 14), (0, 4))
     drawn = adapter.random_conditions(x)
     assert drawn.text["text"].tokens.shape[1] == TEXT and drawn.image["vision"].shape == (2, 729, 8)
+    short = Hunyuan15Adapter(HunyuanVideo15Transformer3DModel(**config), 729)
+    with pytest.raises(UserError, match="model.text_tokens is 729, expected more than 729: image-to-video's image"):
+        short.random_conditions(x)
     given = torch.zeros(2, 5, *x.shape[2:])
     given[:, :4, 0], given[:, 4, 0] = drawn.image["condition"][:, :, 0], 1
     text, glyphs = seen.text["text"], seen.text["glyphs"]

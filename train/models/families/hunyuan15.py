@@ -235,8 +235,18 @@ class Hunyuan15Adapter(ModelAdapter):
 
     @property
     def _words(self) -> int:
-        """Room for the texts."""
-        return self.text_tokens - (_IMAGE_TOKENS if self.image_to_video else 0)
+        """Room for the texts.
+
+        Raises:
+            UserError: the image's tokens leave none.
+        """
+        words = self.text_tokens - (_IMAGE_TOKENS if self.image_to_video else 0)
+        if words < 1:
+            raise UserError(
+                f"model.text_tokens is {self.text_tokens}, expected more than {_IMAGE_TOKENS}: image-to-video's image "
+                "takes so many, and the prompt the rest"
+            )
+        return words
 
     def check(self, latent: Tensor, conditions: Conditions) -> None:
         super().check(latent, conditions)

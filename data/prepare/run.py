@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -36,6 +37,7 @@ from data.shards.writer import finish_folder, remove_leftovers
 from radial.cli.ranks import Rank
 
 AHEAD = 2  # decoded clips that wait in this process
+RATED = 60.0  # seconds of encoding from which it is told how long the rest takes
 
 
 def prepare(recipe: Recipe, rank: Rank) -> int:
@@ -140,6 +142,7 @@ def encode_all(
         rules=recipe.rules,
     )
     events = prefetch(iter(decoders), AHEAD)
+    began, rated = time.monotonic(), False
     try:
         failed: str | None = None
         captioned: int | None = None
@@ -178,6 +181,11 @@ def encode_all(
             except DataError as error:
                 failed = str(error)
             bar.update()
+            seconds = time.monotonic() - began
+            if not rated and seconds >= RATED and rank.index == 0:
+                rated, left = True, max(0, (bar.total or 0) - bar.n)
+                hours = left * seconds / bar.n / 3600
+                bar.write(f"{bar.n} clips in {seconds:.0f} s: {left} more take about {hours:.2g} hours")
         bar.set_postfix(bad=bad)
     finally:
         bar.close()

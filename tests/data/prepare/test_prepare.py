@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -264,3 +265,15 @@ def test_help_and_mistakes_of_the_command(capsys: pytest.CaptureFixture[str]) ->
         main.run(["sorce=x"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: sorce is not a known key; did you mean source?\n"
+
+
+def test_how_long_the_rest_takes_is_told_once_a_minute_is_encoded(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"source={videos}", *FAST]
+    assert main([*words, f"out={tmp_path / 'short'}"]) == 0
+    assert "hours" not in capsys.readouterr().out
+    monkeypatch.setattr(run, "RATED", 0.0)
+    assert main([*words, f"out={tmp_path / 'out'}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "hours" in line]
+    assert len(lines) == 1 and re.fullmatch(r"1 clips in \d+ s: 12 more take about [\d.e-]+ hours", lines[0])

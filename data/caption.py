@@ -81,7 +81,12 @@ def _lacking(folder: Path) -> list[Video]:
     listed = not folder.is_dir() or layouts.table_in(folder) is not None or layouts.lists_in(folder) is not None
     if listed or (layouts.parquets_in(folder) and not search(folder).videos):
         raise DataError(f"{folder}: expected a folder of videos without a list, as captions are written beside them")
-    return [video for video in read_source(folder).videos() if video.uncaptioned]
+    # a.mp4 and a.webm have one a.txt: they are taken for one film, and the first of them is described
+    lacking: dict[Path, Video] = {}
+    for video in read_source(folder).videos():
+        if video.uncaptioned:
+            lacking.setdefault(Path(video.path).with_suffix(".txt"), video)
+    return list(lacking.values())
 
 
 def spread_frames(path: Path, count: int, side: int) -> list[np.ndarray]:

@@ -62,6 +62,18 @@ def test_videos_without_a_caption_get_the_models_likeliest_answer(tmp_path: Path
     assert found["v1.mp4"]
 
 
+def test_two_videos_of_one_name_share_the_caption_of_the_first(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = folder_of(tmp_path / "videos", (20, 10))
+    write_clips(videos, 2, 30)
+    (videos / "v2.txt").unlink()
+    (videos / "v2.mp4").rename(videos / "v1.mkv")
+    assert run(videos, model) == 0 and "1 captions written" in capsys.readouterr().out
+    found = {video.path: video.caption for video in read_source(videos).videos()}
+    assert found["v1.mp4"] == found["v1.mkv"] == greedy(model, videos, "v1.mkv")
+
+
 def test_frames_are_spread_over_the_video(tmp_path: Path) -> None:
     frames = spread_frames(write_clips(tmp_path, 0, 40), 4, 448)
     assert [number_of(frame) for frame in frames] == [0, 10, 20, 30]

@@ -219,6 +219,8 @@ def test_a_checkpoint_that_counts_micro_batches_goes_on_as_it_was(whole, tmp_pat
     without_clips(folder)
     with pytest.raises(UserError, match=r"clips at once, they took 2: the newest checkpoint is of a version"):
         main([f"resume={folder}", "data.batch_size=4", "optim.accumulate=1"])
+    with pytest.raises(UserError, match=r"would take 4 clips at once, they took 2: the newest checkpoint is of a"):
+        main([f"resume={folder}", "trainer.devices=2", "optim.accumulate=1"])
     resume(folder, config)
     assert losses(folder) == losses(undisturbed)
     ends = (path / "checkpoints" / "step-000004" for path in (folder, undisturbed))

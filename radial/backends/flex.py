@@ -5,6 +5,11 @@ have padding. Inside a compiled model the call becomes part of the graph; elsewh
 
 Where masks differ by head, the lists of all layers and heads are on the device together, since the graph of a compiled
 block serves every layer and takes its lists by the layer's number.
+
+torch chooses the kernels' tiles by the GPU's compute capability (`torch/_inductor/template_heuristics`, alike in torch
+2.11 to 2.13). `kernel_options` replaces the forward's where they do not divide the layout's blocks or take more than
+the shared memory of the GPUs that have least. The backward's cannot be replaced: torch drops its choice where it does
+not divide the block before it looks at the options, and has no other. `Flex.why_not` says where that is.
 """
 
 from __future__ import annotations
@@ -22,14 +27,18 @@ from radial.head_layouts import HeadLayout, HeadLayouts
 from radial.layout import BlockLayout
 
 _HEAD_LISTS_BYTES = 8 << 30  # of masks that differ by head; more than this is refused
+_SMALL_SHARED_MEMORY = (
+    (8, 6),
+    (8, 9),
+    (12, 0),
+    (12, 1),
+)  # have 99 KiB for a thread block, others 163 or 227
 
 
 class Flex:
     """Compute capability 8.0 and later; bf16, fp16 and fp32; head dims that are powers of two; blocks of 64 and 128."""
 
     name = "flex"
-    options: dict[str, Any] | None = None
-    """Of FlexAttention's kernels."""
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device.type != "cuda":
@@ -43,6 +52,13 @@ class Flex:
             return f"head_dim is {call.head_dim}, expected a power of two from 16 to 256"
         if call.layout.block not in (64, 128):
             return f"the layout's blocks are {call.layout.block} tokens, expected 64 or 128"
+        if call.head_dim == 256 and capability in _SMALL_SHARED_MEMORY:
+            return "head_dim is 256, whose tiles do not fit this GPU's 99 KiB of shared memory"
+        if call.needs_grad and call.layout.block < _backward_tile(capability, call.dtype, call.head_dim):
+            return (
+                f"torch's backward for {call.dtype} and head_dim {call.head_dim} on compute capability {capability[0]}."
+                f"{capability[1]} has tiles of 128 tokens, the layout's blocks are {call.layout.block}"
+            )
         if isinstance(call.layout, HeadLayouts):
             # two directions, each with full and masked lists, int32, as long as the whole rows of the last block
             heads, layers = call.layout.own, call.layout.layers
@@ -65,7 +81,34 @@ class Flex:
     ) -> Tensor:
         mask = block_mask(layout, len(q), text_lengths, q.device)
         run = _flex_attention if torch.compiler.is_compiling() else _compiled()
-        return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale, self.options).transpose(1, 2)
+        options = self.options(layout, q)
+        return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale, options).transpose(1, 2)
+
+    def options(self, layout: Layout, q: Tensor) -> dict[str, Any] | None:
+        """FlexAttention's ``kernel_options`` of a call; None leaves them to torch."""
+        return kernel_options(layout.block, q.dtype, q.shape[-1])
+
+
+def kernel_options(block: int, dtype: torch.dtype, head_dim: int) -> dict[str, Any] | None:
+    """The forward's tiles where torch's own do not serve, else None; ``block`` in tokens.
+
+    torch's are 128 queries for head dims 64 and 128 on nearly every GPU, which do not divide blocks of 64; and those of
+    float32 and head dim 128 take 113 to 145 KiB where a thread block has 99. These fit everywhere.
+    """
+    large = dtype == torch.float32 and head_dim == 128
+    if not large and (block >= 128 or head_dim not in (64, 128)):
+        return None
+    keys, stages = (32, 2) if large else (64, 3)
+    return {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": keys, "fwd_num_stages": stages, "fwd_num_warps": 4}
+
+
+def _backward_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> int:
+    """The longer side of the tiles of torch's backward, in tokens."""
+    if dtype == torch.float32:
+        return 16
+    if capability == (9, 0) and head_dim < 64:
+        return 64
+    return 128 if head_dim < 64 or (capability[0] in (9, 10) and head_dim <= 128) else 64
 
 
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, options: Any) -> Tensor:

@@ -6,9 +6,12 @@ torch marks it as experimental, and this project has tried it on no such GPU: it
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from radial.backends.base import AttentionCall
+import torch
+from torch import Tensor
+
+from radial.backends.base import AttentionCall, Layout
 from radial.backends.flex import Flex
 from radial.backends.imports import import_problem
 from radial.backends.self_check import why_unproven
@@ -19,7 +22,10 @@ class FlexFlash(Flex):
     """Compute capability 10; bf16 and fp16, head dims 64 and 128, blocks of 128, one mask for all heads."""
 
     name = "flex_flash"
-    options = {"BACKEND": "FLASH"}  # noqa: RUF012  torch takes a plain dict
+
+    def options(self, layout: Layout, q: Tensor) -> dict[str, Any]:
+        """Takes flash-attn-4's kernels."""
+        return {"BACKEND": "FLASH"}
 
     def why_not(self, call: AttentionCall) -> str | None:
         reason = super().why_not(call)

@@ -303,9 +303,31 @@ def test_fa4_allocates_its_outputs_and_its_workspace_only():
     assert backward <= 1.01 * (3 * tensor + 2 * tensor + 2 * rows)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_flex_reads_blocks_of_64(dtype, dim):
+    """Forward only: Hopper has no backward of them."""
+    layout = build_layout(Released(), VideoGrid(9, 13, 17, 300), 64)
+    q, k, v, _ = draw(layout, batch=2, heads=3, dim=dim, dtype=dtype)
+    lengths = torch.tensor([59, 300], device=CUDA)
+    with torch.no_grad():
+        got = attention_over(q, k, v, layout, text_lengths=lengths, backend="flex")
+    exact = masked_softmax(q.double(), k.double(), v.double(), layout, lengths, dim**-0.5)
+    (error,) = errors([got], [exact])
+    assert error <= (3e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_flex_in_float32():
+    """Forward and backward in tiles of our own choice."""
+    layout = build_layout(Released(), VideoGrid(9, 13, 17))
+    tensors = draw(layout, batch=1, heads=2, dim=128, dtype=torch.float32)
+    exact = run(lambda q, k, v: masked_softmax(q, k, v, layout, None, 128**-0.5), *(t.double() for t in tensors))
+    got = run(lambda q, k, v: attention_over(q, k, v, layout, backend="flex"), *tensors)
+    assert max(errors(got, exact)) <= 1e-5
+
+
 def test_a_call_that_cannot_be_served_says_why():
     layout = build_layout(Released(), VideoGrid(4, 16, 16), 64)
-    usable("flex", layout)
     q = torch.randn(1, layout.grid.tokens, 2, 128, device=CUDA, dtype=torch.bfloat16)
     with pytest.raises(RadialError, match="fa4 cannot serve this call"):
         attention_over(q, q, q, layout, backend="fa4")

@@ -133,7 +133,7 @@ def test_the_fastest_backend_that_serves_the_call_is_taken(monkeypatch):
     assert chosen(Released(), 128) == chosen(Released(), 128, masks_text=True) == "fa4"
     assert chosen(Dense(), 128, masks_text=True) == chosen(Dense(), 64) == "fa4"
     assert chosen(Dense(), 64, masks_text=True) == "sdpa"  # its masked lists have tiles of 128
-    assert chosen(Released(), 64) == "flex"
+    assert chosen(Released(), 64) == "torch"  # torch's FlexAttention has no backward for them on Hopper
     assert chosen(Released(), 128, dim=96) == "torch"
     assert chosen(Released(), 64, needs_grad=False) == "flashinfer"
 

@@ -153,16 +153,23 @@ def padded_lists(
     Returns:
         (blocks, longest list) int32, filled up with zeros.
     """
-    counts = offsets.long().diff()
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=offsets.device), counts)
-    place = torch.arange(len(indices), device=offsets.device) - offsets.long()[owner]
-    source = place
+    begins, counts = offsets[:-1].long(), offsets.long().diff()
+    width, entries = int(counts.max()), len(indices)
+
+    def by_entry(of_list: Tensor) -> Tensor:
+        # the known size saves waiting for the device
+        return torch.repeat_interleave(of_list, counts, output_size=entries)
+
+    entry = torch.arange(entries, dtype=torch.int32, device=offsets.device)
+    begin = by_entry(begins.int())
+    source = entry
     if start is not None:
         ring = (counts - 1 if last_first else counts).clamp(min=1)
-        shift = (ring * start.to(ring.device)).long()[owner]
-        size = ring[owner]
+        shift, size = by_entry((ring * start.to(ring.device)).int()), by_entry(ring.int())
+        place = entry - begin
         turned = size - 1 - (size - 1 - place + shift) % size if backwards else (place + shift) % size
-        source = torch.where(place < size, turned, place)
-    out = indices.new_zeros(len(counts), int(counts.max()), dtype=torch.int32)
-    out[owner, place] = indices[offsets.long()[owner] + source].int()
+        source = begin + torch.where(place < size, turned, place)
+    out = indices.new_zeros(len(counts), width, dtype=torch.int32)
+    first = torch.arange(len(counts), device=offsets.device) * width - begins  # where entry 0 would be in a list's row
+    out.view(-1)[by_entry(first) + entry] = indices[source].int()
     return out

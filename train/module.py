@@ -82,8 +82,8 @@ class LengthExtensionModule(L.LightningModule):
         self.current_attention: StepAttention | None = None
         """The attention of the micro-batch in work."""
         self._gradient_norm = math.nan
-        self.step_lr = math.nan
-        """The learning rate of the last optimizer step."""
+        self.step_lrs: list[float] = []
+        """The learning rates of the last optimizer step: one, or with LoRA+ that of A and that of B."""
         self.seen: list[Seen] = []
         """The samples of the step in work."""
         self._step = 0
@@ -144,7 +144,7 @@ class LengthExtensionModule(L.LightningModule):
             self.seen.append(Seen(key, frames, level, loss))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.step_lr = optimizer.param_groups[0]["lr"]  # after the step it is the next one's
+        self.step_lrs = [group["lr"] for group in optimizer.param_groups]  # after the step they are the next one's
         parameters = [p for p in self.transformer.parameters() if p.grad is not None]
         self._gradient_norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if not math.isfinite(self._gradient_norm):
@@ -191,8 +191,7 @@ class LengthExtensionModule(L.LightningModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        return self.optimization.configured(parameters)
+        return self.optimization.configured(self._trained())
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds, whole: the LoRA's tensors, or all of the transformer's. Every rank must call it."""
@@ -201,6 +200,12 @@ class LengthExtensionModule(L.LightningModule):
     def load_trained_weights(self, state: dict[str, Tensor]) -> None:
         """The inverse of `trained_weights`."""
         load_parameters(self._trained(), state)
+
+    @property
+    def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
+        """What is trained, in the groups and the order of the optimizer."""
+        trained = self._trained()
+        return [[trained[name] for name in group] for group in self.optimization.grouped(trained)]
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return lora_parameters(self.transformer) if self.lora else dict(self.transformer.named_parameters())
@@ -218,4 +223,4 @@ class LengthExtensionModule(L.LightningModule):
         self.load_trained_weights(checkpoint["state_dict"])
         checkpoint["state_dict"] = {}
         self.position = checkpoint["position"]
-        self.optimization.follow(checkpoint)
+        self.optimization.follow(checkpoint, list(self._trained()))

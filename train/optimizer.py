@@ -8,8 +8,9 @@ strategy takes it apart: new settings hold from the first step on under every st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Optimization:
         steps: optimizer steps of the run.
         accumulate: micro-batches in a step, all of one expert where there are two.
         lr, betas, weight_decay: of AdamW.
+        lora_plus: learning rate of the LoRA's B over that of its A (arXiv 2402.12354, LoRA+).
         warmup: steps in which the learning rate rises to ``lr``.
         decay: after them: ``constant``, or ``cosine`` down to zero.
     """
@@ -35,6 +37,7 @@ class Optimization:
     accumulate: int = 1
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
+    lora_plus: float = 1.0
     weight_decay: float = 0.0
     warmup: int = 0
     decay: str = "constant"
@@ -47,6 +50,7 @@ class Optimization:
             accumulate=micro_batches(config),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
+            lora_plus=optim.lora_plus,
             weight_decay=optim.weight_decay,
             warmup=optim.warmup,
             decay=optim.decay,
@@ -61,21 +65,44 @@ class Optimization:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def configured(self, parameters: Sequence[Parameter]) -> dict[str, Any]:
-        """Lightning's optimizer and scheduler over some parameters."""
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each group of parameters after the warm-up: of all, or of A and of B."""
+        return [self.lr] if self.lora_plus == 1 else [self.lr, self.lr * self.lora_plus]
+
+    def grouped(self, names: Iterable[str]) -> list[list[str]]:
+        """The names of trained parameters in the optimizer's groups."""
+        return _by_rate(names, len(self.rates))
+
+    def configured(self, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+        """Lightning's optimizer and scheduler over some parameters by their names."""
+        groups = [
+            {"params": [parameters[name] for name in group], "lr": rate}
+            for group, rate in zip(self.grouped(parameters), self.rates, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
-    def follow(self, checkpoint: dict[str, Any]) -> None:
-        """Changes a checkpoint, as `train.storage.checkpoints` reads it, to go on with these settings."""
+    def follow(self, checkpoint: dict[str, Any], names: Sequence[str]) -> None:
+        """Changes a checkpoint, as `train.storage.checkpoints` reads it, to go on with these settings.
+
+        Args:
+            names: of the trained parameters, in the model's order.
+        """
         for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
-            rate = self.lr * self.factor(scheduler["last_epoch"])
-            own = {"lr": rate, "initial_lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
-            for group in optimizer["param_groups"]:
-                group |= own
-            scheduler["base_lrs"] = [self.lr for _ in scheduler["base_lrs"]]
-            scheduler["_last_lr"] = [rate for _ in scheduler["_last_lr"]]
+            factor = self.factor(scheduler["last_epoch"])
+            saved = optimizer["param_groups"]
+            before = chain.from_iterable(_by_rate(names, len(saved)))
+            number = dict(zip(before, chain.from_iterable(group["params"] for group in saved), strict=True))
+            own = {"betas": self.betas, "weight_decay": self.weight_decay}
+            optimizer["param_groups"] = [
+                {**saved[0], **own, "lr": rate * factor, "initial_lr": rate, "params": [number[name] for name in group]}
+                for group, rate in zip(self.grouped(names), self.rates, strict=True)
+            ]
+            scheduler["base_lrs"] = self.rates
+            scheduler["_last_lr"] = [rate * factor for rate in self.rates]
+            scheduler["lr_lambdas"] = [None for _ in self.rates]  # none of them has a state
         self._count_micro_batches(checkpoint)
 
     def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
@@ -86,3 +113,13 @@ class Optimization:
         for counts in (progress["total"], progress["current"]):
             for name in counts:
                 counts[name] += off
+
+
+def _by_rate(names: Iterable[str], groups: int) -> list[list[str]]:
+    """All names in one group, or in two: a LoRA's A, and the rest."""
+    if groups == 1:
+        return [list(names)]
+    halves: tuple[list[str], list[str]] = ([], [])
+    for name in names:
+        halves[".lora_A." not in name].append(name)
+    return list(halves)

@@ -58,11 +58,22 @@ class Step(nn.Module):
         return flow_loss(self.adapter.velocity(x, sigma, Conditions(words)), target, plan.shard, self.adapter.patch)
 
 
-def plain(steps: int, samples: int, folder: Path, start: Path | None = None) -> list[float]:
+def grouped(transformer: Any, ratio: float) -> list[dict[str, Any]]:
+    """What an optimizer takes: the LoRA in one group, or A and B in groups whose rates have a ratio other than 1."""
+    named = lora_parameters(transformer)
+    if ratio == 1:
+        return [{"params": list(named.values()), "lr": LR}]
+    return [
+        {"params": [p for name, p in named.items() if f".lora_{part}." in name], "lr": rate}
+        for part, rate in (("A", LR), ("B", ratio * LR))
+    ]
+
+
+def plain(steps: int, samples: int, folder: Path, start: Path | None = None, ratio: float = 1) -> list[float]:
     """One process, torch alone: the losses of ``steps`` steps; saves a checkpoint after each."""
     step = Step(1, samples)
     parameters = list(lora_parameters(step.transformer).values())
-    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    optimizer = torch.optim.AdamW(grouped(step.transformer, ratio))
     if start is not None:
         load_parameters(lora_parameters(step.transformer), load_weights(start))
         optimizer.load_state_dict(load_state(start)["optimizer_states"][0])
@@ -86,9 +97,10 @@ def zero(
     folder: Path,
     start: Path | None = None,
     offload: bool = False,
+    ratio: float = 1,
     compiled: ParallelConfig | None = None,
 ) -> list[float]:
-    """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with another LoRA before it.
+    """The same with DeepSpeed; from the checkpoint ``start`` if there is one, then with other weights and rates before.
 
     ``compiled`` holds the memory policy of layers that are compiled; None leaves them eager and fully checkpointed.
     """
@@ -114,13 +126,19 @@ def zero(
                 parameter.add_(1)
     if stage == 3:
         spread_weights(step.transformer, torch.float32, "cpu", config)
-    parameters = list(lora_parameters(step.transformer).values())
+    described = grouped(step.transformer, ratio)
+    groups = [group["params"] for group in described]
+    if start is not None:
+        described = [{**group, "lr": 7 * LR} for group in described]
     engine, optimizer, _, _ = deepspeed.initialize(
-        model=step, model_parameters=parameters, optimizer=torch.optim.AdamW(parameters, lr=LR), config=config
+        model=step,
+        model_parameters=list(lora_parameters(step.transformer).values()),
+        optimizer=torch.optim.AdamW(described, lr=LR),
+        config=config,
     )
     if start is not None:
         load_parameters(lora_parameters(step.transformer), load_weights(start))
-        scatter_optimizer_state(optimizer, parameters, load_state(start)["optimizer_states"][0])
+        scatter_optimizer_state(optimizer, groups, load_state(start)["optimizer_states"][0])
     gathered = [] if compiled is None else gathered_weights(step.adapter.layers())
     losses = []
     for _ in range(steps):
@@ -133,7 +151,7 @@ def zero(
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
-    state = gather_optimizer_state(optimizer, parameters, keep=dist.get_rank() == 0)
+    state = gather_optimizer_state(optimizer, groups, keep=dist.get_rank() == 0)
     save(folder, steps, step.transformer, state)
     dist.barrier()
     return losses

@@ -1,6 +1,7 @@
 """The figures of every step, one row with the same keys for metrics.csv, TensorBoard and Weights & Biases.
 
 loss, grad_norm, lr, sigma             of the step itself; loss and sigma are means over its samples, on all ranks
+lr_b                                   with optim.lora_plus: of the LoRA's B, and lr that of its A
 loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
 loss_frames/81                         loss of the samples of so many latent frames
 lora_norm/<layer>                      Frobenius norm of (alpha / rank) B A, over a layer's modules, now and then
@@ -106,7 +107,7 @@ class StepMetrics(StepCallback):
             "loss": loss / count,
             "sigma": sigma / count,
             "grad_norm": module.gradient_norm,
-            "lr": module.step_lr,
+            **dict(zip(("lr", "lr_b"), module.step_lrs, strict=False)),
         }
 
     def _bucket_row(self) -> dict[str, float]:

@@ -26,6 +26,10 @@ def validate(config: RunConfig) -> None:
     _check_parallel(config)
     if config.report.clips and config.report.short_frames > config.clip.frames:
         raise UserError(f"report.short_frames is {config.report.short_frames}, expected at most clip.frames")
+    if config.lora is None and config.optim.lora_plus != 1:
+        raise UserError(
+            f"optim.lora_plus is {config.optim.lora_plus:g} with lora=null, which has no A and B: leave it out"
+        )
     if config.lora is not None and config.lora.targets is not None:
         if config.lora.text:
             raise UserError("lora.text is true, but lora.targets names all modules: put those of the text into it")

@@ -169,6 +169,10 @@ class OptimConfig:
     lr: float = key("learning rate after the warm-up", 1e-4, must=POSITIVE)
     betas: list[float] = key("AdamW's decay rates of the mean and of the square of the gradient", [0.9, 0.99],
                              must=_BETAS)  # fmt: skip
+    lora_plus: float = key(
+        "LoRA+: the learning rate of the LoRA's B, as a multiple of lr, which its A has (arXiv 2402.12354)", 1.0,
+        must=POSITIVE,
+    )  # fmt: skip
     weight_decay: float = key("AdamW's weight decay", 0.0, must=at_least(0))
     warmup: int = key("the learning rate rises linearly for so long", 50, unit="optimizer steps", must=at_least(0))
     decay: str = key("the learning rate after the warm-up", "constant", ("constant", "cosine"))

@@ -82,6 +82,7 @@ def _settings(config: RunConfig) -> str:
     dense = f"the first {attention.dense_layers} layers"
     if recipe.attention.dense_sigma is not None:
         dense += f", and all from noise level {recipe.attention.dense_sigma:.4g} on"
+    of_b = "" if config.optim.lora_plus == 1 else f" of A, {config.optim.lr * config.optim.lora_plus:g} of B (LoRA+)"
     rows = {
         "mask": f"`{config.pattern()}`, blocks of {attention.block} tokens",
         "dense": dense,
@@ -90,7 +91,7 @@ def _settings(config: RunConfig) -> str:
         "shift of the noise levels": f"{config.shift():g}",
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha} (in the weights)" if config.lora else "none",
         "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
-        "learning rate": f"{config.optim.lr:g}",
+        "learning rate": f"{config.optim.lr:g}{of_b}",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 

@@ -117,7 +117,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return {}  # the module puts its trained weights into the checkpoint itself
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return gather_optimizer_state(self.optimizers[0], self._trained(), self.is_global_zero)
+        return gather_optimizer_state(self.optimizers[0], self._groups(), self.is_global_zero)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         DDPStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -130,8 +130,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        scatter_optimizer_state(self.optimizers[0], self._trained(), checkpoint["optimizer_states"][0])
+        scatter_optimizer_state(self.optimizers[0], self._groups(), checkpoint["optimizer_states"][0])
 
-    def _trained(self) -> list[nn.Parameter]:
-        assert self.lightning_module is not None
-        return [p for p in self.lightning_module.parameters() if p.requires_grad]
+    def _groups(self) -> list[list[nn.Parameter]]:
+        module: Any = self.lightning_module
+        groups: list[list[nn.Parameter]] = module.parameter_groups
+        return groups

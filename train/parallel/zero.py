@@ -13,6 +13,7 @@ on from them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,50 +151,54 @@ def set_whole_parameter(parameter: Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
 
 
-def gather_optimizer_state(optimizer: Any, parameters: Sequence[Parameter], keep: bool) -> dict[str, Any]:
+def gather_optimizer_state(optimizer: Any, groups: Sequence[Sequence[Parameter]], keep: bool) -> dict[str, Any]:
     """The state of a DeepSpeed optimizer in the format of the torch optimizer that it wraps. Every rank must call it.
 
     Args:
         optimizer: what ``deepspeed.initialize`` returned.
-        parameters: what the wrapped optimizer was made with, one group.
+        groups: the parameters that the wrapped optimizer was made with.
         keep: whether this rank wants the result; it is collected on the CPU.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    group = {key: value for key, value in optimizer.optimizer.param_groups[0].items() if key != "params"}
-    groups = [{**group, "params": list(range(len(parameters)))}]
+    numbers = itertools.count()
+    told = [
+        {**_without_params(own), "params": [next(numbers) for _ in group]}
+        for own, group in zip(optimizer.optimizer.param_groups, groups, strict=True)
+    ]
     masters = _masters(optimizer)
     first = optimizer.optimizer.state.get(masters[0], {})
     state: dict[int, dict[str, Any]] = {}
-    for index, parameter in enumerate(parameters if first else ()):
+    for index, parameter in enumerate(itertools.chain.from_iterable(groups) if first else ()):
         state[index] = {}
         for key, value in first.items():
             whole = safe_get_full_optimizer_state(parameter, key) if value.shape == masters[0].shape else value
             if keep:
                 state[index][key] = whole.detach().cpu().clone()
-    return {"state": state if keep else {}, "param_groups": groups}
+    return {"state": state if keep else {}, "param_groups": told}
 
 
 @torch.no_grad()
-def scatter_optimizer_state(optimizer: Any, parameters: Sequence[Parameter], saved: dict[str, Any]) -> None:
+def scatter_optimizer_state(optimizer: Any, groups: Sequence[Sequence[Parameter]], saved: dict[str, Any]) -> None:
     """The inverse of `gather_optimizer_state`; ``saved`` is whole on every rank. Every rank must call it."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    group = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
-    for own in optimizer.optimizer.param_groups:
-        own.update(group)
+    for own, group in zip(optimizer.optimizer.param_groups, saved["param_groups"], strict=True):
+        own.update(_without_params(group))
     if not saved["state"]:
         return
-    scalars = {key for key, value in saved["state"][0].items() if value.shape != whole_shape(parameters[0])}
+    parameters = itertools.chain.from_iterable(groups)
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    first = saved["state"][numbers[0]]
+    scalars = {key for key, value in first.items() if value.shape != whole_shape(groups[0][0])}
     for master in _masters(optimizer):
         optimizer.optimizer.state[master] = {
-            key: value.clone() if key in scalars else torch.zeros_like(master)
-            for key, value in saved["state"][0].items()
+            key: value.clone() if key in scalars else torch.zeros_like(master) for key, value in first.items()
         }
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link these at the first step
         optimizer._lazy_init_hp_params_optimizer_state()
-    for index, parameter in enumerate(parameters):
-        for key, value in saved["state"][index].items():
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in saved["state"][number].items():
             if key in scalars:
                 continue
             value = value.to(parameter.device, torch.float32)
@@ -201,6 +206,10 @@ def scatter_optimizer_state(optimizer: Any, parameters: Sequence[Parameter], sav
                 safe_set_local_optimizer_state(parameter, _share(parameter, value), key)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _masters(optimizer: Any) -> list[Tensor]:

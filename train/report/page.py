@@ -89,7 +89,9 @@ def _charts(rows: Rows) -> Iterator[str]:
     if len(shapes) > 1:
         yield line_chart("loss by clip length, running mean", lines_of(shapes))
     yield line_chart("gradient norm", [Line(series(rows, "grad_norm"))], log=True)
-    yield line_chart("learning rate", [Line(series(rows, "lr"))])
+    rate, other = series(rows, "lr"), series(rows, "lr_b")
+    rates = lines_of({"of A": rate, "of B": other}) if other else [Line(rate)]
+    yield line_chart("learning rate", rates)
     norms = _keys(rows, "lora_norm/")
     chosen = norms if len(norms) <= 8 else [norms[round(i * (len(norms) - 1) / 7)] for i in range(8)]
     more = f" ({len(chosen)} of {len(norms)} layers)" if len(chosen) < len(norms) else ""

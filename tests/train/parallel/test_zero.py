@@ -38,37 +38,41 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "size", "offload"),
+    ("stage", "world", "size", "offload", "ratio"),
     [
-        (2, 2, 2, False),
-        (3, 3, 1, False),
-        pytest.param(1, 2, 1, False, marks=pytest.mark.slow),
-        pytest.param(1, 4, 2, False, marks=pytest.mark.slow),
-        pytest.param(2, 4, 1, False, marks=pytest.mark.slow),
-        pytest.param(3, 2, 2, False, marks=pytest.mark.slow),
-        pytest.param(3, 4, 2, False, marks=pytest.mark.slow),
-        pytest.param(2, 2, 1, True, marks=pytest.mark.slow),
-        pytest.param(3, 2, 2, True, marks=pytest.mark.slow),
+        (2, 2, 2, False, 1),
+        (3, 3, 1, False, 1),
+        (2, 2, 1, False, 8),
+        pytest.param(1, 2, 1, False, 1, marks=pytest.mark.slow),
+        pytest.param(1, 4, 2, False, 8, marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, False, 1, marks=pytest.mark.slow),
+        pytest.param(3, 2, 2, False, 8, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, False, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, True, 8, marks=pytest.mark.slow),
+        pytest.param(3, 2, 2, True, 1, marks=pytest.mark.slow),
     ],
 )
-def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, size, offload):
+def test_steps_and_checkpoints_are_the_single_processs(tmp_path, stage, world, size, offload, ratio):
     """Two steps; then the second one again from the single process's checkpoint; then a third, without ZeRO, from ours.
 
     Three ranks do not divide the parameters evenly, and sequence parallelism is inside the world that ZeRO shards over.
-    The LoRA is on the text's layers too, which see the same tokens on every rank of a group.
+    The LoRA is on the text's layers too, which see the same tokens on every rank of a group. With a ratio, A and B have
+    learning rates of their own.
     """
     samples = world // size
-    expected = zero_ranks.plain(3, samples, tmp_path / "plain")
-    for losses in run_ranks(world, zero_ranks.zero, stage, size, 2, samples, tmp_path / "zero", None, offload):
+    expected = zero_ranks.plain(3, samples, tmp_path / "plain", ratio=ratio)
+    for losses in run_ranks(world, zero_ranks.zero, stage, size, 2, samples, tmp_path / "zero", None, offload, ratio):
         assert losses == pytest.approx(expected[:2], rel=1e-5)
     same(tmp_path / "zero", tmp_path / "plain" / "step-2")
 
     start = tmp_path / "plain" / "step-1"
-    for losses in run_ranks(world, zero_ranks.zero, stage, size, 1, samples, tmp_path / "resumed", start, offload):
+    resumed = tmp_path / "resumed"
+    for losses in run_ranks(world, zero_ranks.zero, stage, size, 1, samples, resumed, start, offload, ratio):
         assert losses == pytest.approx(expected[1:2], rel=1e-5)
-    same(tmp_path / "resumed", tmp_path / "plain" / "step-2")
+    same(resumed, tmp_path / "plain" / "step-2")
 
-    assert zero_ranks.plain(1, samples, tmp_path / "on", tmp_path / "zero") == pytest.approx(expected[2:], rel=1e-4)
+    on = zero_ranks.plain(1, samples, tmp_path / "on", tmp_path / "zero", ratio)
+    assert on == pytest.approx(expected[2:], rel=1e-4)
 
 
 @pytest.mark.slow

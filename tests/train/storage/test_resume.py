@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ ON_CPU = HELPERS / "zero_on_cpu.py"
 CHANGES = {
     "adamw": {"optim.lr": "3e-3", "optim.weight_decay": "20", "optim.betas": "[0.5, 0.8]", "optim.warmup": "1"},
     "decay": {"optim.decay": "constant", "optim.warmup": "0"},
+    "lora_plus": {"optim.lora_plus": "16", "optim.weight_decay": "1"},
 }
 
 
@@ -78,16 +80,17 @@ def one_step(whole, config):
     one, other = (load_state(path)["optimizer_states"][0] for path in (before, after))
     was = one["param_groups"][0]["betas"]
     optim, expected = config.optim, {}
-    rate = optim.lr * lr_factor(optim, 2, config.trainer.steps)
+    lr = optim.lr * lr_factor(optim, 2, config.trainer.steps)
     for number, name in enumerate(in_order(config)):
         weight, moments, later = weights[name], one["state"][number], other["state"][number]
         gradient = (later["exp_avg"] - was[0] * moments["exp_avg"]).double() / (1 - was[0])
         b1, b2 = optim.betas
         first = b1 * moments["exp_avg"].double() + (1 - b1) * gradient
         second = b2 * moments["exp_avg_sq"].double() + (1 - b2) * gradient.square()
+        rate = lr * (optim.lora_plus if "lora_B" in name else 1)
         step = first / (1 - b1**3) / ((second / (1 - b2**3)).sqrt() + 1e-8)
         expected[name] = weight.double() * (1 - rate * optim.weight_decay) - rate * step
-    return expected, rate
+    return expected, lr
 
 
 def check_first_step(whole, folder, config):
@@ -97,8 +100,9 @@ def check_first_step(whole, folder, config):
         moved = (weight - start[name].double()).abs().max()
         assert moved > 0
         assert (got[name].double() - weight).abs().max() < 2e-3 * moved, name
-    row = read_metrics(folder / "metrics.csv")[2]
+    row, ratio = read_metrics(folder / "metrics.csv")[2], config.optim.lora_plus
     assert float(row["lr"]) == pytest.approx(rate, rel=1e-12)
+    assert ratio == 1 or float(row["lr_b"]) == pytest.approx(ratio * rate, rel=1e-12)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -110,12 +114,40 @@ def test_what_a_resume_changes_acts_from_its_first_step_on(whole, tmp_path, chan
     check_first_step(whole, folder, config)
 
 
+def test_a_run_with_two_learning_rates_goes_on_exactly_and_back_to_one(whole, tmp_path):
+    """The checkpoint of a run with LoRA+ has the optimizer's state in another order than that of a run without."""
+    config = replace(whole[0], runs=str(tmp_path), optim=replace(whole[0].optim, lora_plus=16.0))
+    undisturbed = run(config)
+    folder = copy_until((config, undisturbed), 2, tmp_path)
+    resume(folder, config)
+    ends = (path / "checkpoints" / "step-000004" for path in (folder, undisturbed))
+    assert equal_checkpoints(*ends)
+
+    states = [load_state(path / "checkpoints" / "step-000001") for path in (undisturbed, whole[1])]
+    shuffled, plain = (state["optimizer_states"][0]["state"] for state in states)
+    names = in_order(config)
+    in_groups = [n for n in names if "lora_A" in n] + [n for n in names if "lora_B" in n]
+    for number, name in enumerate(in_groups):  # the first step's gradients are those of the run without LoRA+
+        assert torch.equal(shuffled[number]["exp_avg"], plain[names.index(name)]["exp_avg"])
+
+    shutil.rmtree(folder)
+    folder = copy_until((config, undisturbed), 1, tmp_path)
+    back = change_config(config, {"optim.lora_plus": "1", "optim.lr": "1e-30"}, override=True)
+    resume(folder, back)
+    state = load_state(folder / "checkpoints" / "step-000002")["optimizer_states"][0]
+    assert len(state["param_groups"]) == 1
+    second = load_state(undisturbed / "checkpoints" / "step-000002")["optimizer_states"][0]["state"]
+    for number, name in enumerate(in_groups):
+        assert torch.equal(state["state"][names.index(name)]["exp_avg"], second[number]["exp_avg"])
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("change", ["adamw", "lora_plus"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
-def test_so_it_does_under_every_strategy(whole, tmp_path, strategy):
+def test_so_it_does_under_every_strategy(whole, tmp_path, strategy, change):
     folder = copy_until(whole, 2, tmp_path)
     layout = {"parallel.strategy": strategy, "trainer.devices": "2", "data.batch_size": "1"}
-    changes = {**CHANGES["adamw"], **layout}
+    changes = {**CHANGES[change], **layout}
     settings = [f"{key}={value}" for key, value in changes.items()]
     process = Run(f"resume={folder}", *settings, "override=true", script=ON_CPU)
     text = process.end()

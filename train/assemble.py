@@ -37,6 +37,7 @@ from train.export.tools import warnings
 from train.loggers.services import loggers_of, note_once
 from train.lora.initial import read_initial
 from train.lora.layers import inject_lora, start_from
+from train.lora.scaling import factor
 from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
 from train.memory.fp8_storage import store_fp8
@@ -168,9 +169,9 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
     assert lora is not None
     start = read_initial(lora.init, config.model, adapter) if lora.init is not None else None
     targets = lora.targets or adapter.targets(text=lora.text)
-    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed)
+    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed, rslora=lora.rslora)
     if start is not None:
-        start_from(adapter.transformer, start, lora.alpha / lora.rank)
+        start_from(adapter.transformer, start, factor(lora.alpha, lora.rank, rslora=lora.rslora))
         if Rank.here().index == 0:
             print("\n".join(f"lora.init: {note}" for note in start.notes))
 

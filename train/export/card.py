@@ -89,7 +89,7 @@ def _settings(config: RunConfig) -> str:
         "clips": f"{clip.frames} frames of {clip.height} x {clip.width} pixels",
         "temporal positions": config.model.rope,
         "shift of the noise levels": f"{config.shift():g}",
-        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha} (in the weights)" if config.lora else "none",
+        "LoRA": _lora(config),
         "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
         "learning rate": f"{config.optim.lr:g}{of_b}",
     }
@@ -107,3 +107,10 @@ def _running(config: RunConfig, formats: Iterable[str]) -> str:
     for kind in formats:
         lines += [f"- `{folder}{kind}/`: {line}" for line in (*ways(config, kind), *differences(config, kind))]
     return "\n".join(lines)
+
+
+def _lora(config: RunConfig) -> str:
+    if config.lora is None:
+        return "none"
+    kind = ", scaled by alpha / sqrt(rank)" if config.lora.rslora else ""
+    return f"rank {config.lora.rank}, alpha {config.lora.alpha} (in the weights){kind}"

@@ -39,6 +39,7 @@ from train.lora.files import check_file
 from train.lora.header import to_header
 from train.lora.masks import masks_beside
 from train.lora.reading import Lora, Pairs, lora_in, read_lora
+from train.lora.scaling import factor
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
@@ -112,7 +113,7 @@ def export_run(
         else:
             step, said = load_state(checkpoint)["global_step"], warnings(config)
             for kind, part, own in _parts(config, weights):
-                pairs = folded(own, config.lora.alpha)
+                pairs = folded(own, config.lora.alpha, rslora=config.lora.rslora)
                 base = transformer_folder(part.model, whole=merged)
                 header, name = header_of(part, step), "_".join(filter(None, (config.conf, kind)))
                 lines = save_adapters(
@@ -165,8 +166,8 @@ def _parts(config: RunConfig, weights: dict[str, Tensor]) -> Iterator[tuple[str,
         yield folder, replace(config, model=replace(config.model, expert=expert)), own
 
 
-def folded(weights: dict[str, Tensor], alpha: float) -> Pairs:
-    """A checkpoint's tensors as pairs, with alpha / rank in B."""
+def folded(weights: dict[str, Tensor], alpha: float, *, rslora: bool = False) -> Pairs:
+    """A checkpoint's tensors as pairs, with the LoRA's factor in B (`train.lora.scaling.factor`)."""
     names = sorted({key.rsplit(".lora_", 1)[0] for key in weights if ".lora_" in key})
     if not names:
         raise UserError("the checkpoint holds no LoRA tensor, nothing to export")
@@ -178,7 +179,7 @@ def folded(weights: dict[str, Tensor], alpha: float) -> Pairs:
         down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
         if not (down.isfinite().all() and up.isfinite().all()):
             raise UserError(f"the checkpoint's {name} is not finite: export an earlier one with checkpoint=<step-*>")
-        pairs[name] = (down, up * (alpha / len(down)))
+        pairs[name] = (down, up * factor(alpha, len(down), rslora=rslora))
     return pairs
 
 

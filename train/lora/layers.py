@@ -1,6 +1,8 @@
 """The LoRA: injecting it with PEFT, and moving its weights in and out of plain state dicts.
 
 y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
+
+rsLoRA divides by the square root of the rank instead (arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from train.parallel.zero import set_whole_parameter, whole_shape
 ADAPTER = "default"
 
 
-def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int) -> list[str]:
+def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int, *, rslora: bool = False) -> list[str]:
     """Freezes the model and adds fp32 LoRA weights to every module whose name matches ``targets`` in full.
+
+    Args:
+        rslora: whether the factor is that of rsLoRA.
 
     Returns:
         The names of the modules that carry a LoRA.
@@ -36,9 +41,8 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=matched, init_lora_weights=True), ADAPTER
-        )
+        lora = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=matched, init_lora_weights=True)
+        transformer.add_adapter(lora, ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -88,7 +92,7 @@ def start_from(transformer: Any, lora: Lora, scale: float) -> None:
     Args:
         transformer: with the LoRA that `inject_lora` made.
         lora: strength and alpha are in its tensors.
-        scale: alpha / rank of the injected LoRA.
+        scale: the factor of the injected LoRA.
 
     Raises:
         UserError: the file changes what the LoRA does not, or has a greater rank; nothing is set then.

@@ -33,6 +33,11 @@ def _beside(file: Path) -> Path:
     return file.parent / _CONFIGS.get(file.name, "")
 
 
+def factor(alpha: float, rank: int, *, rslora: bool = False) -> float:
+    """What a LoRA's product is scaled by: alpha / rank, or alpha / sqrt(rank) of rsLoRA (arXiv 2312.03732)."""
+    return float(alpha) / (math.sqrt(rank) if rslora else rank)
+
+
 class Scaling:
     """alpha / rank where it stands beside the tensors and not among them.
 
@@ -81,10 +86,10 @@ class Scaling:
         if not config:
             return 1.0
         if "lora_params" in config:  # one factor for all layers, whatever their ranks
-            return float(config["lora_params"]["lora_alpha"]) / config["lora_params"]["lora_rank"]
+            return factor(config["lora_params"]["lora_alpha"], config["lora_params"]["lora_rank"])
         patterns = config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
-        return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+        return factor(alpha, rank, rslora=bool(config.get("use_rslora")))
 
 
 def _of_header(header: Mapping[str, str], file: Path, *, kohya: bool) -> dict[str, Any]:

@@ -76,6 +76,37 @@ def test_every_export_runs_what_was_trained(trained):
         assert (output - expected).abs().max() < 1e-5, name
 
 
+def test_rslora_trains_and_exports_with_its_own_factor(tmp_path):
+    """alpha / sqrt(rank) = 8 / sqrt(4): in training PEFT's own layers say so, in the exports the merged weights."""
+    changes = {"optim__lr": 2e-2, "trainer__steps": 2, "optim__warmup": 0, "lora__rslora": "true"}
+    config = run_config(tmp_path, **changes)
+    folder = RunFolder.create(config)
+    train(config, folder)
+    export_run(folder.path, merged=True)
+    adapter = load_adapter(config.model, torch.float32, 0)
+    model, weights = adapter.transformer, load_weights(last_checkpoint(folder.path))
+    layers = dict(model.named_modules())
+    names = {name.rsplit(".lora_", 1)[0] for name in weights}
+    with torch.no_grad():
+        for name in names:
+            change = weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
+            layers[name].weight += 8 / 2 * change
+    merged = load_file(next((folder.path / "export" / "merged").glob("*.safetensors")))
+    for name in names:
+        torch.testing.assert_close(merged[f"{name}.weight"], layers[name].weight.data, rtol=1e-5, atol=1e-6)
+    adapter.set_attention(step_attention(Dense(), VideoGrid(4, 4, 8)))
+    expected = outputs(model)
+    stock = WanTransformer3DModel.from_pretrained(config.model.path)
+    loaded = PeftModel.from_pretrained(stock, str(folder.path / "export" / "peft")).base_model.model
+    assert (outputs(loaded) - expected).abs().max() < 1e-5
+
+    trained_model = load_adapter(config.model, torch.float32, 0)
+    inject_lora(trained_model.transformer, 4, 8, trained_model.lora_targets, 0, rslora=True)
+    load_parameters(lora_parameters(trained_model.transformer), weights)
+    trained_model.set_attention(step_attention(Dense(), VideoGrid(4, 4, 8)))
+    assert (outputs(trained_model.transformer) - expected).abs().max() < 1e-5
+
+
 def test_training_ends_with_every_adapter_format(trained):
     _, run = trained
     found = {str(file.relative_to(run / "export")) for file in (run / "export").rglob("*.safetensors")}

@@ -44,8 +44,9 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
     ),
     "train": (
         "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",
-        "storage", "loggers", "shards", "objective", "optimizer", "preflight", "module", "evaluation", "export",
-        "sample", "report", "decay", "callbacks", "evaluate", "bench", "assemble", "run", "sweep", "study", "__main__",
+        "storage", "loggers", "shards", "objective", "optimizer", "average", "preflight", "module", "evaluation",
+        "export", "sample", "report", "decay", "callbacks", "evaluate", "bench", "assemble", "run", "sweep", "study",
+        "__main__",
     ),
 }  # fmt: skip
 

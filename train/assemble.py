@@ -20,6 +20,8 @@ from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
 from radial.cli.ranks import Rank
 from train.attention.sequence import check_heads
+from train.average import WeightAverage
+from train.callbacks.average import Averaging
 from train.callbacks.bad_steps import BadSteps
 from train.callbacks.checkpoints import StepCheckpoints
 from train.callbacks.clips import PromptClips
@@ -161,6 +163,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         sequence_size=config.parallel.sequence,
         policies=policies,
         stream=stream,
+        average=None if config.optim.ema is None else WeightAverage(config.optim.ema),
     )
 
 
@@ -177,8 +180,8 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
 
 
 def callbacks_of(config: RunConfig, folder: Path, watch: Watch, extra: Sequence[Callback] = ()) -> list[Callback]:
-    """The callbacks in their order: what measures, shows and saves, then clips, for which nothing waits; the watchdog
-    comes last in every step."""
+    """The callbacks in their order: the average of weights, what measures, shows and saves, then clips, for which
+    nothing waits; the watchdog comes last in every step."""
     control, stop, watchdog = watch.control, watch.stop, watch.watchdog
     throughput = Throughput()
     bad_steps = BadSteps(limit=config.trainer.max_skipped, control=control)
@@ -212,7 +215,8 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch, extra: Sequence[
         throughput=throughput,
     )
     clips = PromptClips(config, folder, control=control, watchdog=watchdog, throughput=throughput, stop=stop)
-    return [throughput, validation, bad_steps, figures, Progress(figures), *extra, stop, checkpoints, clips, watchdog]
+    measured = [Averaging(), throughput, validation, bad_steps, figures, Progress(figures)]
+    return [*measured, *extra, stop, checkpoints, clips, watchdog]
 
 
 def loader(config: RunConfig, shards: Manifest, trainer: L.Trainer, start: Place) -> LatentStream:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from data.shards.stream import LatentStream
 from radial import Pattern
 from train.attention.sequence import SequenceGroup
 from train.attention.step import StepAttention
+from train.average import WeightAverage
 from train.clip_recipe import Recipes
 from train.errors import UserError
 from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
@@ -25,6 +28,8 @@ from train.models.base import ModelAdapter
 from train.objective import Objective
 from train.optimizer import Optimization
 from train.parallel.zero import whole_parameter
+
+_CURRENT = "current_weights"  # of a checkpoint with an average
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class LengthExtensionModule(L.LightningModule):
         sequence_size: ranks that share each sample's tokens.
         policies: what layers keep, where it was chosen for this machine; all ranks must have chosen the same.
         stream: has the layers' frozen weights come, where they lie in CPU memory.
+        average: of what is trained, which `train.callbacks.average` keeps up to date.
     """
 
     strict_loading = False  # the frozen weights are in no checkpoint
@@ -71,6 +77,7 @@ class LengthExtensionModule(L.LightningModule):
         sequence_size: int = 1,
         policies: LayerPolicies | None = None,
         stream: WeightStream | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
@@ -78,6 +85,7 @@ class LengthExtensionModule(L.LightningModule):
         self.recipes, self.objective, self.optimization = recipes, objective, optimization
         self.seed, self.lora = seed, lora
         self.sequence_size, self.policies, self.stream = sequence_size, policies, stream
+        self.average = average
         self.sequence: SequenceGroup | None = None
         self.current_attention: StepAttention | None = None
         """The attention of the micro-batch in work."""
@@ -165,6 +173,12 @@ class LengthExtensionModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._step = self.trainer.global_step
+        if self.average is not None:
+            self.average.start(self.trained_weights())
+
+    def on_train_end(self) -> None:
+        """Callbacks have had this hook before, so that the last checkpoint is saved."""
+        self.use_average()
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """With the last of the data Lightning would take a step of the micro-batches that there are."""
@@ -201,6 +215,25 @@ class LengthExtensionModule(L.LightningModule):
         """The inverse of `trained_weights`."""
         load_parameters(self._trained(), state)
 
+    def use_average(self) -> None:
+        """Puts the average, if there is one, in the place of the trained weights. Every rank must call it."""
+        if self.average is not None:
+            self.load_trained_weights(self.average.weights)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model as it is measured and generates: in evaluation mode, with the average in place of the trained
+        weights if there is one. Every rank must enter it; what is trained is as it was afterwards."""
+        own = {} if self.average is None else {name: w.clone() for name, w in self.trained_weights().items()}
+        self.transformer.eval()
+        self.use_average()
+        try:
+            yield
+        finally:
+            if own:
+                self.load_trained_weights(own)
+            self.transformer.train()
+
     @property
     def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
         """What is trained, in the groups and the order of the optimizer."""
@@ -211,7 +244,9 @@ class LengthExtensionModule(L.LightningModule):
         return lora_parameters(self.transformer) if self.lora else dict(self.transformer.named_parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = self.trained_weights()
+        checkpoint["state_dict"] = weights = self.trained_weights()
+        if self.average is not None:  # what the run is about has its place; the weights to go on with lie beside it
+            checkpoint["state_dict"], checkpoint[_CURRENT] = self.average.weights, weights
         # of a step that ends in this moment; in the middle of one the run goes on from its start
         position = self._read if checkpoint["global_step"] != self._step else self.position
         checkpoint["position"] = position
@@ -220,7 +255,10 @@ class LengthExtensionModule(L.LightningModule):
         checkpoint["taken"] = [[list(shape), count] for shape, count in stream.taken(position).items()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.load_trained_weights(checkpoint["state_dict"])
+        current = checkpoint.pop(_CURRENT, None)
+        if self.average is not None and current is not None:
+            self.average.weights = checkpoint["state_dict"]
+        self.load_trained_weights(checkpoint["state_dict"] if current is None else current)
         checkpoint["state_dict"] = {}
         self.position = checkpoint["position"]
         self.optimization.follow(checkpoint, list(self._trained()))

@@ -140,6 +140,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
             else:
                 assert folder.checkpoint is not None
                 module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
+                module.use_average()
             if not stop.agreed:
                 _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
     return stop.agreed

@@ -89,10 +89,8 @@ class PromptClips(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LengthExtensionModule) -> None:
         if not self.stop.agreed and every(self.every, trainer):
             start = time.perf_counter()
-            module.transformer.eval()
-            with suppress(Asked):
+            with module.evaluating(), suppress(Asked):
                 self.generate(trainer, module)
-            module.transformer.train()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.throughput.leave_out(time.perf_counter() - start)

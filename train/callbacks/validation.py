@@ -103,9 +103,8 @@ class Validation(StepCallback):
         self.row = {}
         if self.shards is not None and every(self.every, trainer):
             start = time.perf_counter()
-            module.transformer.eval()
-            self.row = self.measure(trainer, module)
-            module.transformer.train()
+            with module.evaluating():
+                self.row = self.measure(trainer, module)
             self.throughput.leave_out(time.perf_counter() - start)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ TOOL_KEYS = (
 _TOOLS = Bound(f"some of {', '.join(TOOL_KEYS)}", lambda value: set(value) <= set(TOOL_KEYS))
 _SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
 _FINITE = Bound("a finite number", math.isfinite)
+_BETWEEN = Bound("a number between 0 and 1", lambda value: 0 < value < 1)
 _SIGMAS = Bound("noise levels between 0 and 1", lambda value: all(0 < sigma < 1 for sigma in value))
 _BETAS = Bound("two numbers from 0 up to 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 _WEIGHTS = Bound("numbers above 0", lambda value: all(0 < weight < float("inf") for weight in value))
@@ -173,6 +174,10 @@ class OptimConfig:
     lora_plus: float = key(
         "LoRA+: the learning rate of the LoRA's B, as a multiple of lr, which its A has (arXiv 2402.12354)", 1.0,
         must=POSITIVE,
+    )  # fmt: skip
+    ema: float | None = key(
+        "decay of a moving average of what is trained, such as 0.999; validation, clips, reports and exports use the "
+        "average; null: none", None, must=_BETWEEN,
     )  # fmt: skip
     weight_decay: float = key("AdamW's weight decay", 0.0, must=at_least(0))
     warmup: int = key("the learning rate rises linearly for so long", 50, unit="optimizer steps", must=at_least(0))

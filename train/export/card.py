@@ -93,6 +93,8 @@ def _settings(config: RunConfig) -> str:
         "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
         "learning rate": f"{config.optim.lr:g}{of_b}",
     }
+    if config.optim.ema is not None:
+        rows["weights"] = f"a moving average over the steps, decay {config.optim.ema:g}"
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 

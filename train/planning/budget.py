@@ -134,14 +134,15 @@ class Budget:
 
     @cached_property
     def training(self) -> float:
-        """fp32 weights that are trained, their gradients and Adam's two moments on a GPU."""
+        """fp32 weights that are trained, their gradients, Adam's two moments and the moving average on a GPU."""
         n, world = 4.0 * self.sizes.trained, self.machine.world
+        average = 0.0 if self.config.optim.ema is None else n  # whole on every rank
         if self.stage == 0:
-            return 4 * n + (n if world > 1 else 0)  # DDP reduces gradients through buckets of their size
+            return average + 4 * n + (n if world > 1 else 0)  # DDP reduces gradients through buckets of their size
         own = n / world if self.stage == 3 else n
         gradients = n if self.stage == 1 else n / world
         moments = 0.0 if self.config.parallel.offload_optimizer else 3 * n / world  # with the fp32 masters
-        return own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
+        return average + own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
 
     def kept_by(self, policy: str) -> float:
         """What one layer keeps for its backward."""

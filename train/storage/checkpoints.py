@@ -1,8 +1,8 @@
 """Checkpoints: one folder of safetensors and JSON for every strategy, written whole or not at all.
 
     step-000100/
-        weights.safetensors     what is trained: the LoRA (or all weights, conf=shapes_base)
-        optimizer.safetensors   optimizer state, full (unsharded) tensors
+        weights.safetensors     what is trained: the LoRA (or all weights, conf=shapes_base); with optim.ema its average
+        optimizer.safetensors   optimizer state, full (unsharded) tensors; with optim.ema the weights to go on with
         state.json              everything else, with {"$tensor": name} where a tensor of optimizer.safetensors goes
 
 Nothing is pickled. A folder is written under a temporary name, synced and renamed, so that a kill at any moment

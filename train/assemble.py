@@ -172,7 +172,7 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter) -> None:
     assert lora is not None
     start = read_initial(lora.init, config.model, adapter) if lora.init is not None else None
     targets = lora.targets or adapter.targets(text=lora.text)
-    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed, rslora=lora.rslora)
+    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed, rslora=lora.rslora, dora=lora.dora)
     if start is not None:
         start_from(adapter.transformer, start, factor(lora.alpha, lora.rank, rslora=lora.rslora))
         if Rank.here().index == 0:

@@ -131,8 +131,9 @@ def preflight_resume(
     if adapter is not None and saved:
         trained = dict(adapter.transformer.named_parameters())
         if config.lora is not None:
-            targets = config.lora.targets or adapter.targets(text=config.lora.text)
-            inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
+            lora = config.lora
+            targets = lora.targets or adapter.targets(text=lora.text)
+            inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed, dora=lora.dora)
             trained = lora_parameters(adapter.transformer)
         try:
             shapes = weight_shapes(saved[-1])

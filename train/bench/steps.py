@@ -205,8 +205,9 @@ def _measure(config: RunConfig, device: torch.device, sp: int, layers: int | Non
     layers, heads, _ = adapter.attention_shape
     check_heads(sp, heads)
     assert config.lora is not None
-    targets = config.lora.targets or adapter.targets(text=config.lora.text)
-    inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, targets, config.seed)
+    lora = config.lora
+    targets = lora.targets or adapter.targets(text=lora.text)
+    inject_lora(adapter.transformer, lora.rank, lora.alpha, targets, config.seed, dora=lora.dora)
     for transformer in adapter.transformers:
         settle(transformer, dtype, device, on_cpu=adapter.layers() if streams or stored else ())
     if stored:

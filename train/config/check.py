@@ -135,6 +135,14 @@ def _check_parallel(config: RunConfig) -> None:
             f"model.storage is {config.model.storage} and trainer.fp8 true: stored weights compute in float8 by "
             "themselves where the GPU does, leave trainer.fp8 out"
         )
+    if config.lora is not None and config.lora.dora:
+        clashes = {
+            "trainer.fp8": config.trainer.fp8,
+            "model.storage=fp8": config.model.storage is not None,
+            "parallel=zero3": parallel.strategy == "zero3",
+        }
+        for name in (name for name, there in clashes.items() if there):
+            raise UserError(f"lora.dora is true with {name}: DoRA needs whole frozen weights in 16 or 32 bits; set one")
     if parallel.offload_weights and (config.lora is None or parallel.strategy == "zero3"):
         found = "lora=null, which trains them" if config.lora is None else "parallel=zero3, which spreads them"
         raise UserError(

@@ -91,6 +91,9 @@ class LoraSettings:
 
     rank: int = key("rank of the two factors", 128, must=at_least(1))
     alpha: int = key("the LoRA's output is scaled by alpha / rank", 128, must=POSITIVE)
+    dora: bool = key(
+        "DoRA: the norm of each row of the tuned weight is a number of its own, trained too (arXiv 2402.09353)", False
+    )
     rslora: bool = key("rsLoRA: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)", False)
     targets: str | None = key(
         "regular expression for the names of the modules that carry a LoRA; null: Q, K, V and O of self-attention", None

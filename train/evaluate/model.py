@@ -95,5 +95,5 @@ def _add_lora(config: RunConfig, adapter: ModelAdapter, weights: dict[str, Tenso
     lora, transformer = config.lora, adapter.transformer
     assert lora is not None
     targets = lora.targets or adapter.targets(text=lora.text)
-    inject_lora(transformer, lora.rank, lora.alpha, targets, config.seed, rslora=lora.rslora)
+    inject_lora(transformer, lora.rank, lora.alpha, targets, config.seed, rslora=lora.rslora, dora=lora.dora)
     load_parameters(lora_parameters(transformer), weights)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.errors import UserError
+from train.lora.layers import MAGNITUDE
 from train.lora.names import TABLES, OriginalLayer, comfyui_layers, comfyui_names, original_layers
 from train.lora.reading import Pairs
 from train.lora.targets import weighted_layers
@@ -44,6 +45,7 @@ class Adapter:
         header: goes into every file's metadata: how the LoRA was trained.
         base_model: public name of the model.
         name: stem of the files that have no name given by their format.
+        magnitudes: of a DoRA, by layer, (out,).
     """
 
     pairs: Pairs
@@ -51,6 +53,12 @@ class Adapter:
     header: dict[str, str]
     base_model: str
     name: str
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """By PEFT's names after a prefix."""
+        found = {f"{prefix}{name}.{MAGNITUDE}": norms for name, norms in self.magnitudes.items()}
+        return named_tensors(self.pairs, prefix) | found
 
     @property
     def model_class(self) -> str:
@@ -108,7 +116,7 @@ def named_tensors(pairs: Pairs, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _diffusers(adapter: Adapter, folder: Path) -> None:
-    _save(named_tensors(adapter.pairs, "transformer."), folder / WEIGHTS, adapter)
+    _save(adapter.tensors("transformer."), folder / WEIGHTS, adapter)
 
 
 def _comfyui(adapter: Adapter, folder: Path) -> None:
@@ -144,10 +152,11 @@ def _peft(adapter: Adapter, folder: Path) -> None:
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=dict(others),
+        use_dora=bool(adapter.magnitudes),
         target_modules=sorted(ranks),
         base_model_name_or_path=adapter.base_model,
     ).save_pretrained(str(folder))
-    _save(named_tensors(adapter.pairs, "base_model.model."), folder / "adapter_model.safetensors", adapter)
+    _save(adapter.tensors("base_model.model."), folder / "adapter_model.safetensors", adapter)
 
 
 def _released(adapter: Adapter, folder: Path) -> None:
@@ -168,14 +177,14 @@ FORMATS: dict[str, Callable[[Adapter, Path], None]] = {
 }
 
 
-def formats_of(model_class: str) -> list[str]:
-    """The formats that there are for a model."""
-    if model_class not in TABLES:
+def formats_of(model_class: str, *, dora: bool = False) -> list[str]:
+    """The formats that there are for a model; a DoRA has those whose libraries are known to load it exactly."""
+    if dora or model_class not in TABLES:
         return ["diffusers", "peft"]
     return [name for name in FORMATS if name != "released" or model_class == "HunyuanVideoTransformer3DModel"]
 
 
-def check_formats(names: list[str], model_class: str) -> None:
+def check_formats(names: list[str], model_class: str, *, dora: bool = False) -> None:
     """Refuses a format that does not exist, or not for this model.
 
     Raises:
@@ -184,6 +193,7 @@ def check_formats(names: list[str], model_class: str) -> None:
     for name in names:
         if name not in FORMATS:
             raise UserError(f"format is {name!r}, expected some of {','.join(FORMATS)}")
-        if name not in formats_of(model_class):
-            instead = ", ".join(formats_of(model_class))
-            raise UserError(f"format {name} is not there for a {model_class}, expected some of {instead}")
+        if name not in formats_of(model_class, dora=dora):
+            instead = ", ".join(formats_of(model_class, dora=dora))
+            kind, way = ("DoRA (lora.dora)", ", or merge=true for all tools") if dora else (model_class, "")
+            raise UserError(f"format {name} is not there for a {kind}, expected some of {instead}{way}")

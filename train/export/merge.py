@@ -138,13 +138,16 @@ def _sources(folder: Path) -> dict[str, _Source]:
 def _changes(
     loras: Sequence[tuple[Lora, float]], sources: dict[str, _Source], base: Path
 ) -> dict[str, list[tuple[float, tuple[Tensor, ...]]]]:
-    """What each tensor changes by: a strength, and A and B or the whole difference."""
+    """What each tensor changes by: a strength, and A and B, those and m of a DoRA, or the whole difference."""
     changes: dict[str, list[tuple[float, tuple[Tensor, ...]]]] = {}
     for lora, strength in loras:
-        low_rank = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
+        low_rank: dict[str, tuple[Tensor, ...]] = {
+            f"{name}.weight": (*pair, lora.magnitudes[name]) if name in lora.magnitudes else pair
+            for name, pair in lora.pairs.items()
+        }
         whole = {name: (change,) for name, change in lora.differences.items()}
         for name, parts in {**low_rank, **whole}.items():
-            shape = (len(parts[1]), parts[0].shape[1]) if len(parts) == 2 else tuple(parts[0].shape)
+            shape = tuple(parts[0].shape) if len(parts) == 1 else (len(parts[1]), parts[0].shape[1])
             if name not in sources or sources[name].shape != shape:
                 found = sources[name].shape if name in sources else "no such tensor"
                 raise UserError(f"a LoRA changes {name} {shape}, {base} has {found}: is it for another model?")
@@ -172,10 +175,14 @@ def _merged(name: str, source: _Source, changes: list[tuple[float, tuple[Tensor,
         tensor: Tensor = tensors.get_tensor(name)
         if not changes:
             return tensor.to(dtype, copy=True).contiguous()
-        total = tensor.float()
+        base = total = tensor.float()
     for strength, parts in changes:
         first, *rest = (part.float() for part in parts)
-        total = total.addmm(rest[0], first, alpha=strength) if rest else total.add(first, alpha=strength)
+        if len(rest) == 2:
+            tuned = base.addmm(rest[0], first)
+            total = total.add(tuned * (rest[1] / tuned.norm(dim=1))[:, None] - base, alpha=strength)
+        else:
+            total = total.addmm(rest[0], first, alpha=strength) if rest else total.add(first, alpha=strength)
     result = total.to(dtype).contiguous()
     if not result.isfinite().all():
         raise UserError(f"{name} is not finite after the merge: is a LoRA damaged, or its strength too high?")

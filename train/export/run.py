@@ -37,6 +37,7 @@ from train.export.tools import differences, script_flags, warnings, ways
 from train.export.verify import verify
 from train.lora.files import check_file
 from train.lora.header import to_header
+from train.lora.layers import MAGNITUDE
 from train.lora.masks import masks_beside
 from train.lora.reading import Lora, Pairs, lora_in, read_lora
 from train.lora.scaling import factor
@@ -114,10 +115,11 @@ def export_run(
             step, said = load_state(checkpoint)["global_step"], warnings(config)
             for kind, part, own in _parts(config, weights):
                 pairs = folded(own, config.lora.alpha, rslora=config.lora.rslora)
+                norms = {name: own[f"{name}.{MAGNITUDE}"] for name in pairs if config.lora.dora}
                 base = transformer_folder(part.model, whole=merged)
                 header, name = header_of(part, step), "_".join(filter(None, (config.conf, kind)))
                 lines = save_adapters(
-                    part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check
+                    part, base, pairs, norms, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check
                 )
                 said += [str(Path(kind) / line) for line in lines]
                 if config.trainer.fp8:
@@ -125,7 +127,7 @@ def export_run(
                 if merged:
                     model = stand_in(base)
                     others = [(p, read_lora(p, model), factor) for p, factor in (add_2 if kind == _LOW else add)]
-                    loras = [(Lora(pairs), strength), *((lora, factor) for _, lora, factor in others)]
+                    loras = [(Lora(pairs, magnitudes=norms), strength), *((lora, factor) for _, lora, factor in others)]
                     whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
                     place = temporary / ("" if whole else kind) / "merged"
                     said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None, header=header))
@@ -187,6 +189,7 @@ def save_adapters(
     config: RunConfig,
     base: Path,
     pairs: Pairs,
+    magnitudes: dict[str, Tensor],
     header: dict[str, str],
     formats: Sequence[str] | None,
     dtype: torch.dtype,
@@ -200,6 +203,7 @@ def save_adapters(
         config: the run; of two experts, the part of one.
         base: folder of the transformer that the LoRA belongs to.
         pairs: the LoRA, with its strength in B.
+        magnitudes: of a DoRA, by layer.
         header: of the files.
         formats: by default all that the model has.
         dtype: of the weights.
@@ -210,12 +214,12 @@ def save_adapters(
     Raises:
         UserError: weights that do not fit the model, or a format that it does not have.
     """
-    model = stand_in(base)
+    model, dora = stand_in(base), bool(magnitudes)
     _check_fit(pairs, model)
-    chosen = list(dict.fromkeys(formats_of(type(model).__name__) if formats is None else formats))
-    check_formats(chosen, type(model).__name__)
+    chosen = list(dict.fromkeys(formats_of(type(model).__name__, dora=dora) if formats is None else formats))
+    check_formats(chosen, type(model).__name__, dora=dora)
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
-    adapter = Adapter(pairs, model, header, public_name(config.model), file)
+    adapter = Adapter(pairs, model, header, public_name(config.model), file, magnitudes)
     said = []
     for name in chosen:
         check()

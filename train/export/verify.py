@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from train.errors import UserError
 from train.export.formats import WEIGHTS, Adapter
 from train.lora.keys import of_kohya
+from train.lora.layers import MAGNITUDE
 from train.lora.names import MUSUBI_BLOCKS, comfyui_names
 from train.lora.reading import Pairs, lora_in, read_lora, trim
 from train.lora.targets import weighted_layers
@@ -49,7 +50,8 @@ def verify(format_name: str, adapter: Adapter, base: Path, folder: Path) -> list
             stands in its line.
     """
     file = lora_in(folder)
-    compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
+    if not adapter.magnitudes:  # files of DoRAs are not read
+        compare_pairs(read_lora(file, adapter.model).pairs, adapter.pairs, "this project", file)
     own, *others = _LOADERS[format_name]
     said = [own(adapter, base, file), *(_tried(load, adapter, base, file) for load in others)]
     return [line for line in said if line]
@@ -74,7 +76,7 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
         else:  # a pipeline that is not known here, or has none: what all that have one call
             name = f"{adapter.model_class}.load_lora_adapter"
             model.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer")
-    count = compare_pairs(lora_layers(model), adapter.pairs, name, file)
+    count = compare_pairs(lora_layers(model), adapter.pairs, name, file) + _compare_norms(model, adapter, file)
     return f"{name}: {count} tensors, all equal"
 
 
@@ -91,8 +93,22 @@ def _by_pipeline_if_wide(adapter: Adapter, base: Path, file: Path) -> str:
 def _by_peft(adapter: Adapter, base: Path, file: Path) -> str:
     with _quiet():
         model: Any = PeftModel.from_pretrained(stand_in(base), str(file.parent))
-    count = compare_pairs(lora_layers(model.base_model.model), adapter.pairs, "PEFT", file)
+    inner = model.base_model.model
+    count = compare_pairs(lora_layers(inner), adapter.pairs, "PEFT", file) + _compare_norms(inner, adapter, file)
     return f"PeftModel.from_pretrained: {count} tensors, all equal"
+
+
+def _compare_norms(model: Any, adapter: Adapter, file: Path) -> int:
+    """The number of a DoRA's row norms that arrived as they were exported; 0 of a LoRA.
+
+    Raises:
+        UserError: some did not.
+    """
+    for name, expected in adapter.magnitudes.items():
+        (found,) = getattr(model.get_submodule(name), MAGNITUDE).values()
+        if found.weight.is_meta or not torch.equal(found.weight, expected.to(found.weight.dtype)):
+            raise UserError(f"{file}: the row norms of {name} are not what was exported, expected them as trained")
+    return len(adapter.magnitudes)
 
 
 def _by_names(adapter: Adapter, base: Path, file: Path) -> str:

@@ -2,7 +2,8 @@
 
 y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
 
-rsLoRA divides by the square root of the rank instead (arXiv 2312.03732).
+rsLoRA divides by the square root of the rank instead (arXiv 2312.03732). DoRA also trains the norm of each row of the
+tuned weight: V = W + (alpha / rank) B A, y = (m / |V|) V x, with |V| a constant of the gradient (arXiv 2402.09353).
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from train.lora.reading import Lora
 from train.parallel.zero import set_whole_parameter, whole_shape
 
 ADAPTER = "default"
+MAGNITUDE = "lora_magnitude_vector"
+"""What PEFT calls m of a DoRA."""
 
 
-def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int, *, rslora: bool = False) -> list[str]:
+def inject_lora(
+    transformer: Any, rank: int, alpha: int, targets: str, seed: int, *, rslora: bool = False, dora: bool = False
+) -> list[str]:
     """Freezes the model and adds fp32 LoRA weights to every module whose name matches ``targets`` in full.
 
     Args:
         rslora: whether the factor is that of rsLoRA.
+        dora: whether it is a DoRA.
 
     Returns:
         The names of the modules that carry a LoRA.
@@ -41,7 +47,14 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lora = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=matched, init_lora_weights=True)
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            use_rslora=rslora,
+            use_dora=dora,
+            target_modules=matched,
+            init_lora_weights=True,
+        )
         transformer.add_adapter(lora, ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -49,7 +62,9 @@ def inject_lora(transformer: Any, rank: int, alpha: int, targets: str, seed: int
     for name in matched:
         layer = transformer.get_submodule(name)
         assert type(layer) is Linear
-        layer.__class__, layer.lora_B[ADAPTER].__class__ = _LoraLinear, _AddedLinear
+        layer.__class__ = _DoraLinear if dora else _LoraLinear
+        layer.lora_B[ADAPTER].__class__ = _AddedLinear
+    _set_magnitudes(transformer)
     return matched
 
 
@@ -70,6 +85,46 @@ class _LoraLinear(Linear):
         return total
 
 
+class _DoraLinear(_LoraLinear):
+    """The same of a DoRA.
+
+    With g = m / |V| - 1 it adds g times what there is without the bias: of a g near 0, bfloat16 keeps as many digits as
+    of any number.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = super().forward(x)
+        if self.disable_adapters:
+            return total
+        with torch.autocast(x.device.type, enabled=False):
+            more = (self.magnitude / self.row_norms() - 1).to(total.dtype)
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        kept = total if bias is None else total - more * bias
+        return torch.addcmul(kept, total, more)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """m, (out,), float32."""
+        m: Tensor = self.lora_magnitude_vector[ADAPTER].weight  # type: ignore[assignment]
+        return m
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """|V|, (out,), float32."""
+        w: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        a: Tensor = self.lora_A[ADAPTER].weight  # type: ignore[assignment]
+        b: Tensor = self.lora_B[ADAPTER].weight  # type: ignore[assignment]
+        return torch.addmm(w.float(), b, a, alpha=self.scaling[ADAPTER]).norm(dim=1)
+
+
+@torch.no_grad()
+def _set_magnitudes(transformer: Any) -> None:
+    """Makes m of every DoRA layer the norms of now, so that it changes what its A and B change."""
+    for layer in transformer.modules():
+        if isinstance(layer, _DoraLinear):
+            layer.magnitude.copy_(layer.row_norms())
+
+
 class _AddedLinear(nn.Linear):
     """to + x W^T for ``x`` (..., in) and ``to`` (..., out); a module's forward, so that ZeRO 3 gathers its weight."""
 
@@ -78,8 +133,13 @@ class _AddedLinear(nn.Linear):
 
 
 def lora_parameters(transformer: Any) -> dict[str, Parameter]:
-    """The LoRA's parameters by their names in files, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``."""
-    parameters = {n.replace(f".{ADAPTER}.", "."): p for n, p in transformer.named_parameters() if ".lora_" in n}
+    """The LoRA's parameters by their names in files, ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``; of a
+    DoRA also ``<module>.lora_magnitude_vector``."""
+    parameters = {
+        n.replace(f"{MAGNITUDE}.{ADAPTER}.weight", MAGNITUDE).replace(f".{ADAPTER}.", "."): p
+        for n, p in transformer.named_parameters()
+        if ".lora_" in n
+    }
     assert parameters.keys() == get_peft_model_state_dict(transformer, adapter_name=ADAPTER).keys()
     return parameters
 
@@ -110,6 +170,7 @@ def start_from(transformer: Any, lora: Lora, scale: float) -> None:
         for name, (down, up) in lora.pairs.items():
             parameters[f"{name}.lora_A.weight"][: len(down)] = down
             parameters[f"{name}.lora_B.weight"][:, : len(down)] = up / scale
+    _set_magnitudes(transformer)
 
 
 def check_saved(expected: dict[str, Parameter], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -34,6 +34,8 @@ class Lora:
 
     Attributes:
         pairs: low-rank changes of linear layers.
+        magnitudes: of a DoRA of this project, the norm of each row of a layer's tuned weight, (out,); files of DoRAs
+            are not read.
         differences: whole changes of parameters (biases, norms, modulations, convolutions), by their names in the
             diffusers model.
         header: the file's metadata.
@@ -44,6 +46,7 @@ class Lora:
     differences: dict[str, Tensor] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_lora(path: str | Path, model: nn.Module) -> Lora:

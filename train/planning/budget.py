@@ -148,7 +148,9 @@ class Budget:
         """What one layer keeps for its backward."""
         middle = self.sizes.wide / self.sizes.width if self.chunk is None else 1.0
         if policy == "none":
-            return (self.costs.saved + self.modulated * self.costs.saved_modulated + middle) * self.hidden
+            return (
+                self.costs.saved + self.modulated * self.costs.saved_modulated + self.sizes.dora + middle
+            ) * self.hidden
         sums = 4.0 * self.clips * self.sizes.tokens * self.sizes.heads / self.sequence  # log-sum-exp
         return self.hidden if policy == "full" else 2 * self.hidden + sums
 
@@ -157,6 +159,7 @@ class Budget:
         sizes, chunk = self.sizes, self.chunk
         own = self.costs
         costs = {"none": own.running_saved, "full": own.running, "selective": own.running_selective}[policy]
+        costs += sizes.dora if policy != "none" else 0.0  # made again
         if self.modulated:
             costs += calibration.MODULATION + own.running_modulated
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)

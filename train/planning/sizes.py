@@ -33,6 +33,8 @@ class Sizes:
         layers_weights: bytes of those of all layers.
         passed_weights: bytes of those of the layers that one forward passes: of two experts, one's.
         trained: parameters.
+        dora: output features of a layer's DoRA projections over the width, on average; 0 of a LoRA. Their outputs are
+            kept for the gradients of the norms.
         linear, lora: FLOPs of one clip's forward in linear layers and in the LoRA.
         density: share of token pairs that a layer with the pattern computes.
         element: bytes of an activation's element.
@@ -52,6 +54,7 @@ class Sizes:
     layers_weights: float
     passed_weights: float
     trained: int
+    dora: float
     linear: float
     lora: float
     density: float
@@ -91,10 +94,13 @@ class Sizes:
         layers, heads, head_dim = adapter.attention_shape
         each = [_bytes(layer) - _saved_by_fp8(layer, config.model.storage) for layer in adapter.layers()]
         outside = _bytes(adapter.transformer) - sum(_bytes(layer) for layer in adapter.layers())
-        trained, targets = sum(p.numel() for p in adapter.transformer.parameters()), None
+        trained, targets, dora = sum(p.numel() for p in adapter.transformer.parameters()), None, 0.0
         if config.lora is not None:
             targets = config.lora.targets or adapter.targets(text=config.lora.text)
-            trained = config.lora.rank * _ends(adapter.transformer, targets)
+            rows = _ends(adapter.transformer, targets, "out_features")
+            trained = config.lora.rank * (_ends(adapter.transformer, targets, "in_features") + rows)
+            if config.lora.dora:
+                trained, dora = trained + rows, rows / (layers * heads * head_dim)
         middle = adapter.feed_forwards()
         experts = 2 if config.model.expert == "both" else 1  # all there, one runs
         return cls(
@@ -110,6 +116,7 @@ class Sizes:
             layers_weights=experts * sum(each) if lora else 0,
             passed_weights=sum(each),
             trained=experts * trained,
+            dora=dora,
             linear=adapter.linear_flops(grid),
             lora=2.0 * trained * grid.tokens if lora else 0.0,
             density=AttentionRecipe.of(config).density(grid),
@@ -140,7 +147,7 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _ends(transformer: nn.Module, targets: str) -> int:
-    """Inputs and outputs of all layers that carry a LoRA: its parameters are that many times its rank."""
+def _ends(transformer: nn.Module, targets: str, end: str) -> int:
+    """``in_features`` or ``out_features`` of all layers that carry a LoRA: a factor has its rank times as many."""
     layers = (m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n))
-    return sum(layer.in_features + layer.out_features for layer in layers)
+    return sum(getattr(layer, end) for layer in layers)

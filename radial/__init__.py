@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radial.attention import attention_over, radial_attention
     from radial.errors import RadialError
-    from radial.grid import VideoGrid
+    from radial.grid import LatentTime, VideoGrid
     from radial.head_layouts import HeadLayout, HeadLayouts, build_head_layouts
     from radial.layout import BlockLayout, build_layout
     from radial.patterns import (
@@ -46,6 +46,7 @@ __all__ = [
     "HeadLayout",
     "HeadLayouts",
     "HeadMasks",
+    "LatentTime",
     "Local",
     "Paper",
     "Pattern",
@@ -69,7 +70,7 @@ __all__ = [
 _HOMES = {
     "attention": ("attention_over", "radial_attention"),
     "errors": ("RadialError",),
-    "grid": ("VideoGrid",),
+    "grid": ("LatentTime", "VideoGrid"),
     "layout": ("BlockLayout", "build_layout"),
     "patterns": ("PATTERNS", "Dense", "Fitted", "HeadMasks", "Local", "Paper", "Pattern", "Power", "Random", "Released",
                  "ShiftedGroups", "SlidingTile", "Spatial", "Temporal", "make_pattern"),

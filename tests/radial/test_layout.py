@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout
+from radial import Dense, LatentTime, Paper, RadialError, Released, VideoGrid, build_layout
 
 grids = st.builds(
     VideoGrid,
@@ -91,7 +91,34 @@ def test_mochi_and_ti2v_grids():
     assert VideoGrid.from_pixels(121, 704, 1280, vae=(4, 16, 16)).tokens_per_frame == 880
 
 
+@pytest.mark.parametrize(
+    ("time", "lengths"),
+    [
+        (LatentTime(4), {1: 1, 5: 2, 81: 21, 321: 81}),
+        (LatentTime(1), {1: 1, 64: 64}),
+        (LatentTime(4, (17, 5)), {5: 2, 22: 7, 124: 37, 345: 102, 719: 212, 1433: 422}),  # as MiniMax-H3's pipeline
+    ],
+)
+def test_frames_become_latent_frames_and_back(time, lengths):
+    for frames, latents in lengths.items():
+        time.check(frames)
+        assert time.latents(frames) == latents
+        assert time.frames(latents) == frames
+    assert [frames for frames in range(30) if _possible(time, frames)] == list(range(time.rest, 30, time.step))
+    assert all(time.latents(time.frames(latents)) == latents for latents in range(1, 30))
+
+
+def _possible(time, frames):
+    try:
+        time.check(frames)
+    except RadialError:
+        return False
+    return True
+
+
 def test_impossible_clips_say_what_is_possible():
+    with pytest.raises(RadialError, match=r"frames is 360, expected 17 x k \+ 5 .*use 345 or 362"):
+        VideoGrid.from_pixels(360, 768, 1344, vae=(4, 16, 16), chunks=(17, 5))
     with pytest.raises(RadialError, match="use 317 or 321"):
         VideoGrid.from_pixels(320, 720, 1280)
     with pytest.raises(RadialError, match="height is 721.*use 720 or 736"):

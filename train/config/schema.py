@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from radial import Pattern, VideoGrid, build_layout, with_share
+from radial import LatentTime, Pattern, VideoGrid, build_layout, with_share
 from radial.cli.settings import POSITIVE, Bound, at_least, each, within
 from radial.patterns import RULES
 from train.config.keys import Key, key, keys_of, section
@@ -34,6 +34,7 @@ from train.errors import UserError
 
 ROPE_KINDS = ("default", "riflex", "interpolate")
 _SIZES = Bound("three sizes (time, height, width) of at least 1", lambda value: len(value) == 3 and min(value) >= 1)
+_CHUNKS = Bound("two lengths, the second shorter", lambda value: len(value) == 2 and 1 <= value[1] < value[0])
 _SHIFTS = Bound("positive numbers", lambda value: all(0 < shift < math.inf for shift in value.values()))
 _BETWEEN = Bound("a noise level between 0 and 1", lambda value: 0 < value < 1)
 _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32)
@@ -58,6 +59,10 @@ class ModelConfig:
         None,
     )
     vae: list[int] = key("pixels of a latent cell: time, height, width", MISSING, must=_SIZES)
+    vae_chunks: list[int] | None = key(
+        "of a VAE that encodes a clip in chunks: the frames of each, and those of the last; null: the clip is one",
+        None, must=_CHUNKS,
+    )  # fmt: skip
     patch: list[int] = key("latent cells of a token: time, height, width", MISSING, must=_SIZES)
     text_tokens: int = key("every prompt is padded to so many", MISSING, unit="tokens", must=at_least(1))
     storage: str | None = key(
@@ -86,6 +91,27 @@ class ModelConfig:
         "share of samples that it trains with the empty prompt; 0 for guidance-distilled models, which have no "
         "negative prompt", 0.1, must=within(0, 1),
     )  # fmt: skip
+
+    @property
+    def time(self) -> LatentTime:
+        """How its VAE compresses time."""
+        return LatentTime(self.vae[0], (self.vae_chunks[0], self.vae_chunks[1]) if self.vae_chunks else None)
+
+    def grid(self, frames: int, height: int, width: int) -> VideoGrid:
+        """The token grid of a clip of that size in pixels.
+
+        Raises:
+            RadialError: a size that the model cannot have, with the nearest that it can.
+        """
+        (_, *cell), patch = self.vae, self.patch
+        return VideoGrid.from_pixels(
+            frames,
+            height,
+            width,
+            vae=(self.time.stride, cell[0], cell[1]),
+            patch=(patch[0], patch[1], patch[2]),
+            chunks=self.time.chunks,
+        )
 
     def shift_at(self, height: int, width: int) -> float | None:
         """Its own noise shift for clips of this size in pixels; None where it has none."""
@@ -129,19 +155,12 @@ class RunConfig:
 
     def latent_size(self) -> tuple[int, int, int]:
         """Frames, height and width of the configured clip in latent cells."""
-        frames, height, width = self.model.vae
-        return (self.clip.frames - 1) // frames + 1, self.clip.height // height, self.clip.width // width
+        _, height, width = self.model.vae
+        return self.model.time.latents(self.clip.frames), self.clip.height // height, self.clip.width // width
 
     def grid(self) -> VideoGrid:
         """The token grid of the configured clip."""
-        vae, patch = self.model.vae, self.model.patch
-        return VideoGrid.from_pixels(
-            self.clip.frames,
-            self.clip.height,
-            self.clip.width,
-            vae=(vae[0], vae[1], vae[2]),
-            patch=(patch[0], patch[1], patch[2]),
-        )
+        return self.model.grid(self.clip.frames, self.clip.height, self.clip.width)
 
     def pattern(self) -> Pattern:
         """Which blocks attention keeps; with ``attention.share``, on the configured clip's grid.

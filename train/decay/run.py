@@ -136,7 +136,7 @@ def _sampler_levels(job: Job, clip: Sample) -> Sequence[float]:
     """The noise levels of the model's sampler for clips of this size."""
     model = job.config.model
     _, _, height, width = clip.latent.shape
-    size = ClipConfig((job.frames - 1) * model.vae[0] + 1, height * model.vae[1], width * model.vae[2])
+    size = ClipConfig(model.time.frames(job.frames), height * model.vae[1], width * model.vae[2])
     levels = family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.config.shift(size))
     low, high = sigma_range(model)
     return [level for level in levels if low <= level < high] or levels

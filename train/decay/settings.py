@@ -147,15 +147,14 @@ def _numbers(key: str, text: str, kind: type[T], expected: str, fits: Callable[[
 
 def _latent_frames(config: RunConfig, length: str) -> int:
     """The latent frames that ``frames=`` names."""
-    step = config.model.vae[0]
     if length == "native":
         if config.model.native_frames is None:
             raise UserError("frames is native, and the model has no native length (model.native_frames): give a number")
-        return (config.model.native_frames - 1) // step + 1
+        return config.model.time.latents(config.model.native_frames)
     if length in LONGER:
         if length not in config.model.longer:
             raise UserError(f"frames is {length}, and the model has no such length (model.longer): give a number")
-        return (config.model.longer[length] - 1) // step + 1
+        return config.model.time.latents(config.model.longer[length])
     if not length.isdigit() or int(length) < 3:
         raise UserError(f"frames is {length!r}, expected native, {', '.join(LONGER)}, or 3 latent frames or more")
     return int(length)

@@ -163,10 +163,10 @@ def _lengths(config: RunConfig, text: str | None) -> tuple[Length, ...]:
 
 
 def _length(config: RunConfig, times: int, native: int) -> Length:
-    stride = config.model.vae[0]
-    plain = times * native if stride == 1 else times * (native - 1) // stride * stride + 1
+    time = config.model.time
+    plain = times * native if time.step == 1 else times * (native - time.rest) // time.step * time.step + time.rest
     frames = native if times == 1 else config.model.longer.get(f"{times}x", plain)
-    return Length(times, frames, (frames - 1) // stride + 1)
+    return Length(times, frames, time.latents(frames))
 
 
 def _prompts(file: Path) -> tuple[str, ...]:

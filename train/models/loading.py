@@ -209,7 +209,7 @@ def temporal_rope(config: ModelConfig) -> TemporalRope:
     intrinsic = family_of(config).riflex
     if config.rope == "riflex" and isinstance(intrinsic, str):
         raise UserError(f"rope=riflex cannot serve model.family {config.family}: {intrinsic}; use rope=interpolate")
-    native = (config.native_frames - 1) // config.vae[0] + 1
+    native = config.time.latents(config.native_frames)
     return TemporalRope(config.rope, native, intrinsic if isinstance(intrinsic, int) else 1)
 
 

@@ -180,16 +180,16 @@ def _keys(given: RunConfig, config: RunConfig) -> tuple[str, ...]:
 
 
 def _longest(budget: Budget, clips_a_step: float) -> int | None:
-    """The most frames with which some setting fits the machine; None if not even a clip of one latent frame does."""
-    stride = budget.config.model.vae[0]
+    """The most frames with which some setting fits the machine; None if not even the shortest clip does."""
+    time = budget.config.model.time
 
-    def fits(latent_frames: int) -> bool:
-        clip = replace(budget.config.clip, frames=(latent_frames - 1) * stride + 1)
+    def fits(steps: int) -> bool:
+        clip = replace(budget.config.clip, frames=steps * time.step + time.rest)
         shorter = Budget.of(replace(budget.config, clip=clip), budget.machine)
         return shorter is not None and best(shorter, clips_a_step) is not None
 
-    low, high = 0, (budget.config.clip.frames - 1) // stride + 1
+    low, high = -1, (budget.config.clip.frames - time.rest) // time.step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return (low - 1) * stride + 1 if low else None
+    return low * time.step + time.rest if low >= 0 else None

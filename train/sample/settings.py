@@ -291,15 +291,8 @@ def grid(settings: Settings, model: ModelConfig) -> VideoGrid:
         UserError: a size that the model cannot have, with the nearest that it can.
     """
     assert settings.frames and settings.height and settings.width
-    vae, patch = model.vae, model.patch
     try:
-        return VideoGrid.from_pixels(
-            settings.frames,
-            settings.height,
-            settings.width,
-            vae=(vae[0], vae[1], vae[2]),
-            patch=(patch[0], patch[1], patch[2]),
-        )
+        return model.grid(settings.frames, settings.height, settings.width)
     except RadialError as error:
         raise UserError(str(error)) from error
 

@@ -44,7 +44,9 @@ _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32
 class ModelConfig:
     """The pre-trained transformer and the facts of its family; conf/model has a file for each."""
 
-    family: str = key("the adapter that knows its class: wan, wan22_5b, hunyuan, hunyuan15, mochi or your own", MISSING)
+    family: str = key(
+        "the adapter that knows its class: wan, wan22_5b, hunyuan, hunyuan15, minimax_h3, mochi or your own", MISSING
+    )
     path: str | None = key(
         "diffusers folder, hub:<organisation>/<model>, or builtin:<a model of train/assets>", None, path=True
     )

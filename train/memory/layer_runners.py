@@ -32,9 +32,9 @@ _Runner = Callable[..., Any]
 
 
 def mixed_runner(runners: Mapping[nn.Module, _Runner]) -> _Runner:
-    """Runs each layer by its own `layer_runner`."""
+    """Runs each layer by its own `layer_runner`; what else a model checkpoints, such as its text's, as it is."""
     by_layer = {id(layer): runner for layer, runner in runners.items()}
-    return lambda layer, hidden, *rest: by_layer[id(layer)](layer, hidden, *rest)
+    return lambda layer, hidden, *rest: by_layer.get(id(layer), call_layer)(layer, hidden, *rest)
 
 
 def call_layer(layer: nn.Module, *inputs: Any) -> Any:

@@ -152,7 +152,8 @@ class Budget:
                 self.costs.saved + self.modulated * self.costs.saved_modulated + self.sizes.dora + middle
             ) * self.hidden
         sums = 4.0 * self.clips * self.sizes.tokens * self.sizes.heads / self.sequence  # log-sum-exp
-        return self.hidden if policy == "full" else 2 * self.hidden + sums
+        attended = self.hidden * self.sizes.attended / self.sizes.width
+        return self.hidden if policy == "full" else self.hidden + attended + sums
 
     def running(self, policy: str) -> float:
         """The working set of the backward of a layer with that policy."""

@@ -154,7 +154,8 @@ class Duration:
             return 0.0
         link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
         times = sum(8 if name == "none" else 12 for name in names)
-        return times * budget.hidden * (1 - 1 / budget.sequence) / (calibration.LINK * link)
+        sent = budget.hidden * budget.sizes.attended / budget.sizes.width
+        return times * sent * (1 - 1 / budget.sequence) / (calibration.LINK * link)
 
     @property
     def _world_link(self) -> float:

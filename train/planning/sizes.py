@@ -26,6 +26,7 @@ class Sizes:
 
     Attributes:
         layers, heads, head_dim: of self-attention.
+        width: features of a hidden state.
         wide: features in the middle of a feed-forward layer.
         tokens, video_tokens: of a clip, with and without text tokens.
         cells: values of a clip's latent.
@@ -45,6 +46,7 @@ class Sizes:
     layers: int
     heads: int
     head_dim: int
+    width: int
     wide: int
     tokens: int
     video_tokens: int
@@ -63,14 +65,14 @@ class Sizes:
     takes_first_frame: bool
 
     @property
-    def width(self) -> int:
-        """Features of a hidden state."""
+    def attended(self) -> int:
+        """Features of attention's output, those of all heads."""
         return self.heads * self.head_dim
 
     @property
     def dense_attention(self) -> float:
         """FLOPs of one forward of one layer's attention without a mask."""
-        return 4.0 * self.width * self.tokens**2
+        return 4.0 * self.attended * self.tokens**2
 
     @classmethod
     def of(cls, config: RunConfig, precision: str, layers: int | None = None) -> Sizes | None:
@@ -107,6 +109,7 @@ class Sizes:
             layers=layers,
             heads=heads,
             head_dim=head_dim,
+            width=next(m.in_features for m in middle[0].modules() if isinstance(m, nn.Linear)),
             wide=max(max(m.in_features, m.out_features) for m in middle[0].modules() if isinstance(m, nn.Linear)),
             tokens=grid.tokens,
             video_tokens=grid.video_tokens,

@@ -42,6 +42,8 @@ def test_every_run_file_composes_and_validates(name):
         ("hunyuan_4x", 460_800, 1200),
         ("hunyuan15_2x", 219_600, 2400),
         ("hunyuan15_4x", 435_600, 1200),
+        ("minimax_h3_2x", 213_696, 2400),
+        ("minimax_h3_4x", 425_376, 1200),
         ("mochi_2x", 89_040, 5000),
         ("mochi_4x", 178_080, 5000),
         ("shapes_4x", 8192, None),
@@ -59,7 +61,7 @@ def test_the_published_recipe(name, tokens, steps):
         assert config.trainer.steps == steps
         assert config.attention.dense_steps == 2
         assert config.rule() == ("hunyuan" if name.startswith("hunyuan_") else "wan")
-        assert config.caption_dropout() == (0.0 if name.startswith("hunyuan_") else 0.1)
+        assert config.caption_dropout() == (0.0 if name.startswith(("hunyuan_", "minimax")) else 0.1)
         assert clips_a_step(config) == (8 if name.startswith("wan") else 1)
 
 

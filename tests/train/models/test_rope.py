@@ -191,5 +191,7 @@ def test_what_cannot_be_done_is_refused():
         preflight(finish(compose_run({"conf": "mochi_2x", "rope": "riflex"})))
     with pytest.raises(UserError, match="rope=riflex cannot serve .* hunyuan15: which of its frequencies to slow down"):
         preflight(finish(compose_run({"conf": "hunyuan15_2x", "rope": "riflex"})))
+    with pytest.raises(UserError, match="rope=riflex cannot serve .* minimax_h3: time, height and width share"):
+        preflight(finish(compose_run({"conf": "minimax_h3_2x", "rope": "riflex"})))
     assert temporal_rope(finish(compose_run({"conf": "mochi_2x", "rope": "interpolate"})).model).native_frames == 28
     assert temporal_rope(finish(compose_run({"conf": "hunyuan_4x", "rope": "riflex"})).model).intrinsic == 4

@@ -133,6 +133,9 @@ class LengthExtensionModule(L.LightningModule):
         attention = own.attention.step(self.adapter.grid(batch.latent), dense=draw.dense, sequence=self.sequence)
         self.adapter.set_attention(attention)
         self.current_attention = attention
+        target = self.objective.target(
+            self.transformer, target, batch, lambda empty: self.adapter.velocity(x, sigma, empty)
+        )
         conditions = self.objective.drawn(batch)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)

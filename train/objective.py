@@ -1,11 +1,14 @@
-"""What a training step shows the model beside the noised latent: captions or none, a first frame or none."""
+"""What a training step shows the model beside the noised latent, captions or a first frame, and what it aims at."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.shards.batch import Batch
 from data.shards.sample import Prompt
@@ -24,6 +27,7 @@ class Objective:
         caption_dropout: share of samples that see ``empty_prompt`` instead of their caption.
         first_frame: share of micro-batches whose clips go on from their own first latent frame.
         guidance: the weight that a guidance-distilled model takes as an input.
+        distilled_guidance: the weight that a model without that input is distilled at; None: it is not.
     """
 
     seed: int
@@ -31,6 +35,7 @@ class Objective:
     caption_dropout: float = 0.0
     first_frame: float = 0.0
     guidance: float = 1.0
+    distilled_guidance: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, empty_prompt: Prompt) -> Objective:
@@ -40,11 +45,36 @@ class Objective:
             caption_dropout=config.caption_dropout(),
             first_frame=config.objective.first_frame,
             guidance=config.objective.guidance,
+            distilled_guidance=config.objective.distilled_guidance,
         )
 
     def drawn(self, batch: Batch) -> Conditions:
         """The conditions of a training step."""
         return Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
+
+    def target(
+        self, transformer: Any, target: Tensor, batch: Batch, velocity: Callable[[Conditions], Tensor]
+    ) -> Tensor:
+        """What the velocity is trained towards: u + weight (v - u) for a model that is distilled at that weight.
+
+        Such a model gives the guided velocity in one pass. Trained towards the data's own, it would unlearn that.
+
+        Args:
+            transformer: with the LoRA, which is off for u.
+            target: (batch, C, F, H, W), the data's velocity v.
+            batch: of the step.
+            velocity: the model's prediction for the step's noised latents, in the step's attention.
+        """
+        if self.distilled_guidance is None:
+            return target
+        empty = self._with_first_frame(batch.with_prompt(list(range(len(batch.keys))), self.empty_prompt))
+        transformer.disable_adapters()
+        try:
+            with torch.no_grad():
+                unguided = velocity(Conditions.of(empty, self.guidance))
+        finally:
+            transformer.enable_adapters()
+        return unguided + self.distilled_guidance * (target - unguided)
 
     def both(self, batch: Batch, guidance: float | None = None) -> tuple[Conditions, Conditions]:
         """The conditions of a batch of one sample with its caption, and with the empty prompt.

@@ -24,6 +24,7 @@ def validate(config: RunConfig) -> None:
     config.shift()
     _check_attention(config)
     _check_parallel(config)
+    _check_objective(config)
     if config.report.clips and config.report.short_frames > config.clip.frames:
         raise UserError(f"report.short_frames is {config.report.short_frames}, expected at most clip.frames")
     if config.lora is None and config.optim.lora_plus != 1:
@@ -92,6 +93,21 @@ def _check_experts(model: ModelConfig) -> None:
         raise UserError(
             f"model.expert is {model.expert} and model.boundary {model.boundary}: a model of two experts has both, any "
             "other neither"
+        )
+
+
+def _check_objective(config: RunConfig) -> None:
+    weight, dropout = config.objective.distilled_guidance, config.caption_dropout()
+    if weight is None:
+        return
+    if config.lora is None:
+        raise UserError(
+            f"objective.distilled_guidance is {weight:g}, but lora is null: it needs the frozen model, train a LoRA"
+        )
+    if dropout:
+        raise UserError(
+            f"objective.distilled_guidance is {weight:g} and the share of samples with the empty prompt {dropout:g}, "
+            "but those have no guidance to keep: set objective.caption_dropout=0"
         )
 
 

@@ -126,6 +126,11 @@ class ObjectiveConfig:
     guidance: float = key(
         "the guidance weight that a guidance-distilled model (HunyuanVideo) gets as input", 1.0, must=POSITIVE
     )
+    distilled_guidance: float | None = key(
+        "the weight that a model is distilled at which takes none as input (MiniMax-H3): the velocity v is trained "
+        "towards u + weight (v - u), u being the frozen model's with the empty prompt; null: towards v", None,
+        must=at_least(1),
+    )  # fmt: skip
 
 
 @dataclass

@@ -110,14 +110,15 @@ class Duration:
         attention = 0.0
         for layer, name in enumerate(names):
             forward, backward = self._attention_rates(dense or budget.attention.is_dense_layer(layer))
-            times = 2 if name == "full" else 1
+            times = (2 if name == "full" else 1) + self._frozen_passes
             attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
         again = sum(name != "none" for name in names) / len(names)
-        linear = ((2 if budget.config.lora else 3) + again) * sizes.linear + (3 + again) * sizes.lora
+        linear = ((2 if budget.config.lora else 3) + again + self._frozen_passes) * sizes.linear
+        linear += (3 + again) * sizes.lora
         stored = budget.config.model.storage is not None and budget.machine.gpu.float8
         fp8 = budget.config.trainer.fp8 or stored
         rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
-        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (3 + again) * sizes.layers
+        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (3 + again + self._frozen_passes) * sizes.layers
         parts = {
             "attention": attention,
             "linear": clips * linear / (rate * self._faster),
@@ -126,6 +127,11 @@ class Duration:
         }
         parts["waiting"] = max(0.0, self._copies() - sum(parts.values()))
         return parts
+
+    @property
+    def _frozen_passes(self) -> int:
+        """Forwards of the frozen model beside the step's own (`Objective.target`)."""
+        return int(self.budget.config.objective.distilled_guidance is not None)
 
     def _copies(self) -> float:
         """Over the bus, beside the GPU's work: activations out and back, streamed weights for each of the passes."""
@@ -153,7 +159,7 @@ class Duration:
         if budget.sequence == 1:
             return 0.0
         link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
-        times = sum(8 if name == "none" else 12 for name in names)
+        times = sum((8 if name == "none" else 12) + 4 * self._frozen_passes for name in names)
         sent = budget.hidden * budget.sizes.attended / budget.sizes.width
         return times * sent * (1 - 1 / budget.sequence) / (calibration.LINK * link)
 

@@ -122,6 +122,17 @@ def test_memory_of_other_families_is_that_of_a_traced_step(run, policy, chunk):
     assert budget.gpu_memory - moments == pytest.approx(step_memory(config, 3), rel=0.15)
 
 
+def test_the_frozen_models_pass_takes_a_forward():
+    plain, more = (
+        Duration(planned(conf="minimax_h3_2x", parallel__sequence=1, objective__distilled_guidance=weight)).parts
+        for weight in ("null", 3.5)
+    )
+    assert more["linear"] / plain["linear"] == pytest.approx(4 / 3, rel=0.02)  # full: forward, forward, backward
+    assert (
+        plain["attention"] * 1.2 < more["attention"] < plain["attention"] * 1.25
+    )  # a backward is 2.5 forwards, slower
+
+
 def test_ranks_share_what_they_share():
     whole, shared = planned(), planned(gpus=4, parallel__sequence=4)
     assert shared.tokens == 291_600 // 4

@@ -1,0 +1,90 @@
+"""Training towards the guided velocity keeps what a model was distilled for; towards the data's own, it is lost."""
+
+import csv
+
+import pytest
+import torch
+
+from data.shards.batch import Batch
+from data.shards.sample import Prompt, TextTokens
+from radial import Dense
+from tests.helpers.attention import step_attention
+from tests.helpers.families import build, latents, shards
+from train.config.compose import compose_run, finish
+from train.errors import UserError
+from train.flow import flow_loss
+from train.lora.layers import inject_lora, lora_parameters
+from train.models.conditions import Conditions
+from train.objective import Objective
+from train.run import RunFolder, train
+
+WEIGHT, WORDS = 3.5, 6
+
+
+def batch_of(x, seed=5):
+    """Two captions and the empty prompt, all of them noise."""
+    words = torch.randn(3, WORDS, 24, generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(2, WORDS, dtype=torch.bool)
+    empty = Prompt({"text": TextTokens(words[2], mask[0])}, {})
+    return Batch(
+        keys=["a", "b"], latent=x, text={"text": TextTokens(words[:2], mask)}, pooled={}, image={}, step=0
+    ), empty
+
+
+@pytest.mark.parametrize(("weight", "kept"), [(None, 1 / WEIGHT), (WEIGHT, 1.0)])
+def test_guidance_survives_training(weight, kept):
+    """Of a model g that is distilled by construction: the data's velocity v is the one of which g = u + 3.5 (v - u)."""
+    adapter = build("minimax_h3")
+    inject_lora(adapter.transformer, 16, 16, adapter.targets(text=False), seed=0)
+    x, sigma = latents(adapter, (2, 2, 2)), torch.tensor([0.3, 0.8])
+    adapter.set_attention(step_attention(Dense(), adapter.grid(x), block=16))
+    batch, empty = batch_of(x)
+    objective = Objective(0, empty, distilled_guidance=weight)
+
+    def velocity(conditions):
+        return adapter.velocity(x, sigma, conditions)
+
+    with torch.no_grad():
+        guided, unguided = (
+            velocity(side) for side in (Conditions.of(batch), Conditions.of(batch.with_prompt([0, 1], empty)))
+        )
+    data = unguided + (guided - unguided) / WEIGHT
+    parameters = list(lora_parameters(adapter.transformer).values())
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        target = objective.target(adapter.transformer, data, batch, velocity)
+        assert not target.requires_grad
+        flow_loss(velocity(objective.drawn(batch)), target, None, adapter.patch).backward()
+        optimizer.step()
+    assert all(parameter.requires_grad for parameter in parameters)
+    with torch.no_grad():
+        tuned = velocity(Conditions.of(batch)) - unguided
+    strength = (tuned * (guided - unguided)).sum() / (guided - unguided).square().sum()
+    assert strength == pytest.approx(kept, abs=0.1)
+
+
+def test_a_run_trains_towards_the_weight(tmp_path):
+    """At weight 1 the target is the data's velocity: the frozen model's pass changes nothing else of a step."""
+    losses = {}
+    for weight in ("null", "1", "3.5"):
+        settings = shards("minimax_h3", tmp_path / weight, (3, 3, 5)) | {"objective.distilled_guidance": weight}
+        config = finish(compose_run({**settings, "objective.caption_dropout": "0", "parallel.activations": "full"}))
+        folder = RunFolder.create(config)
+        train(config, folder)
+        with (folder.path / "metrics.csv").open(encoding="utf-8") as stream:
+            losses[weight] = [float(row["loss"]) for row in csv.DictReader(stream) if row["loss"]]
+    assert losses["1"] == pytest.approx(losses["null"], rel=1e-4)
+    assert losses["3.5"] != pytest.approx(losses["null"], rel=1e-2)
+
+
+def test_what_the_weight_needs_is_asked_for():
+    run = {"objective.distilled_guidance": "3.5", "objective.caption_dropout": "0"}
+    assert finish(compose_run(run)).objective.distilled_guidance == WEIGHT
+    with pytest.raises(UserError, match="distilled_guidance is 3.5, but lora is null: it needs the frozen model"):
+        finish(compose_run({**run, "lora": "null"}))
+    with pytest.raises(
+        UserError, match=r"share of samples with the empty prompt 0.1, .* set objective.caption_dropout=0"
+    ):
+        finish(compose_run({**run, "objective.caption_dropout": "0.1"}))
+    assert all(finish(compose_run({"conf": f"minimax_h3_{n}x"})).objective.distilled_guidance == 3.5 for n in (2, 4))

@@ -160,6 +160,36 @@ blocks.{a}.mlp_y.w2.weight! E,G
 final_layer.mod 2D,D
 final_layer.linear 4O,D
 """
+# D the hidden states, A all heads, M the timestep; q, k and v as ComfyUI orders them
+MINIMAX_H3 = """
+video_patch_proj D,4C
+audio_patch_proj D,O
+condition_proj D,T
+time_embedder.proj_in D,256
+time_embedder.proj_out M,D
+token_refiner.final_norm.weight! D
+token_refiner.blocks.{r}.norm1.weight! D
+token_refiner.blocks.{r}.attn.qkv_proj.weight! 3A,D
+token_refiner.blocks.{r}.attn.q_norm.weight! 128
+token_refiner.blocks.{r}.attn.k_norm.weight! 128
+token_refiner.blocks.{r}.attn.out_proj.weight! D,A
+token_refiner.blocks.{r}.norm2.weight! D
+token_refiner.blocks.{r}.mlp.fc1.weight! 2F,D
+token_refiner.blocks.{r}.mlp.fc2.weight! D,F
+blocks.{n}.norm1.weight! D
+blocks.{n}.attn.qkv_proj.weight! 3A,D
+blocks.{n}.attn.q_norm.weight! 128
+blocks.{n}.attn.k_norm.weight! 128
+blocks.{n}.attn.out_proj.weight! D,A
+blocks.{n}.norm2.weight! D
+blocks.{n}.mlp.fc1.weight! 2F,D
+blocks.{n}.mlp.fc2.weight! D,F
+blocks.{n}.adaln_proj.linear 18D,M
+final_layer.norm.weight! D
+final_layer.adaln_proj.linear 2D,M
+final_layer.video_out 4C,D
+final_layer.audio_out O,D
+"""
 _WAN_14B = {"D": 5120, "F": 13824, "T": 4096, "C": 16, "O": 16, "n": range(40)}
 CHECKPOINTS: dict[str, tuple[str, dict]] = {
     "Wan2.1-T2V-14B": (WAN, _WAN_14B),
@@ -174,6 +204,10 @@ CHECKPOINTS: dict[str, tuple[str, dict]] = {
     "HunyuanVideo-1.5": (
         HUNYUAN15,
         {"D": 2048, "F": 8192, "T": 3584, "B": 1472, "I": 1152, "C": 65, "O": 32, "r": range(2), "n": range(54)},
+    ),
+    "MiniMax-H3": (
+        MINIMAX_H3,
+        {"D": 5376, "A": 7168, "F": 14336, "M": 2688, "T": 5120, "C": 24, "O": 32, "r": range(2), "n": range(50)},
     ),
     "mochi-1-preview": (
         MOCHI,

@@ -80,9 +80,13 @@ def _by_pipeline(adapter: Adapter, base: Path, file: Path) -> str:
     return f"{name}: {count} tensors, all equal"
 
 
+_OWN_NAMES = ("MochiTransformer3DModel", "HunyuanVideo15Transformer3DModel", "MiniMaxH3Transformer3DModel")
+"""Whose LoRAs diffusers reads by its own names only; MiniMax-H3's by others in a modular pipeline alone."""
+
+
 def _by_pipeline_if_wide(adapter: Adapter, base: Path, file: Path) -> str:
-    if adapter.model_class in ("MochiTransformer3DModel", "HunyuanVideo15Transformer3DModel"):
-        return ""  # diffusers knows its own names only
+    if adapter.model_class in _OWN_NAMES:
+        return ""
     if adapter.model_class == "HunyuanVideoTransformer3DModel":
         width = len(weighted_layers(adapter.model)["transformer_blocks.0.attn.to_q"].weight)
         if width != _HUNYUAN_WIDTH:

@@ -187,6 +187,54 @@ TABLES: dict[str, list[tuple[str, str, str]]] = {
             """,
         ),
     ],
+    # q, k and v one behind the other, as ComfyUI and musubi-tuner have them; the released file has them head by head
+    "MiniMaxH3Transformer3DModel": [
+        (
+            "",
+            "",
+            """
+            video_patch_proj               proj_in
+            audio_patch_proj               audio_proj_in
+            condition_proj                 context_embedder
+            time_embedder.proj_in          time_embedder.linear_1
+            time_embedder.proj_out         time_embedder.linear_2
+            token_refiner.final_norm       token_refiner.final_norm
+            final_layer.norm               norm_out.norm
+            final_layer.adaln_proj.linear  norm_out.linear
+            final_layer.video_out          proj_out
+            final_layer.audio_out          audio_proj_out
+            """,
+        ),
+        (
+            "token_refiner.blocks.{}.",
+            "token_refiner.refiner_blocks.{}.",
+            """
+            norm1          norm1
+            attn.qkv_proj  attn.to_q attn.to_k attn.to_v
+            attn.q_norm    attn.norm_q
+            attn.k_norm    attn.norm_k
+            attn.out_proj  attn.to_out.0
+            norm2          norm2
+            mlp.fc1        *ff.net.0.proj
+            mlp.fc2        ff.net.2
+            """,
+        ),
+        (
+            "blocks.{}.",
+            "transformer_blocks.{}.",
+            """
+            norm1              norm1
+            attn.qkv_proj      attn.to_q attn.to_k attn.to_v
+            attn.q_norm        attn.norm_q
+            attn.k_norm        attn.norm_k
+            attn.out_proj      attn.to_out.0
+            norm2              norm2
+            mlp.fc1            *ff.net.0.proj
+            mlp.fc2            ff.net.2
+            adaln_proj.linear  adaln_proj.linear
+            """,
+        ),
+    ],
     "MochiTransformer3DModel": [
         (
             "",
@@ -239,6 +287,7 @@ MUSUBI_BLOCKS: dict[str, tuple[str, ...]] = {
     "WanTransformer3DModel": ("blocks.",),
     "HunyuanVideoTransformer3DModel": ("double_blocks.", "single_blocks."),
     "HunyuanVideo15Transformer3DModel": ("double_blocks.",),
+    "MiniMaxH3Transformer3DModel": ("blocks.",),
 }
 """What the names of the layers start with that musubi-tuner reads of a LoRA; Mochi it does not know."""
 # ComfyUI has names of its own for the modules of both HunyuanVideos. Those of the layers it also takes as the original

@@ -4,12 +4,15 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.helpers.original_keys import CHECKPOINTS, original_keys
-from train.export.formats import Adapter
+from train.export.formats import FORMATS, Adapter
 from train.lora.names import comfyui_layers, comfyui_names, original_layers
 from train.lora.targets import weighted_layers
+from train.models.families.minimax_h3 import MiniMaxH3Adapter
 
 WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}
 MODELS = {
@@ -26,6 +29,7 @@ MODELS = {
         {},
     ),
     "HunyuanVideo-1.5": ({"class": "HunyuanVideo15Transformer3DModel", "convert": None}, {}),
+    "MiniMax-H3": ({"class": "MiniMaxH3Transformer3DModel", "convert": None}, {}),
     "mochi-1-preview": (
         {"class": "MochiTransformer3DModel", "convert": "convert_mochi_transformer_checkpoint_to_diffusers"},
         {},
@@ -93,6 +97,23 @@ def test_comfyuis_rules_find_every_key_in_the_checkpoint(name):
     for layer, (down, up) in fused.items():
         assert keys[f"{layer}.weight"] == (len(up), down.shape[1])
         assert down.shape[0] == up.shape[1]
+
+
+@pytest.mark.parametrize("name", ["comfyui", "kohya"])
+def test_diffusers_reads_minimax_h3s_loras_by_their_original_names(tmp_path, name):
+    """What its modular pipeline makes of the files, feed-forward layers and their swapped halves included."""
+    model = diffusers.MiniMaxH3Transformer3DModel(**MiniMaxH3Adapter.tiny_config)
+    pairs = {
+        layer: (torch.randn(2, m.in_features), torch.randn(m.out_features, 2))
+        for layer, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "transformer_blocks." in layer
+    }
+    FORMATS[name](Adapter(pairs, model, {}, "", "x"), tmp_path)
+    found = _convert_non_diffusers_minimax_h3_lora_to_diffusers(load_file(tmp_path / "x.safetensors"))
+    assert len(found) == 2 * len(pairs)
+    for layer, (down, up) in pairs.items():
+        a, b = (found[f"transformer.{layer}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(b @ a, up @ down)
 
 
 # HunyuanVideo's layers in ComfyUI, and the names under which its loader also takes them

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.encoders import FAMILIES
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.models.base import ModelAdapter
@@ -240,7 +241,17 @@ def _load_one(config: ModelConfig) -> ModelAdapter:
 
 
 def encoder_of(config: ModelConfig) -> tuple[str, Path | None]:
-    """The family of encoders that the model's latents and text come from, and the local folder that may hold them."""
+    """The family of encoders that the model's latents and text come from, and the local folder that may hold them.
+
+    Raises:
+        UserError: there are none for the model.
+    """
     if tuple(config.vae) == (1, 1, 1):
         return "pixels", None
-    return family_of(config).encoder, Path(config.path or "").expanduser()
+    encoder = family_of(config).encoder
+    if encoder not in FAMILIES:
+        raise UserError(
+            f"model.family is {config.family}, for which data.prepare has no encoder: expected shards of one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    return encoder, Path(config.path or "").expanduser()

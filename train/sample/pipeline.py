@@ -26,7 +26,7 @@ from train.export.formats import named_tensors
 from train.export.verify import compare_pairs, lora_layers
 from train.lora.reading import Lora, read_lora
 from train.models.base import ModelAdapter
-from train.models.families import ADAPTERS, adapter_of
+from train.models.families import ADAPTERS, adapter_of, family_of
 from train.models.folders import fetched, read_json
 from train.models.loading import check_pipeline
 from train.models.pretrained import stand_in
@@ -40,12 +40,19 @@ _TRANSFORMERS = ("transformer", "transformer_2")
 _OTHER_PARTS = (*_TRANSFORMERS, "vae", "image_encoder", "image_processor")
 
 
+_KNOWN = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
+
+
 def pipeline_folder(model: ModelConfig) -> str:
     """The diffusers folder of the whole pipeline, downloaded where the model is of the hub.
 
     Raises:
-        UserError: no such folder, one of a transformer alone, or one of another model.
+        UserError: a family without a pipeline, no such folder, one of a transformer alone, or one of another model.
     """
+    if family_of(model).pipeline_name is None:
+        raise UserError(
+            f"model.family is {model.family}, which cannot be generated with here: expected one of {_KNOWN}"
+        )
     if model.path is None:
         how = f"; get the weights with: {model.weights}" if model.weights else ""
         raise UserError(f"model.path is not set, expected a diffusers pipeline's folder or hub:org/name{how}")
@@ -72,8 +79,7 @@ def pipeline_class(folder: str, image: bool) -> Any:
     transformer = (index.get("transformer") or [None, None])[1]
     family = adapter_of(str(transformer))
     if family is None or family.pipeline_name is None:
-        known = ", ".join(found for found, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
-        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {known}")
+        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {_KNOWN}")
     config = read_json(Path(folder) / "transformer" / "config.json")
     needs_image = family.from_image(config)
     takes_image = needs_image or bool(index.get("expand_timesteps"))

@@ -15,12 +15,14 @@ from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, latents, randomised
 from train.config.compose import compose_run, finish
+from train.errors import UserError
 from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.models.conditions import Conditions
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
-from train.models.loading import temporal_rope
+from train.models.loading import encoder_of, temporal_rope
+from train.sample.pipeline import pipeline_folder
 
 TOKENS = (7, 4, 5)
 
@@ -139,3 +141,11 @@ def test_the_texts_own_blocks_get_no_lora():
     names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=False), seed=0)
     layers = ("to_q", "to_k", "to_v", "to_out.0")
     assert set(names) == {f"transformer_blocks.{n}.attn.{layer}" for n in range(3) for layer in layers}
+
+
+def test_what_is_not_there_is_refused_by_name():
+    model = finish(compose_run({"conf": "minimax_h3_2x"})).model
+    with pytest.raises(UserError, match="model.family is minimax_h3, for which data.prepare has no encoder"):
+        encoder_of(model)
+    with pytest.raises(UserError, match="model.family is minimax_h3, which cannot be generated with here: .*wan"):
+        pipeline_folder(model)

@@ -1,6 +1,6 @@
 """MiniMax-H3, text-to-video: diffusers' MiniMaxH3Transformer3DModel with radial attention.
 
-50 blocks over one packed sequence of text, audio and video tokens, all with the same weights; what a token is decides
+50 layers over one packed sequence of text, audio and video tokens, all with the same weights; what a token is decides
 its modulation alone. The class leaves the sequence to its caller, who gives each row its kind, position and noise
 level. Where a row stands makes no difference to attention, so the adapter packs a sample as [video, text, padding].
 Only distances between positions count, too: the video's time begins at 0, and the text counts back from there, its last
@@ -40,7 +40,7 @@ _SIDE = 32  # units of place in the square root of a frame's area
 
 
 class MiniMaxH3Attention(LayoutAttention):
-    """Attention processor of one block."""
+    """Attention processor of one layer."""
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor], attention_mask: Tensor
@@ -206,7 +206,7 @@ class MiniMaxH3Adapter(ModelAdapter):
 
 
 def _unpacked(attn: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a block's attention takes: each sample apart, its cosines and sines, and which rows are padding."""
+    """What a layer's attention takes: each sample apart, its cosines and sines, and which rows are padding."""
     packed, (cos, sin, valid), *_ = inputs
     return packed.view(len(valid), valid.shape[3], -1), (cos, sin), valid
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.errors import UserError
+from train.lora.masks import masks_beside
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
 from train.models.weights import DTYPES, FLOAT8
@@ -41,8 +42,8 @@ def merge(
 ) -> str:
     """Writes a diffusers folder: the transformer, or the whole pipeline where the base model lies in one.
 
-    The pipeline's other parts are linked where the file system can, else copied. A second transformer of the same
-    pipeline goes into the folder of the first.
+    The pipeline's other parts are linked where the file system can, else copied; masks that lie there belong to the
+    weights of the base model, and stay. A second transformer of the same pipeline goes into the folder of the first.
 
     Args:
         base: folder of the base model's transformer.
@@ -118,7 +119,7 @@ def _sources(folder: Path) -> dict[str, _Source]:
             folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         ]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(set(folder.glob("*.safetensors")) - {masks_beside(folder)})
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -196,7 +197,7 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _link_rest(pipeline: Path, transformer: str, out: Path) -> None:
-    """All of a pipeline's folder but its transformer."""
+    """All of a pipeline's folder but its transformer, and the masks that this was trained under."""
 
     def link(source: str, target: str) -> None:
         real = Path(source).resolve()  # the hub's cache holds links
@@ -205,7 +206,9 @@ def _link_rest(pipeline: Path, transformer: str, out: Path) -> None:
         except OSError:
             shutil.copy2(real, target)
 
+    own = pipeline / transformer, masks_beside(pipeline)
+
     def ignored(folder: str, names: list[str]) -> list[str]:
-        return [n for n in names if n.startswith(".") or (n == transformer and Path(folder) == pipeline)]
+        return [n for n in names if n.startswith(".") or Path(folder, n) in own]
 
     shutil.copytree(pipeline, out, ignore=ignored, copy_function=link, dirs_exist_ok=True)

@@ -8,19 +8,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from radial import Fitted, HeadMasks, Released, VideoGrid
+from radial import Fitted, HeadMasks, Released, VideoGrid, attention_for, attention_over, build_head_layouts
 from radial.patterns.head_masks import unpacked, write
-from tests.helpers.generating import latent, stock
+from tests.helpers.generating import close, latent, stock
 from tests.helpers.patterns import fitted
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.export.run import folded, header_of, save_adapters
+from train.export.merge import merge
+from train.export.run import export_run, folded, header_of, save_adapters
 from train.models.pretrained import stand_in
 from train.sample import extend
 from train.sample.settings import parse_settings, recipe_of
+from train.storage.checkpoints import write_checkpoint
 from train.storage.inputs import check_masks, hold_inputs
+from train.storage.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,65 @@ def test_an_export_has_the_masks_beside_every_lora_and_their_facts_in_its_header
         assert HeadMasks.read(beside[0]) == masks
         with safe_open(lora, "pt") as tensors:
             assert tensors.metadata()["radial.masks_sha256"] == masks.digest
+
+
+def trained_under(file, model, tmp_path):
+    """The folder of a run of a model under masks, with random weights in its checkpoint."""
+    small = {"clip__frames": 33, "clip__height": 32, "clip__width": 48, "attention__block": 16}
+    config = run_under(file, model__path=model, attention__dense_layers=1, runs=tmp_path / "runs", **small)
+    run = RunFolder.create(config).path
+    weights = random_lora(stand_in(model / "transformer"), TARGETS["wan"])
+    write_checkpoint({"state_dict": weights, "global_step": 7, "position": 0}, run / "checkpoints" / "step-7")
+    return run
+
+
+def test_a_merged_model_runs_under_the_masks_in_its_folder(wan, tmp_path):
+    """In sampling, in an extended pipeline and in a server, as its LoRA does beside the frozen model."""
+    file, grid = tmp_path / "masks.safetensors", VideoGrid(9, 2, 3)
+    masks = save_masks(file, grid, rate=0.0, bits=0.1, **of_model(wan))
+    run = trained_under(file, wan, tmp_path)
+    export_run(run, formats=["diffusers"], merged=True)
+    file.unlink()
+    merged, dense = run / "export" / "merged", {"dense_steps": 0}
+    beside = merged / "masks.safetensors"
+    unset = {**dict.fromkeys(("frames", "height", "width", "block")), **dense}
+    assert (
+        recipe_of(parse_settings(words(merged, **unset))[0]).pattern == Fitted(masks) == Fitted(HeadMasks.read(beside))
+    )
+    expected = latent(wan, lora=run / "export" / "diffusers", **unset).latent
+    close(latent(merged, **unset).latent, expected)
+    assert (latent(merged, **unset, pattern="dense").latent - expected).abs().max() > 1e-3
+    own = {"masks": beside, "dense_layers": 1, "shift": parse_settings(words(merged))[0].shift, **dense}
+    close(stock(merged, lambda pipeline: extend(pipeline, model=parse_settings(words(wan))[1], **own)), expected)
+    with safe_open(merged / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
+        header = tensors.metadata()
+    q, k, v = torch.randn(3, 1, grid.tokens, masks.heads, 16)
+    layout = build_head_layouts(Fitted(masks), grid, 16, layers=3, heads=masks.heads).layer(2)
+    attention = attention_for(header, grid, layer=2, step=3, sigma=0.1, masks=beside)
+    assert torch.equal(attention(q, k, v), attention_over(q, k, v, layout))
+    beside.unlink()
+    with pytest.raises(UserError, match=r"merged.masks.safetensors is missing"):
+        parse_settings(words(merged, **unset))
+
+
+def test_a_model_merged_from_a_merged_one_has_masks_of_its_own(wan, tmp_path):
+    """Those of the first stay as they are, though a merged model's files are links to its base model's."""
+    first, second = (
+        save_masks(tmp_path / f"{n}.safetensors", VideoGrid(9, 2, 3), seed=n, **of_model(wan)) for n in (1, 2)
+    )
+    run = trained_under(tmp_path / "1.safetensors", wan, tmp_path)
+    export_run(run, out=tmp_path / "one", formats=["peft"], merged=True)
+    run = trained_under(tmp_path / "2.safetensors", tmp_path / "one" / "merged", tmp_path)
+    export_run(run, out=tmp_path / "two", formats=["peft"], merged=True)
+    for name, masks in (("one", first), ("two", second)):
+        assert HeadMasks.read(tmp_path / name / "merged" / "masks.safetensors") == masks
+    # of a transformer alone they lie beside its weights, and are none of them
+    bare = shutil.copytree(tmp_path / "one" / "merged" / "transformer", tmp_path / "bare")
+    shutil.copy(tmp_path / "1.safetensors", bare / "masks.safetensors")
+    merge(bare, tmp_path / "three", [], None)
+    assert sorted(path.name for path in (tmp_path / "three").iterdir()) == sorted(
+        path.name for path in bare.iterdir() if path.name != "masks.safetensors"
+    )
 
 
 def test_a_run_notices_other_masks(wan, tmp_path):

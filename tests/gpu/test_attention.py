@@ -21,10 +21,11 @@ from radial import (
 from radial.backends import BACKENDS, AttentionCall
 from radial.sampled_errors import sampled_errors
 from tests.helpers.oracles import masked_softmax
-from tests.helpers.patterns import ByHead
+from tests.helpers.patterns import ByHead, fitted
 
 CUDA = torch.device("cuda")
 BACKEND_NAMES = ["fa4", "flex"]
+HEAD_PATTERNS = [ByHead(), ByHead(tiled=True), fitted(VideoGrid(9, 13, 17), 128, heads=3, order="patches")]
 
 
 @pytest.fixture(autouse=True)
@@ -134,12 +135,12 @@ def test_text_after_whole_blocks(name):
 
 
 @pytest.mark.parametrize("lengths", [None, [0, 59, 300]])
-@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("pattern", HEAD_PATTERNS)
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("name", BACKEND_NAMES)
-def test_masks_that_differ_by_head(name, groups, tiled, lengths, monkeypatch):
+def test_masks_that_differ_by_head(name, groups, pattern, lengths, monkeypatch):
     """Each head's output and gradients, in two layers, with the backward in one group of heads and in several."""
-    layouts = build_head_layouts(ByHead(tiled=tiled), VideoGrid(9, 13, 17, 300), 128, layers=2, heads=3)
+    layouts = build_head_layouts(pattern, VideoGrid(9, 13, 17, 300), 128, layers=2, heads=3)
     usable(name, layouts, lengths is not None)
     if groups:
         if name != "fa4":

@@ -28,7 +28,7 @@ from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
 from train.errors import Asked, UserError
 from train.evaluation.decoding import encoder_for
-from train.evaluation.euler import generate
+from train.evaluation.euler import generate, sampled_with
 from train.flow import noise_like
 from train.loggers.forgiving import Forgiving
 from train.models.families import family_of
@@ -38,7 +38,6 @@ from train.sample.pipeline import first_frame
 from train.sample.video import video_file
 
 FOLDER = "samples"
-_STEPS, _GUIDANCE = 30, 5.0  # of a model that has none of its own
 
 
 class PromptClips(StepCallback):
@@ -198,13 +197,6 @@ class PromptClips(StepCallback):
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
-
-
-def sampled_with(config: RunConfig) -> tuple[int, float]:
-    """Denoising steps and the weight of guidance of the prompts' clips: the run's, else the model's own."""
-    own = config.model.guidance or [_GUIDANCE]
-    guidance = config.validation.samples_guidance or own[-1 if config.model.expert == "low" else 0]
-    return config.validation.samples_steps or config.model.steps or _STEPS, guidance
 
 
 def _to_wandb(run: Any, files: list[Path], step: int) -> None:

@@ -114,7 +114,7 @@ def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from:
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for clip in clips:
             for sigma in job.sigmas:
-                key = json.dumps([about, clip.key, _digest(clip), sigma])
+                key = json.dumps([about, clip.key, digest(clip), sigma])
                 file = job.out / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
                 bar.set_description(f"{clip.key}, sigma {sigma:g}")
                 if _is_whole(file):
@@ -163,7 +163,7 @@ def _measure(
     return found
 
 
-def _digest(clip: Sample) -> str:
+def digest(clip: Sample) -> str:
     """A digest of the clip's tensors: clips of another folder may have the same keys."""
     tensors = {"latent": clip.latent, **Prompt(clip.text, clip.pooled).tensors(), **clip.image}
     return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()

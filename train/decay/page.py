@@ -59,7 +59,7 @@ def _facts(job: Job, about: Mapping[str, object]) -> str:
     return facts(
         [
             ("grid", f"{grid['frames']} frames of {grid['height']} x {grid['width']} tokens{text}"),
-            ("clips", f"{len(clips)}"),
+            ("clips", f"{len(clips)}, of the {'model itself' if job.own_samples else 'shards'}"),
             ("noise levels", ", ".join(f"{sigma:g}" for sigma in job.sigmas)),
             ("query rows", f"{job.rows} a tile and frame"),
             ("tiles", f"{about['tile']} tokens"),

@@ -231,6 +231,7 @@ def about(job: Job, geometry: Geometry, parts: Sequence[Part], layers: Sequence[
         "heads": heads,
         "sigmas": list(job.sigmas),
         "clips": list(dict.fromkeys(part.clip for part in parts)),
+        "clips_from": "samples" if job.own_samples else "shards",
         "rows": job.rows,
         "seed": job.config.seed,
     }

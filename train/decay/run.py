@@ -21,13 +21,13 @@ from data.io.files import write_bytes
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
-from train.config.schema import ClipConfig
 from train.decay.advice import advice, as_json, settings
 from train.decay.bins import Geometry
 from train.decay.charts import draw_all
 from train.decay.measure import measure, pick_clips
 from train.decay.page import write_page
 from train.decay.results import about, head_rows, layer_figures, tables, velocities
+from train.decay.samples import own_samples
 from train.decay.settings import Job
 from train.errors import UserError
 from train.models.base import ModelAdapter
@@ -73,8 +73,11 @@ def run_decay(job: Job) -> list[str]:
     adapter.transformer.eval()
     model = job.config.model
     made_from = {**fingerprints(job.config, None), "architecture": model.architecture, "rope": model.rope}
+    made_from["expert"] = model.expert
     try:
-        parts = measure(job, adapter, clips, {**made_from, "expert": model.expert})
+        if job.own_samples:
+            clips = own_samples(job, adapter, clips, shards.load_empty_prompt(), made_from)
+        parts = measure(job, adapter, clips, made_from)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -135,8 +138,6 @@ def _check_clip(adapter: ModelAdapter, clip: Sample) -> None:
 def _sampler_levels(job: Job, clip: Sample) -> Sequence[float]:
     """The noise levels of the model's sampler for clips of this size."""
     model = job.config.model
-    _, _, height, width = clip.latent.shape
-    size = ClipConfig(model.time.frames(job.frames), height * model.vae[1], width * model.vae[2])
-    levels = family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.config.shift(size))
+    levels = family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.shift(clip))
     low, high = sigma_range(model)
     return [level for level in levels if low <= level < high] or levels

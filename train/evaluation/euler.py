@@ -11,9 +11,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.attention.step import StepAttention
+from train.config.schema import RunConfig
 from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+
+_STEPS, _GUIDANCE = 30, 5.0  # of a model that has none of its own
+
+
+def sampled_with(config: RunConfig) -> tuple[int, float]:
+    """Denoising steps and the weight of guidance of a run's generated clips: the run's, else the model's own."""
+    own = config.model.guidance or [_GUIDANCE]
+    guidance = config.validation.samples_guidance or own[-1 if config.model.expert == "low" else 0]
+    return config.validation.samples_steps or config.model.steps or _STEPS, guidance
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """``python -m train.decay``, whole."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from data.shards.manifest import Manifest
 from data.shards.origins import held_out
 from data.shards.stream import read_samples
 from data.shards.writer import ShardWriter
-from radial import RadialError, Released, build_layout
+from radial import Dense, RadialError, Released, build_layout
 from radial.fit import fit
 from tests.helpers.families import shards
 from tests.helpers.tiny import save_model
@@ -148,6 +149,42 @@ def test_fitted_masks_are_held_against_dense_attention(tmp_path):
     for row in found["heads"]:
         mine = row["patterns"]["fitted, mine"]
         assert 0 < mine["kept"] < 1 and mine["output_error"] > 0
+
+
+def test_the_models_own_samples(tmp_path, monkeypatch):
+    """Generated once from the clips' prompts, by Euler steps under dense attention, and measured as real clips are."""
+    words = command(tmp_path, sigmas=0.6, layers=1, clips_from="samples", **{"validation.samples_steps": 2})
+    own = [*words, "validation.samples_guidance=3"]
+    main(own)
+    found = results(tmp_path)
+    assert found["about"]["clips_from"] == "samples"
+    job = Job.of(own)
+    adapter = load_adapter(job.config.model, torch.float32, 0)
+    adapter.transformer.eval()
+    shards = Manifest.load(job.config.data.shards)
+    clip = next(iter(read_samples(shards, 1)))
+    batch, level = collate([clip], 0), torch.tensor([0.6])
+    x = noise = noise_like(batch.latent, 0, "decay samples", clip.key)
+    grid, empty = adapter.grid(x), Conditions.of(batch.with_prompt([0], shards.load_empty_prompt()))
+    levels = [*adapter.noise_levels(2, job.config.shift()), 0.0]
+    with torch.no_grad():
+        adapter.set_attention(dense_attention(grid))
+        for now, then in itertools.pairwise(levels):
+            with_caption, without = (
+                adapter.velocity(x, torch.tensor([now]), of) for of in (Conditions.of(batch), empty)
+            )
+            x = x + (then - now) * (without + 3 * (with_caption - without))
+        x, _ = noised(x, noise_like(noise, 0, "decay", clip.key), level)
+        velocities = []
+        for recipe in (AttentionRecipe(Dense()), AttentionRecipe(Released(), block=16, dense_layers=1)):
+            adapter.set_attention(recipe.step(grid, dense=False))
+            velocities.append(adapter.velocity(x, level, Conditions.of(batch)))
+    dense, other = velocities
+    (velocity,) = [v for v in found["velocity"] if (v["pattern"], v["dense_layers"]) == ("radial, decay 1", 1)]
+    assert velocity["clips"][0] == pytest.approx(float((other - dense).norm() / dense.norm()), rel=1e-3)
+    monkeypatch.setattr("train.decay.samples.generate", None)
+    main(own)  # finds them
+    assert results(tmp_path) == found
 
 
 @pytest.mark.slow

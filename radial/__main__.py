@@ -69,6 +69,10 @@ class FitOptions:
         "of that, the part that is drawn, thin and even, other pairs in each head; 1 draws all of it", 0.5,
         must=within(0, 1),
     )  # fmt: skip
+    separable: bool = setting(
+        "with decay=: fit to masses that fall off exponentially with both distances, as near as can be to each head's",
+        False,
+    )
     dense_layers: int = setting("with decay=: so many of the first layers get no masks, as attention.dense_layers", 2,
                                 must=at_least(0))  # fmt: skip
     seed: int = setting("of the draw", 0, must=_SEEDS)
@@ -185,6 +189,7 @@ def fit_masks(arguments: FitOptions) -> None:
             arguments.out,
             share=arguments.share,
             coverage=arguments.coverage,
+            separable=arguments.separable,
             dense_layers=arguments.dense_layers,
             seed=arguments.seed,
         )

@@ -19,9 +19,22 @@ from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.patterns.fitted import bit_of_pairs
 from radial.patterns.head_masks import About, write
+from radial.patterns.token_orders import frame_order
+
+_STEPS = 30
+"""Of Newton's method, which has converged long before: each is a few sums over the masses."""
 
 
-def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_layers: int = 2, seed: int = 0) -> About:
+def fit(
+    decay: Path,
+    out: Path,
+    *,
+    share: float,
+    coverage: float = 0.5,
+    separable: bool = False,
+    dense_layers: int = 2,
+    seed: int = 0,
+) -> About:
     """Fits the masks and writes them.
 
     Args:
@@ -29,6 +42,7 @@ def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_la
         out: of the masks.
         share: of all blocks of a clip of the measured length that is kept, the mean over layers and heads.
         coverage: of the share, the part that is drawn.
+        separable: fit to masses that fall off exponentially with both distances (`nearest_separable`).
         dense_layers: so many of the first layers get no masks.
         seed: of the draw.
 
@@ -56,6 +70,8 @@ def fit(decay: Path, out: Path, *, share: float, coverage: float = 0.5, dense_la
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise RadialError(f"{decay} is damaged, or no such file ({error}): {made}") from error
     about = About(order, block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
+    if separable:
+        values = nearest_separable(values, about)
     rules, rate = chosen(values, about, grid)
     about = About(**{**vars(about), "rate": rate})
     write(rules, about, out)
@@ -102,6 +118,49 @@ def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float
     others = heads * (complete**2 - complete) - used
     rate = (free * heads - used) / others if others else 0.0
     return worth >= high, rate
+
+
+def nearest_separable(values: Tensor, about: About) -> Tensor:
+    """The masses exp(c - alpha d - beta s) that are nearest to given ones: exponential in both distances.
+
+    d is in frames, s in tokens between the middles of tiles; the first frame's mass is the mean over its tiles. c,
+    alpha and beta are each head's, by Poisson regression: least deviance over all pairs of tiles in the clip.
+
+    Args:
+        values: (layers, heads, entries) float32, of each bit.
+        about: whose bits they are.
+
+    Returns:
+        The same shape.
+    """
+    frames, tiles = about.frames, about.tiles
+    distance = torch.arange(1 - frames, frames).double()
+    in_time, in_space = torch.broadcast_tensors(distance.abs()[:, None, None], tile_distances(about))
+    terms = torch.stack([torch.ones_like(in_time), in_time, in_space], -1).flatten(0, 2)
+    pairs = (frames - in_time).flatten()  # of frames at that distance
+    mass = values.double().unflatten(-1, (2 * frames, tiles, tiles))
+    measured = mass[:, :, :-1].flatten(2)
+    expected = measured + 1e-3 * measured.mean(-1, keepdim=True) + 1e-30  # no logarithm of zero
+    for _ in range(_STEPS):
+        weight = pairs * expected
+        normal = torch.einsum("lhn,np,nq->lhpq", weight, terms, terms)
+        target = expected.log() + (measured - expected) / expected
+        moments = torch.einsum("lhn,np->lhp", weight * target, terms)
+        # a frame of one tile has no distance in space, and so no beta
+        rates = torch.einsum("lhpq,lhq->lhp", torch.linalg.pinv(normal, hermitian=True), moments)
+        expected = (rates @ terms.T).exp()
+    first = mass[:, :, -1:].mean((3, 4), keepdim=True).expand(-1, -1, 1, tiles, tiles)
+    return torch.cat([expected.unflatten(-1, (-1, tiles, tiles)), first], 2).flatten(2).float()
+
+
+def tile_distances(about: About) -> Tensor:
+    """(tiles, tiles) float64: tokens between the middles of a frame's tiles."""
+    places = frame_order(about.order, about.height, about.width, about.block)
+    tile = torch.arange(len(places)) // about.block
+    middles = torch.stack([places // about.width, places % about.width], 1).double()
+    middles = torch.zeros(about.tiles, 2, dtype=torch.float64).index_add_(0, tile, middles)
+    middles /= torch.bincount(tile)[:, None]
+    return torch.cdist(middles, middles)
 
 
 def _values(file: Any, sigmas: list[float], layer: int, grid: VideoGrid, block: int) -> Tensor:

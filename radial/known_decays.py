@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from radial.fit import chosen
+from radial.fit import chosen, tile_distances
 from radial.grid import VideoGrid
 from radial.patterns.fitted import Fitted
 from radial.patterns.head_masks import About, HeadMasks, packed, write
-from radial.patterns.token_orders import frame_order
 
 ALPHA = (1.0, 0.01)
 """A frame of latents, of the most spatial head and the most temporal one."""
@@ -63,12 +62,9 @@ def _fitted(grid: VideoGrid, heads: int, layers: int, share: float, coverage: fl
 def _values(about: About, heads: int) -> Tensor:
     """(heads, entries) float32: mass per key token; that of all distances adds up to 1 in the mean over tiles."""
     frames, tiles = about.frames, about.tiles
-    places = frame_order(about.order, about.height, about.width, about.block)
-    tile = torch.arange(len(places)) // about.block
-    size = torch.bincount(tile).double()
-    middles = torch.stack([places // about.width, places % about.width], 1).double()
-    middles = torch.zeros(tiles, 2, dtype=torch.float64).index_add_(0, tile, middles) / size[:, None]
-    apart = torch.cdist(middles, middles)
+    places = about.height * about.width
+    size = torch.bincount(torch.arange(places) // about.block).double()
+    apart = tile_distances(about)
     distance = torch.arange(1 - frames, frames).abs().double()
     found = []
     for head in range(heads):
@@ -77,6 +73,6 @@ def _values(about: About, heads: int) -> Tensor:
         sink = _SINK if head % 2 else 0.0
         mass = torch.exp(-alpha * distance[:, None, None] - beta * apart)
         mass *= (1 - sink) / (mass * size).sum((0, 2)).mean()
-        first = torch.full((1, tiles, tiles), sink / len(places), dtype=torch.float64)
+        first = torch.full((1, tiles, tiles), sink / places, dtype=torch.float64)
         found.append(torch.cat([mass, first]).flatten())
     return torch.stack(found).float()

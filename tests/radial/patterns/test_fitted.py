@@ -23,7 +23,7 @@ from radial import (
     make_pattern,
     with_share,
 )
-from radial.fit import chosen, fit
+from radial.fit import chosen, fit, nearest_separable
 from radial.patterns.fitted import spread
 from radial.patterns.head_masks import About, packed, unpacked, write
 from radial.patterns.token_orders import frame_order
@@ -218,8 +218,39 @@ def test_from_masses_to_masks(tmp_path):
     assert compact == replace(about, order="patches", layers=(2,), seed=0, rate=compact.rate)
     order = make_pattern("fitted", masks=file).token_order(grid, 16)
     assert torch.equal(order[2 * 54 : 3 * 54] - 2 * 54, frame_order("patches", 6, 9, 16))
+    fit(decay, file, share=0.4, coverage=0.5, separable=True, dense_layers=1, seed=7)
+    rules, _ = chosen(nearest_separable(torch.tensor(values).float().flatten(2), about), about, grid)
+    assert torch.equal(unpacked(HeadMasks.read(file).bits).bool()[..., : about.entries], rules)
     fit(decay, file, share=0.4, coverage=0.5, dense_layers=1, seed=8)
     assert make_pattern("fitted", masks=file) != pattern
+
+
+@pytest.mark.parametrize("order", ["raster", "patches"])
+def test_separable_masses_are_the_nearest(order):
+    """Masses that are such come back; of others the residuals' sums over pairs are zero, and so with each distance."""
+    about = About(order, 16, 5, 8, 12, (0, 1), 0.3, 0.5, 0.0, 0)
+    places = frame_order(order, 8, 12, 16).numpy().reshape(6, 16)
+    middles = np.stack([places // 12, places % 12], -1).mean(1)
+    in_space = np.sqrt(((middles[:, None] - middles) ** 2).sum(-1))
+    in_time = np.abs(np.arange(-4, 5))[:, None, None]
+    rates = np.random.default_rng(0).uniform(0.05, 1, (2, 3, 2, 1, 1, 1))
+    mass = 1e-3 * np.exp(-rates[:, :, 0] * in_time - rates[:, :, 1] * in_space)
+    first = np.full((2, 3, 1, 6, 6), 2e-4)
+    exact = torch.tensor(np.concatenate([mass, first], 2)).flatten(2).float()
+    torch.testing.assert_close(nearest_separable(exact, about), exact, rtol=1e-4, atol=1e-12)
+    values = exact * torch.rand(exact.shape, generator=torch.Generator().manual_seed(0)) ** 3
+    found = nearest_separable(values, about).unflatten(-1, (10, 6, 6)).double().numpy()
+    given = values.unflatten(-1, (10, 6, 6)).double().numpy()
+    weight = 5.0 - in_time
+    for term in (1, in_time, in_space):
+        left, right = ((weight * term * of[:, :, :-1]).sum((2, 3, 4)) for of in (given, found))
+        np.testing.assert_allclose(left, right, rtol=1e-4)
+    one = About(order, 96, 5, 8, 12, (0, 1), 0.3, 0.5, 0.0, 0)  # one tile a frame
+    fallen = 1e-3 * np.exp(-0.3 * np.abs(np.arange(-4, 6)))
+    fallen[-1] = 2e-4
+    alone = torch.tensor(fallen).float().expand(2, 3, 10)
+    torch.testing.assert_close(nearest_separable(alone, one), alone, rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(found[:, :, -1], given[:, :, -1].mean((2, 3), keepdims=True).repeat(6, 2).repeat(6, 3))
 
 
 def test_what_cannot_be_fitted(tmp_path):

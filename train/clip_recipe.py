@@ -51,8 +51,8 @@ class Recipes:
         """The recipe of clips whose latents have so many frames, rows and columns."""
         key = tuple(size)
         if key not in self._of:
-            frames, height, width = self._config.model.vae
-            clip = ClipConfig((size[0] - 1) * frames + 1, size[1] * height, size[2] * width)
+            model = self._config.model
+            clip = ClipConfig(model.time.frames(size[0]), size[1] * model.vae[1], size[2] * model.vae[2])
             self._of[key] = clip_recipe(self._config, clip)
         return self._of[key]
 

@@ -103,7 +103,9 @@ class Job:
         """The shift of the noise levels for clips of its size."""
         model = self.config.model
         _, _, height, width = clip.latent.shape
-        return self.config.shift(ClipConfig(model.time.frames(self.frames), height * model.vae[1], width * model.vae[2]))
+        return self.config.shift(
+            ClipConfig(model.time.frames(self.frames), height * model.vae[1], width * model.vae[2])
+        )
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Job:

@@ -16,7 +16,7 @@ of the second by ``load_lora_weights(folder, load_into_transformer_2=True)``. A 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def export_run(
                 base = transformer_folder(part.model, whole=merged)
                 header, name = header_of(part, step), "_".join(filter(None, (config.conf, kind)))
                 lines = save_adapters(
-                    part, base, pairs, norms, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check
+                    part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check, norms
                 )
                 said += [str(Path(kind) / line) for line in lines]
                 if config.trainer.fp8:
@@ -189,13 +189,13 @@ def save_adapters(
     config: RunConfig,
     base: Path,
     pairs: Pairs,
-    magnitudes: dict[str, Tensor],
     header: dict[str, str],
     formats: Sequence[str] | None,
     dtype: torch.dtype,
     out: Path,
     file: str,
     check: Callable[[], None],
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Writes and verifies a LoRA's files, and returns a line for each.
 
@@ -203,13 +203,13 @@ def save_adapters(
         config: the run; of two experts, the part of one.
         base: folder of the transformer that the LoRA belongs to.
         pairs: the LoRA, with its strength in B.
-        magnitudes: of a DoRA, by layer.
         header: of the files.
         formats: by default all that the model has.
         dtype: of the weights.
         out: folder for the formats' folders.
         file: name of the files that no tool names.
         check: called before each format.
+        magnitudes: of a DoRA, by layer; None or empty for a LoRA.
 
     Raises:
         UserError: weights that do not fit the model, or a format that it does not have.
@@ -219,7 +219,7 @@ def save_adapters(
     chosen = list(dict.fromkeys(formats_of(type(model).__name__, dora=dora) if formats is None else formats))
     check_formats(chosen, type(model).__name__, dora=dora)
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
-    adapter = Adapter(pairs, model, header, public_name(config.model), file, magnitudes)
+    adapter = Adapter(pairs, model, header, public_name(config.model), file, dict(magnitudes or {}))
     said = []
     for name in chosen:
         check()

@@ -31,6 +31,7 @@ class Tool:
         never: why its mask is none of ours whatever is set; None: it may be.
         rule: of the released mask (`radial.Released`).
         block: tokens of a block.
+        whole_sides: whether it refuses clips whose height or width in pixels is no multiple of the block.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Tool:
     family: str
     rule: str
     block: int = 128
+    whole_sides: bool = False
     experts: bool | None = None
     image: bool = True
     decay: float | None = None
@@ -71,7 +73,8 @@ TOOLS = (
         place="its arguments", options=_SCRIPT,
     ),
     Tool(
-        "wanvideowrapper", "WanVideoWrapper", "comfyui", "wan", "ports", place="the node WanVideoSetRadialAttention",
+        "wanvideowrapper", "WanVideoWrapper", "comfyui", "wan", "ports", whole_sides=True,
+        place="a radial attention mode in its model loader, and the node WanVideoSetRadialAttention",
         options={"decay": "decay_factor", "dense_layers": "dense_blocks", "dense_steps": "dense_timesteps",
                  "block": "block_size"},
     ),
@@ -129,6 +132,7 @@ def table() -> list[str]:
         needed += [f"{name}={value:g}" for name, value in fixed.items() if value is not None]
         own = ", ".join(f"`{its}` = {ours}" for ours, its in tool.options.items())
         train = f"none: {tool.never}" if tool.never else " ".join(f"`attention.{each}`" for each in needed if each)
+        train += ", height and width multiples of the block" if tool.whole_sides else ""
         rows.append(f"| {tool.name} | `{tool.key}` | `{tool.format}/` | {train} | {tool.place}{own and ': '}{own} |")
     return rows
 
@@ -164,6 +168,9 @@ def _parts(tool: Tool, config: RunConfig) -> list[str]:
     elif tool.block != attention.block:
         why = "; training's fastest kernel has blocks of 128 only" if attention.block == 128 else ""
         parts.append(f"blocks of {tool.block}, not {attention.block}{why}")
+    clip = config.clip
+    if tool.whole_sides and (clip.height % attention.block or clip.width % attention.block):
+        parts.append(f"it refuses {clip.height} x {clip.width} pixels, no multiples of the block {attention.block}")
     if tool.decay is not None and tool.decay != pattern.decay:
         parts.append(f"decay {tool.decay:g}, not {pattern.decay:g}")
     for name, own in (("dense_layers", attention.dense_layers), ("dense_steps", dense_steps(config))):

@@ -38,7 +38,7 @@ def test_the_released_hunyuan_script_runs_what_hunyuan_trains_with():
             {"conf": "wan_4x"},
             "comfyui",
             {
-                "WanVideoWrapper": "rule ports, not wan",
+                "WanVideoWrapper": "rule ports, not wan, it refuses 720 x 1280 pixels, no multiples of the block 128",
                 "LightX2V": "rule ports, not wan, decay 0.2, not 1, no dense layers, not 2, no dense steps, not 2",
                 "Wan2GP": "rule ports, not wan, no dense layers, not 2, no dense steps, not 2",
                 "ComfyUI-RadialAttn": "it also keeps the corner blocks of every pair of frames, rule ports, not wan",
@@ -53,6 +53,7 @@ def test_the_released_hunyuan_script_runs_what_hunyuan_trains_with():
             },
             "comfyui",
             {
+                "WanVideoWrapper": "it refuses 720 x 1280 pixels, no multiples of the block 128",
                 "LightX2V": "decay 0.2, not 1",
                 "ComfyUI-RadialAttn": "it also keeps the corner blocks of every pair of frames",
             },
@@ -75,10 +76,10 @@ def test_each_tool_that_differs_has_a_line(settings, kind, expected):
 
 
 def test_each_tool_that_can_has_its_settings():
-    lines = ways(run_of("wan_4x", attention__rule="ports", attention__decay="0.8"), "comfyui")
+    lines = ways(run_of("wan_4x", attention__rule="ports", attention__decay="0.8", clip__height="768"), "comfyui")
     assert lines == [
-        "WanVideoWrapper runs this attention: the node WanVideoSetRadialAttention, decay_factor 0.8, dense_blocks 2, "
-        "dense_timesteps 2, block_size 128",
+        "WanVideoWrapper runs this attention: a radial attention mode in its model loader, and the node "
+        "WanVideoSetRadialAttention, decay_factor 0.8, dense_blocks 2, dense_timesteps 2, block_size 128",
         "ComfyUI runs this attention with the node Load Radial LoRA of radial/comfyui",
     ]
     settings = {"attention__rule": "ports", "attention__dense_layers": "0", "attention__dense_steps": "0"}

@@ -168,6 +168,8 @@ def gather_optimizer_state(optimizer: Any, groups: Sequence[Sequence[Parameter]]
     ]
     masters = _masters(optimizer)
     first = optimizer.optimizer.state.get(masters[0], {})
+    if first:
+        _link(optimizer)
     state: dict[int, dict[str, Any]] = {}
     for index, parameter in enumerate(itertools.chain.from_iterable(groups) if first else ()):
         state[index] = {}
@@ -195,8 +197,7 @@ def scatter_optimizer_state(optimizer: Any, groups: Sequence[Sequence[Parameter]
         optimizer.optimizer.state[master] = {
             key: value.clone() if key in scalars else torch.zeros_like(master) for key, value in first.items()
         }
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link these at the first step
-        optimizer._lazy_init_hp_params_optimizer_state()
+    _link(optimizer)
     for number, parameter in zip(numbers, parameters, strict=True):
         for key, value in saved["state"][number].items():
             if key in scalars:
@@ -206,6 +207,16 @@ def scatter_optimizer_state(optimizer: Any, groups: Sequence[Sequence[Parameter]
                 safe_set_local_optimizer_state(parameter, _share(parameter, value), key)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _link(optimizer: Any) -> None:
+    """Has each parameter find its part of the optimizer's state; stage 3 keeps no links.
+
+    Stages 1 and 2 link once, after the first group's first step, when the other groups have no state yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

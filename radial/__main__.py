@@ -183,6 +183,8 @@ def fit_masks(arguments: FitOptions) -> None:
         raise RadialError(f"out is {arguments.out}, expected a file that ends in .safetensors")
     if (arguments.decay is None) == (arguments.known is None):
         raise RadialError("decay and known are both set or neither, expected one of them")
+    if arguments.separable and arguments.known is not None:
+        raise RadialError("separable is of decay=, masses of known= fall off exponentially anyway: leave it out")
     if arguments.decay is not None:
         fit(
             arguments.decay,
@@ -211,6 +213,9 @@ def fit_masks(arguments: FitOptions) -> None:
     print(f"masks of {masks.heads} heads in layers {about.layers[0]} to {about.layers[-1]}")
     print(f"  fitted to      {about.frames} frames of {about.height} x {about.width} tokens, blocks of {about.block}")
     print(f"  order          {about.order}")
+    if about.separable:
+        others = ", ".join(f"layer {layer} head {head}" for layer, head in about.not_separable)
+        print(f"  masses         separable{others and f', but as measured where none are near: {others}'}")
     print(f"  blocks         {1 - layout.sparsity:.4f} of dense attention's, the mean over heads")
     print(f"  drawn          {about.rate:.4f} of the other pairs, each by {about.rate * heads:.3g} of {heads} heads")
     print(f"  wrote          {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")

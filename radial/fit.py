@@ -9,6 +9,7 @@ So heads get as many blocks as their attention is wide. The rest of the share is
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from radial.patterns.head_masks import About, write
 from radial.patterns.token_orders import frame_order
 
 _STEPS = 30
-"""Of Newton's method, which has converged long before: each is a few sums over the masses."""
+"""Of Newton's method, which has converged long before, if ever: each is a few sums over the masses."""
+_NEAR = 0.01
+"""Of a head's mass; totals of fitted and measured masses that are further apart show that it has not converged."""
 
 
 def fit(
@@ -42,7 +45,8 @@ def fit(
         out: of the masks.
         share: of all blocks of a clip of the measured length that is kept, the mean over layers and heads.
         coverage: of the share, the part that is drawn.
-        separable: fit to masses that fall off exponentially with both distances (`nearest_separable`).
+        separable: fit to masses that fall off exponentially with both distances (`nearest_separable`); heads without
+            such masses are fitted to their measured ones, and named in what is returned and written.
         dense_layers: so many of the first layers get no masks.
         seed: of the draw.
 
@@ -71,9 +75,11 @@ def fit(
         raise RadialError(f"{decay} is damaged, or no such file ({error}): {made}") from error
     about = About(order, block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
     if separable:
-        values = nearest_separable(values, about)
+        values, near = nearest_separable(values, about)
+        others = tuple((layers[place], head) for place, head in (~near).nonzero().tolist())
+        about = replace(about, separable=True, not_separable=others)
     rules, rate = chosen(values, about, grid)
-    about = About(**{**vars(about), "rate": rate})
+    about = replace(about, rate=rate)
     write(rules, about, out)
     return about
 
@@ -120,18 +126,19 @@ def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float
     return worth >= high, rate
 
 
-def nearest_separable(values: Tensor, about: About) -> Tensor:
+def nearest_separable(values: Tensor, about: About) -> tuple[Tensor, Tensor]:
     """The masses exp(c - alpha d - beta s) that are nearest to given ones: exponential in both distances.
 
     d is in frames, s in tokens between the middles of tiles; the first frame's mass is the mean over its tiles. c,
-    alpha and beta are each head's, by Poisson regression: least deviance over all pairs of tiles in the clip.
+    alpha and beta are each head's, by Poisson regression: least deviance over all pairs of tiles in the clip. A head
+    with mass at the largest distances only has no such masses, its rates have no bound: it keeps the given ones.
 
     Args:
-        values: (layers, heads, entries) float32, of each bit.
+        values: (layers, heads, entries) float32, finite, of each bit.
         about: whose bits they are.
 
     Returns:
-        The same shape.
+        The same shape; and (layers, heads) bool, False where the given masses are kept.
     """
     frames, tiles = about.frames, about.tiles
     distance = torch.arange(1 - frames, frames).double()
@@ -140,17 +147,20 @@ def nearest_separable(values: Tensor, about: About) -> Tensor:
     pairs = (frames - in_time).flatten()  # of frames at that distance
     mass = values.double().unflatten(-1, (2 * frames, tiles, tiles))
     measured = mass[:, :, :-1].flatten(2)
-    expected = measured + 1e-3 * measured.mean(-1, keepdim=True) + 1e-30  # no logarithm of zero
+    logarithm = (measured + 1e-3 * measured.mean(-1, keepdim=True) + 1e-30).log()  # not of zero
+    expected = logarithm.exp()
     for _ in range(_STEPS):
-        weight = pairs * expected
-        normal = torch.einsum("lhn,np,nq->lhpq", weight, terms, terms)
-        target = expected.log() + (measured - expected) / expected
-        moments = torch.einsum("lhn,np->lhp", weight * target, terms)
+        normal = torch.einsum("lhn,np,nq->lhpq", pairs * expected, terms, terms)
+        moments = torch.einsum("lhn,np->lhp", pairs * (expected * logarithm + measured - expected), terms)
         # a frame of one tile has no distance in space, and so no beta
         rates = torch.einsum("lhpq,lhq->lhp", torch.linalg.pinv(normal, hermitian=True), moments)
-        expected = (rates @ terms.T).exp()
+        logarithm = (rates @ terms.T).clamp(-100, 50)  # wider than masses are: rates without bound stay finite
+        expected = logarithm.exp()
+    total = (pairs * measured).sum(-1)
+    near = ((pairs * expected).sum(-1) - total).abs() <= _NEAR * total  # equal where the deviance is least
     first = mass[:, :, -1:].mean((3, 4), keepdim=True).expand(-1, -1, 1, tiles, tiles)
-    return torch.cat([expected.unflatten(-1, (-1, tiles, tiles)), first], 2).flatten(2).float()
+    separable = torch.cat([expected.unflatten(-1, (-1, tiles, tiles)), first], 2).flatten(2).float()
+    return torch.where(near[..., None], separable, values), near
 
 
 def tile_distances(about: About) -> Tensor:
@@ -170,6 +180,8 @@ def _values(file: Any, sigmas: list[float], layer: int, grid: VideoGrid, block: 
     for sigma in sigmas:
         mass, sink = (file.get_tensor(f"sigma_{sigma:g}/layer_{layer}/{name}") for name in ("mass", "sink"))
         total = total + torch.cat([mass, sink.mean(1, keepdim=True)], 1)
+    if not torch.as_tensor(total).isfinite().all():
+        raise ValueError(f"masses of layer {layer} are not finite")
     return (total / len(sigmas) / torch.bincount(place)).flatten(1)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class About:
         coverage: of those, the part that is drawn and not fitted.
         rate: at which pairs that no rule keeps are drawn.
         seed: of the draw.
+        separable: whether they are fitted to masses that fall off exponentially (`radial.fit.nearest_separable`), and
+            not to the measured ones.
+        not_separable: (layer, head) of those that are fitted to their measured masses all the same: no such ones are
+            near.
     """
 
     order: str
@@ -59,6 +63,8 @@ class About:
     coverage: float
     rate: float
     seed: int
+    separable: bool = False
+    not_separable: tuple[tuple[int, int], ...] = ()
 
     @property
     def tiles(self) -> int:
@@ -215,7 +221,9 @@ def unpacked(packs: Tensor) -> Tensor:
 
 
 def _about(given: dict[str, Any]) -> About:
-    known = {field.name for field in fields(About)}
-    if set(given) != known:
+    known = {field.name: field.default for field in fields(About)}
+    given = {name: value for name, value in known.items() if value is not MISSING} | given  # older files lack these
+    if given.keys() != known.keys():
         raise ValueError(f"its metadata has {', '.join(sorted(given))}")
-    return About(**{**given, "layers": tuple(given["layers"])})
+    others = tuple((layer, head) for layer, head in given["not_separable"])
+    return About(**{**given, "layers": tuple(given["layers"]), "not_separable": others})

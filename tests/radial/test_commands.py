@@ -113,3 +113,6 @@ def test_masks_of_known_decays_by_command(tmp_path, capsys):
             main.run(["fit", *words, f"out={out}"])
         assert caught.value.code == 2
         assert capsys.readouterr().err.startswith("error: decay and known are both set or neither")
+    with pytest.raises(SystemExit) as caught:
+        main.run(["fit", "share=0.3", "known=wan_1x", "separable=true", f"out={out}"])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: separable is of decay=")

@@ -85,6 +85,8 @@ class AttentionRecipe:
             about = pattern.masks.about
             found |= {"masks_sha256": pattern.masks.digest, "masks_share": about.share}
             found |= {"masks_coverage": about.coverage, "masks_seed": about.seed}
+            if about.separable:
+                found["masks_separable"] = True
         return found | {"block": self.block, "dense_layers": self.dense_layers, "dense_sigma": self.dense_sigma}
 
     def step(self, grid: VideoGrid, *, dense: bool, sequence: SequenceGroup | None = None) -> StepAttention:

@@ -34,6 +34,7 @@ KINDS: dict[str, type] = {
     "masks_share": float,
     "masks_coverage": float,
     "masks_seed": int,
+    "masks_separable": bool,  # fitted to masses that fall off exponentially
     "block": int,
     "dense_layers": int,
     "dense_sigma": float,  # the noise level at which training changed sides

@@ -109,4 +109,5 @@ def _files(job: Job) -> list[Path]:
 def _fitted(file: Path, share: float) -> Row:
     about = HeadMasks.read(file).about
     words = f"fitted, {about.share / share:.2g} of released's blocks, {about.coverage:.0%} drawn, {about.order}"
+    words += ", separable" if about.separable else ""
     return Row(f"fitted_{file.stem}", words, True, {"attention": "fitted", "attention.masks": str(file)})

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from radial import (
@@ -23,6 +24,7 @@ from radial import (
     make_pattern,
     with_share,
 )
+from radial.__main__ import main
 from radial.fit import chosen, fit, nearest_separable
 from radial.patterns.fitted import spread
 from radial.patterns.head_masks import About, packed, unpacked, write
@@ -218,8 +220,11 @@ def test_from_masses_to_masks(tmp_path):
     assert compact == replace(about, order="patches", layers=(2,), seed=0, rate=compact.rate)
     order = make_pattern("fitted", masks=file).token_order(grid, 16)
     assert torch.equal(order[2 * 54 : 3 * 54] - 2 * 54, frame_order("patches", 6, 9, 16))
+    assert not masks.about.separable
     fit(decay, file, share=0.4, coverage=0.5, separable=True, dense_layers=1, seed=7)
-    rules, _ = chosen(nearest_separable(torch.tensor(values).float().flatten(2), about), about, grid)
+    separable, near = nearest_separable(torch.tensor(values).float().flatten(2), about)
+    rules, _ = chosen(separable, about, grid)
+    assert near.all() and HeadMasks.read(file).about.separable and HeadMasks.read(file).about.not_separable == ()
     assert torch.equal(unpacked(HeadMasks.read(file).bits).bool()[..., : about.entries], rules)
     fit(decay, file, share=0.4, coverage=0.5, dense_layers=1, seed=8)
     assert make_pattern("fitted", masks=file) != pattern
@@ -237,9 +242,9 @@ def test_separable_masses_are_the_nearest(order):
     mass = 1e-3 * np.exp(-rates[:, :, 0] * in_time - rates[:, :, 1] * in_space)
     first = np.full((2, 3, 1, 6, 6), 2e-4)
     exact = torch.tensor(np.concatenate([mass, first], 2)).flatten(2).float()
-    torch.testing.assert_close(nearest_separable(exact, about), exact, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(nearest_separable(exact, about)[0], exact, rtol=1e-4, atol=1e-12)
     values = exact * torch.rand(exact.shape, generator=torch.Generator().manual_seed(0)) ** 3
-    found = nearest_separable(values, about).unflatten(-1, (10, 6, 6)).double().numpy()
+    found = nearest_separable(values, about)[0].unflatten(-1, (10, 6, 6)).double().numpy()
     given = values.unflatten(-1, (10, 6, 6)).double().numpy()
     weight = 5.0 - in_time
     for term in (1, in_time, in_space):
@@ -249,8 +254,42 @@ def test_separable_masses_are_the_nearest(order):
     fallen = 1e-3 * np.exp(-0.3 * np.abs(np.arange(-4, 6)))
     fallen[-1] = 2e-4
     alone = torch.tensor(fallen).float().expand(2, 3, 10)
-    torch.testing.assert_close(nearest_separable(alone, one), alone, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(nearest_separable(alone, one)[0], alone, rtol=1e-4, atol=1e-12)
     np.testing.assert_allclose(found[:, :, -1], given[:, :, -1].mean((2, 3), keepdims=True).repeat(6, 2).repeat(6, 3))
+
+
+def farthest(grid, where):
+    """(distances, tiles, tiles) masses in the farthest tiles of the own frame, or in the farthest frames."""
+    tiles = -(-grid.tokens_per_frame // 16)
+    mass = torch.zeros(2 * grid.frames - 1, tiles, tiles)
+    if where == "tiles":
+        mass[grid.frames - 1, 0, -1] = mass[grid.frames - 1, -1, 0] = 0.5
+    else:
+        mass[0] = mass[-1] = 0.5
+    return mass
+
+
+@pytest.mark.parametrize("where", ["tiles", "frames"])
+def test_a_head_that_no_separable_masses_are_near_is_fitted_to_its_own(tmp_path, where, capsys):
+    """No rates are least for mass at the largest distances alone: the head is named, the others' are what they were."""
+    grid, out = VideoGrid(21, 8, 16), tmp_path / "masks.safetensors"
+    decay = decay_file(tmp_path / "decay.safetensors", grid)
+    tensors = load_file(decay)
+    with safe_open(decay, "pt") as file:
+        header = file.metadata()
+    for sigma in (0.3, 0.6):
+        tensors[f"sigma_{sigma}/layer_1/mass"][1] = farthest(grid, where)
+    save_file(tensors, decay, header)
+    main.run(["fit", f"decay={decay}", "share=0.3", "separable=true", "dense_layers=1", f"out={out}"])
+    said = capsys.readouterr().out
+    assert "  masses         separable, but as measured where none are near: layer 1 head 1\n" in said
+    about = HeadMasks.read(out).about
+    assert about.separable and about.not_separable == ((1, 1),)
+    values = torch.rand(1, 2, about.entries, generator=torch.Generator().manual_seed(1))
+    values[0, 1] = torch.cat([farthest(grid, where), torch.full((1, 8, 8), 0.1)]).flatten()
+    found, near = nearest_separable(values, about)
+    assert near.tolist() == [[True, False]] and torch.equal(found[0, 1], values[0, 1])
+    assert torch.equal(found[:, :1], nearest_separable(values[:, :1], about)[0])
 
 
 def test_what_cannot_be_fitted(tmp_path):
@@ -264,12 +303,29 @@ def test_what_cannot_be_fitted(tmp_path):
         fit(decay_file(tmp_path / "tiled.safetensors", grid, tile="8x16"), out, share=0.4)
     with pytest.raises(RadialError, match="cannot be read"):
         fit(tmp_path / "none.safetensors", out, share=0.4)
+    with safe_open(decay, "pt") as file:
+        broken = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        broken["sigma_0.6/layer_2/mass"][1, 0, 0, 0] = torch.nan
+        save_file(broken, tmp_path / "broken.safetensors", file.metadata())
+    with pytest.raises(RadialError, match="masses of layer 2 are not finite"):
+        fit(tmp_path / "broken.safetensors", out, share=0.4, separable=True)
     (tmp_path / "text.safetensors").write_text("no tensors", encoding="utf-8")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name in ("text", "other"):
         with pytest.raises(RadialError, match=f"{name}.safetensors is damaged, or no such file"):
             fit(tmp_path / f"{name}.safetensors", out, share=0.4)
     assert not out.exists()
+
+
+def test_a_file_from_before_separable_masses_is_read(tmp_path):
+    file, masks = tmp_path / "masks.safetensors", fitted(VideoGrid(3, 4, 8), 16).masks
+    about = {name: value for name, value in vars(masks.about).items() if "separable" not in name}
+    save_file({"bits": masks.bits}, file, {"radial.masks": json.dumps(about)})
+    assert HeadMasks.read(file).about == masks.about and not masks.about.separable
+    del about["seed"]
+    save_file({"bits": masks.bits}, file, {"radial.masks": json.dumps(about)})
+    with pytest.raises(RadialError, match="is damaged"):
+        HeadMasks.read(file)
 
 
 def test_files_that_hold_no_masks(tmp_path):

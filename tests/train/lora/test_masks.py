@@ -109,6 +109,10 @@ def test_an_export_has_the_masks_beside_every_lora_and_their_facts_in_its_header
     assert {name: header[f"radial.masks_{name}"] for name in ("sha256", "share", "coverage", "seed")} == {
         "sha256": masks.digest, "share": "0.3", "coverage": "0.5", "seed": "3",
     }  # fmt: skip
+    assert "radial.masks_separable" not in header
+    separable = tmp_path / "separable.safetensors"
+    write(unpacked(masks.bits).bool(), replace(masks.about, separable=True), separable)
+    assert header_of(run_under(separable, model__path=wan), 7)["radial.masks_separable"] == "True"
     formats = ["diffusers", "comfyui", "kohya", "peft"]
     base = wan / "transformer"
     save_adapters(config, base, pairs, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)

@@ -85,13 +85,14 @@ def test_rows(tmp_path):
     share = released_share(job)
     for name, part in (("few", 0.6), ("many", 1.0)):
         pattern = fitted(job.config.grid(), 32)
-        about = replace(pattern.masks.about, share=part * share, order="patches")
+        about = replace(pattern.masks.about, share=part * share, order="patches", separable=name == "many")
         write(unpacked(pattern.masks.bits).bool(), about, masks / f"{name}.safetensors")
     job = Job.made_of(*read_some(Settings, study_settings(tmp_path, masks=masks)))
     rows = {row.name: row for row in rows_of(job)}
     assert {*RIVALS, "fitted_few", "fitted_many", "released", "dense", "paper", "random", "full"} <= set(rows)
     assert [name for name in rows if name.startswith("fitted")] == ["fitted_many", "fitted_few"]
     assert rows["fitted_few"].words == "fitted, 0.6 of released's blocks, 50% drawn, patches"
+    assert rows["fitted_many"].words == "fitted, 1 of released's blocks, 50% drawn, patches, separable"
     words = study_settings(tmp_path, masks=masks, rows="random,fitted_few,dense")
     assert [row.name for row in rows_of(Job.made_of(*read_some(Settings, words)))] == ["random", "fitted_few", "dense"]
     assert share == 1 - build_layout(Released(), job.config.grid(), 32).sparsity

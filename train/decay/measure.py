@@ -117,7 +117,7 @@ def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from:
                 key = json.dumps([about, clip.key, digest(clip), sigma])
                 file = job.out / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
                 bar.set_description(f"{clip.key}, sigma {sigma:g}")
-                if _is_whole(file):
+                if is_whole(file, "velocity"):
                     bar.update(len(wanted) + forwards)
                 else:
                     tensors = _measure(job, adapter, clip, sigma, grid, wanted, bar)
@@ -169,11 +169,12 @@ def digest(clip: Sample) -> str:
     return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
-def _is_whole(file: Path) -> bool:
+def is_whole(file: Path, name: str) -> bool:
+    """Whether a part is there, not cut off, and holds the tensor ``name``."""
     if not file.exists():
         return False
     try:
         with safe_open(file, "pt") as tensors:
-            return "velocity" in tensors.keys()  # noqa: SIM118  not a dict
+            return name in tensors.keys()  # noqa: SIM118  not a dict
     except (OSError, SafetensorError):
         return False

@@ -53,6 +53,11 @@ def run_decay(job: Job) -> list[str]:
         raise UserError(
             f"sigmas has {outside[0]:g}, model.expert={job.config.model.expert} is for noise levels {low:g} to {high:g}"
         )
+    if job.own_samples and (low, high) != (0.0, 1.0):
+        raise UserError(
+            f"clips_from is samples, model.expert={job.config.model.expert} is for noise levels {low:g} to {high:g} "
+            "and cannot generate clips alone: give clips_from=shards, or model.expert=both"
+        )
     if job.config.model.storage is not None:
         raise UserError(
             f"model.storage is {job.config.model.storage}, but attention is measured with the model's own weights: "

@@ -1,6 +1,6 @@
 """The model's own clips in place of real ones (``clips_from=samples``).
 
-<out>/parts/sample-<hash>.safetensors    a clip; as other parts it is not made again
+<out>/parts/sample-<hash>.safetensors    a clip; as other parts it is made again only if it is damaged
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.io.files import write_bytes
 from data.shards.batch import collate
 from data.shards.sample import Prompt, Sample
 from train.decay.kept import dense_attention
-from train.decay.measure import PARTS, digest
+from train.decay.measure import PARTS, digest, is_whole
 from train.decay.settings import Job
 from train.evaluation.euler import generate, sampled_with
 from train.flow import noise_like
@@ -44,7 +44,7 @@ def own_samples(
         about = [made_from, job.frames, job.config.seed, sampled_with(job.config), job.shift(clip)]
         key = json.dumps([about, clip.key, digest(clip)])
         file = job.out / PARTS / f"sample-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        if not file.exists():
+        if not is_whole(file, "latent"):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(file, safetensors.torch.save({"latent": _generated(job, adapter, clip, empty)}))
         found.append(replace(clip, latent=safetensors.torch.load_file(file)["latent"]))

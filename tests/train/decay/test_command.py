@@ -182,6 +182,11 @@ def test_the_models_own_samples(tmp_path, monkeypatch):
     dense, other = velocities
     (velocity,) = [v for v in found["velocity"] if (v["pattern"], v["dense_layers"]) == ("radial, decay 1", 1)]
     assert velocity["clips"][0] == pytest.approx(float((other - dense).norm() / dense.norm()), rel=1e-3)
+    damaged = min((tmp_path / "decay" / "parts").glob("sample-*.safetensors"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    main(own)  # makes it anew
+    assert damaged.read_bytes() == whole and results(tmp_path) == found
     monkeypatch.setattr("train.decay.samples.generate", None)
     main(own)  # finds them
     assert results(tmp_path) == found
@@ -286,6 +291,10 @@ def test_synthetic_clips(tmp_path):
         ({"attention": "radial,raidal"}, "attention is 'raidal'"),
         ({"attention": "radial,radial"}, "expected each option once"),
         ({"slayers": 1}, "slayers is not a known key"),
+        (
+            {"clips_from": "samples", "model.expert": "high", "model.boundary": 0.3, "model.path": "nowhere"},
+            "clips_from is samples, model.expert=high is for noise levels 0.3 to 1 and cannot generate clips alone",
+        ),
         ({"data.shards": "nowhere"}, "nowhere"),
         ({"model.path": "nowhere"}, "model.path nowhere is no folder"),
         ({"model.family": "mochi"}, "holds a WanTransformer3DModel"),

@@ -5,7 +5,7 @@
                 checkpoint after `diffusion_model.`, or ComfyUI's where it takes no others
     kohya       kohya's trainers and what reads their files; names of the original checkpoint with underscores (ComfyUI
                 reads them too, but HunyuanVideo's feed-forward, modulation and embedding layers, and of
-                HunyuanVideo-1.5 also q, k and v; musubi-tuner reads those of layers alone)
+                HunyuanVideo-1.5 also q, k and v; musubi-tuner reads only those inside the transformer's layers)
     peft        PeftModel.from_pretrained(transformer, folder)
     released    the folder that the released HunyuanVideo inference script takes
 

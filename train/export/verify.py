@@ -143,12 +143,13 @@ def _by_names(adapter: Adapter, base: Path, file: Path) -> str:
     if key.startswith("lora_unet_") and adapter.model_class in MUSUBI_BLOCKS:
         outside = [name for name in layers if not name.startswith(MUSUBI_BLOCKS[adapter.model_class])]
         if outside:
-            said.append(f"musubi-tuner passes over {_such(outside, layers)}: it reads those of layers alone")
+            only = "it reads only those inside the transformer's layers"
+            said.append(f"musubi-tuner passes over {_such(outside, layers)}: {only}")
     return "; ".join(said)
 
 
 def _such(names: list[str], layers: Collection[str]) -> str:
-    return f"{len(names)} of {len(layers)} layers such as {names[0]}"
+    return f"{len(names)} of {len(layers)} modules such as {names[0]}"
 
 
 def _same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:

@@ -161,9 +161,9 @@ def test_layers_beyond_attention_reach_comfyui(tmp_path, rank, dtype):
     assert {"double_blocks.1.img_mod.linear", "double_blocks.0.img_mlp.fc2"} <= keys
     assert verify("comfyui", adapter, base, tmp_path / "comfyui")[0].endswith(f"{2 * len(keys)} tensors")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
-    assert "; ComfyUI passes over 13 of 30 layers such as time_in.mlp.0: give it format=comfyui; " in said
-    outside = "musubi-tuner passes over 10 of 30 layers such as time_in.mlp.0: it reads those of layers alone"
-    assert said.endswith(outside)
+    assert "; ComfyUI passes over 13 of 30 modules such as time_in.mlp.0: give it format=comfyui; " in said
+    outside = "musubi-tuner passes over 10 of 30 modules such as time_in.mlp.0: "
+    assert said.endswith(f"{outside}it reads only those inside the transformer's layers")
     alphas = [t for k, t in load_file(tmp_path / "kohya" / "x.safetensors").items() if k.endswith(".alpha")]
     assert {alpha.item() for alpha in alphas} <= {rank, 2 * rank, 3 * rank, 4 * rank}
 
@@ -176,7 +176,8 @@ def test_musubi_passes_over_what_is_outside_of_wans_layers(tmp_path):
     FORMATS["kohya"](adapter, tmp_path / "kohya")
     (said,) = verify("kohya", adapter, base, tmp_path / "kohya")
     assert said.endswith(
-        "; musubi-tuner passes over 2 of 4 layers such as text_embedding.0: it reads those of layers alone"
+        "; musubi-tuner passes over 2 of 4 modules such as text_embedding.0: "
+        "it reads only those inside the transformer's layers"
     )
 
 

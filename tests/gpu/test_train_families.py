@@ -24,7 +24,7 @@ def test_a_step_of_two_layers_at_the_real_shapes(run):
     backend = choose_backend(call, None).name
     result = step_of_two_layers(config)
     print(
-        f"{run}: {grid.tokens:,} tokens, {backend}, {result.step:.2f} s, {result.block:.2f} s a block, "
+        f"{run}: {grid.tokens:,} tokens, {backend}, {result.step:.2f} s, {result.layer:.2f} s a layer, "
         f"{result.memory:.1f} GiB, {result.tflops:.0f} TFLOP/s"
     )
     assert backend in ("fa4", "flex")

@@ -191,7 +191,7 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch, extra: Sequence[
         count=config.validation.clips,
         stages=load_stages(config.data.stages),
         levels=validation_levels(config) if config.validation.every else {},
-        lengths=lengths_of(config.grid().frames * config.model.patch[0]),
+        lengths=lengths_of(config.clip.frames, config.model.time),
         seed=config.seed,
         control=control,
         watchdog=watchdog,

@@ -2,9 +2,9 @@
 
     average <- d average + (1 - d) weights        d = min(decay, (1 + step) / (10 + step))
 
-The decay grows with the steps, as in diffusers' training scripts: with 0.999 from the first step on, a run of 2,500
-steps would keep 8 % of a LoRA that does nothing. Lightning's ``EMAWeightAveraging`` copies the whole module, the frozen
-weights too, and knows no model that is spread over ranks.
+The decay grows with the steps, much as in diffusers' training scripts: with 0.999 from the first step on, a run of
+2,500 steps would keep 8 % of a LoRA that does nothing. Lightning's ``EMAWeightAveraging`` copies the whole module, the
+frozen weights too, and knows no model that is spread over ranks.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Optimization:
         steps: optimizer steps of the run.
         accumulate: micro-batches in a step, all of one expert where there are two.
         lr, betas, weight_decay: of AdamW.
-        lora_plus: learning rate of the LoRA's B over that of its A (arXiv 2402.12354, LoRA+).
+        lora_plus: learning rate of the LoRA's B (and a DoRA's norms) over that of its A (arXiv 2402.12354, LoRA+).
         warmup: steps in which the learning rate rises to ``lr``.
         decay: after them: ``constant``, or ``cosine`` down to zero.
     """
@@ -67,7 +67,7 @@ class Optimization:
 
     @property
     def rates(self) -> list[float]:
-        """The learning rate of each group of parameters after the warm-up: of all, or of A and of B."""
+        """The learning rate of each group of parameters after the warm-up: of all, or of A and of the rest."""
         return [self.lr] if self.lora_plus == 1 else [self.lr, self.lr * self.lora_plus]
 
     def grouped(self, names: Iterable[str]) -> list[list[str]]:

@@ -37,10 +37,10 @@ from train.report.held_out import write_report
 from train.report.page import write_page
 from train.shards import held_out, training_shards
 from train.storage.checkpoints import (
-    FolderCheckpointIO,
     Place,
     how_to_go_on,
     last_good_checkpoint,
+    load_weights,
     place_of,
     remove_leftovers,
 )
@@ -139,8 +139,8 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
                 trainer.fit(module, loader(config, shards, trainer, start), ckpt_path=folder.checkpoint)
             else:
                 assert folder.checkpoint is not None
-                module.on_load_checkpoint(FolderCheckpointIO().load_checkpoint(folder.checkpoint))
-                module.use_average()
+                module.load_trained_weights(load_weights(folder.checkpoint))  # what the export takes, average or not
+                module.position = start.position
             if not stop.agreed:
                 _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
     return stop.agreed

@@ -15,6 +15,7 @@ from train.lora.reading import read_lora
 from train.models.loading import load_adapter
 from train.run import resume
 from train.storage.checkpoints import load_state, load_weights
+from train.storage.run_folder import get_state
 
 DECAY = 0.4
 CHANGES = {"trainer__steps": 4, "trainer__checkpoint_every": 1, "trainer__keep": 9, "optim__lr": 2e-2,
@@ -86,6 +87,19 @@ def test_without_it_a_resume_goes_on_from_the_weights(averaged, plain, tmp_path)
         shutil.rmtree(checkpoint(folder, step))
     resume(folder, replace(config, optim=replace(config.optim, ema=None)))
     assert equal_checkpoints(checkpoint(folder, 4), checkpoint(plain, 4))
+
+
+@pytest.mark.parametrize("was", ["averaged", "plain"])
+def test_a_finished_run_reports_what_it_exports_whatever_a_resume_changes(averaged, plain, tmp_path, monkeypatch, was):
+    config, whole = averaged
+    folder = shutil.copytree({"averaged": whole, "plain": plain}[was], tmp_path / "copy")
+    reported = {}
+    monkeypatch.setattr("train.run.write_report", lambda _, module, *rest: reported.update(module.trained_weights()))
+    resume(folder, replace(config, optim=replace(config.optim, ema=None if was == "averaged" else DECAY)))
+    assert get_state(folder)[0] == "done"
+    saved = load_weights(checkpoint(folder, 4))
+    assert reported.keys() == saved.keys()
+    assert all(torch.equal(reported[name], tensor) for name, tensor in saved.items())
 
 
 def test_validation_and_exports_use_it(averaged, plain, tmp_path):

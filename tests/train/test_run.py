@@ -347,7 +347,12 @@ def test_a_checkpoint_of_another_rank_is_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [("lora.rank=8", "check lora.rank"), ("lora.targets=.*to_q", "8 unknown tensors")]
+    ("setting", "said"),
+    [
+        ("lora.rank=8", "check lora.rank"),
+        ("lora.targets=.*to_q", "8 unknown tensors"),
+        ("lora.dora=true", "missing and 0 unknown tensors .* or with other lora.targets, lora.text or lora.dora"),
+    ],
 )
 def test_a_refused_setting_of_a_resume_changes_nothing(finished, tmp_path, setting, said):
     _, folder = finished

@@ -1,10 +1,10 @@
 """The figures of every step, one row with the same keys for metrics.csv, TensorBoard and Weights & Biases.
 
 loss, grad_norm, lr, sigma             of the step itself; loss and sigma are means over its samples, on all ranks
-lr_b                                   with optim.lora_plus: of the LoRA's B, and lr that of its A
+lr_b                                   with optim.lora_plus: of the LoRA's B (and a DoRA's norms), and lr that of its A
 loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
 loss_frames/81                         loss of the samples of so many latent frames
-lora_norm/<layer>                      Frobenius norm of (alpha / rank) B A, over a layer's modules, now and then
+lora_norm/<layer>                      Frobenius norm of B A times the LoRA's factor, over a layer's modules, at times
 skipped                                steps that were skipped until now (`train.callbacks.bad_steps`)
 tokens_per_second, mfu, …              `train.callbacks.throughput`
 validation/…                           `train.callbacks.validation`

@@ -21,6 +21,7 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stages import Stage
 from data.shards.stream import read_samples
+from radial import LatentTime
 from train.callbacks.base import StepCallback, every
 from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
@@ -142,6 +143,12 @@ class Validation(StepCallback):
         return loss_at(module.adapter, clip, length, sigma, attention, seed=self.seed, guidance=guidance)
 
 
-def lengths_of(latent_frames: int) -> list[int]:
-    """A clip's own length, its half and its quarter: 4x, 2x and 1x of a native clip, in latent frames."""
-    return sorted({(latent_frames - 1) // part + 1 for part in (1, 2, 4)})
+def lengths_of(frames: int, time: LatentTime) -> list[int]:
+    """Latent frames of a clip, of its half and of its quarter, each a length that clips may have.
+
+    Args:
+        frames: of the video.
+        time: how the model's VAE compresses time.
+    """
+    steps = (frames - time.rest) // time.step
+    return sorted({time.latents(steps // part * time.step + time.rest) for part in (1, 2, 4)})

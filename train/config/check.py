@@ -159,6 +159,11 @@ def _check_parallel(config: RunConfig) -> None:
         }
         for name in (name for name, there in clashes.items() if there):
             raise UserError(f"lora.dora is true with {name}: DoRA needs whole frozen weights in 16 or 32 bits; set one")
+        if config.optim.weight_decay:
+            raise UserError(
+                f"lora.dora is true with optim.weight_decay={config.optim.weight_decay:g}, which would shrink the "
+                "norms of the weights towards 0, and with them the frozen model: set optim.weight_decay=0"
+            )
     if parallel.offload_weights and (config.lora is None or parallel.strategy == "zero3"):
         found = "lora=null, which trains them" if config.lora is None else "parallel=zero3, which spreads them"
         raise UserError(

@@ -90,11 +90,13 @@ class LoraSettings:
     """The adapter that is trained; lora=null trains all weights of the model instead."""
 
     rank: int = key("rank of the two factors", 128, must=at_least(1))
-    alpha: int = key("the LoRA's output is scaled by alpha / rank", 128, must=POSITIVE)
+    alpha: int = key(
+        "the LoRA's output is scaled by alpha / rank; with rslora by alpha / sqrt(rank)", 128, must=POSITIVE
+    )
     dora: bool = key(
         "DoRA: the norm of each row of the tuned weight is a number of its own, trained too (arXiv 2402.09353)", False
     )
-    rslora: bool = key("rsLoRA: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)", False)
+    rslora: bool = key("rsLoRA: the LoRA is scaled by alpha / sqrt(rank), not alpha / rank (arXiv 2312.03732)", False)
     targets: str | None = key(
         "regular expression for the names of the modules that carry a LoRA; null: Q, K, V and O of self-attention", None
     )
@@ -180,8 +182,8 @@ class OptimConfig:
     betas: list[float] = key("AdamW's decay rates of the mean and of the square of the gradient", [0.9, 0.99],
                              must=_BETAS)  # fmt: skip
     lora_plus: float = key(
-        "LoRA+: the learning rate of the LoRA's B, as a multiple of lr, which its A has (arXiv 2402.12354)", 1.0,
-        must=POSITIVE,
+        "LoRA+: the learning rate of the LoRA's B (and a DoRA's norms), as a multiple of lr, which its A has "
+        "(arXiv 2402.12354)", 1.0, must=POSITIVE,
     )  # fmt: skip
     ema: float | None = key(
         "decay of a moving average of what is trained, such as 0.999; validation, clips, reports and exports use the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from data.io.files import write_utf8
 from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
 from train.evaluation.results import TEXT
-from train.export.formats import FORMATS
+from train.export.formats import WEIGHTS, formats_of
 from train.export.tools import differences, ways
 from train.models.families import family_of
 from train.models.pretrained import public_name
@@ -29,9 +29,10 @@ def write_card(run: Path, config: RunConfig, out: Path, formats: Sequence[str] |
         run: the run folder, whose table of results is put into the card where it has one.
         config: of the run.
         out: the folder of the export.
-        formats: that are in it; None: all that there are.
+        formats: that are in it; None: all that there are for its model.
     """
-    chosen = FORMATS if formats is None else formats
+    if formats is None:
+        formats = formats_of(family_of(config.model).model_class.__name__, dora=_is_dora(config))
     base = base_model(config)
     data = ModelCardData(
         base_model=base,
@@ -45,11 +46,11 @@ def write_card(run: Path, config: RunConfig, out: Path, formats: Sequence[str] |
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {config.conf}: {base or public_name(config.model)} at {config.clip.frames} frames",
-        "A LoRA that was trained under a static sparse attention mask (radial attention, arXiv 2506.19852). It belongs "
-        "to that mask: under another one its clips are worse.",
+        f"A {_kind(config)} that was trained under a static sparse attention mask (radial attention, arXiv "
+        "2506.19852). It belongs to that mask: under another one its clips are worse.",
         "## Trained with\n\n" + _settings(config),
         "" if not table else f"## Held-out losses\n\n```\n{table}\n```",
-        "## Running it\n\n" + _running(config, chosen),
+        "## Running it\n\n" + _running(config, formats),
     ]
     write_utf8(out / NAME, "\n\n".join(part for part in parts if part) + "\n")
     return f"{NAME}  the model card"
@@ -82,33 +83,53 @@ def _settings(config: RunConfig) -> str:
     dense = f"the first {attention.dense_layers} layers"
     if recipe.attention.dense_sigma is not None:
         dense += f", and all from noise level {recipe.attention.dense_sigma:.4g} on"
-    of_b = "" if config.optim.lora_plus == 1 else f" of A, {config.optim.lr * config.optim.lora_plus:g} of B (LoRA+)"
+    rate = f"{config.optim.lr:g}"
+    if config.optim.lora_plus != 1:
+        rest = "B and the norms" if _is_dora(config) else "B"
+        rate += f" of A, {config.optim.lr * config.optim.lora_plus:g} of {rest} (LoRA+)"
     rows = {
         "mask": f"`{config.pattern()}`, blocks of {attention.block} tokens",
         "dense": dense,
         "clips": f"{clip.frames} frames of {clip.height} x {clip.width} pixels",
         "temporal positions": config.model.rope,
         "shift of the noise levels": f"{config.shift():g}",
-        "LoRA": _lora(config),
+        _kind(config): _lora(config),
         "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
-        "learning rate": f"{config.optim.lr:g}{of_b}",
+        "learning rate": rate,
     }
     if config.optim.ema is not None:
         rows["weights"] = f"a moving average over the steps, decay {config.optim.ema:g}"
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _running(config: RunConfig, formats: Iterable[str]) -> str:
+def _running(config: RunConfig, formats: Sequence[str]) -> str:
     both = config.model.expert == "both"
     folder = "high_noise/" if both else ""
-    second = ', lora_2="low_noise/diffusers"' if both else ""
-    lines = [
-        "In diffusers, with the attention of the file's header:",
-        f'```python\nfrom train.sample import extend\n\nextend(pipeline, "{folder}diffusers"{second})\n```',
-    ]
+    lines = []
+    if not _is_dora(config) and family_of(config.model).pipeline_name is not None:
+        second = f', lora_2="low_noise/{formats[0]}"' if both else ""
+        lines += [
+            "In diffusers, with the attention of the file's header:",
+            f'```python\nfrom train.sample import extend\n\nextend(pipeline, "{folder}{formats[0]}"{second})\n```',
+        ]
+    elif "diffusers" in formats:
+        lines += ["In diffusers, with its own dense attention:", "```python"]
+        for part, place in [("transformer", folder), *([("transformer_2", "low_noise/")] if both else [])]:
+            lines.append(f'pipeline.{part}.load_lora_adapter("{place}diffusers", weight_name="{WEIGHTS}")')
+        lines.append("```")
+    if _is_dora(config):
+        lines.append("With its mask it runs merged into the base model: `python -m train.export run=RUN merge=true`.")
     for kind in formats:
         lines += [f"- `{folder}{kind}/`: {line}" for line in (*ways(config, kind), *differences(config, kind))]
     return "\n".join(lines)
+
+
+def _is_dora(config: RunConfig) -> bool:
+    return config.lora is not None and config.lora.dora
+
+
+def _kind(config: RunConfig) -> str:
+    return "DoRA" if _is_dora(config) else "LoRA"
 
 
 def _lora(config: RunConfig) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from radial import Released, build_layout
 from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
+from train.export.formats import formats_of
 from train.models.families import family_of
 
 
@@ -113,11 +114,17 @@ def ways(config: RunConfig, kind: str) -> list[str]:
 
 def warnings(config: RunConfig) -> list[str]:
     """A line for each tool of ``export.tools`` that cannot run what the run trains."""
-    found = []
+    found, model_class = [], family_of(config.model).model_class.__name__
+    dora = config.lora is not None and config.lora.dora
     for tool in TOOLS:
         if tool.key in config.export.tools:
             if not tool.serves(config):
                 found.append(f"warning: export.tools has {tool.key}: {tool.name} does not run the run's model")
+            elif dora and tool.format not in formats_of(model_class, dora=True):
+                found.append(
+                    f"warning: export.tools has {tool.key}: {tool.name} loads {tool.format}/, which a DoRA (lora.dora) "
+                    "is not exported to: merge it (merge=true), or train a LoRA"
+                )
             elif config.attention.pattern != "dense" and (parts := _parts(tool, config)):
                 found.append(f"warning: export.tools has {tool.key}: {_difference(tool, parts)}")
     return found

@@ -1,9 +1,9 @@
 """The LoRA: injecting it with PEFT, and moving its weights in and out of plain state dicts.
 
-y = W x + (alpha / rank) B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
+y = W x + s B A x        A: (rank, in)   B: (out, rank), zero at the start   (arXiv 2106.09685)
 
-rsLoRA divides by the square root of the rank instead (arXiv 2312.03732). DoRA also trains the norm of each row of the
-tuned weight: V = W + (alpha / rank) B A, y = (m / |V|) V x, with |V| a constant of the gradient (arXiv 2402.09353).
+The factor s is alpha / rank, of rsLoRA alpha / sqrt(rank) (arXiv 2312.03732). DoRA also trains the norm of each row of
+the tuned weight: V = W + s B A, y = (m / |V|) V x, with |V| a constant of the gradient (arXiv 2402.09353).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def inject_lora(
         The names of the modules that carry a LoRA.
 
     Raises:
-        UserError: nothing matches.
+        UserError: nothing matches; or a DoRA's layer has a weight with a row of zeros.
     """
     matched = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)]
     if not matched:
@@ -120,9 +120,15 @@ class _DoraLinear(_LoraLinear):
 @torch.no_grad()
 def _set_magnitudes(transformer: Any) -> None:
     """Makes m of every DoRA layer the norms of now, so that it changes what its A and B change."""
-    for layer in transformer.modules():
+    for name, layer in transformer.named_modules():
         if isinstance(layer, _DoraLinear):
-            layer.magnitude.copy_(layer.row_norms())
+            norms = layer.row_norms()
+            if not norms.is_meta and not norms.all():
+                raise UserError(
+                    f"lora.dora is true, but {int((norms == 0).sum())} rows of {name}'s weight are zero, and DoRA "
+                    "divides by their norms: leave the layer out of lora.targets, or set lora.dora=false"
+                )
+            layer.magnitude.copy_(norms)
 
 
 class _AddedLinear(nn.Linear):
@@ -184,7 +190,7 @@ def check_saved(expected: dict[str, Parameter], shapes: dict[str, tuple[int, ...
         name = (missing or unknown)[0]
         raise UserError(
             f"the checkpoint has {len(missing)} missing and {len(unknown)} unknown tensors (first: {name}): "
-            "it was made for another model or other lora.targets"
+            "it was made for another model, or with other lora.targets, lora.text or lora.dora"
         )
     for name, shape in shapes.items():
         if shape != whole_shape(expected[name]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from train.config.keys import value_of
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.storage.checkpoints import Place, checkpoints_of, place_of
@@ -33,6 +34,13 @@ def check_changes(before: RunConfig, now: RunConfig, folder: Path) -> None:
             f"lora.init is {start}, but the run has trained its LoRA for {place.step} steps and goes on from there: "
             "leave it out, or start a new run"
         )
+    for key in ("lora.alpha", "lora.rslora") if before.lora is not None and now.lora is not None else ():
+        was, given = value_of(before, key), value_of(now, key)
+        if was != given:
+            raise UserError(
+                f"{key} is {given}, but the run has trained its LoRA with {was}, and it would act at another strength: "
+                "leave it out, or start a new run"
+            )
     if place.taken is None and now.clips_at_once() != before.clips_at_once():
         raise UserError(
             f"all devices together would take {now.clips_at_once():g} clips at once, they took "

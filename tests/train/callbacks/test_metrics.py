@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.shards.stream import read_samples
+from radial import LatentTime
 from tests.helpers.faults import Run, losses, only_run
 from tests.helpers.tiny import run_config, words
 from train.assemble import build_module
@@ -214,9 +215,17 @@ def test_two_processes_validate_like_one(tmp_path, one, two):
 
 
 def test_lengths_are_the_clip_its_half_and_its_quarter():
-    assert lengths_of(81) == [21, 41, 81]  # Wan's 81, 161 and 321 frames
-    assert lengths_of(16) == [4, 8, 16]
-    assert lengths_of(1) == [1]
+    assert lengths_of(321, LatentTime(4)) == [21, 41, 81]  # Wan's 81, 161 and 321 frames
+    assert lengths_of(16, LatentTime(1)) == [4, 8, 16]
+    assert lengths_of(1, LatentTime(4)) == [1]
+
+
+def test_lengths_are_those_that_clips_in_chunks_may_have():
+    time = LatentTime(4, (17, 5))
+    lengths = lengths_of(1433, time)
+    assert lengths == [107, 212, 422]
+    for length in lengths:
+        time.check(time.frames(length))
 
 
 def test_no_norms_without_a_lora(tmp_path):

@@ -46,6 +46,22 @@ def test_a_card_has_what_the_run_had(tmp_path):
     assert "- `comfyui/`: WanVideoWrapper runs other attention than the LoRA was trained with: rule ports" in body
 
 
+def test_a_doras_card_names_what_there_is_of_it(tmp_path):
+    _, body = card_of(tmp_path, run_of("wan_4x", **{"lora.dora": "true"}))
+    assert "A DoRA that was trained" in body and "| DoRA | rank 128" in body
+    assert "extend(" not in body and "comfyui" not in body and "kohya" not in body
+    assert 'pipeline.transformer.load_lora_adapter("diffusers", weight_name="pytorch_lora_weights.safetensors")' in body
+    assert "merge=true" in body
+
+
+def test_a_card_has_no_command_that_fails(tmp_path):
+    """`extend` knows no pipeline of MiniMax-H3; and it reads the format that there is."""
+    _, body = card_of(tmp_path, run_of("minimax_h3_4x"))
+    assert "extend(" not in body and "pipeline.transformer.load_lora_adapter(" in body
+    write_card(tmp_path, run_of("wan_4x"), tmp_path, ["comfyui"])
+    assert 'extend(pipeline, "comfyui")' in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_other_licences_and_images(tmp_path):
     front, body = card_of(tmp_path, run_of("hunyuan_4x"))
     assert front["license"] == "other" and front["license_name"] == "tencent-hunyuan-community"

@@ -106,6 +106,9 @@ def test_a_run_is_warned_of_the_tools_that_it_names():
         "warning: export.tools has wan2gp: Wan2GP runs other attention than the LoRA was trained with: rule ports, not "
         "wan, no dense layers, not 2, no dense steps, not 2",
     ]
+    dora = {"attention__rule": "ports", "attention__dense_layers": "0", "attention__dense_steps": "0"}
+    (line,) = warnings(run_of("wan_4x", **dora, lora__dora="true", export__tools="[wan2gp,released_wan]"))[1:]
+    assert line.startswith("warning: export.tools has wan2gp: Wan2GP loads comfyui/, which a DoRA (lora.dora) is not")
     with pytest.raises(UserError, match=r"export.tools is \['kijai'\], expected some of released_hunyuan"):
         run_of("wan_4x", export__tools="[kijai]")
 

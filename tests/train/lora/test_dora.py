@@ -1,7 +1,9 @@
 """DoRA: its layers against the definition, its exports as their users load them, and what is refused."""
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,10 +92,11 @@ def test_it_starts_as_the_model_itself():
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
 
 
-def test_every_export_runs_what_was_trained(trained):
+def test_every_export_runs_what_was_trained(trained, monkeypatch):
     config, folder = trained
-    said = export_run(folder, merged=True)
-    assert {path.name for path in (folder / "export").iterdir()} == {".export", "diffusers", "peft", "merged"}
+    said = export_run(folder, merged=True, card=True)
+    written = {path.name for path in (folder / "export").iterdir()}
+    assert written == {".export", "diffusers", "peft", "merged", "README.md"}
     assert sum("all equal" in line for line in said) == 2
     weights = load_weights(last_checkpoint(folder))
     adapter = load_adapter(config.model, torch.float32, 0)
@@ -107,11 +110,18 @@ def test_every_export_runs_what_was_trained(trained):
     def fresh():
         return WanTransformer3DModel.from_pretrained(config.model.path)
 
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=fresh())
+    def wan():
+        return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=fresh())
+
+    pipeline, by_card = wan(), wan()
     pipeline.load_lora_weights(folder / "export" / "diffusers")
+    monkeypatch.chdir(folder / "export")
+    card = Path("README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.+?)\n```", card)[1], {"pipeline": by_card})
     got = {
         "merged": outputs(WanTransformer3DModel.from_pretrained(folder / "export" / "merged")),
         "diffusers": outputs(pipeline.transformer),
+        "the card's command": outputs(by_card.transformer),
         "peft": outputs(PeftModel.from_pretrained(fresh(), str(folder / "export" / "peft")).base_model.model),
     }
     assert (outputs(fresh()) - expected).abs().max() > 1e-3
@@ -132,6 +142,18 @@ def test_what_cannot_be_exact_is_refused(trained, tmp_path):
         other = replace(config, **{section: replace(getattr(config, section), **changes)})
         with pytest.raises(UserError, match=r"lora.dora is true with .*: DoRA needs whole frozen weights"):
             validate(other)
+    with pytest.raises(
+        UserError, match=r"lora.dora is true with optim.weight_decay=0.01, which would shrink the norms"
+    ):
+        validate(replace(config, optim=replace(config.optim, weight_decay=0.01)))
+
+
+def test_a_row_of_zeros_names_its_layer():
+    model = Layers()
+    with torch.no_grad():
+        model.two.weight[3:5] = 0
+    with pytest.raises(UserError, match=r"lora.dora is true, but 2 rows of two's weight are zero.*lora.targets"):
+        inject_lora(model, 4, 8, "one|two", 0, dora=True)
 
 
 def test_weights_that_stream_change_nothing(trained, tmp_path):

@@ -265,9 +265,11 @@ def test_a_checkpoint_that_counts_micro_batches_goes_on_as_it_was(whole, tmp_pat
         ("conf=wan_4x", "conf was shapes_4x, now wan_4x: a run keeps its run file"),
         ("trainer.steps=1", "trainer.steps is 1, but the run has made 2: give at least as many"),
         ("lora.init=some.safetensors", "lora.init is some.safetensors, but the run has trained its LoRA for 2 steps"),
+        ("lora.alpha=4", "lora.alpha is 4, but the run has trained its LoRA with 8, and it would act at another"),
+        ("lora.rslora=true", "lora.rslora is True, but the run has trained its LoRA with False"),
     ],
 )
-def test_what_would_change_nothing_is_refused(whole, tmp_path, setting, said):
+def test_what_a_checkpoint_cannot_follow_is_refused(whole, tmp_path, setting, said):
     folder = copy_until(whole, 2, tmp_path)
     before = (folder / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=said):

@@ -28,6 +28,7 @@ from data.io.files import write_bytes
 from data.io.locks import Lock, take
 from data.io.remote import scheme_of
 from data.prepare.chosen import ChosenVideos
+from data.prepare.rows import Rows
 from data.prepare.sources import Columns, name_of, read_source
 from data.shards.begun import Begun, refuse_shards
 from data.shards.manifest import FILE, REJECTED, Manifest, ShardInfo
@@ -268,8 +269,8 @@ def _finish(
         # data.prepare compares its list with these captions, when it appends to the folder
         new = {numbers_of(sample.key): caption for sample, caption in zip(manifest.samples, captions, strict=True)}
         by_row = {numbers[0]: caption for numbers, caption in new.items() if numbers is not None}
-        rows = [replace(row, caption=by_row.get(number) or row.caption) for number, row in enumerate(chosen.rows)]
-        write_bytes(out / LIST, replace(chosen, rows=rows, arguments={**chosen.arguments, **changed}).to_json())
+        rows = Rows(replace(row, caption=by_row.get(number) or row.caption) for number, row in enumerate(chosen.rows))
+        replace(chosen, rows=rows, arguments={**chosen.arguments, **changed}).save(out, LIST)
     about = {**manifest.arguments, **changed, "recaptioned": asked}
     made = replace(manifest, shards=tuple(shards), encoder=encoder, arguments=about, text=loaded.text_is)
     finish_folder(out, made, loaded.prompt(""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.io.files import write_bytes
+from data.io.files import beside
 from data.prepare.conditions import Condition
 from data.prepare.duplicates import Duplicates, fingerprint_of
 from data.prepare.packed import packed
+from data.prepare.rows import Row, Rows
 from data.prepare.scaling import Size, nearest_size
 from data.prepare.selection import Candidates
 from data.prepare.sources import Candidate, NoVideosError, name_of
@@ -24,6 +26,7 @@ from data.prepare.video import VideoInfo, probe
 
 FILE = "plan.json"
 """Where the chosen videos stand while a folder is made: folders that were begun have them under this name."""
+_HEAD = 1 << 20  # characters of it, among which the rows begin
 
 
 class Aside(Enum):
@@ -31,33 +34,6 @@ class Aside(Enum):
 
     UNFIT = "does not meet the conditions, or is too short"
     MISSING = "is not on disk"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A chosen video, or a piece of one.
-
-    Attributes:
-        path: as listed.
-        caption: its caption.
-        clips: how many clips its header promises; 0 where it may be a little too short, which decoding decides.
-        start, end: the piece in seconds; None is the video's end.
-        piece: what distinguishes it from other pieces of the same video, as in `data.prepare.sources.name_of`.
-        look: its fingerprint, where duplicates are left out.
-    """
-
-    path: str
-    caption: str
-    clips: int
-    start: float = 0.0
-    end: float | None = None
-    piece: str | None = None
-    look: Sequence[int] | None = None
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages and lists."""
-        return self.piece or self.path
 
 
 @dataclass(frozen=True)
@@ -109,7 +85,7 @@ class ChosenVideos:
 
     arguments: dict[str, Any]
     root: str
-    rows: list[Row]
+    rows: Rows
     rejected: list[Rejected]
     passed: int
     missing: int = 0
@@ -120,22 +96,27 @@ class ChosenVideos:
         """Where a chosen video lies."""
         return Path(self.root) / self.rows[row].path
 
-    def to_json(self) -> bytes:
-        """What `load` reads, as it stands in a file."""
-        return json.dumps(asdict(self)).encode()
-
-    def save(self, folder: Path) -> None:
-        """Write `FILE` into `folder`, atomically."""
-        write_bytes(folder / FILE, self.to_json())
+    def save(self, folder: Path, name: str = FILE) -> None:
+        """Write `name` into `folder`, atomically."""
+        with beside(folder / name) as fresh, fresh.open("w", encoding="utf-8") as file:
+            about = {**vars(self), "rejected": [asdict(entry) for entry in self.rejected]}
+            for number, (key, value) in enumerate(about.items()):
+                file.write(f"{', ' if number else '{'}{json.dumps(key)}: ")
+                file.writelines(self.rows.to_json() if key == "rows" else [json.dumps(value)])
+            file.write("}")
 
     @classmethod
     def load(cls, folder: Path, name: str = FILE) -> ChosenVideos | None:
         """What `save` wrote into `folder`, or None where there is nothing yet."""
         try:
-            raw = json.loads((folder / name).read_text(encoding="utf-8"))
+            with (folder / name).open(encoding="utf-8") as file:
+                # within a text its quotes would have backslashes before them
+                before, _, after = file.read(_HEAD).partition(', "rows": [')
+                rows, behind = Rows.read(after, file)
         except FileNotFoundError:
             return None
-        rows, rejected = [Row(**row) for row in raw["rows"]], [Rejected(**entry) for entry in raw["rejected"]]
+        raw = json.loads(before + behind)
+        rejected = [Rejected(**entry) for entry in raw["rejected"]]
         return cls(**{**raw, "rows": rows, "rejected": rejected})
 
 
@@ -163,7 +144,7 @@ def choose_videos(
         NoVideosError: no video is left, and none is bad.
     """
     matching = candidates.matching
-    rows: list[Row] = []
+    rows = Rows()
     chosen: list[Candidate] = []
     rejected: list[Rejected] = []
     unfit: list[str] = []
@@ -179,14 +160,14 @@ def choose_videos(
         for video, info, found in _judged(candidates, wanted, before):
             if len(rows) == most:
                 break
-            if info is not None:
-                compromises.add(name_of(video), info)
             twin = duplicates.twin(found.name, found.look) if isinstance(found, Row) and found.look and info else None
             if twin is not None:
                 twins.append((name_of(video), twin))
             elif isinstance(found, Row):
                 rows.append(found)
                 chosen.append(video)
+                if info is not None:
+                    compromises.add(found.name, info)
                 bar.update()
             elif isinstance(found, Rejected):
                 rejected.append(found)
@@ -206,9 +187,8 @@ def choose_videos(
         )
     if twins:
         told.append(f"duplicates, left out: {len(twins)}, such as {twins[0][0]}, which is {twins[0][1]} once more")
-    told += compromises.told({row.name for row in rows})
-    captions = candidates.found.captions(chosen)
-    rows = [replace(row, caption=caption) for row, caption in zip(rows, captions, strict=True)]
+    told += compromises.told()
+    rows.caption_all(candidates.found.captions(chosen))
     return ChosenVideos(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 
@@ -293,33 +273,35 @@ class _Compromises:
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
-        self._enlarged: dict[str, tuple[float, str]] = {}
-        self._slow: dict[str, float] = {}
+        self._enlarged = self._slow = 0
+        self._largest, self._slowest = (1.0, "", ""), (math.inf, "")
 
     def add(self, path: str, info: VideoInfo) -> None:
         scale = enlargement(info, self._wanted.sizes)
         if scale > 1:
-            height, width = nearest_size(info.height, info.width, self._wanted.sizes)
-            self._enlarged[path] = (scale, f"{info.height}x{info.width} to {height}x{width}")
+            self._enlarged += 1
+            if scale > self._largest[0]:
+                height, width = nearest_size(info.height, info.width, self._wanted.sizes)
+                self._largest = (scale, path, f"{info.height}x{info.width} to {height}x{width}")
         # Rates are averages: one of 15.98 for 16 repeats a frame in a minute.
         if info.fps is not None and info.fps < 0.99 * self._wanted.fps:
-            self._slow[path] = info.fps
+            self._slow += 1
+            if info.fps < self._slowest[0]:
+                self._slowest = (info.fps, path)
 
-    def told(self, chosen: set[str]) -> list[str]:
-        """What is to be said of the chosen ones, in lines."""
+    def told(self) -> list[str]:
+        """What is to be said of them, in lines."""
         lines = []
-        enlarged = {path: found for path, found in self._enlarged.items() if path in chosen}
-        if enlarged:
-            path, (scale, sides) = max(enlarged.items(), key=lambda entry: entry[1][0])
+        if self._enlarged:
+            scale, path, sides = self._largest
             lines.append(
-                f"videos that are enlarged: {len(enlarged)}, {path} the most ({sides}, {scale:.2f} times); "
+                f"videos that are enlarged: {self._enlarged}, {path} the most ({sides}, {scale:.2f} times); "
                 "upscale=false leaves them out"
             )
-        slow = {path: fps for path, fps in self._slow.items() if path in chosen}
-        if slow:
-            path, fps = min(slow.items(), key=lambda entry: entry[1])
+        if self._slow:
+            fps, path = self._slowest
             lines.append(
-                f"videos whose frames are repeated, of fewer than {self._wanted.fps:g} a second: {len(slow)}, {path} "
+                f"videos whose frames are repeated, of fewer than {self._wanted.fps:g} a second: {self._slow}, {path} "
                 f"has the fewest ({fps:.4g}); min_fps={self._wanted.fps:g} leaves them out"
             )
         return lines

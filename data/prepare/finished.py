@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ from typing import Any
 from data.errors import DataError
 from data.prepare import journal
 from data.prepare.arguments import check_same
-from data.prepare.chosen import ChosenVideos, Rejected, Row, choose_videos
+from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
 from data.prepare.recipe import Recipe
+from data.prepare.rows import Row, Rows
 from data.prepare.sources import NoVideosError
 from data.shards.manifest import REJECTED, Manifest
 from data.shards.origins import LIST
@@ -67,7 +69,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         )
         known = {row.name for row in before.rows}
         late = [entry for entry in _rejected(out) if entry.path in known]
-        chosen = replace(now, rows=[*before.rows, *added])
+        chosen = replace(now, rows=Rows(itertools.chain(before.rows, added)))
         journal.reopen(out, chosen, manifest, len(before.rows), late)
         return None
 

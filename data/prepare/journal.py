@@ -89,7 +89,7 @@ class Journal:
         with exclusively(folder):
             check_begun(folder)
             there = ChosenVideos.load(self._home)
-            if there is not None and there.to_json() != chosen.to_json():
+            if there is not None and there != chosen:
                 check_same(folder, there.arguments, chosen.arguments)
                 raise DataError(
                     f"{folder}: another data.prepare has chosen other videos for it since this one began, as the list "

@@ -270,7 +270,7 @@ def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, up
         rejected=len(rejected),
     )
     with naming(recipe.out / LIST):
-        write_bytes(recipe.out / LIST, chosen.to_json())
+        chosen.save(recipe.out, LIST)
     finish_folder(recipe.out, manifest, encoder.prompt(""))
     if upload is not None:
         upload.finish(recipe.out)

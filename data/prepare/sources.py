@@ -13,6 +13,7 @@ from data.prepare import layouts
 from data.prepare.conditions import no_column
 from data.prepare.folder import SUFFIXES, search
 from data.prepare.parquet_table import ParquetTable
+from data.prepare.rows import Texts
 from data.prepare.spans import Span, spans_of, texts_of, usual
 from data.prepare.table import Table
 from data.prepare.tables import HeldTable, open_table
@@ -95,19 +96,24 @@ class Listed:
         """
         return self.read(None, columns)
 
-    def captions(self, chosen: Sequence[Candidate]) -> list[str]:
+    def captions(self, chosen: Sequence[Candidate]) -> Texts:
         """The captions of some of its videos, which are read anew; empty where there is no text.
+
+        Args:
+            chosen: of different names.
 
         Raises:
             DataError: the list is not what it was.
         """
-        found: dict[tuple[int, str], str] = {}
+        found, missing = Texts(len(chosen)), {name_of(video): number for number, video in enumerate(chosen)}
         for video in self.read({video.place for video in chosen}, ()):
-            found.setdefault((video.place, name_of(video)), video.caption or "")
-        try:
-            return [found[video.place, name_of(video)] for video in chosen]
-        except KeyError as error:
-            raise DataError(f"{self.source}: was changed while it was read ({error.args[0][1]}); start again") from None
+            number = missing.get(name_of(video))
+            if number is not None and chosen[number].place == video.place:
+                found[number] = video.caption or ""
+                del missing[name_of(video)]
+        if missing:
+            raise DataError(f"{self.source}: was changed while it was read ({next(iter(missing))}); start again")
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Process w of W decodes videos w, w + W, …, and sends clips through a pipe, which holds it back until they are taken: one
 clip waits in each process, and a few in the queue of `prefetch`. So memory is bounded, the order is that of the videos
-whatever W is, and nothing stays behind when all is killed. A process that dies takes one video with it, not the run.
+whatever W is, and nothing stays behind when all is killed. A process is told of a video while it has another in work.
+One that dies takes one video with it, not the run.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Decoders:
     """Decodes videos in `workers` processes; iterate once.
 
     Args:
-        tasks: the videos.
+        tasks: the videos; each is asked for when its turn comes.
         workers: how many processes.
         fps, frames, sizes, most, rules: as in `read_clips`.
     """
@@ -88,30 +89,35 @@ class Decoders:
         self._closing, self._closed = threading.Lock(), False
         # Spawned, not forked: a fork of a process whose torch has run threads can hang.
         self._context = multiprocessing.get_context("spawn")
-        self.workers = [self.start(tasks[w::workers]) for w in range(min(workers, len(tasks)))]
+        self._count = min(workers, len(tasks))
+        self.workers = [self.start(first) for first in range(self._count)]
 
     def __iter__(self) -> Iterator[tuple[int, Clip] | End]:
         """(video's number, clip) for each clip and an `End` for each video, in the order of the tasks."""
-        count = len(self.workers)
-        for position, task in enumerate(self._tasks):
-            clips = 0
+        count = self._count
+        for position in range(len(self._tasks)):
+            row, clips = self._tasks[position].row, 0
             while True:
                 try:
-                    event = _receive(self.workers[position % count][1])
+                    _, connection, line = self.workers[position % count]
+                    event = _receive(connection)
+                    if not isinstance(event, Clip):
+                        self._tell(line, position + 2 * count)
                 except (EOFError, OSError):
-                    process, connection = self.workers[position % count]
+                    process, *connections = self.workers[position % count]
                     process.join()
-                    connection.close()
+                    for connection in connections:
+                        connection.close()
                     with self._closing:
                         if self._closed:
                             return
-                        self.workers[position % count] = self.start(self._tasks[position + count :: count])
+                        self.workers[position % count] = self.start(position + count)
                     event = (clips, f"the decoder died ({_death(process.exitcode)})", {})
                 if isinstance(event, Clip):
                     clips += 1
-                    yield task.row, event
+                    yield row, event
                 else:
-                    yield End(task.row, *event)
+                    yield End(row, *event)
                     break
 
     def close(self) -> None:
@@ -119,25 +125,35 @@ class Decoders:
         with self._closing:
             self._closed = True
             workers = list(self.workers)
-        for process, _ in workers:
+        for process, *_ in workers:
             process.terminate()
-        for process, _ in workers:
+        for process, *_ in workers:
             process.join()
 
-    def start(self, tasks: Sequence[Task]) -> tuple[Any, Connection]:
-        """A process that decodes these videos one after the other, and this end of its pipe."""
+    def start(self, first: int) -> tuple[Any, Connection, Connection]:
+        """A process that decodes its videos from the one at `first` on, and this end of the pipes of its clips and of
+        its tasks."""
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=decode, args=(theirs, list(tasks), self._options), daemon=True)
+        told, line = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=decode, args=(theirs, told, self._options), daemon=True)
         process.start()
         theirs.close()
-        return process, ours
+        told.close()
+        for position in (first, first + self._count):
+            self._tell(line, position)
+        return process, ours, line
+
+    def _tell(self, line: Connection, position: int) -> None:
+        """Pass on the task at a position, or that there are no more."""
+        with contextlib.suppress(OSError):  # the process has died, which is noticed where its clips are missing
+            line.send(self._tasks[position] if position < len(self._tasks) else None)
 
 
-def decode(connection: Connection, tasks: Sequence[Task], options: dict[str, Any]) -> None:
+def decode(connection: Connection, line: Connection, options: dict[str, Any]) -> None:
     """The life of a decoding process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
-        for task in tasks:
+        for task in _tasks_of(line):
             clips, reason = 0, None
             left: Counter[str] = Counter()
             try:
@@ -152,6 +168,12 @@ def decode(connection: Connection, tasks: Sequence[Task], options: dict[str, Any
             except DataError as error:
                 reason = str(error)
             connection.send((clips, reason, dict(left)))
+
+
+def _tasks_of(line: Connection) -> Iterator[Task]:
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while (task := line.recv()) is not None:
+            yield task
 
 
 def _receive(connection: Connection) -> Clip | tuple[int, str | None, dict[str, int]]:

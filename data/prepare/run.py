@@ -21,12 +21,13 @@ from data.prepare.arguments import check_same, same
 from data.prepare.chosen import FILE as CHOSEN
 from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
 from data.prepare.clip_rules import REASONS
-from data.prepare.decoders import Decoders, End, Task, prefetch
+from data.prepare.decoders import Decoders, End, prefetch
 from data.prepare.finished import revisit
 from data.prepare.journal import FinishedError, Journal, NoClipsError
 from data.prepare.recipe import Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
+from data.prepare.tasks import Tasks
 from data.prepare.upload import Upload
 from data.prepare.video import Clip
 from data.shards.begun import refuse_shards
@@ -123,13 +124,9 @@ def encode_all(
     recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, records: Journal, stopping: Stopping
 ) -> None:
     """Decode, encode and write this rank's videos that are not done."""
-    rows = [row for row in range(rank.index, len(chosen.rows), rank.world) if row not in records.done]
-    tasks = [
-        Task(row, chosen.path(row), records.present.get(row, set()), chosen.rows[row].start, chosen.rows[row].end)
-        for row in rows
-    ]
-    expected = {task.row: max(0, chosen.rows[task.row].clips - len(task.skip)) for task in tasks}
-    bar = tqdm(total=sum(expected.values()), unit="clip", disable=rank.index != 0, smoothing=0.05)
+    mine = range(rank.index, len(chosen.rows), rank.world)
+    tasks = Tasks(chosen, (row for row in mine if row not in records.done), records.present)
+    bar = tqdm(total=sum(map(tasks.expected, tasks.rows)), unit="clip", disable=rank.index != 0, smoothing=0.05)
     bar.set_description(f"encoding (rank 0 of {rank.world})" if rank.world > 1 else "encoding")
     bad = len(chosen.rejected) + records.rejected
     decoders = Decoders(
@@ -160,7 +157,7 @@ def encode_all(
                 rejected = Rejected(chosen.rows[event.row].name, reason, kept) if reason else None
                 with stopping.held():
                     records.finish_row(event.row, rejected, event.left)
-                bar.total = (bar.total or 0) + event.clips - expected[event.row]
+                bar.total = (bar.total or 0) + event.clips - tasks.expected(event.row)
                 if rejected:
                     bad += 1
                     bar.write(f"bad: {rejected.path}: {reason}", file=sys.stderr)

@@ -82,6 +82,27 @@ def _patched(decode: Any) -> Any:
     return run
 
 
+class Asked(list[Task]):
+    """Tasks, and how many were asked for."""
+
+    most = 0
+
+    def __getitem__(self, position: Any) -> Any:
+        self.most = max(self.most, position + 1)
+        return super().__getitem__(position)
+
+
+def test_tasks_are_asked_for_when_their_turn_comes(videos: Path) -> None:
+    """Of a million tasks none is made long before it is decoded."""
+    tasks = Asked(Task(i, videos / f"v{i % 4}.mp4", ()) for i in range(9))
+    running = Decoders(tasks, 2, fps=16, frames=10, sizes=[(16, 32)], most=1)
+    try:
+        asked = [(event.row, tasks.most) for event in running if isinstance(event, End)]
+    finally:
+        running.close()
+    assert asked == [(row, min(row + 5, 9)) for row in range(9)]
+
+
 def never(path: Any, **options: Any) -> Iterator[Any]:
     """`read_clips` of a video that takes for ever."""
     time.sleep(600)
@@ -107,4 +128,4 @@ def test_stopping_starts_nothing_and_leaves_no_thread(videos: Path, monkeypatch:
     for thread in set(threading.enumerate()) - before:
         thread.join(20)
     assert not started and set(threading.enumerate()) <= before
-    assert not any(process.is_alive() for process, _ in running.workers)
+    assert not any(process.is_alive() for process, *_ in running.workers)

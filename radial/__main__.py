@@ -70,7 +70,8 @@ class FitOptions:
         must=within(0, 1),
     )  # fmt: skip
     separable: bool = setting(
-        "with decay=: fit to masses that fall off exponentially with both distances, as near as can be to each head's",
+        "with decay=: fit to masses that fall off exponentially with both distances, as near as can be to each head's; "
+        "tried on one small model",
         False,
     )
     dense_layers: int = setting("with decay=: so many of the first layers get no masks, as attention.dense_layers", 2,

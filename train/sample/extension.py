@@ -53,7 +53,8 @@ def extend(
 
     Args:
         pipeline: of diffusers: Wan2.1, Wan2.2, HunyuanVideo, HunyuanVideo-1.5 or Mochi-1, text- or image-to-video.
-        lora: a file in any format, or an export's folder; None: attention alone.
+        lora: a file in any format, or an export's folder; None: attention alone, that of its header and with its masks
+            where the pipeline was loaded from a merged export's folder.
         strength: of the LoRA.
         lora_2: that of the expert for low noise levels (Wan2.2-A14B), unless ``lora`` is a folder with both.
         add: further LoRAs, as ``add=`` of ``python -m train.sample``.
@@ -79,7 +80,7 @@ def extend(
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
     first, second = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
     given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)
-    extension = Extension(pipeline, complete(given, config), config)
+    extension = Extension(pipeline, complete(given, _with_folder(config, pipeline)), config)
     for line in extension.loaded:
         print(line)
     setattr(pipeline, _EXTENSION, extension)
@@ -130,6 +131,14 @@ def _model_config(name: str) -> ModelConfig:
     config = OmegaConf.to_object(compose_run({"conf": "wan_4x", "model": name}).model)
     assert isinstance(config, ModelConfig)
     return config
+
+
+def _with_folder(model: ModelConfig, pipeline: Any) -> ModelConfig:
+    """The model with the pipeline's own folder: a merged one's says how it was trained, and holds its masks."""
+    folder = Path(str(transformers_of(pipeline)[0].config.get("_name_or_path")))
+    if folder.name != "transformer" or not folder.is_dir():  # of the hub, or put together by hand
+        return model
+    return replace(model, path=str(folder.parent))
 
 
 def _fits(model: ModelConfig, pipeline: Any) -> bool:

@@ -115,7 +115,7 @@ def test_an_export_has_the_masks_beside_every_lora_and_their_facts_in_its_header
     assert header_of(run_under(separable, model__path=wan), 7)["radial.masks_separable"] == "True"
     formats = ["diffusers", "comfyui", "kohya", "peft"]
     base = wan / "transformer"
-    save_adapters(config, base, pairs, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)
+    save_adapters(config, base, pairs, {}, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)
     for name in formats:
         beside = list((tmp_path / "out" / name).glob("*.masks.safetensors"))
         (lora,) = (path for path in (tmp_path / "out" / name).glob("*.safetensors") if path not in beside)
@@ -151,8 +151,8 @@ def test_a_merged_model_runs_under_the_masks_in_its_folder(wan, tmp_path):
     expected = latent(wan, lora=run / "export" / "diffusers", **unset).latent
     close(latent(merged, **unset).latent, expected)
     assert (latent(merged, **unset, pattern="dense").latent - expected).abs().max() > 1e-3
-    own = {"masks": beside, "dense_layers": 1, "shift": parse_settings(words(merged))[0].shift, **dense}
-    close(stock(merged, lambda pipeline: extend(pipeline, model=parse_settings(words(wan))[1], **own)), expected)
+    model = parse_settings(words(wan))[1]  # whose path is the base model's
+    close(stock(merged, lambda pipeline: extend(pipeline, model=model, **dense)), expected)
     with safe_open(merged / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
         header = tensors.metadata()
     q, k, v = torch.randn(3, 1, grid.tokens, masks.heads, 16)
@@ -162,6 +162,8 @@ def test_a_merged_model_runs_under_the_masks_in_its_folder(wan, tmp_path):
     beside.unlink()
     with pytest.raises(UserError, match=r"merged.masks.safetensors is missing"):
         parse_settings(words(merged, **unset))
+    with pytest.raises(UserError, match=r"merged.masks.safetensors is missing: .* or give masks=FILE"):
+        stock(merged, lambda pipeline: extend(pipeline, model=model, **dense))
 
 
 def test_a_model_merged_from_a_merged_one_has_masks_of_its_own(wan, tmp_path):

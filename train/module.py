@@ -15,7 +15,7 @@ from torch import Tensor
 from data.shards.batch import Batch
 from data.shards.stream import LatentStream
 from radial import Pattern
-from train.attention.sequence import SequenceGroup
+from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
 from train.average import WeightAverage
 from train.clip_recipe import Recipes
@@ -38,13 +38,16 @@ class Seen:
 
     Attributes:
         sigma: its noise level.
-        loss: its loss; a rank that shares the sample with others has its share of it, of which the mean is the loss.
+        loss: its flow loss; a rank that shares the sample with others has its share of it, of which the mean is the
+            loss.
+        teacher_loss: its difference to the dense teacher's velocity, likewise; None without a teacher.
     """
 
     key: str
     frames: int  # in latents
     sigma: float
     loss: Tensor
+    teacher_loss: Tensor | None = None
 
 
 class LengthExtensionModule(L.LightningModule):
@@ -53,7 +56,7 @@ class LengthExtensionModule(L.LightningModule):
     Args:
         adapter: the model with our attention installed.
         recipes: noise levels and attention of clips by their size.
-        objective: captions and first frames.
+        objective: captions, first frames and what the model is trained towards.
         optimization: AdamW, its learning rates, and how many micro-batches a step has.
         seed: all randomness is a function of (seed, step, sample).
         lora: whether the weights to save are the LoRA's alone.
@@ -139,20 +142,29 @@ class LengthExtensionModule(L.LightningModule):
         conditions = self.objective.drawn(batch)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
-        loss = flow_loss(velocity, target, attention.shard, self.adapter.patch, given)
-        self._note(batch, levels, velocity.detach(), target, attention, given)
-        return loss
+        compared, teacher = [(velocity, target, attention.shard)], self.objective.teacher
+        if teacher is not None:
+            lesson = teacher.lesson(self.adapter, velocity, x, sigma, conditions, own.attention, attention)
+            compared.append(lesson)
+        losses = [flow_loss(*pair, self.adapter.patch, given) for pair in compared]
+        self._note(batch, levels, compared, given)
+        return losses[0] if teacher is None else losses[0] + teacher.weight * losses[1]
 
+    @torch.no_grad()
     def _note(
-        self, batch: Batch, levels: list[float], velocity: Tensor, target: Tensor, attention: StepAttention, given: int
+        self,
+        batch: Batch,
+        levels: list[float],
+        compared: list[tuple[Tensor, Tensor, SequenceShard | None]],
+        given: int,
     ) -> None:
         if self._seen_at != self._step:
             self.seen, self._seen_at = [], self._step
         frames = batch.latent.shape[2]
         for row, (key, level) in enumerate(zip(batch.keys, levels, strict=True)):
-            part = slice(row, row + 1)
-            loss = flow_loss(velocity[part], target[part], attention.shard, self.adapter.patch, given)
-            self.seen.append(Seen(key, frames, level, loss))
+            losses = [flow_loss(v[row : row + 1], to[row : row + 1], shard, self.adapter.patch, given)
+                      for v, to, shard in compared]  # fmt: skip
+            self.seen.append(Seen(key, frames, level, *losses))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_lrs = [group["lr"] for group in optimizer.param_groups]  # after the step they are the next one's

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,84 @@ from torch import Tensor
 
 from data.shards.batch import Batch
 from data.shards.sample import Prompt
+from train.attention.recipe import AttentionRecipe
+from train.attention.sequence import SequenceShard
+from train.attention.step import StepAttention
 from train.config.schema import RunConfig
 from train.flow import generator_for
+from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+
+
+@contextmanager
+def frozen(transformer: Any) -> Iterator[None]:
+    """Without gradients, and with the LoRA off: the model as it was before training."""
+    transformer.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        transformer.enable_adapters()
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """The frozen model with dense attention at its native length: what the LoRA is to give there under its own mask.
+
+    VAEs are causal, so that the first latent frames of a noised clip are a noised clip themselves: the window. It has
+    the positions of a clip of its length, which up to the native one are the model's own whatever ``model.rope`` is.
+
+    Attributes:
+        weight: of the mean squared difference, beside the flow loss.
+        frames: latent frames of the native length.
+    """
+
+    weight: float
+    frames: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> DenseTeacher | None:
+        """That of a run; None without ``objective.dense_teacher``."""
+        weight, native = config.objective.dense_teacher, config.model.native_frames
+        if not weight:
+            return None
+        assert native is not None, "train.config.check asks for it"
+        return cls(weight, config.model.time.latents(native))
+
+    def lesson(
+        self,
+        adapter: ModelAdapter,
+        velocity: Tensor,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        recipe: AttentionRecipe,
+        attention: StepAttention,
+    ) -> tuple[Tensor, Tensor, SequenceShard | None]:
+        """The model's velocity for the windows of a step's clips, the teacher's, and how ranks share them.
+
+        Clips of the native length or less are their own window: ``velocity`` is what the model gives for it.
+
+        Args:
+            velocity: (batch, C, F, H, W), the model's for the whole clips, with its graph.
+            x, sigma, conditions: noised latents, noise levels and conditions that it was given.
+            recipe: the clips' attention.
+            attention: the same in this step; the model has it set, and again when the backward comes to ``velocity``.
+        """
+        window, seen = x[:, :, : self.frames], conditions.first_frames(self.frames)
+        grid, sequence = adapter.grid(window), None if attention.shard is None else attention.shard.group
+        adapter.set_attention(recipe.dense().step(grid, dense=True, sequence=sequence))
+        with frozen(adapter.transformer):
+            target = adapter.velocity(window, sigma, seen)
+        if x.shape[2] <= self.frames:
+            adapter.set_attention(attention)
+            return velocity, target, attention.shard
+        own = recipe.step(grid, dense=attention.all_dense, sequence=sequence)
+        adapter.set_attention(own)
+        # Layers that run again in the backward need the attention of their forward. Autograd runs what was made last
+        # first: all of the window's backward lies before that of the clips.
+        velocity.register_hook(lambda _: adapter.set_attention(attention))
+        return adapter.velocity(window, sigma, seen), target, own.shard
 
 
 @dataclass(frozen=True)
@@ -28,6 +104,7 @@ class Objective:
         first_frame: share of micro-batches whose clips go on from their own first latent frame.
         guidance: the weight that a guidance-distilled model takes as an input.
         distilled_guidance: the weight that a model without that input is distilled at; None: it is not.
+        teacher: that holds the model to what it was at its native length; None: nothing does.
     """
 
     seed: int
@@ -36,6 +113,7 @@ class Objective:
     first_frame: float = 0.0
     guidance: float = 1.0
     distilled_guidance: float | None = None
+    teacher: DenseTeacher | None = None
 
     @classmethod
     def of(cls, config: RunConfig, empty_prompt: Prompt) -> Objective:
@@ -46,6 +124,7 @@ class Objective:
             first_frame=config.objective.first_frame,
             guidance=config.objective.guidance,
             distilled_guidance=config.objective.distilled_guidance,
+            teacher=DenseTeacher.of(config),
         )
 
     def drawn(self, batch: Batch) -> Conditions:
@@ -68,12 +147,8 @@ class Objective:
         if self.distilled_guidance is None:
             return target
         empty = self._with_first_frame(batch.with_prompt(list(range(len(batch.keys))), self.empty_prompt))
-        transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                unguided = velocity(Conditions.of(empty, self.guidance))
-        finally:
-            transformer.enable_adapters()
+        with frozen(transformer):
+            unguided = velocity(Conditions.of(empty, self.guidance))
         return unguided + self.distilled_guidance * (target - unguided)
 
     def both(self, batch: Batch, guidance: float | None = None) -> tuple[Conditions, Conditions]:

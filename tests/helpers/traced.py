@@ -15,12 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from radial import make_pattern
 from tests.helpers.attention import step_attention
+from train.attention.recipe import AttentionRecipe
 from train.config.schema import RunConfig
 from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.models.families import family_of
 from train.models.weights import settle
+from train.objective import DenseTeacher
 
 
 class Live(TorchDispatchMode):
@@ -65,7 +67,10 @@ def step_memory(config: RunConfig, layers: int) -> float:
     adapter.transformer.train()
     pattern = make_pattern(config.attention.pattern)
     latent = torch.empty(1, adapter.latent_channels, *config.latent_size(), device="meta")
-    adapter.set_attention(step_attention(pattern, adapter.grid(latent)))
+    attention, teacher = step_attention(pattern, adapter.grid(latent)), DenseTeacher.of(config)
+    adapter.set_attention(attention)
+    if teacher is not None:  # its layouts are kept: made now, of real numbers
+        AttentionRecipe(pattern).step(adapter.grid(latent[:, :, : teacher.frames]), dense=True)
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     fake(adapter.transformer, mode)
     for parameter in adapter.transformer.parameters():
@@ -79,7 +84,12 @@ def step_memory(config: RunConfig, layers: int) -> float:
         x, target = noised(x0, noise, sigma)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             given = adapter.given_frames(conditions)
-            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, None, adapter.patch, given)
+            velocity = adapter.velocity(x, sigma, conditions)
+            loss = flow_loss(velocity, target, None, adapter.patch, given)
+            if teacher is not None:
+                seen = (adapter, velocity, x, sigma, conditions)
+                lesson = teacher.lesson(*seen, AttentionRecipe(pattern), attention)
+                loss = loss + teacher.weight * flow_loss(*lesson, adapter.patch, given)
         loss.backward()
     return float(live.peak)
 

@@ -2,6 +2,7 @@
 
 loss, grad_norm, lr, sigma             of the step itself; loss and sigma are means over its samples, on all ranks
 lr_b                                   with optim.lora_plus: of the LoRA's B (and a DoRA's norms), and lr that of its A
+teacher_loss                           with objective.dense_teacher: the difference to the teacher, without the weight
 loss_sigma/0.4-0.6                     loss of the samples at such noise levels since the last row that had some
 loss_frames/81                         loss of the samples of so many latent frames
 lora_norm/<layer>                      Frobenius norm of B A times the LoRA's factor, over a layer's modules, at times
@@ -95,16 +96,19 @@ class StepMetrics(StepCallback):
 
     def _step_row(self, module: LengthExtensionModule) -> dict[str, float]:
         """Means over all ranks' samples; also adds them to the buckets."""
-        losses = torch.stack([each.loss for each in module.seen]).double().cpu()  # the step's one wait for the device
-        step = torch.zeros(3, dtype=torch.float64)
-        for each, loss in zip(module.seen, losses.tolist(), strict=True):
-            step += torch.tensor([loss, each.sigma, 1.0])
+        taught = [each.teacher_loss for each in module.seen if each.teacher_loss is not None]
+        losses = torch.stack([each.loss for each in module.seen] + taught).double().cpu()  # the one wait for the device
+        step = torch.zeros(4, dtype=torch.float64)
+        step[3] = losses[len(module.seen) :].sum()
+        for each, loss in zip(module.seen, losses.tolist(), strict=False):
+            step[:3] += torch.tensor([loss, each.sigma, 1.0])
             entry = torch.tensor([loss, 1.0])
             self._sums[min(int(each.sigma * BUCKETS), BUCKETS - 1)] += entry
             self._sums[BUCKETS + self._lengths.index(each.frames)] += entry
-        loss, sigma, count = self.control.sum(step).tolist()
+        loss, sigma, count, teacher = self.control.sum(step).tolist()
         return {
             "loss": loss / count,
+            **({"teacher_loss": teacher / count} if taught else {}),
             "sigma": sigma / count,
             "grad_norm": module.gradient_norm,
             **dict(zip(("lr", "lr_b"), module.step_lrs, strict=False)),

@@ -97,14 +97,14 @@ def _check_experts(model: ModelConfig) -> None:
 
 
 def _check_objective(config: RunConfig) -> None:
-    weight, dropout = config.objective.distilled_guidance, config.caption_dropout()
-    if weight is None:
-        return
-    if config.lora is None:
-        raise UserError(
-            f"objective.distilled_guidance is {weight:g}, but lora is null: it needs the frozen model, train a LoRA"
-        )
-    if dropout:
+    objective, dropout = config.objective, config.caption_dropout()
+    weight, teacher = objective.distilled_guidance, objective.dense_teacher
+    for name, value in (("distilled_guidance", weight), ("dense_teacher", teacher)):
+        if value and config.lora is None:
+            raise UserError(f"objective.{name} is {value:g}, but lora is null: it needs the frozen model, train a LoRA")
+    if teacher and config.model.native_frames is None:
+        raise UserError(f"objective.dense_teacher is {teacher:g}, which needs model.native_frames, it is not set")
+    if weight is not None and dropout:
         raise UserError(
             f"objective.distilled_guidance is {weight:g} and the share of samples with the empty prompt {dropout:g}, "
             "but those have no guidance to keep: set objective.caption_dropout=0"

@@ -133,6 +133,10 @@ class ObjectiveConfig:
         "towards u + weight (v - u), u being the frozen model's with the empty prompt; null: towards v", None,
         must=at_least(1),
     )  # fmt: skip
+    dense_teacher: float = key(
+        "weight of a second loss: on each clip's first frames, of the native length, the difference to the frozen "
+        "model's velocity with dense attention; 0: none", 0.0, must=at_least(0),
+    )  # fmt: skip
 
 
 @dataclass

@@ -72,6 +72,26 @@ class Budget:
         """Which layers are dense."""
         return AttentionRecipe.of(self.config)
 
+    @cached_property
+    def window(self) -> Budget | None:
+        """The same run on what a dense teacher sees of its clips (`train.objective`); None without a teacher."""
+        config = self.config
+        native = config.model.native_frames
+        if not config.objective.dense_teacher or native is None:
+            return None
+        clip = replace(config.clip, frames=min(native, config.clip.frames))
+        config = replace(config, clip=clip, objective=replace(config.objective, dense_teacher=0.0))
+        sizes = Sizes.of(config, self.machine.precision(config.trainer.precision), self.sizes.layers)
+        assert sizes is not None, "the clips' own are known"
+        density = self.attention.density(config.grid())  # of a pattern whose share was found on the whole clip
+        return replace(self, config=config, sizes=replace(sizes, density=density))
+
+    @property
+    def shorter(self) -> Budget | None:
+        """That window where it is less than the clip: the model runs it too, forward and backward."""
+        window = self.window
+        return window if window is not None and window.tokens < self.tokens else None
+
     @property
     def clips(self) -> int:
         """Clips that a rank works on at once."""
@@ -197,19 +217,25 @@ class Budget:
         # everything goes out, and some of the margin is used, or it does not fit at all
         return movable if least <= room + calibration.MARGIN * self.usable else math.inf
 
+    @property
+    def _graphs(self) -> list[Budget]:
+        """What has run forward when the backward begins: the clip, then a dense teacher's window."""
+        return [self] if self.shorter is None else [self, self.shorter]
+
     def _at_peak(self, names: Sequence[str], offload: float) -> tuple[float, float]:
         """What layers keep on the GPU, and the working set, when both together are largest.
 
         The last layer's backward comes first, and what a layer keeps goes with it. What the first keep goes to the CPU.
         """
         on_gpu, peak = -offload, (0.0, 0.0)
-        for name in names:
-            on_gpu += self.kept_by(name)
-            peak = max(peak, (max(on_gpu, 0.0), self.running(name)), key=sum)
+        for budget in self._graphs:
+            for name in names:
+                on_gpu += budget.kept_by(name)
+                peak = max(peak, (max(on_gpu, 0.0), budget.running(name)), key=sum)
         return peak
 
     def _kept(self, names: Sequence[str]) -> float:
-        return sum(names.count(name) * self.kept_by(name) for name in set(names))
+        return sum(names.count(name) * budget.kept_by(name) for budget in self._graphs for name in set(names))
 
     @property
     def _in_flight(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from train.clip_recipe import clip_recipe
@@ -103,41 +103,54 @@ class Duration:
         return sizes.dense_attention * (1.0 if dense or self.budget.attention.is_dense_layer(layer) else sizes.density)
 
     def _micro_step(self, dense: bool) -> dict[str, float]:
-        """Forward and backward of one micro-batch on one rank."""
+        """Forward and backward of one micro-batch on one rank, and what its objective asks of the frozen model."""
+        budget = self.budget
+        passes = [self.one_pass(dense)]
+        if budget.config.objective.distilled_guidance is not None:
+            passes.append(self.one_pass(dense, frozen=True))
+        if budget.window is not None:
+            window = Duration(replace(budget.window, given=budget.policies))
+            passes.append(window.one_pass(True, frozen=True))
+            if budget.shorter is not None:
+                passes.append(window.one_pass(dense))
+        parts = {name: sum(one[name] for one in passes) for name in passes[0]}
+        copies = parts.pop("streaming") + 2 * budget.offloaded / self._bus
+        parts["waiting"] = max(0.0, copies - sum(parts.values()))
+        return parts
+
+    def one_pass(self, dense: bool, *, frozen: bool = False) -> dict[str, float]:
+        """Seconds by part of a forward and backward of a rank's clips; of the frozen model, of a forward alone.
+
+        Weights that stream (``streaming``) come beside the others.
+        """
         budget, sizes = self.budget, self.budget.sizes
-        names = budget.policies.names
+        names = ("none",) * sizes.layers if frozen else budget.policies.names
+        ways, sends = (1, 4 * sizes.layers) if frozen else (2, sum(8 if name == "none" else 12 for name in names))
         clips = budget.clips / budget.sequence
         attention = 0.0
         for layer, name in enumerate(names):
             forward, backward = self._attention_rates(dense or budget.attention.is_dense_layer(layer))
-            times = (2 if name == "full" else 1) + self._frozen_passes
-            attention += clips * self._layer_flops(layer, dense) * (times / forward + 2.5 / backward)
+            times = (2 if name == "full" else 1) / forward + (0 if frozen else 2.5 / backward)
+            attention += clips * self._layer_flops(layer, dense) * times
         again = sum(name != "none" for name in names) / len(names)
-        linear = ((2 if budget.config.lora else 3) + again + self._frozen_passes) * sizes.linear
-        linear += (3 + again) * sizes.lora
+        linear = sizes.linear if frozen else ((2 if budget.config.lora else 3) + again) * sizes.linear
+        lora = 0.0 if frozen else (3 + again) * sizes.lora
         stored = budget.config.model.storage is not None and budget.machine.gpu.float8
         fp8 = budget.config.trainer.fp8 or stored
         rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
-        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (3 + again + self._frozen_passes) * sizes.layers
-        parts = {
+        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (1 if frozen else 3 + again) * sizes.layers
+        return {
             "attention": attention,
-            "linear": clips * linear / (rate * self._faster),
+            "linear": clips * (linear + lora) / (rate * self._faster),
             "other": passes * budget.hidden / budget.machine.gpu.bandwidth,
-            "communication": self._exchanges(names) + self._gathers(),
+            "communication": self._exchanges(sends) + ways * self._gather(),
+            "streaming": ways * sizes.passed_weights / self._bus if budget.streamed else 0.0,
         }
-        parts["waiting"] = max(0.0, self._copies() - sum(parts.values()))
-        return parts
 
     @property
-    def _frozen_passes(self) -> int:
-        """Forwards of the frozen model beside the step's own (`Objective.target`)."""
-        return int(self.budget.config.objective.distilled_guidance is not None)
-
-    def _copies(self) -> float:
-        """Over the bus, beside the GPU's work: activations out and back, streamed weights for each of the passes."""
-        budget = self.budget
-        moved = 2 * budget.offloaded + (2 * budget.sizes.passed_weights if budget.streamed else 0.0)
-        return moved / min(calibration.PCIE, budget.machine.gpu.link)  # of a card without NVLink the link is the bus
+    def _bus(self) -> float:
+        """Bytes a second between CPU and GPU, where activations and streamed weights go beside the GPU's work."""
+        return min(calibration.PCIE, self.budget.machine.gpu.link)  # of a card without NVLink the link is the bus
 
     @property
     def _faster(self) -> float:
@@ -153,13 +166,12 @@ class Duration:
         forward, backward = (between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
         return self._faster * forward, self._faster * backward
 
-    def _exchanges(self, names: Sequence[str]) -> float:
+    def _exchanges(self, times: int) -> float:
         """All-to-alls around attention: q, k, v and its output, and their gradients; what runs again sends again."""
         budget, machine = self.budget, self.budget.machine
         if budget.sequence == 1:
             return 0.0
         link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
-        times = sum((8 if name == "none" else 12) + 4 * self._frozen_passes for name in names)
         sent = budget.hidden * budget.sizes.attended / budget.sizes.width
         return times * sent * (1 - 1 / budget.sequence) / (calibration.LINK * link)
 
@@ -169,13 +181,13 @@ class Duration:
         link = machine.gpu.link if machine.nodes == 1 else min(machine.gpu.link, BETWEEN_NODES)
         return calibration.LINK * link
 
-    def _gathers(self) -> float:
-        """ZeRO 3 collects the weights for the forward and again for the backward."""
+    def _gather(self) -> float:
+        """ZeRO 3 collects the weights for the forward, and again for the backward."""
         budget, world = self.budget, self.budget.machine.world
         if budget.stage < 3:
             return 0.0
-        collected = 2 * budget.sizes.weights * (1 - 1 / world) / self._world_link
-        from_cpu = 2 * budget.sizes.weights / world / calibration.PCIE
+        collected = budget.sizes.weights * (1 - 1 / world) / self._world_link
+        from_cpu = budget.sizes.weights / world / calibration.PCIE
         return collected + (from_cpu if budget.config.parallel.offload_parameters else 0.0)
 
     def _reduction(self) -> float:

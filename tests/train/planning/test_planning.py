@@ -122,6 +122,31 @@ def test_memory_of_other_families_is_that_of_a_traced_step(run, policy, chunk):
     assert budget.gpu_memory - moments == pytest.approx(step_memory(config, 3), rel=0.15)
 
 
+@pytest.mark.parametrize("policy", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_memory_with_a_dense_teacher_is_that_of_a_traced_step(policy):
+    """The graph of the window, of half the clip, stands beside the clip's."""
+    plain = planned(clip__frames=161, layers=3, parallel__activations=policy)
+    budget = planned(clip__frames=161, layers=3, parallel__activations=policy, objective__dense_teacher=1)
+    moments = 12 * budget.sizes.trained
+    assert budget.gpu_memory - moments == pytest.approx(step_memory(budget.config, 3), rel=0.05)
+    assert (budget.gpu_memory > plain.gpu_memory * 1.2) == (policy == "none")  # else the clip's own backward needs more
+
+
+def test_a_dense_teacher_takes_its_forward_and_a_step_of_the_window():
+    plain, more, window = (
+        Duration(planned(conf="wan_4x", clip__frames=frames, objective__dense_teacher=weight)).parts["linear"]
+        for frames, weight in ((321, 0), (321, 1), (81, 0))
+    )
+    native = planned(conf="wan_4x", clip__frames=81, objective__dense_teacher=1)
+    teacher = Duration(native).parts["linear"] - window  # alone: the model's own step is that of the whole clip
+    assert teacher == pytest.approx(window / 3, rel=0.06)  # full: forward, forward, backward, and the LoRA's
+    assert more == pytest.approx(plain + window + teacher)
+    shared = planned(conf="wan_4x", gpus=4, parallel__sequence=4, parallel__offload_weights=True)
+    taught = replace(shared, config=replace(shared.config, objective=native.config.objective))
+    parts, without = Duration(taught).parts, Duration(shared).parts
+    assert parts["attention"] > without["attention"] and parts["communication"] > without["communication"]
+
+
 def test_the_frozen_models_pass_takes_a_forward():
     plain, more = (
         Duration(planned(conf="minimax_h3_2x", parallel__sequence=1, objective__distilled_guidance=weight)).parts

@@ -164,7 +164,7 @@ def test_a_home_folder_wherever_a_path_begins(home: str) -> None:
 
 
 PATHS = {
-    "data.prepare": {"source", "out", "weights", "videos", "preview"},
+    "data.prepare": {"source", "out", "upload", "weights", "videos", "preview"},
     "data.bench": {"shards"},
     "data.check": {"shards", "png", "weights"},
     "data.synth": {"out", "preview"},

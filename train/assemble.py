@@ -192,7 +192,6 @@ def callbacks_of(config: RunConfig, folder: Path, watch: Watch, extra: Sequence[
         stages=load_stages(config.data.stages),
         levels=validation_levels(config) if config.validation.every else {},
         lengths=lengths_of(config.clip.frames, config.model.time),
-        seed=config.seed,
         control=control,
         watchdog=watchdog,
         throughput=throughput,

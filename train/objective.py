@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from data.shards.batch import Batch
@@ -24,13 +25,15 @@ from train.models.conditions import Conditions
 
 @contextmanager
 def frozen(transformer: Any) -> Iterator[None]:
-    """Without gradients, and with the LoRA off: the model as it was before training."""
+    """Without gradients, and with the LoRA off: the model as it was before training. A LoRA that is off stays off."""
+    on = any(isinstance(layer, BaseTunerLayer) and not layer.disable_adapters for layer in transformer.modules())
     transformer.disable_adapters()
     try:
         with torch.no_grad():
             yield
     finally:
-        transformer.enable_adapters()
+        if on:
+            transformer.enable_adapters()
 
 
 @dataclass(frozen=True)

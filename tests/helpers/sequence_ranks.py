@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from data.shards.sample import Sample, TextTokens
+from data.shards.sample import Prompt, Sample, TextTokens
 from radial import Dense, Released, VideoGrid, build_layout
 from tests.helpers.attention import step_attention
 from tests.helpers.patterns import ByHead, fitted
@@ -27,6 +27,7 @@ from train.memory.apply import set_memory_policy
 from train.memory.layer_policies import LayerPolicies, check_agreement
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
+from train.objective import Objective
 
 FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16}
 EIGHT_HEADS = {**ARCHITECTURE, "num_attention_heads": 8, "attention_head_dim": 16}
@@ -122,7 +123,7 @@ def wan_validation(cells: tuple[int, int, int], size: int) -> list[float]:
         for row in (0, 1)
     ]
     plan = lambda x, sigma: step_attention(Released(), adapter.grid(x), block=16, sequence=sequence)  # noqa: E731
-    return clip_losses(adapter, held_out, plan, SigmaSchedule(3.0), seed=0, label="clips")
+    return clip_losses(adapter, held_out, plan, SigmaSchedule(3.0), Objective(0, Prompt({}, {})), label="clips")
 
 
 def wan_sample(cells: tuple[int, int, int], size: int) -> Tensor:

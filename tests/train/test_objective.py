@@ -5,14 +5,15 @@ import csv
 import pytest
 import torch
 
-from data.shards.batch import Batch
-from data.shards.sample import Prompt, TextTokens
+from data.shards.batch import Batch, collate
+from data.shards.sample import Prompt, Sample, TextTokens
 from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import build, latents, shards
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.flow import flow_loss
+from train.evaluation.losses import loss_at
+from train.flow import flow_loss, noise_like, noised
 from train.lora.layers import inject_lora, lora_parameters
 from train.models.conditions import Conditions
 from train.objective import Objective
@@ -78,6 +79,45 @@ def test_a_run_trains_towards_the_weight(tmp_path):
     assert losses["3.5"] != pytest.approx(losses["null"], rel=1e-2)
 
 
+def test_held_out_losses_are_to_the_target_and_a_lora_that_is_off_stays_off():
+    adapter = build("minimax_h3")
+    inject_lora(adapter.transformer, 4, 4, adapter.targets(text=False), seed=0)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(adapter.transformer).items():
+            parameter.add_(0.1 * ("lora_B" in name))
+    x0, level = latents(adapter, (3, 2, 2))[:1], torch.tensor([0.6])
+    batch, empty = batch_of(x0.repeat(2, 1, 1, 1, 1))
+    clip = Sample(
+        "a",
+        x0[0],
+        {"text": TextTokens(batch.text["text"].tokens[0], batch.text["text"].mask[0])},
+        {},
+        {},
+        {"caption": ""},
+    )
+
+    def attention(latent, sigma):
+        return step_attention(Dense(), adapter.grid(latent), block=16)
+
+    def loss(weight):
+        return loss_at(adapter, clip, x0.shape[2], 0.6, attention, Objective(0, empty, distilled_guidance=weight))
+
+    adapter.set_attention(attention(x0, 0.6))
+    x, v = noised(x0, noise_like(x0, 0, "validation", "a", x0.shape[2]), level)
+    one = collate([clip], 0)
+    with torch.no_grad():
+        tuned = adapter.velocity(x, level, Conditions.of(one))
+        adapter.transformer.disable_adapters()
+        u, base = (adapter.velocity(x, level, Conditions.of(b)) for b in (one.with_prompt([0], empty), one))
+        off = loss(WEIGHT)
+        assert torch.equal(adapter.velocity(x, level, Conditions.of(one)), base)
+        adapter.transformer.enable_adapters()
+    target = u + WEIGHT * (v - u)
+    assert off == pytest.approx((base - target).square().mean().item(), rel=1e-4)
+    assert loss(WEIGHT) == pytest.approx((tuned - target).square().mean().item(), rel=1e-4)
+    assert loss(None) == pytest.approx((tuned - v).square().mean().item(), rel=1e-4)
+
+
 def test_what_the_weight_needs_is_asked_for():
     run = {"objective.distilled_guidance": "3.5", "objective.caption_dropout": "0"}
     assert finish(compose_run(run)).objective.distilled_guidance == WEIGHT
@@ -87,4 +127,6 @@ def test_what_the_weight_needs_is_asked_for():
         UserError, match=r"share of samples with the empty prompt 0.1, .* set objective.caption_dropout=0"
     ):
         finish(compose_run({**run, "objective.caption_dropout": "0.1"}))
+    with pytest.raises(UserError, match="the model is sampled with guidance .*model.guidance is .6.0"):
+        finish(compose_run({"conf": "hunyuan_2x", "objective.distilled_guidance": "3.5"}))
     assert all(finish(compose_run({"conf": f"minimax_h3_{n}x"})).objective.distilled_guidance == 3.5 for n in (2, 4))

@@ -39,6 +39,7 @@ from train.memory.fp8_storage import store_fp8
 from train.memory.layer_policies import LayerPolicies
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
+from train.objective import frozen
 from train.planning import chosen_policies, cpu_memory, resolve_precision
 from train.planning.flops import SampleFlops, peak_rate
 from train.planning.sizes import Sizes
@@ -236,9 +237,16 @@ def _measure(config: RunConfig, device: torch.device, sp: int, layers: int | Non
     of_step = recipe.step(adapter.grid(x), dense=False, sequence=SequenceGroup.of(sp))
     adapter.set_attention(of_step)
 
+    weight = config.objective.distilled_guidance
+
     def step() -> float:
+        aim = target
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-            loss = flow_loss(adapter.velocity(x, sigma, conditions), target, of_step.shard, adapter.patch, given)
+            if weight is not None:  # the frozen model's pass costs the same for any prompt
+                with frozen(adapter.transformer):
+                    unguided = adapter.velocity(x, sigma, conditions)
+                aim = unguided + weight * (target - unguided)
+            loss = flow_loss(adapter.velocity(x, sigma, conditions), aim, of_step.shard, adapter.patch, given)
         loss.backward()
         for parameter in trained if sp > 1 else ():
             dist.all_reduce(parameter.grad)

@@ -127,7 +127,7 @@ class PromptClips(StepCallback):
         """The clip of a prompt, (C, f, h, w)."""
         batch = collate([clip], 0).to(module.device)
         steps, guidance = sampled_with(self.config)
-        distilled = getattr(module.transformer.config, "guidance_embeds", False)  # takes the guidance as an input
+        distilled = module.adapter.takes_guidance
         conditions, empty = module.objective.both(batch, guidance if distilled else None)
         shape = batch.latent
         noise = noise_like(shape, self.config.seed, FOLDER, number)

@@ -83,14 +83,13 @@ class Validation(StepCallback):
         stages: Sequence[Stage],
         levels: Mapping[float, float],
         lengths: Sequence[int],
-        seed: int,
         control: ControlGroup,
         watchdog: Watchdog,
         throughput: Throughput,
         stop: StopSignals,
     ) -> None:
         super().__init__()
-        self.every, self.levels, self.lengths, self.seed = every, dict(levels), sorted(lengths), seed
+        self.every, self.levels, self.lengths = every, dict(levels), sorted(lengths)
         self.control, self.watchdog, self.throughput, self.stop = control, watchdog, throughput, stop
         self.shards, self.count, self.stages = shards, count, stages
         self.row: dict[str, float] = {}
@@ -139,8 +138,7 @@ class Validation(StepCallback):
         return {**row, VALIDATION: row[f"validation/{self.lengths[-1]}_frames"]}
 
     def _loss(self, module: LengthExtensionModule, clip: Sample, length: int, sigma: float) -> float:
-        attention, guidance = module.attention_at, module.objective.guidance
-        return loss_at(module.adapter, clip, length, sigma, attention, seed=self.seed, guidance=guidance)
+        return loss_at(module.adapter, clip, length, sigma, module.attention_at, module.objective)
 
 
 def lengths_of(frames: int, time: LatentTime) -> list[int]:

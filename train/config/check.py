@@ -104,6 +104,11 @@ def _check_objective(config: RunConfig) -> None:
             raise UserError(f"objective.{name} is {value:g}, but lora is null: it needs the frozen model, train a LoRA")
     if teacher and config.model.native_frames is None:
         raise UserError(f"objective.dense_teacher is {teacher:g}, which needs model.native_frames, it is not set")
+    if weight is not None and config.model.guidance not in (None, [1.0]):
+        raise UserError(
+            f"objective.distilled_guidance is {weight:g}, but the model is sampled with guidance (model.guidance is "
+            f"{config.model.guidance}): it is for models that give the guided velocity in one pass, model.guidance=[1]"
+        )
     if weight is not None and dropout:
         raise UserError(
             f"objective.distilled_guidance is {weight:g} and the share of samples with the empty prompt {dropout:g}, "

@@ -55,7 +55,7 @@ def _generated(job: Job, adapter: ModelAdapter, clip: Sample, empty: Prompt) -> 
     """(C, frames, H, W) float32, on the CPU."""
     batch = collate([clip], 0).to(next(adapter.transformer.parameters()).device)
     steps, guidance = sampled_with(job.config)
-    distilled = getattr(adapter.transformer.config, "guidance_embeds", False)  # takes the guidance as an input
+    distilled = adapter.takes_guidance
     conditions = Objective.of(job.config, empty).both(batch, guidance if distilled else None)
     given, without = (one.first_frames(job.frames) for one in conditions)
     latent = batch.latent[:, :, : job.frames]

@@ -108,7 +108,7 @@ def _generate(
     batch = collate([prompt], 0).to(model.device)
     channels, _, *sides = prompt.latent.shape
     shape = batch.latent.new_zeros(1, channels, length.latents, *sides)
-    distilled = getattr(adapter.transformer.config, "guidance_embeds", False)  # takes the guidance as an input
+    distilled = adapter.takes_guidance
     objective = Objective(config.seed, empty, guidance=config.objective.guidance)
     conditions = objective.both(batch, job.guidance if distilled else None)
     given, without = (one.first_frames(length.latents) for one in conditions)

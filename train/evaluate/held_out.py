@@ -15,11 +15,13 @@ from train.evaluate.model import EvaluatedModel
 from train.evaluate.results_folder import part_file
 from train.evaluate.settings import Job, Length, Variant
 from train.evaluation.losses import loss_at
+from train.objective import Objective
 
 
 def measure_losses(
     job: Job,
     model: Callable[[], EvaluatedModel],
+    objective: Objective,
     clips: Sequence[Sample],
     levels: Mapping[float, float],
     variant: Variant,
@@ -29,33 +31,29 @@ def measure_losses(
 
     Args:
         model: loads it, or gives the loaded one.
+        objective: the run's.
         levels: noise levels.
     """
     found = []
     for clip in tqdm(clips, desc=f"{variant.name}, {length.times}x", unit="clip", dynamic_ncols=True, leave=False):
         file = part_file(job, f"loss {variant.name} {length.frames} {clip.key} {sorted(levels)}", ".json")
         if not file.exists():
-            _measure(job, model(), clip, list(levels), variant, length, file)
+            _measure(model(), objective, clip, list(levels), variant, length, file)
         found.append([float(loss) for loss in json.loads(file.read_text(encoding="utf-8"))])
     return found
 
 
 def _measure(
-    job: Job, model: EvaluatedModel, clip: Sample, levels: Sequence[float], variant: Variant, length: Length, file: Path
+    model: EvaluatedModel,
+    objective: Objective,
+    clip: Sample,
+    levels: Sequence[float],
+    variant: Variant,
+    length: Length,
+    file: Path,
 ) -> None:
     model.put(variant)
     attention = functools.partial(model.attention, variant)
     with model.precisely():
-        losses = [
-            loss_at(
-                model.adapter,
-                clip,
-                length.latents,
-                sigma,
-                attention,
-                seed=job.config.seed,
-                guidance=job.config.objective.guidance,
-            )
-            for sigma in levels
-        ]
+        losses = [loss_at(model.adapter, clip, length.latents, sigma, attention, objective) for sigma in levels]
     write_utf8(file, json.dumps(losses))

@@ -41,6 +41,7 @@ from train.evaluation.clip_measures import measure_clip
 from train.evaluation.decoding import encoder_for
 from train.models.conditions import Conditions
 from train.models.loading import encoder_of
+from train.objective import Objective
 from train.planning.full_memory import is_out_of_memory
 from train.shards import held_out
 
@@ -92,6 +93,12 @@ class _Evaluation:
         return model
 
     @functools.cached_property
+    def objective(self) -> Objective:
+        """The run's."""
+        assert self.shards is not None
+        return Objective.of(self.job.config, self.shards.load_empty_prompt())
+
+    @functools.cached_property
     def decoder(self) -> Encoder | None:
         """The model's VAE; None where its weights are missing."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,7 +135,9 @@ class _Evaluation:
                 longest = min((held.latent.shape[1] for held in self.held), default=0)
                 if length.latents <= longest:
                     chosen = self.held[: job.given.held_out]
-                    row.losses = measure_losses(job, lambda: self.model, chosen, self.levels, variant, length)
+                    row.losses = measure_losses(
+                        job, lambda: self.model, self.objective, chosen, self.levels, variant, length
+                    )
                 elif self.held and variant is job.variants[0]:
                     self.notes.append(
                         f"losses at {length.times}x are not measured: the shortest held-out clip has {longest} latent "

@@ -18,6 +18,7 @@ from train.attention.step import StepAttention
 from train.flow import SigmaSchedule, flow_loss, noise_like, noised
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+from train.objective import Objective
 
 
 @functools.cache
@@ -67,13 +68,15 @@ def clip_losses(
     clips: Sequence[Sample],
     attention: Callable[[Tensor, float], StepAttention],
     schedule: SigmaSchedule,
+    objective: Objective,
     *,
-    seed: int,
     label: str,
 ) -> list[float]:
     """Flow loss of each clip, at noise levels spread evenly over the schedule's quantiles, with fixed noise.
 
-    ``attention`` gives that of a noised latent at a noise level.
+    Args:
+        attention: gives that of a noised latent at a noise level.
+        objective: of the run: its seed, and what its velocity is trained towards.
     """
     device = next(adapter.transformer.parameters()).device
     losses = []
@@ -82,9 +85,10 @@ def clip_losses(
         # a coprime stride, so that level and place in the set are unrelated
         quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
-        x, target = noised(batch.latent, noise_like(batch.latent, seed, "evaluation", clip.key), sigma)
+        x, target = noised(batch.latent, noise_like(batch.latent, objective.seed, "evaluation", clip.key), sigma)
         adapter.set_attention(attention(x, sigma.item()))
         conditions = Conditions.of(batch)
+        target = objective.target(adapter.transformer, target, batch, functools.partial(adapter.velocity, x, sigma))
         velocity = adapter.velocity(x, sigma, conditions)
         losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())
     return losses
@@ -97,9 +101,7 @@ def loss_at(
     frames: int,
     sigma: float,
     attention: Callable[[Tensor, float], StepAttention],
-    *,
-    seed: int,
-    guidance: float = 1.0,
+    objective: Objective,
 ) -> float:
     """Flow loss of the beginning of a clip at one noise level; the noise is a function of seed, clip and length.
 
@@ -108,14 +110,19 @@ def loss_at(
     Args:
         frames: latent frames from the clip's start.
         attention: gives that of a latent at a noise level; of ranks that share the tokens, each gets its share.
-        guidance: the weight that a guidance-distilled model takes as an input.
+        objective: of the run: its seed, its guidance, and what its velocity is trained towards.
     """
     batch = collate([clip], 0).to(next(adapter.transformer.parameters()).device)
     latent = batch.latent[:, :, :frames]
     level = torch.tensor([sigma], device=latent.device)
-    x, target = noised(latent, noise_like(latent, seed, "validation", clip.key, frames), level)
+    x, target = noised(latent, noise_like(latent, objective.seed, "validation", clip.key, frames), level)
     step = attention(latent, sigma)
     adapter.set_attention(step)
-    conditions = Conditions.of(batch, guidance).first_frames(frames)
-    velocity, given = adapter.velocity(x, level, conditions), adapter.given_frames(conditions)
-    return flow_loss(velocity, target, step.shard, adapter.patch, given).item()
+
+    def velocity(conditions: Conditions) -> Tensor:
+        return adapter.velocity(x, level, conditions.first_frames(frames))
+
+    target = objective.target(adapter.transformer, target, batch, velocity)
+    conditions = Conditions.of(batch, objective.guidance)
+    given = adapter.given_frames(conditions.first_frames(frames))
+    return flow_loss(velocity(conditions), target, step.shard, adapter.patch, given).item()

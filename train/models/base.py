@@ -163,6 +163,11 @@ class ModelAdapter(PipelineTraits, ABC):
         """The diffusers models in ``transformer``, one of which runs in a forward."""
         return [self.transformer]
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the model takes the weight of guidance as an input: one pass gives the guided velocity then."""
+        return bool(getattr(self.transformers[0].config, "guidance_embeds", False))
+
     @abstractmethod
     def layers(self) -> list[nn.Module]:
         """The transformer's layers in the order in which they run; each has one self-attention."""

@@ -251,7 +251,7 @@ def encoder_of(config: ModelConfig) -> tuple[str, Path | None]:
     encoder = family_of(config).encoder
     if encoder not in FAMILIES:
         raise UserError(
-            f"model.family is {config.family}, for which data.prepare has no encoder: expected shards of one of "
-            f"{', '.join(FAMILIES)}"
+            f"model.family is {config.family}, for which data.prepare has no encoder: no shards of videos can be made "
+            f"for it yet, as for {', '.join(FAMILIES)}"
         )
     return encoder, Path(config.path or "").expanduser()

@@ -82,7 +82,7 @@ def _measure(
             return attention(latent, sigma)
 
         def measure() -> Tensor:
-            losses = clip_losses(adapter, of, watched, module.recipes.own.schedule, seed=config.seed, label=name)
+            losses = clip_losses(adapter, of, watched, module.recipes.own.schedule, module.objective, label=name)
             return torch.tensor(losses, dtype=torch.float64)
 
         losses = parts.part(f"row {name}", measure).tolist()

@@ -118,7 +118,7 @@ class Bench:
         settle(self.adapter.transformer, self.dtype, self.device)
         self.adapter.transformer.requires_grad_(False).eval()
         self.layers = self.adapter.attention_shape[0]
-        self.passes = 1 if getattr(self.adapter.transformer.config, "guidance_embeds", False) else 2
+        self.passes = 1 if self.adapter.takes_guidance or config.model.guidance == [1.0] else 2
         if config.trainer.compile:
             compile_layers(self.adapter.layers())
 

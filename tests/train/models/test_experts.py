@@ -215,6 +215,14 @@ def test_two_processes_train_like_one(tmp_path):
         assert entry["step"] == moments[1][index]["step"]
 
 
+def test_prompts_clips_are_both_experts(tmp_path):
+    given = {"samples_every": 1, "samples_steps": 2, "prompts": "[a red ball]"}
+    config = run_config(
+        tmp_path, **two(tmp_path), trainer__steps=1, **{f"validation__{key}": value for key, value in given.items()}
+    )
+    assert (run(config) / "samples/step-000001/00-a-red-ball.mp4").stat().st_size > 0
+
+
 @pytest.mark.parametrize("expert", ["high", "low"])
 def test_one_expert_a_run(tmp_path, expert):
     config = run_config(tmp_path, **two(tmp_path, expert, objective__shift=12))

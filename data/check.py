@@ -26,7 +26,7 @@ from data.encoders import check_encoder, family_of, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError, explained
 from data.io.lines import lines_of
-from data.io.remote import CHUNK, open_shard, read_all
+from data.io.remote import CHUNK, open_shard, read_all, scheme_of
 from data.rebuild import rebuild
 from data.shards.manifest import REJECTED, Manifest, ShardInfo, locate
 from data.shards.order import BatchOrder
@@ -193,6 +193,7 @@ def report(given: Arguments) -> int:
         kept = f"{len(rebuilt.manifest.samples)} samples in {len(rebuilt.manifest.shards)} shards"
         print(f"{given.shards}: made a manifest of {kept}")
     manifest = Manifest.load(given.shards, missing=True)
+    _check_moved(manifest)
     encoder = decoder_of(manifest, given.weights, given.device) if given.contact_sheet else None
     found = check(manifest, progress=True)
     print(table(manifest, found))
@@ -206,6 +207,16 @@ def report(given: Arguments) -> int:
     elif encoder is not None:
         print(f"{given.png}: not drawn, no sample is whole")
     return 1 if found.problems or problems else 0
+
+
+def _check_moved(manifest: Manifest) -> None:
+    """Raise a DataError that says where the shards are, if `data.prepare upload=` has moved them out of this folder."""
+    address = manifest.arguments.get("upload")
+    if address and scheme_of(manifest.home) == "file" and not any(Path(url).exists() for url in manifest.urls):
+        raise DataError(
+            f"{manifest.home}: holds no shards, they were moved to {address}; `python -m data.check {address}` "
+            "checks them there"
+        )
 
 
 def _check_png(path: Path) -> None:

@@ -90,12 +90,13 @@ def run(given: Arguments) -> int:
     from data.prepare.preview import preview
     from data.prepare.recipe import Recipe
     from data.prepare.run import prepare
+    from data.prepare.upload import Upload
 
     family = encoder_class(given.model)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     recipe = Recipe(
         out=given.out,
-        upload=given.upload,
+        upload=None if given.upload is None else Upload(given.upload),
         family=given.model,
         weights=given.weights,
         fps=given.fps or family.facts.fps,

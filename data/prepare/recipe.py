@@ -13,6 +13,7 @@ from data.prepare.clip_rules import Rules
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
 from data.prepare.sources import Columns
+from data.prepare.upload import Upload
 from data.prepare.video import DECODING
 from data.shards.origins import MADE_BY
 
@@ -23,7 +24,7 @@ class Recipe:
 
     Attributes:
         out: the folder of shards.
-        upload: the address that finished shards move to, or None.
+        upload: where finished shards move to; None: they stay in `out`.
         family: of the model, a key of `data.encoders.FAMILIES`.
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
@@ -38,7 +39,7 @@ class Recipe:
     """
 
     out: Path
-    upload: str | None
+    upload: Upload | None
     family: str
     weights: Path | None
     fps: float
@@ -86,7 +87,7 @@ class Recipe:
             "dedup": self.dedup,
             **asdict(self.rules),
             "image_to_video": self.image_to_video,
-            "upload": self.upload,
+            "upload": None if self.upload is None else self.upload.address,
             "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
             "text_dtype": str(self.text_dtype).removeprefix("torch."),
             **{name: str(v) if isinstance(v, Path) else v for name, v in self.selection.items()},

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from data.prepare.recipe import Recipe
 from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.tasks import Tasks
-from data.prepare.upload import Upload
 from data.prepare.video import Clip
 from data.shards.begun import refuse_shards
 from data.shards.manifest import REJECTED, Manifest
@@ -56,15 +56,18 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
         family.check_image_to_video()
     if recipe.out.exists() and not recipe.out.is_dir():
         raise DataError(f"{recipe.out}: is a file, expected a folder for shards; choose another out=")
+    if recipe.upload is not None and Path(recipe.upload.address).resolve() == recipe.out.resolve():
+        raise DataError(
+            f"upload is {recipe.upload.address}, which is out= itself; leave upload= away to keep the shards there"
+        )
     arguments = {**recipe.arguments(), "encoder": fingerprint(recipe.family, recipe.weights, recipe.image_to_video)}
-    upload = None if recipe.upload is None else Upload(recipe.upload)
     device = find_device(recipe.device, rank.local)
     while True:
         try:
             # What is wrong with the list is reported before weights are loaded.
-            chosen = shared_choice(recipe, rank, arguments, upload)
+            chosen = shared_choice(recipe, rank, arguments)
             encoder = encoder_of(recipe, rank, device)
-            records = Journal(recipe.out, chosen, rank, recipe.shard_bytes, recipe.shard_seconds, upload)
+            records = Journal(recipe.out, chosen, rank, recipe.shard_bytes, recipe.shard_seconds, recipe.upload)
             break
         except NoClipsError:
             _say(rank, f"{recipe.out}: no clip came out; see {REJECTED}")
@@ -72,8 +75,8 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
         except FinishedError:
             manifest = revisit(recipe, arguments, lambda line: _say(rank, line))
             if manifest is not None:
-                if upload is not None:
-                    upload.finish(recipe.out)  # a kill may have come before
+                if recipe.upload is not None:
+                    recipe.upload.finish(recipe.out)  # a kill may have come before
                 return _code(recipe, manifest)
     if records.strays:
         some = ", ".join(records.strays[:3]) + (", …" if len(records.strays) > 3 else "")
@@ -88,7 +91,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
                     records.flush()
                 finally:
                     records.close()
-    return finish(recipe, rank, chosen, encoder, upload)
+    return finish(recipe, rank, chosen, encoder)
 
 
 def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
@@ -98,16 +101,18 @@ def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
     return load_encoder(recipe.family, settings)
 
 
-def shared_choice(recipe: Recipe, rank: Rank, arguments: dict[str, Any], upload: Upload | None = None) -> ChosenVideos:
+def shared_choice(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> ChosenVideos:
     """The folder's videos; the rank that comes first chooses them, and the others wait for it."""
     journal.check_open(recipe.out)
     with journal.exclusively(recipe.out) as home:
         journal.check_open(recipe.out)
+        if recipe.upload is not None:
+            recipe.upload.check_writable()
         found = ChosenVideos.load(home)
         if found is None or not (same(found.arguments, arguments) or journal.is_claimed(recipe.out)):
             refuse_shards(recipe.out)
-            if upload is not None:
-                upload.refuse_shards()
+            if recipe.upload is not None:
+                recipe.upload.refuse_files()
             found = choose_videos(arguments, recipe.select(), recipe.wanted(), progress=True)
             with naming(home / CHOSEN):
                 found.save(home)
@@ -223,13 +228,13 @@ def _too_large(chosen: ChosenVideos, row: int, clip: Clip, error: Exception) -> 
     )
 
 
-def finish(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, upload: Upload | None = None) -> int:
+def finish(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
     """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
     try:
         with journal.exclusively(recipe.out):
             journal.check_begun(recipe.out)
             try:
-                return merge(recipe, rank, chosen, encoder, upload)
+                return merge(recipe, rank, chosen, encoder)
             except FileNotFoundError:
                 journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
                 raise
@@ -237,7 +242,7 @@ def finish(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, u
         return 0  # another rank has merged
 
 
-def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, upload: Upload | None) -> int:
+def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
     """Make the manifest of all ranks' records; returns the exit code."""
     records = read_records(recipe.out)
     journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
@@ -269,11 +274,12 @@ def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder, up
     with naming(recipe.out / LIST):
         chosen.save(recipe.out, LIST)
     finish_folder(recipe.out, manifest, encoder.prompt(""))
-    if upload is not None:
-        upload.finish(recipe.out)
+    if recipe.upload is not None:
+        recipe.upload.finish(recipe.out)
     journal.remove(recipe.out)
+    there = recipe.out if recipe.upload is None else recipe.upload.address
     print(
-        f"{recipe.upload or recipe.out}: {len(manifest.samples)} clips in {len(shards)} shards from "
+        f"{there}: {len(manifest.samples)} clips in {len(shards)} shards from "
         f"{len(chosen.rows)} videos, {len(rejected)} bad files"
     )
     for line in [*_left(records.left), *_cuts(records.cut)]:

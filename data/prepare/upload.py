@@ -9,16 +9,22 @@ until it is there nobody reads the shards. A store shows an object once all of i
 from __future__ import annotations
 
 import errno
+import re
+import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec.core
+from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError
-from data.io.faults import client_errors
+from data.io.faults import client_errors, reason_of
 from data.io.retry import persistently
 from data.shards.manifest import EMPTY_PROMPT, FILE, REJECTED
 from data.shards.origins import LIST
 
+T = TypeVar("T")
 _BESIDE = (LIST, REJECTED, EMPTY_PROMPT, FILE)  # the shards; the manifest says that all is there
 
 
@@ -26,21 +32,54 @@ class Upload:
     """A folder of an object store that shards go to.
 
     Args:
-        address: anything that fsspec writes, such as ``s3://bucket/shards``.
+        address: anything that fsspec lists, writes and deletes, such as ``s3://bucket/shards``.
+
+    Attributes:
+        address: what manifests and messages name: without a password or a slash at its end; a path is absolute.
 
     Raises:
-        DataError: no file system is known for the address, or its package is not installed.
+        DataError: it is empty, no file system is known for it, its package is not installed, or its server refuses.
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address.rstrip("/")
+        self.address = re.sub(r"(://[^/:@]*):[^/]*@", r"\1@", address.rstrip("/"))
+        if not address.rpartition("://")[2].strip("/"):
+            raise DataError(
+                f"upload is {address or 'empty'}, expected the address of a folder such as s3://bucket/shards; is a "
+                "variable of the shell not set?"
+            )
         try:
-            self._system, self._root = fsspec.core.url_to_fs(self.address)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"upload is {address}: {error}") from error
+            with client_errors():
+                self._system, self._root = fsspec.core.url_to_fs(address.rstrip("/"))
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"upload is {self.address}: {reason_of(error)}") from error
+        if isinstance(self._system, LocalFileSystem):
+            self.address = self._root  # absolute
 
-    def refuse_shards(self) -> None:
-        """Raise a DataError where shards or a manifest are there already, which nothing on this machine names."""
+    def check_writable(self) -> None:
+        """Write a small file and delete it; a folder is made, a bucket and the folders above are not.
+
+        Raises:
+            DataError: that fails.
+        """
+        target = f"{self._root}/write-test-{secrets.token_hex(4)}"
+
+        def test() -> None:
+            with client_errors():
+                if "/" in self._root and not self._system.exists(self._root):  # else it is a bucket
+                    self._system.mkdir(self._root, create_parents=False)
+                self._system.pipe_file(target, b"may be deleted")
+                self._system.rm_file(target)
+
+        try:
+            self._persistently(test, "written")
+        except NotImplementedError as error:
+            raise DataError(
+                f"upload is {self.address}: fsspec does not write there; give an address such as s3://bucket/shards"
+            ) from error
+
+    def refuse_files(self) -> None:
+        """Raise a DataError where files of names that are going to be written are there already."""
 
         def names() -> list[str]:
             self._system.invalidate_cache()
@@ -48,12 +87,20 @@ class Upload:
                 found = self._system.ls(self._root, detail=False) if self._system.exists(self._root) else []
             return sorted(path.rpartition("/")[2] for path in found)
 
-        others = [name for name in persistently(self.address, names) if name == FILE or name.endswith(".tar")]
+        there = self._persistently(names, "read")
+        others = [name for name in there if name in _BESIDE or name.endswith(".tar")]
         if others:
             raise DataError(
                 f"upload is {self.address}, which holds {others[0]} already, and out= has no journal that names it: "
                 "choose another address, give the out= that it came from, or delete it"
             )
+
+    def _persistently(self, action: Callable[[], T], done: str) -> T:
+        """As the function of that name; errors name the key."""
+        try:
+            return persistently(self.address, action, done)
+        except DataError as error:
+            raise DataError(f"upload is {error}") from error
 
     def send(self, file: Path) -> None:
         """Copies a file; it is whole there when this returns.

@@ -14,6 +14,7 @@ import torch
 
 from data import check
 from data.errors import DataError
+from data.prepare import run
 from data.prepare import upload as uploads
 from data.prepare.__main__ import main
 from data.prepare.records import read_records
@@ -107,16 +108,83 @@ def test_videos_are_appended(tmp_path: Path, videos: Path, bucket: str, monkeypa
 
 
 def test_what_is_there_already_is_not_written_over(tmp_path: Path, videos: Path, bucket: str) -> None:
-    address, words = f"{bucket}/taken", [f"source={videos}", *FAST]
-    s3fs.S3FileSystem().pipe_file(f"{address}/shard-000-00000.tar", b"somebody's")
-    with pytest.raises(DataError, match=f"upload is {address}, which holds shard-000-00000.tar already"):
-        main([*words, f"out={tmp_path / 'out'}", f"upload={address}"])
-    assert not (tmp_path / "out").exists()
+    words = [f"source={videos}", *FAST]
+    for name in ("shard-000-00000.tar", "manifest.json", "videos.json", "rejected.jsonl", "empty_prompt.safetensors"):
+        address = f"{bucket}/taken-{name}"
+        s3fs.S3FileSystem().pipe_file(f"{address}/{name}", b"somebody's")
+        with pytest.raises(DataError, match=f"upload is {address}, which holds {name} already"):
+            main([*words, f"out={tmp_path / 'out'}", f"upload={address}"])
+        assert not (tmp_path / "out").exists() and there(address) == {name}
+
+
+@pytest.mark.parametrize("place", ["videos/x", "missing", "missing/x", "file", "far/away", "https"])
+def test_a_store_that_cannot_be_written_is_named_before_weights_are_loaded(
+    tmp_path: Path, videos: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A bucket whose policy lets nobody write, one that is not there, a file, a folder far down, a web server."""
+    (tmp_path / "file").touch()
+    addresses = {"file": f"{tmp_path}/file", "far/away": f"{tmp_path}/far/away", "https": "http://127.0.0.1:1/x"}
+    address = addresses.get(place, f"s3://{place}")
+    if place == "videos/x":
+
+        async def refuses(self: Any, target: str, value: bytes, **more: Any) -> None:
+            raise PermissionError("Access Denied")
+
+        monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", refuses)
+        s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(run, "load_encoder", lambda *_: pytest.fail("loads weights"))
+    with pytest.raises(DataError, match=f"^upload is {address}: (cannot be written|fsspec does not write there)"):
+        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"upload={address}"])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "far").exists()
+    assert s3fs.S3FileSystem().ls("") == ["videos"]
+
+
+def test_shards_move_to_a_folder_that_is_made_and_check_says_where(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, far = tmp_path / "out", tmp_path / "far"
+    assert main([f"source={videos}", f"out={out}", *FAST, f"upload={far}/"]) == 0
+    assert check.main([str(far)]) == 0 and len(list(read_samples(far))) == sum(LENGTHS.values())
+    assert not list(far.glob("write-test*"))
+    with pytest.raises(DataError, match=f"^{out}: holds no shards, they were moved to {far}; .*data.check {far}`"):
+        check.main([str(out)])
+
+
+@pytest.mark.parametrize("address", ["", "/", "s3://", "file:///"])
+def test_an_address_that_is_empty_is_refused(tmp_path: Path, videos: Path, address: str) -> None:
+    with pytest.raises(DataError, match=f"^upload is {address or 'empty'}, expected .* variable of the shell not set"):
+        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"upload={address}"])
+
+
+def test_out_itself_is_refused(tmp_path: Path, videos: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(tmp_path)
+    for address in (f"{out}/", f"file://{out}", f"{tmp_path}/link/out"):
+        with pytest.raises(DataError, match=r"^upload is .*/out, which is out= itself"):
+            main([f"source={videos}", f"out={out}", *FAST, f"upload={address}"])
+    assert not out.exists()
+
+
+def test_an_address_is_kept_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(uploads.fsspec.core, "url_to_fs", lambda address: (asked.append(address), "x")[::-1])
+    for given, kept in {
+        "ftp://me:a@b:c@host:21/x/": "ftp://me@host:21/x",
+        "ftp://me@host/x": "ftp://me@host/x",
+        "abfs://box@account.dfs.core.windows.net/a:b@c": "abfs://box@account.dfs.core.windows.net/a:b@c",
+    }.items():
+        assert Upload(given).address == kept and asked[-1] == given.rstrip("/")
+
+
+def test_a_server_that_refuses_is_named_without_the_password() -> None:
+    with pytest.raises(DataError, match="^upload is ftp://me@127.0.0.1:1/x: Connection refused$"):
+        Upload("ftp://me:secret@127.0.0.1:1/x")
 
 
 def test_a_folder_keeps_its_address(tmp_path: Path, videos: Path, bucket: str) -> None:
     words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
     assert main([*words, f"upload={bucket}/kept"]) == 0
+    assert main([*words, f"upload={bucket}/kept/"]) == 0
     with pytest.raises(DataError, match=rf"was begun with upload={bucket}/kept \(asked: None\)"):
         main(words)
 

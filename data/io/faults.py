@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ftplib
 import http
 import http.client
 import socket
@@ -14,7 +15,8 @@ from data.errors import DataError
 
 AGAIN = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 NO_COMMAND = (126, 127)  # a shell's: it may not be run, there is none
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ssl.SSLCertVerificationError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ssl.SSLCertVerificationError,
+            ftplib.error_perm)  # fmt: skip
 _LASTING_NUMBERS = frozenset(
     (errno.EMFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EFBIG,
      errno.ENOSPC, errno.EROFS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec.core
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError
@@ -48,25 +49,27 @@ class Upload:
                 f"upload is {address or 'empty'}, expected the address of a folder such as s3://bucket/shards; is a "
                 "variable of the shell not set?"
             )
+        self._url = address.rstrip("/")
         try:
             with client_errors():
-                self._system, self._root = fsspec.core.url_to_fs(address.rstrip("/"))
+                system, self._root = fsspec.core.url_to_fs(self._url)
         except (ImportError, ValueError, OSError) as error:
             raise DataError(f"upload is {self.address}: {reason_of(error)}") from error
-        if isinstance(self._system, LocalFileSystem):
+        if isinstance(system, LocalFileSystem):
             self.address = self._root  # absolute
 
-    def check_writable(self) -> None:
-        """Write a small file and delete it; a folder is made, a bucket and the folders above are not.
+    @property
+    def _system(self) -> AbstractFileSystem:
+        """The one that fsspec keeps; FTP's is connected anew, as its servers end connections that are idle."""
+        return fsspec.core.url_to_fs(self._url)[0]
 
-        Raises:
-            DataError: that fails.
-        """
+    def check_writable(self) -> None:
+        """Raise a DataError unless a small file is written there and deleted; of folders the last alone is made."""
         target = f"{self._root}/write-test-{secrets.token_hex(4)}"
 
         def test() -> None:
             with client_errors():
-                if "/" in self._root and not self._system.exists(self._root):  # else it is a bucket
+                if "/" in self._root and not self._system.exists(self._root):  # without one it is a bucket
                     self._system.mkdir(self._root, create_parents=False)
                 self._system.pipe_file(target, b"may be deleted")
                 self._system.rm_file(target)
@@ -74,16 +77,14 @@ class Upload:
         try:
             self._persistently(test, "written")
         except NotImplementedError as error:
-            raise DataError(
-                f"upload is {self.address}: fsspec does not write there; give an address such as s3://bucket/shards"
-            ) from error
+            raise DataError(f"upload is {self.address}: fsspec does not write there; try s3:// or the like") from error
 
     def refuse_files(self) -> None:
         """Raise a DataError where files of names that are going to be written are there already."""
 
         def names() -> list[str]:
-            self._system.invalidate_cache()
             with client_errors():
+                self._system.invalidate_cache()
                 found = self._system.ls(self._root, detail=False) if self._system.exists(self._root) else []
             return sorted(path.rpartition("/")[2] for path in found)
 
@@ -127,8 +128,8 @@ class Upload:
         """Copies what lies beside the shards, the manifest last; nothing where that is there already."""
 
         def same() -> bool:
-            self._system.invalidate_cache()
             with client_errors():
+                self._system.invalidate_cache()
                 target = f"{self._root}/{FILE}"
                 return self._system.exists(target) and self._system.cat_file(target) == (folder / FILE).read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ftplib
 import socket
 import types
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_other_clients_carry_the_status_elsewhere(code: int, lasting: bool) -> N
         error = ClientError("refused")
         error.__cause__ = type("Refused", (Exception,), about)()
         assert is_lasting(error) == lasting, about
+
+
+@pytest.mark.parametrize(("error", "lasting"), [(ftplib.error_perm("550 no"), True), (ftplib.error_temp("421"), False)])
+def test_ftp_tells_what_lasts(error: ftplib.Error, lasting: bool) -> None:
+    with pytest.raises(ClientError) as caught, client_errors():
+        raise error
+    assert is_lasting(caught.value) == lasting
 
 
 def test_a_time_out_among_s3_s_400s_may_pass() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from data import check
 from data.errors import DataError
@@ -179,6 +180,29 @@ def test_an_address_is_kept_without_its_password(monkeypatch: pytest.MonkeyPatch
 def test_a_server_that_refuses_is_named_without_the_password() -> None:
     with pytest.raises(DataError, match="^upload is ftp://me@127.0.0.1:1/x: Connection refused$"):
         Upload("ftp://me:secret@127.0.0.1:1/x")
+
+
+class Hasty(LocalFileSystem):
+    """Ends its connection after a file, as a server of FTP does after a while; fsspec does not keep it."""
+
+    protocol, cachable, used = "hasty", False, False
+
+    def put_file(self, path1: str, path2: str, callback: Any = None, **more: Any) -> None:
+        if self.used:
+            raise PermissionError("421 idle for too long")
+        self.used = True
+        super().put_file(path1, path2, **more)
+
+
+def test_a_connection_that_has_ended_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads.fsspec.core, "url_to_fs", lambda address: (Hasty(), str(tmp_path)))
+    upload = Upload("hasty://x")
+    upload.check_writable()
+    for name in ("a", "b"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+        upload.send(tmp_path / "out" / name)
+        assert (tmp_path / name).read_text() == name
 
 
 def test_a_folder_keeps_its_address(tmp_path: Path, videos: Path, bucket: str) -> None:

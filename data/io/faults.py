@@ -88,7 +88,8 @@ def is_lasting(error: BaseException) -> bool:
     code = code_of(error)
     if code is not None:
         # S3 has a time-out among its 400s, which s3fs makes a TimeoutError.
-        return 300 <= code < 500 and code not in AGAIN and not isinstance(error, TimeoutError)
+        lasting = (300 <= code < 500 and code not in AGAIN) or code == http.HTTPStatus.NOT_IMPLEMENTED
+        return lasting and not isinstance(error, TimeoutError)
     for each in _chain(error):
         if isinstance(each, CommandError):
             return each.status in NO_COMMAND

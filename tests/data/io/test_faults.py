@@ -94,7 +94,9 @@ def test_what_a_server_refuses_is_refused(server: Server, waits: list[float], co
     assert not waits and server.failures == 99
 
 
-@pytest.mark.parametrize(("code", "lasting"), [(400, True), (403, True), (408, False), (429, False), (503, False)])
+@pytest.mark.parametrize(
+    ("code", "lasting"), [(400, True), (403, True), (408, False), (429, False), (501, True), (503, False)]
+)
 def test_other_clients_carry_the_status_elsewhere(code: int, lasting: bool) -> None:
     for about in (
         {"code": code},

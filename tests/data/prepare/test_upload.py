@@ -118,14 +118,15 @@ def test_what_is_there_already_is_not_written_over(tmp_path: Path, videos: Path,
         assert not (tmp_path / "out").exists() and there(address) == {name}
 
 
-@pytest.mark.parametrize("place", ["videos/x", "missing", "missing/x", "file", "far/away", "https"])
+@pytest.mark.parametrize("place", ["videos/x", "missing", "missing/x", "file", "far/away", "http", "https"])
 def test_a_store_that_cannot_be_written_is_named_before_weights_are_loaded(
-    tmp_path: Path, videos: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, videos: Path, bucket: str, address: str, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """A bucket whose policy lets nobody write, one that is not there, a file, a folder far down, a web server."""
+    """A bucket whose policy lets nobody write, one that is not there, a file, a folder far down, a web server, none."""
     (tmp_path / "file").touch()
-    addresses = {"file": f"{tmp_path}/file", "far/away": f"{tmp_path}/far/away", "https": "http://127.0.0.1:1/x"}
-    address = addresses.get(place, f"s3://{place}")
+    addresses = {"file": f"{tmp_path}/file", "far/away": f"{tmp_path}/far/away"}
+    addresses |= {"http": f"{address}/videos", "https": "https://127.0.0.1:1/x"}
+    asked = addresses.get(place, f"s3://{place}")
     if place == "videos/x":
 
         async def refuses(self: Any, target: str, value: bytes, **more: Any) -> None:
@@ -134,8 +135,8 @@ def test_a_store_that_cannot_be_written_is_named_before_weights_are_loaded(
         monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", refuses)
         s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(run, "load_encoder", lambda *_: pytest.fail("loads weights"))
-    with pytest.raises(DataError, match=f"^upload is {address}: (cannot be written|fsspec does not write there)"):
-        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"upload={address}"])
+    with pytest.raises(DataError, match=f"^upload is {asked}: (cannot be written|fsspec does not write there)"):
+        main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"upload={asked}"])
     assert not (tmp_path / "out").exists() and not (tmp_path / "far").exists()
     assert s3fs.S3FileSystem().ls("") == ["videos"]
 

@@ -201,9 +201,9 @@ def test_a_connection_that_has_ended_is_made_anew(tmp_path: Path, monkeypatch: p
     upload.check_writable()
     for name in ("a", "b"):
         (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / name).write_text(name)
+        (tmp_path / "out" / name).write_bytes(b"whole")
         upload.send(tmp_path / "out" / name)
-        assert (tmp_path / name).read_text() == name
+        assert (tmp_path / name).read_bytes() == b"whole"
 
 
 def test_a_folder_keeps_its_address(tmp_path: Path, videos: Path, bucket: str) -> None:

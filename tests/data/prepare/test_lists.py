@@ -149,7 +149,7 @@ def test_rows_without_a_path_bytes_and_rows_that_come_twice(tmp_path: Path) -> N
     ]  # fmt: skip
     found = select(source=source, videos=None, columns=Columns(), where=None, sort="score")
     best = found.matching[0]
-    assert (best.path, found.found.captions([best])) == ("a.mp4", ["another"])
+    assert (best.path, list(found.found.captions([best]))) == ("a.mp4", ["another"])
     assert len(found.matching) == 4 and found.about == str(source), "without a where that was not given"
     assert found.told == [
         f"{source}: rows whose video an earlier row names: 1, such as a.mp4 (1 with another caption, such as a.mp4); "
@@ -222,7 +222,7 @@ def test_a_large_table_is_not_held_and_captions_are_those_of_the_chosen(tmp_path
         tracemalloc.stop()
     assert found.listed == 5_000 and len(found.matching) == 4_000 - 500
     assert [video.path for video in best] == [f"v{i}.mp4" for i in (0, 2000, 4000, 1, 2001, 4001, 2)]
-    assert captions == [rows[i]["caption"] for i in (0, 2000, 4000, 1, 2001, 4001, 2)]
+    assert list(captions) == [rows[i]["caption"] for i in (0, 2000, 4000, 1, 2001, 4001, 2)]
     assert "an earlier row names: 500, such as v0.mp4 (500 with another caption, such as v0.mp4)" in found.told[0]
     assert most < 10e6, most
 
@@ -231,7 +231,7 @@ def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     source = tmp_path / "list.csv"
     source.write_text("path,caption\na.mp4,a\nb.mp4,b\n", encoding="utf-8")
     found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
-    assert found.found.captions([found.matching[1], found.matching[0]]) == ["b", "a"]
+    assert list(found.found.captions([found.matching[1], found.matching[0]])) == ["b", "a"]
     source.write_text("path,caption\na.mp4,a\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"list.csv: was changed while it was read \(b.mp4\); start again"):
         found.found.captions(found.matching)

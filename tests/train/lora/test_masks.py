@@ -115,7 +115,7 @@ def test_an_export_has_the_masks_beside_every_lora_and_their_facts_in_its_header
     assert header_of(run_under(separable, model__path=wan), 7)["radial.masks_separable"] == "True"
     formats = ["diffusers", "comfyui", "kohya", "peft"]
     base = wan / "transformer"
-    save_adapters(config, base, pairs, {}, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)
+    save_adapters(config, base, pairs, header, formats, torch.float32, tmp_path / "out", "mine", lambda: None)
     for name in formats:
         beside = list((tmp_path / "out" / name).glob("*.masks.safetensors"))
         (lora,) = (path for path in (tmp_path / "out" / name).glob("*.safetensors") if path not in beside)

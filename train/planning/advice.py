@@ -141,7 +141,7 @@ def _settings(budget: Budget, clips_a_step: float, streams: bool) -> Iterator[Se
     for sequence in range(1, machine.gpus + 1):
         if machine.gpus % sequence or budget.sizes.heads % sequence:
             continue
-        accumulate = clips_a_step * sequence / budget.clips / machine.world
+        accumulate = clips_a_step * sequence / budget.layer.clips / machine.world
         if accumulate < 1 or accumulate % 1:
             continue  # another global batch
         for strategy in strategies:

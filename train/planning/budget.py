@@ -3,7 +3,7 @@
     memory of a GPU = weights + LoRA, gradients and optimizer + what layers keep + the working set of one backward
 
 Every term follows from counted sizes (`train.planning.sizes`) and a few measured figures
-(`train.planning.calibration`).
+(`train.planning.calibration`); those of layers stand in `train.planning.layer_memory`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from train.memory.layer_policies import LayerPolicies, configured
 from train.memory.weight_stream import SLOTS
 from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
-from train.planning.calibration import LayerCosts
 from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
+from train.planning.layer_memory import LayerMemory, at_peak, movable_bytes
 from train.planning.sizes import Sizes
 
 GIB = 2**30
@@ -90,12 +90,12 @@ class Budget:
     def shorter(self) -> Budget | None:
         """That window where it is less than the clip: the model runs it too, forward and backward."""
         window = self.window
-        return window if window is not None and window.tokens < self.tokens else None
+        return window if window is not None and window.layer.tokens < self.layer.tokens else None
 
-    @property
-    def clips(self) -> int:
-        """Clips that a rank works on at once."""
-        return self.config.data.batch_size
+    @cached_property
+    def layer(self) -> LayerMemory:
+        """What a layer keeps for its backward, and the working set of that backward."""
+        return LayerMemory(self.config, self.sizes)
 
     @property
     def stage(self) -> int:
@@ -107,33 +107,6 @@ class Budget:
     def sequence(self) -> int:
         """Ranks that share a clip."""
         return self.config.parallel.sequence
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a clip on one rank; text tokens lie on every one."""
-        return -(-self.sizes.video_tokens // self.sequence) + self.sizes.tokens - self.sizes.video_tokens
-
-    @property
-    def hidden(self) -> float:
-        """One hidden state of a rank."""
-        return float(self.clips * self.tokens * self.sizes.width * self.sizes.element)
-
-    @property
-    def costs(self) -> LayerCosts:
-        """What the layers cost, eager or compiled."""
-        if self.config.trainer.compile:
-            return calibration.COMPILED
-        return calibration.EAGER_OF.get(self.config.model.family, calibration.EAGER)
-
-    @property
-    def modulated(self) -> bool:
-        """Whether there are steps in which each token has its own timestep."""
-        return self.sizes.takes_first_frame and self.config.objective.first_frame > 0
-
-    @property
-    def chunk(self) -> int | None:
-        """Tokens that every feed-forward layer takes at a time; None where some take all."""
-        return self.config.parallel.ffn_chunk if self.sizes.all_chunked else None
 
     @cached_property
     def weights(self) -> float:
@@ -164,31 +137,6 @@ class Budget:
         moments = 0.0 if self.config.parallel.offload_optimizer else 3 * n / world  # with the fp32 masters
         return average + own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
 
-    def kept_by(self, policy: str) -> float:
-        """What one layer keeps for its backward."""
-        middle = self.sizes.wide / self.sizes.width if self.chunk is None else 1.0
-        if policy == "none":
-            return (
-                self.costs.saved + self.modulated * self.costs.saved_modulated + self.sizes.dora + middle
-            ) * self.hidden
-        sums = 4.0 * self.clips * self.sizes.tokens * self.sizes.heads / self.sequence  # log-sum-exp
-        attended = self.hidden * self.sizes.attended / self.sizes.width
-        return self.hidden if policy == "full" else self.hidden + attended + sums
-
-    def running(self, policy: str) -> float:
-        """The working set of the backward of a layer with that policy."""
-        sizes, chunk = self.sizes, self.chunk
-        own = self.costs
-        costs = {"none": own.running_saved, "full": own.running, "selective": own.running_selective}[policy]
-        costs += sizes.dora if policy != "none" else 0.0  # made again
-        if self.modulated:
-            costs += calibration.MODULATION + own.running_modulated
-        middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
-        if chunk is not None:
-            middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
-        latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
-        return costs * self.hidden + middle + latents
-
     @cached_property
     def policies(self) -> LayerPolicies:
         """What each layer keeps: as configured, or chosen by the memory there is."""
@@ -206,54 +154,35 @@ class Budget:
 
     def _needed_offload(self, names: Sequence[str]) -> float:
         room = (1 - calibration.MARGIN) * self.usable - self.weights - self.training
-        over = sum(self._at_peak(names, 0.0)) - room
+        over = sum(at_peak(self._passed, names, 0.0)) - room
         if over <= 0:
             return 0.0
-        room -= self._in_flight  # offloading takes some memory itself
-        movable = self._kept([name for name in names if name != "none"])
-        least = sum(self._at_peak(names, movable))
+        room -= self.layer.in_flight  # offloading takes some memory itself
+        movable = movable_bytes(self._passed, names)
+        least = sum(at_peak(self._passed, names, movable))
         if least <= room:
-            return min(over + self._in_flight, movable)
+            return min(over + self.layer.in_flight, movable)
         # everything goes out, and some of the margin is used, or it does not fit at all
         return movable if least <= room + calibration.MARGIN * self.usable else math.inf
 
     @property
-    def _graphs(self) -> list[Budget]:
+    def _passed(self) -> list[LayerMemory]:
         """What has run forward when the backward begins: the clip, then a dense teacher's window."""
-        return [self] if self.shorter is None else [self, self.shorter]
-
-    def _at_peak(self, names: Sequence[str], offload: float) -> tuple[float, float]:
-        """What layers keep on the GPU, and the working set, when both together are largest.
-
-        The last layer's backward comes first, and what a layer keeps goes with it. What the first keep goes to the CPU.
-        """
-        on_gpu, peak = -offload, (0.0, 0.0)
-        for budget in self._graphs:
-            for name in names:
-                on_gpu += budget.kept_by(name)
-                peak = max(peak, (max(on_gpu, 0.0), budget.running(name)), key=sum)
-        return peak
-
-    def _kept(self, names: Sequence[str]) -> float:
-        return sum(names.count(name) * budget.kept_by(name) for budget in self._graphs for name in set(names))
-
-    @property
-    def _in_flight(self) -> float:
-        return 2 * self.hidden
+        return [self.layer] if self.shorter is None else [self.layer, self.shorter.layer]
 
     @cached_property
     def offloaded(self) -> float:
         """Kept activations of one GPU that lie in CPU memory."""
-        return min(self.policies.offload, self._kept([name for name in self.policies.names if name != "none"]))
+        return min(self.policies.offload, movable_bytes(self._passed, self.policies.names))
 
     @cached_property
     def gpu_parts(self) -> dict[str, float]:
         """Memory of one GPU by part, at the peak of a step."""
-        kept, running = self._at_peak(self.policies.names, self.offloaded)
+        kept, running = at_peak(self._passed, self.policies.names, self.offloaded)
         return {
             "weights": self.weights,
             "LoRA, gradients, optimizer" if self.config.lora else "weights, gradients, optimizer": self.training,
-            "kept activations": kept + (min(self._in_flight, self.offloaded) if self.offloaded else 0.0),
+            "kept activations": kept + (min(self.layer.in_flight, self.offloaded) if self.offloaded else 0.0),
             "working set": running,
         }
 

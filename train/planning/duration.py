@@ -126,7 +126,7 @@ class Duration:
         budget, sizes = self.budget, self.budget.sizes
         names = ("none",) * sizes.layers if frozen else budget.policies.names
         ways, sends = (1, 4 * sizes.layers) if frozen else (2, sum(8 if name == "none" else 12 for name in names))
-        clips = budget.clips / budget.sequence
+        clips = budget.layer.clips / budget.sequence
         attention = 0.0
         for layer, name in enumerate(names):
             forward, backward = self._attention_rates(dense or budget.attention.is_dense_layer(layer))
@@ -138,11 +138,12 @@ class Duration:
         stored = budget.config.model.storage is not None and budget.machine.gpu.float8
         fp8 = budget.config.trainer.fp8 or stored
         rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
-        passes = (budget.costs.passes + fp8 * calibration.FP8_PASSES) * (1 if frozen else 3 + again) * sizes.layers
+        each = budget.layer.costs.passes + fp8 * calibration.FP8_PASSES
+        passes = each * (1 if frozen else 3 + again) * sizes.layers
         return {
             "attention": attention,
             "linear": clips * (linear + lora) / (rate * self._faster),
-            "other": passes * budget.hidden / budget.machine.gpu.bandwidth,
+            "other": passes * budget.layer.hidden / budget.machine.gpu.bandwidth,
             "communication": self._exchanges(sends) + ways * self._gather(),
             "streaming": ways * sizes.passed_weights / self._bus if budget.streamed else 0.0,
         }
@@ -172,7 +173,7 @@ class Duration:
         if budget.sequence == 1:
             return 0.0
         link = machine.gpu.link if budget.sequence <= machine.gpus else min(machine.gpu.link, BETWEEN_NODES)
-        sent = budget.hidden * budget.sizes.attended / budget.sizes.width
+        sent = budget.layer.hidden * budget.sizes.attended / budget.sizes.width
         return times * sent * (1 - 1 / budget.sequence) / (calibration.LINK * link)
 
     @property

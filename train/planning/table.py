@@ -60,7 +60,7 @@ def plan_table(budget: Budget) -> str:
         notes.append(f"times are scaled from an H200 by peak FLOP/s and bandwidth: no {machine.gpu.name} was measured")
     clip, tokens = config.clip, f"{sizes.tokens:,} tokens"
     if budget.sequence > 1:
-        tokens += f", {budget.tokens:,} on each GPU"
+        tokens += f", {budget.layer.tokens:,} on each GPU"
     head = [
         f"{config.conf} on {_machine(budget)}",
         f"{clip.frames} frames of {clip.height} x {clip.width}: {tokens}",

@@ -54,7 +54,7 @@ def test_the_published_geometry():
     assert (sizes.layers, sizes.heads, sizes.width, sizes.wide, sizes.tokens) == (40, 40, 5120, 13824, 291_600)
     assert sizes.weights == pytest.approx(2.86e10, rel=0.01)
     assert sizes.trained == 40 * 4 * 128 * (5120 + 5120)
-    assert budget.hidden == pytest.approx(2.986e9, rel=0.001)
+    assert budget.layer.hidden == pytest.approx(2.986e9, rel=0.001)
     assert budget.gpu_parts["kept activations"] == pytest.approx(119.4e9, rel=0.001)
     assert sizes.dense_attention == pytest.approx(1.74e15, rel=0.01)
     assert sizes.density == pytest.approx(0.162, abs=0.001)
@@ -160,9 +160,9 @@ def test_the_frozen_models_pass_takes_a_forward():
 
 def test_ranks_share_what_they_share():
     whole, shared = planned(), planned(gpus=4, parallel__sequence=4)
-    assert shared.tokens == 291_600 // 4
+    assert shared.layer.tokens == 291_600 // 4
     assert shared.gpu_parts["kept activations"] == whole.gpu_parts["kept activations"] / 4
-    assert planned(gpus=7, parallel__sequence=1).tokens == 291_600
+    assert planned(gpus=7, parallel__sequence=1).layer.tokens == 291_600
     zero3 = planned(gpus=8, parallel="zero3")
     assert zero3.weights == pytest.approx(whole.weights / 8 + 2 * whole.sizes.layer_weights)
     assert planned(gpus=8, parallel="zero1").training > planned(gpus=8, parallel="zero2").training > zero3.training
@@ -175,7 +175,7 @@ def test_ranks_share_what_they_share():
 
 def test_offload_moves_what_is_kept_and_no_more():
     everything = planned(parallel__offload_activations=True)
-    assert everything.offloaded == pytest.approx(40 * everything.hidden)
+    assert everything.offloaded == pytest.approx(40 * everything.layer.hidden)
     limited = planned(parallel__offload_activations=True, parallel__offload_gib=50)
     assert limited.offloaded == 50 * GIB
     assert limited.cpu_parts["kept activations, page-locked"] == 50 * GIB

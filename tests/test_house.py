@@ -43,10 +43,9 @@ ROOMS = {  # each package's, in the order in which they are passed: one imports 
         "prepare", "caption", "recaption", "rebuild", "check", "bench",
     ),
     "train": (
-        "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "clip_recipe", "planning",
-        "storage", "loggers", "shards", "objective", "optimizer", "average", "preflight", "module", "evaluation",
-        "export", "sample", "report", "decay", "callbacks", "evaluate", "bench", "assemble", "run", "sweep", "study",
-        "__main__",
+        "errors", "config", "attention", "flow", "models", "parallel", "lora", "memory", "step", "planning", "storage",
+        "loggers", "shards", "preflight", "measures", "export", "sample", "report", "decay", "callbacks", "evaluate",
+        "bench", "assemble", "run", "sweep", "study", "__main__",
     ),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ Read these five files first, in this order; each is a page or two:
 
     run.py                       one run, from a validated config to a finished folder
     assemble.py                  its parts: loader, trainer, module, callbacks
-    module.py                    one step: noise level, noise, velocity, loss
+    step/module.py               one step: noise level, noise, velocity, loss
     attention/step.py            which attention each layer runs in a step
     models/base.py               what a model family has to provide
 
@@ -16,10 +16,11 @@ The folders, in the order in which a run passes them:
     parallel/      strategies of Lightning, ZeRO's parts, messages among ranks, processes
     lora/          the LoRA's layers, its files in every format, names and scales of other tools
     memory/        what a layer keeps for its backward, where it lies, compiling, float8, weights that stream
+    step/          one training step: what its clips are trained with, its objective, the module, the optimizer
     planning/      memory and time before a GPU is touched
     storage/       the run's folder and its lock, checkpoints, resuming
     loggers/       metrics.csv, TensorBoard, Weights & Biases, the record of the environment
-    evaluation/    held-out losses and tables, the Euler sampler, measures of clips
+    measures/      how good a model is: held-out losses and their table, the Euler sampler, measures of clips
     export/        the LoRA as files of other tools, merged models, verification
     sample/        generating clips with diffusers' pipelines
     report/        the run as one page, its charts and pictures

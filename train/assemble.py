@@ -20,7 +20,6 @@ from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
 from radial.cli.ranks import Rank
 from train.attention.sequence import check_heads
-from train.average import WeightAverage
 from train.callbacks.average import Averaging
 from train.callbacks.bad_steps import BadSteps
 from train.callbacks.checkpoints import StepCheckpoints
@@ -29,9 +28,8 @@ from train.callbacks.metrics import StepMetrics
 from train.callbacks.progress import Progress
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
-from train.callbacks.validation import Validation, lengths_of, validation_levels
+from train.callbacks.validation import Validation, lengths_of
 from train.callbacks.watchdog import Watchdog
-from train.clip_recipe import Recipes
 from train.config.global_batch import clips_in_words, micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -40,19 +38,22 @@ from train.loggers.services import loggers_of, note_once
 from train.lora.initial import read_initial
 from train.lora.layers import inject_lora, start_from
 from train.lora.scaling import factor
+from train.measures.levels import validation_levels
 from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
 from train.memory.fp8_storage import store_fp8
 from train.models.base import ModelAdapter
 from train.models.loading import load_adapter
-from train.module import LengthExtensionModule
-from train.objective import Objective
-from train.optimizer import Optimization
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import strategy_arguments
 from train.planning import chosen_policies, resolve_precision
 from train.report.held_out import draw_mask
 from train.shards import validation_shards
+from train.step.average import WeightAverage
+from train.step.clip_recipe import Recipes
+from train.step.module import LengthExtensionModule
+from train.step.objective import Objective
+from train.step.optimizer import Optimization
 from train.storage.checkpoints import FolderCheckpointIO, Place
 from train.storage.run_folder import RunFolder
 

@@ -29,13 +29,13 @@ from train.config.schema import RunConfig
 from train.errors import EXIT_CODES, WORDS, Asked, UserError
 from train.export.run import export_run
 from train.loggers.services import wandb_closed
-from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.planning.full_memory import is_out_of_memory, out_of_memory
 from train.preflight import check_shapes
 from train.report.held_out import write_report
 from train.report.page import write_page
 from train.shards import held_out, training_shards
+from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import (
     Place,
     how_to_go_on,

@@ -14,7 +14,7 @@ import torch
 import train.assemble
 import train.run
 from train.__main__ import main
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 
 
 def full(*_: object, **__: object) -> NoReturn:

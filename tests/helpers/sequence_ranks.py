@@ -19,15 +19,15 @@ from train.attention.collectives import all_gather, all_to_all
 from train.attention.sequence import SequenceGroup, SequenceShard, sharded_attention
 from train.config.schema import ParallelConfig
 from train.errors import UserError
-from train.evaluation.euler import generate
-from train.evaluation.losses import clip_losses
 from train.flow import SigmaSchedule, flow_loss, noised
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
+from train.measures.losses import clip_losses
 from train.memory.apply import set_memory_policy
 from train.memory.layer_policies import LayerPolicies, check_agreement
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
-from train.objective import Objective
+from train.step.objective import Objective
 
 FOUR_HEADS = {**ARCHITECTURE, "num_attention_heads": 4, "attention_head_dim": 16}
 EIGHT_HEADS = {**ARCHITECTURE, "num_attention_heads": 8, "attention_head_dim": 16}

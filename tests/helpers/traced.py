@@ -22,7 +22,7 @@ from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.models.families import family_of
 from train.models.weights import settle
-from train.objective import DenseTeacher
+from train.step.objective import DenseTeacher
 
 
 class Live(TorchDispatchMode):

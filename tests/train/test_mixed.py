@@ -15,13 +15,13 @@ from data.synth.clips import synthesize
 from tests.helpers.faults import losses
 from tests.helpers.tiny import run_config
 from train.assemble import build_module
-from train.clip_recipe import clip_recipe
 from train.config.schema import ClipConfig
 from train.errors import UserError
 from train.flow import StepDraw
 from train.models.loading import load_adapter
 from train.preflight import preflight
 from train.run import resume, train
+from train.step.clip_recipe import clip_recipe
 from train.storage.run_folder import RunFolder
 
 SHAPES = {"long": (8, 32, 64), "short": (4, 32, 64), "tall": (4, 64, 32)}

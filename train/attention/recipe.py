@@ -34,7 +34,7 @@ class AttentionRecipe:
 
     @classmethod
     def of(cls, config: RunConfig, dense_sigma: float | None = None) -> AttentionRecipe:
-        """The recipe of a run, for clips of which all layers are dense from a noise level on (`train.clip_recipe`).
+        """The recipe of a run, for clips of which all layers are dense from a noise level on (`train.step`).
 
         Raises:
             RadialError: an unknown pattern, or a value that it refuses.

@@ -39,10 +39,10 @@ from train.memory.fp8_storage import store_fp8
 from train.memory.layer_policies import LayerPolicies
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
-from train.objective import frozen
 from train.planning import chosen_policies, cpu_memory, resolve_precision
 from train.planning.flops import SampleFlops, peak_rate
 from train.planning.sizes import Sizes
+from train.step.objective import frozen
 
 _MODEL = {"conf": "wan_4x", "model": "wan_14b", "clip.frames": "321"}
 _MOST_DENSE = 4  # layers of a dense case: 40 of Wan-14B at 4x take ten minutes a step

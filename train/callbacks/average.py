@@ -7,7 +7,7 @@ import math
 import lightning as L
 
 from train.callbacks.base import StepCallback
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 
 
 class Averaging(StepCallback):

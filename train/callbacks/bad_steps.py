@@ -9,8 +9,8 @@ import lightning as L
 
 from train.callbacks.base import StepCallback
 from train.errors import UserError
-from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
+from train.step.module import LengthExtensionModule
 
 
 class BadSteps(StepCallback):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 
 
 class StepCallback(Callback):

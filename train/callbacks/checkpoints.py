@@ -14,8 +14,8 @@ from train.callbacks.base import StepCallback
 from train.callbacks.metrics import VALIDATION, StepMetrics
 from train.callbacks.throughput import Throughput
 from train.errors import UserError
-from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
+from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import FolderCheckpointIO, checkpoints_of
 
 BEST = "best.json"

@@ -27,15 +27,15 @@ from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
 from train.config.schema import RunConfig
 from train.errors import Asked, UserError
-from train.evaluation.decoding import encoder_for
-from train.evaluation.euler import generate, sampled_with
 from train.flow import noise_like
 from train.loggers.forgiving import Forgiving
+from train.measures.decoding import encoder_for
+from train.measures.euler import generate, sampled_with
 from train.models.families import family_of
-from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
 from train.sample.pipeline import first_frame
 from train.sample.video import video_file
+from train.step.module import LengthExtensionModule
 
 FOLDER = "samples"
 

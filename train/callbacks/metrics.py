@@ -25,8 +25,8 @@ from data.shards.stream import LatentStream
 from train.callbacks.base import StepCallback, every
 from train.callbacks.throughput import Throughput
 from train.lora.layers import ADAPTER
-from train.module import LengthExtensionModule
 from train.parallel.control_group import ControlGroup
+from train.step.module import LengthExtensionModule
 
 BUCKETS = 5
 """Of equal width, over noise levels from 0 to 1."""

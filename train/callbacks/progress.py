@@ -17,7 +17,7 @@ import lightning as L
 
 from train.callbacks.base import StepCallback
 from train.callbacks.metrics import StepMetrics
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 
 LOG = "log.txt"
 OURS = ("train", "data", "radial", "launch")

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from data.shards.batch import Batch
-from train.module import LengthExtensionModule
 from train.planning.flops import SampleFlops, peak_rate
+from train.step.module import LengthExtensionModule
 
 
 def compile_seconds() -> float:

@@ -1,8 +1,7 @@
 """The loss on held-out clips while training: fixed clips, noise levels and noise, at several clip lengths.
 
-The noise levels are quantiles of those that the run trains at, so that the mean looks where training is: with Wan's
-shift of 5, half of it lies above 0.83. Of two experts each has the quantiles of its own levels, and its share of the
-mean. Attention at a level is the run's own there: dense from the level on from which training is.
+Attention at a noise level (`train.measures.levels`) is the run's own there: dense from the level on from which training
+is.
 
 A shorter clip is the beginning of a longer one: the VAEs are causal in time, so its latents are the longer's first.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import lightning as L
 import torch
@@ -27,36 +25,9 @@ from train.callbacks.metrics import VALIDATION
 from train.callbacks.stop import StopSignals
 from train.callbacks.throughput import Throughput
 from train.callbacks.watchdog import Watchdog
-from train.clip_recipe import clip_recipe
-from train.config.schema import RunConfig
-from train.evaluation.losses import loss_at
-from train.models.loading import sigma_range
-from train.module import LengthExtensionModule
+from train.measures.losses import loss_at
 from train.parallel.control_group import ControlGroup
-
-QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def validation_levels(config: RunConfig) -> dict[float, float]:
-    """The noise levels at which a run is validated, from low to high, and the share that each has of the mean.
-
-    They are ``validation.sigmas`` where these are set, without those of an expert that the run does not train.
-    """
-    low, high = sigma_range(config.model)
-    if config.validation.sigmas is not None:
-        given = sorted({sigma for sigma in config.validation.sigmas if low <= sigma < high})
-        return {sigma: 1 / len(given) for sigma in given}
-    schedule = clip_recipe(config).schedule
-    edges = [low, high]
-    if config.model.expert == "both":
-        assert config.model.boundary is not None
-        edges.insert(1, config.model.boundary)
-    below = [1 - schedule.share_above(edge) for edge in edges]
-    found: dict[float, float] = {}
-    for start, end in pairwise(below):
-        share = (end - start) / (below[-1] - below[0]) / len(QUANTILES)
-        found |= {schedule.at_quantile(start + quantile * (end - start)): share for quantile in QUANTILES}
-    return found
+from train.step.module import LengthExtensionModule
 
 
 class Validation(StepCallback):

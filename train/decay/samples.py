@@ -20,10 +20,10 @@ from data.shards.sample import Prompt, Sample
 from train.decay.kept import dense_attention
 from train.decay.measure import PARTS, digest, is_whole
 from train.decay.settings import Job
-from train.evaluation.euler import generate, sampled_with
 from train.flow import noise_like
+from train.measures.euler import generate, sampled_with
 from train.models.base import ModelAdapter
-from train.objective import Objective
+from train.step.objective import Objective
 
 
 def own_samples(

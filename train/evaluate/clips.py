@@ -30,12 +30,12 @@ from data.shards.sample import Prompt, Sample
 from train.evaluate.model import EvaluatedModel
 from train.evaluate.results_folder import part_file
 from train.evaluate.settings import Job, Length, Variant
-from train.evaluation.decoding import encoder_for
-from train.evaluation.euler import generate
 from train.flow import noise_like
+from train.measures.decoding import encoder_for
+from train.measures.euler import generate
 from train.models.families import family_of
-from train.objective import Objective
 from train.sample.video import video_file
+from train.step.objective import Objective
 
 STRIP, _HEIGHT = 8, 96  # frames of a strip, and its height in pixels
 

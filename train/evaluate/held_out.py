@@ -14,8 +14,8 @@ from data.shards.sample import Sample
 from train.evaluate.model import EvaluatedModel
 from train.evaluate.results_folder import part_file
 from train.evaluate.settings import Job, Length, Variant
-from train.evaluation.losses import loss_at
-from train.objective import Objective
+from train.measures.losses import loss_at
+from train.step.objective import Objective
 
 
 def measure_losses(

@@ -11,7 +11,6 @@ from radial import Dense
 from radial.patterns.ultravico import UltraViCo
 from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
-from train.clip_recipe import Recipes
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.evaluate.settings import Job, Variant
@@ -20,6 +19,7 @@ from train.models.base import ModelAdapter
 from train.models.loading import load_adapter
 from train.planning import resolve_precision
 from train.sample.pipeline import load_loras
+from train.step.clip_recipe import Recipes
 from train.storage.checkpoints import last_checkpoint, load_weights
 
 

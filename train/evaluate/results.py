@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.io.files import write_utf8
-from train.evaluation.clip_measures import ClipMeasures
-from train.evaluation.losses import Interval
+from train.measures.clip_measures import ClipMeasures
+from train.measures.losses import Interval
 
 MEASURES = tuple(ClipMeasures.__dataclass_fields__)
 _HEAD = ("row", "length", "frames", "attention GFLOPs", "loss", "tuned minus this", *MEASURES, "text alignment")

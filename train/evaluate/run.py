@@ -27,7 +27,6 @@ from data.shards.manifest import Manifest
 from data.shards.sample import Prompt, Sample
 from data.shards.stages import load_stages
 from data.shards.stream import read_samples
-from train.callbacks.validation import validation_levels
 from train.errors import UserError
 from train.evaluate.alignment import TextAlignment
 from train.evaluate.clips import Made, encoded, folder_of, make_clip, write_prompt_file, write_video
@@ -37,13 +36,14 @@ from train.evaluate.page import write_page
 from train.evaluate.results import Row, markdown, write_results
 from train.evaluate.results_folder import open_folder, part_file
 from train.evaluate.settings import Job, Length
-from train.evaluation.clip_measures import measure_clip
-from train.evaluation.decoding import encoder_for
+from train.measures.clip_measures import measure_clip
+from train.measures.decoding import encoder_for
+from train.measures.levels import validation_levels
 from train.models.conditions import Conditions
 from train.models.loading import encoder_of
-from train.objective import Objective
 from train.planning.full_memory import is_out_of_memory
 from train.shards import held_out
+from train.step.objective import Objective
 
 _FEWEST = 4  # latents of a clip that can be measured
 

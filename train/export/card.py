@@ -10,13 +10,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.io.files import write_utf8
-from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
-from train.evaluation.results import TEXT
 from train.export.formats import WEIGHTS, formats_of
 from train.export.tools import differences, ways
+from train.measures.results import TEXT
 from train.models.families import family_of
 from train.models.pretrained import public_name
+from train.step.clip_recipe import clip_recipe
 
 NAME = "README.md"
 _KNOWN = ("apache-2.0", "mit")  # licences that the hub has a name for

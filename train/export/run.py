@@ -26,7 +26,6 @@ from torch import Tensor
 
 from data.io.files import beside
 from train import __version__
-from train.clip_recipe import clip_recipe
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -43,6 +42,7 @@ from train.lora.reading import Lora, Pairs, lora_in, read_lora
 from train.lora.scaling import factor
 from train.models.loading import load_adapter
 from train.models.pretrained import public_name, stand_in, transformer_folder
+from train.step.clip_recipe import clip_recipe
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 from train.storage.inputs import check_masks
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from radial import Released, build_layout
-from train.clip_recipe import clip_recipe
 from train.config.schema import RunConfig
 from train.export.formats import formats_of
 from train.models.families import family_of
+from train.step.clip_recipe import clip_recipe
 
 
 @dataclass(frozen=True)

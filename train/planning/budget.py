@@ -74,7 +74,7 @@ class Budget:
 
     @cached_property
     def window(self) -> Budget | None:
-        """The same run on what a dense teacher sees of its clips (`train.objective`); None without a teacher."""
+        """The same run on what a dense teacher sees of its clips (`train.step.objective`); None without a teacher."""
         config = self.config
         native = config.model.native_frames
         if not config.objective.dense_teacher or native is None:

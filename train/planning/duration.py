@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from train.clip_recipe import clip_recipe
 from train.config.global_batch import clips_a_step, micro_batches
 from train.models.loading import sigma_range
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS
+from train.step.clip_recipe import clip_recipe
 
 _MEASURED = GPUS["h200"]
 

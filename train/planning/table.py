@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from train.clip_recipe import clip_recipe
 from train.config.global_batch import clips_in_words
 from train.planning import calibration
 from train.planning.advice import Setting
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
+from train.step.clip_recipe import clip_recipe
 
 
 def plan_table(budget: Budget) -> str:

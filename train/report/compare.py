@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from train.evaluation.losses import Interval
+from train.measures.losses import Interval
 from train.report.charts import COLOURS, Line, line_chart
 from train.report.document import facts, section, table, write_document
 from train.report.page import PAGE

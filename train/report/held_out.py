@@ -19,12 +19,12 @@ from radial import Pattern, Random, Released, build_layout
 from radial.draw import draw_layout
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
-from train.evaluation.euler import generate
-from train.evaluation.losses import clip_losses
-from train.evaluation.results import Row, write_results
 from train.flow import noise_like
-from train.module import LengthExtensionModule
+from train.measures.euler import generate
+from train.measures.losses import clip_losses
+from train.measures.results import Row, write_results
 from train.report.pictures import animate, draw_loss, film_strip
+from train.step.module import LengthExtensionModule
 from train.storage.unfinished import Unfinished
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from train.config.compose import read_config
 from train.config.schema import RunConfig
-from train.evaluation.results import findings, read_results
 from train.loggers.csv_file import METRICS, read_metrics
+from train.measures.results import findings, read_results
 from train.report.charts import Line, line_chart, lines_of
 from train.report.document import facts, section, table, write_document
 from train.report.runs import Rows, series, smoothed

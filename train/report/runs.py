@@ -13,9 +13,9 @@ from typing import Any
 from train.config.compose import read_config
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.evaluation.losses import Interval
-from train.evaluation.results import read_results
 from train.loggers.csv_file import METRICS, read_metrics
+from train.measures.losses import Interval
+from train.measures.results import read_results
 from train.storage.run_folder import CONFIG, get_state
 from train.storage.sweep_folder import SweepFolder, is_sweep
 

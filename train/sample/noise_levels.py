@@ -4,7 +4,7 @@ LoRA's header. Which steps that makes dense is `train.attention.recipe.Attention
 The header names the shift of the clip that the LoRA was trained on, and the noise level from which on attention was
 dense. That level holds whatever the number of steps: below it the LoRA has learned to work with the mask, above it has
 not. Where the shift is the model's own for the trained size, a clip of another size has its own instead, and the dense
-steps' level moves with it, as in training (`train.clip_recipe`).
+steps' level moves with it, as in training (`train.step.clip_recipe`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def at_size(trained: Mapping[str, Any], height: int, width: int, model: ModelCon
         return {}
     found: dict[str, Any] = {"shift": shift}
     if trained.get("dense_steps"):
-        from train.clip_recipe import dense_level  # takes seconds to import
+        from train.step.clip_recipe import dense_level  # takes seconds to import
 
         found["dense_sigma"] = dense_level(model, trained["dense_steps"], shift)
     return found

@@ -23,11 +23,11 @@ from data.io.files import write_bytes, write_utf8
 from data.shards.batch import collate
 from data.shards.sample import Sample
 from train.attention.step import StepAttention
-from train.evaluation.clip_measures import measure_clip
-from train.evaluation.euler import generate
 from train.flow import noise_like
+from train.measures.clip_measures import measure_clip
+from train.measures.euler import generate
 from train.models.conditions import Conditions
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 from train.study.detect import permanence, trajectory_error
 from train.study.frechet import features
 from train.study.losses import device

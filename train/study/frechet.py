@@ -16,7 +16,7 @@ from torch import Tensor
 from data.shards.sample import TextTokens
 from train.flow import noise_like, noised
 from train.models.conditions import Conditions
-from train.module import LengthExtensionModule
+from train.step.module import LengthExtensionModule
 from train.study.losses import device
 
 _SIGMA = 0.1

@@ -22,8 +22,8 @@ from train.assemble import build_module
 from train.flow import noise_like, noised
 from train.models.conditions import Conditions
 from train.models.loading import load_adapter
-from train.module import LengthExtensionModule
 from train.planning import resolve_precision
+from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import last_checkpoint, load_weights
 from train.study.runs import RowRun
 from train.study.truth import region, remembered

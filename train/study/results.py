@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from data.io.files import write_utf8
-from train.evaluation.losses import Interval
+from train.measures.losses import Interval
 from train.study.clips import MEASURES
 from train.study.losses import Losses, mean_over_sigmas
 from train.study.rows import CEILING, FLOOR, REFERENCE, Row

@@ -25,9 +25,9 @@ from data.shards.stream import read_samples
 from radial.errors import Mistake
 from train.config.schema import ClipConfig
 from train.loggers.csv_file import METRICS, read_metrics
-from train.module import LengthExtensionModule
 from train.report.runs import series
 from train.shards import held_out
+from train.step.module import LengthExtensionModule
 from train.storage.run_folder import held
 from train.study.base import BaseSign, pixels_leave
 from train.study.clips import ClipSet, generate_row, read_row, shown

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from radial.cli.ranks import Rank
 from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
-from train.errors import UserError
+from train.errors import EXIT_CODES, UserError
 from train.storage.run_folder import CONFIG, command, held
 from train.storage.sweep_folder import Settings, SweepFolder
 from train.sweep.expand import expand
@@ -33,7 +33,6 @@ def main(settings: Settings) -> None:
         )
     sweep = prepare(settings, lambda config: None)
     # after the configs are known to be right: lightning takes seconds to import
-    from train.callbacks.stop import EXIT_CODES
     from train.report.compare import print_comparison, write_comparison
     from train.report.runs import read_runs
     from train.sweep.local import LocalRuns

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.callbacks.stop import EXIT_CODES, REQUEUE, STOP
+from train.errors import EXIT_CODES, REQUEUE, STOP
 from train.report.runs import Run
 from train.storage.run_folder import get_state
 from train.storage.sweep_folder import OUTPUT, SweepFolder
@@ -30,7 +30,7 @@ class LocalRuns:
 
     Attributes:
         failed: numbers of the runs that did not come to their end by themselves.
-        asked: what a signal asked for, as in `train.callbacks.stop`; 0 for nothing.
+        asked: what a signal asked for, as in `train.errors`; 0 for nothing.
     """
 
     def __init__(self, sweep: SweepFolder, program: Sequence[str] = (sys.executable, "-m", "train")) -> None:

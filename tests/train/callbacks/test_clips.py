@@ -10,7 +10,7 @@ from tests.helpers.videos import frames_of
 from tests.helpers.wan_runs import FRAMES, config_of, make_shards, model_folder
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.euler import sampled_with
+from train.measures.euler import sampled_with
 from train.preflight import preflight
 from train.run import train
 from train.storage.run_folder import RunFolder

@@ -16,14 +16,15 @@ from tests.helpers.tiny import run_config, words
 from train.assemble import build_module
 from train.callbacks.checkpoints import best_checkpoint
 from train.callbacks.metrics import lora_norms
-from train.callbacks.validation import lengths_of, validation_levels
-from train.clip_recipe import clip_recipe
+from train.callbacks.validation import lengths_of
 from train.config.compose import compose_run, finish
 from train.loggers.csv_file import read_metrics
+from train.measures.levels import validation_levels
 from train.models.loading import load_adapter
-from train.module import LengthExtensionModule
 from train.run import resume, train
 from train.shards import training_shards
+from train.step.clip_recipe import clip_recipe
+from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import checkpoints_of, load_weights
 from train.storage.run_folder import RunFolder
 
@@ -183,7 +184,7 @@ def test_validation_runs_each_level_as_training_does_and_weighs_it(tmp_path, mon
         return attention
 
     monkeypatch.setattr(LengthExtensionModule, "attention_at", noted)
-    monkeypatch.setattr("train.callbacks.validation.QUANTILES", (0.2, 0.9))
+    monkeypatch.setattr("train.measures.levels.QUANTILES", (0.2, 0.9))
     given = {"objective__shift": 3, "attention__dense_sigma": 0.85, "trainer__steps": 1}
     config = run_config(tmp_path, **given, validation__every=1, validation__clips=1)
     folder = RunFolder.create(config)

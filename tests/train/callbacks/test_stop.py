@@ -64,7 +64,7 @@ def test_a_signal_in_the_middle_of_what_takes_long_is_not_kept_waiting(tmp_path,
         return noise_like(*words)
 
     with monkeypatch.context() as patch:
-        module = {"clips": "train.callbacks.clips", "validation": "train.evaluation.losses"}[where]
+        module = {"clips": "train.callbacks.clips", "validation": "train.measures.losses"}[where]
         patch.setattr(f"{module}.noise_like", ask)
         with pytest.raises(SystemExit) as end:
             run(config)
@@ -130,7 +130,7 @@ def interrupting(what, at, signal_number):
 @pytest.mark.parametrize(
     ("name", "at", "left", "code"),
     [
-        ("train.evaluation.losses.noise_like", 15, 36, 75),  # the third clip of the second of four rows: three are left
+        ("train.measures.losses.noise_like", 15, 36, 75),  # the third clip of the second of four rows: three are left
         ("train.report.held_out.generate", 2, 2, 130),  # the second of three clips
         ("train.export.run.verify", 2, 4, 75),  # the second of four formats
     ],

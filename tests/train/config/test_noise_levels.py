@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from train.clip_recipe import Recipes, clip_recipe
 from train.config.changes import change_config
 from train.config.compose import compose_run, finish, read_config, run_names
 from train.models.families import family_of
+from train.step.clip_recipe import Recipes, clip_recipe
 from train.storage.run_folder import write_config
 
 

@@ -19,8 +19,8 @@ from train.evaluate.model import EvaluatedModel
 from train.evaluate.results import Row, cells, tuned_of
 from train.evaluate.run import run_evaluation
 from train.evaluate.settings import Job, Settings
-from train.evaluation.losses import Interval
 from train.loggers.csv_file import read_metrics
+from train.measures.losses import Interval
 from train.storage.run_folder import RunFolder
 
 FRAMES = {"model__native_frames": 4, "clip__frames": 16, "clip__width": 32, "model__longer": "{2x: 8, 4x: 16}"}

@@ -11,7 +11,7 @@ from tests.helpers.videos import frames_of
 from tests.helpers.wan_runs import config_of, make_shards, model_folder
 from train.evaluate.run import run_evaluation
 from train.evaluate.settings import Job, Settings
-from train.evaluation import euler
+from train.measures import euler
 from train.models.families.wan import WanAdapter
 from train.run import train
 from train.storage.run_folder import RunFolder

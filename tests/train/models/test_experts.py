@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tests.helpers.tiny import run_config, save_model, words
 from train.assemble import build_module
 from train.errors import UserError
-from train.evaluation.euler import generate
 from train.export.run import export_run
 from train.flow import SigmaSchedule, StepDraw, expert_range
+from train.measures.euler import generate
 from train.models.loading import describe_model, load_adapter
 from train.preflight import preflight
 from train.run import RunFolder, resume, train

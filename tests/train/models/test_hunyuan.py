@@ -16,17 +16,17 @@ from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
 from tests.helpers.tiny_models import save_hunyuan
-from train.clip_recipe import Recipes
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.hunyuan import HunyuanAdapter
-from train.module import LengthExtensionModule
-from train.objective import Objective
-from train.optimizer import Optimization
+from train.step.clip_recipe import Recipes
+from train.step.module import LengthExtensionModule
+from train.step.objective import Objective
+from train.step.optimizer import Optimization
 
 TOKENS = (3, 4, 5)
 CPU = torch.device("cpu")

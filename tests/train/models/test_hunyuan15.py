@@ -26,9 +26,9 @@ from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_th
 from tests.helpers.tiny_models import save_hunyuan15
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.hunyuan15 import Hunyuan15Adapter
 from train.preflight import preflight

@@ -16,9 +16,9 @@ from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, latents, randomised
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
 from train.models.loading import encoder_of, temporal_rope

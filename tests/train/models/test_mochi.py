@@ -12,9 +12,9 @@ from data.shards.sample import TextTokens
 from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, given_to_the_decoder, latents, stock
-from train.evaluation.euler import generate
 from train.flow import noised
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
 from train.models.conditions import Conditions
 
 TOKENS = (3, 4, 5)

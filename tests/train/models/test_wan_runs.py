@@ -44,7 +44,7 @@ def test_a_run_trains_and_exports(tmp_path, monkeypatch, made, conf, variant, im
     given = []
     first_frame = Conditions.of
     monkeypatch.setattr(
-        "train.objective.Conditions.of", lambda *a: given.append("first_frame" in a[0].image) or first_frame(*a)
+        "train.step.objective.Conditions.of", lambda *a: given.append("first_frame" in a[0].image) or first_frame(*a)
     )
     folder = RunFolder.create(config)
     train(config, folder)

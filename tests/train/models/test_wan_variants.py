@@ -22,8 +22,8 @@ from tests.helpers.oracles import masked_softmax
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import save_wan, save_wan_5b
 from train.errors import UserError
-from train.evaluation.euler import generate
 from train.lora.layers import inject_lora
+from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.wan import WanAdapter
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.tiny import run_config, settings
 from train.errors import UserError
-from train.evaluation.results import TABLE
 from train.loggers.csv_file import MetricsCsv
+from train.measures.results import TABLE
 from train.report.__main__ import main
 from train.report.compare import comparison
 from train.report.runs import differing, grouped, read_runs

@@ -12,7 +12,6 @@ from tests.helpers import sample_ranks
 from tests.helpers.generating import close, latent
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
-from train.clip_recipe import dense_level
 from train.errors import UserError
 from train.models.families import family_of
 from train.sample import extend, unextend
@@ -20,6 +19,7 @@ from train.sample.__main__ import main
 from train.sample.generate import Generator
 from train.sample.pipeline import load_pipeline, pipeline_class
 from train.sample.settings import parse_settings
+from train.step.clip_recipe import dense_level
 
 SMALL = {"frames": 33, "height": 32, "width": 48, "steps": 3, "seed": 7, "negative": "the bar"}
 CASES = {

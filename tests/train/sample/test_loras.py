@@ -13,7 +13,6 @@ from radial import Random, Released, Spatial
 from tests.helpers.generating import close, generator, latent, stock
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
-from train.clip_recipe import clip_recipe
 from train.config.compose import compose_run, finish
 from train.config.schema import ClipConfig
 from train.errors import UserError
@@ -23,6 +22,7 @@ from train.lora.reading import Lora
 from train.models.pretrained import stand_in
 from train.sample.__main__ import main
 from train.sample.settings import jobs, parse_settings, recipe_of, slots
+from train.step.clip_recipe import clip_recipe
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from train.errors import UserError
 from train.loggers.csv_file import read_metrics
 from train.lora.layers import inject_lora, lora_parameters
 from train.models.loading import describe_model
-from train.module import LengthExtensionModule
 from train.run import resume
 from train.shards import training_shards
+from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import load_state, load_weights
 from train.storage.run_folder import get_state, write_config
 

@@ -11,7 +11,7 @@ from radial.patterns.head_masks import unpacked, write
 from tests.helpers.patterns import fitted
 from tests.helpers.studies import study_settings
 from train.errors import UserError
-from train.evaluation.losses import Interval
+from train.measures.losses import Interval
 from train.study.__main__ import Settings
 from train.study.base import BaseSign, pixels_leave
 from train.study.frechet import frechet_distance

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.synth.scenes import make_clip
-from train.evaluation.clip_measures import colour_drift, colour_trend, measure_clip, repetition
+from train.measures.clip_measures import colour_drift, colour_trend, measure_clip, repetition
 
 NATIVE, FRAMES = 16, 64
 

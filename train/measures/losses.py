@@ -18,7 +18,7 @@ from train.attention.step import StepAttention
 from train.flow import SigmaSchedule, flow_loss, noise_like, noised
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
-from train.objective import Objective
+from train.step.objective import Objective
 
 
 @functools.cache

@@ -17,17 +17,17 @@ from data.shards.stream import LatentStream
 from radial import Pattern
 from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
-from train.average import WeightAverage
-from train.clip_recipe import Recipes
 from train.errors import UserError
 from train.flow import StepDraw, expert_range, flow_loss, noise_like, noised
 from train.lora.layers import load_parameters, lora_parameters
 from train.memory.layer_policies import LayerPolicies, check_agreement
 from train.memory.weight_stream import WeightStream
 from train.models.base import ModelAdapter
-from train.objective import Objective
-from train.optimizer import Optimization
 from train.parallel.zero import whole_parameter
+from train.step.average import WeightAverage
+from train.step.clip_recipe import Recipes
+from train.step.objective import Objective
+from train.step.optimizer import Optimization
 
 _CURRENT = "current_weights"  # of a checkpoint with an average
 

@@ -12,12 +12,12 @@ from tests.helpers.attention import step_attention
 from tests.helpers.families import build, latents, shards
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.evaluation.losses import loss_at
 from train.flow import flow_loss, noise_like, noised
 from train.lora.layers import inject_lora, lora_parameters
+from train.measures.losses import loss_at
 from train.models.conditions import Conditions
-from train.objective import Objective
 from train.run import RunFolder, train
+from train.step.objective import Objective
 
 WEIGHT, WORDS = 3.5, 6
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.io.files import write_utf8
-from train.evaluation.losses import Interval
+from train.measures.losses import Interval
 
 TABLE, TEXT = "report.json", "report.txt"
 

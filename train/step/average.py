@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """Whole fp32 tensors on every rank, by the names of `train.module.LengthExtensionModule.trained_weights`.
+    """Whole fp32 tensors on every rank, by the names of `train.step.module.LengthExtensionModule.trained_weights`.
 
     Args:
         decay: the share of the average that stays in a step, of many steps.

@@ -7,8 +7,8 @@ import torch
 
 from radial import Dense, Paper, Released, build_layout
 from train.config.compose import compose_run, finish
-from train.evaluation.losses import Interval, student_95
-from train.evaluation.results import Row, findings, read_results, write_results
+from train.measures.losses import Interval, student_95
+from train.measures.results import Row, findings, read_results, write_results
 
 
 @pytest.mark.parametrize(

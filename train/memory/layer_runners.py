@@ -137,7 +137,11 @@ def _contexts(offload: Offload | None) -> tuple[AbstractContextManager[Any], Abs
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps what attention gives. torch's selective contexts do so too, but have no way to move it off the GPU."""
+    """Keeps what attention gives.
+
+    torch's selective contexts do so too, but cannot move it off the GPU, and FlexAttention, which is always compiled,
+    does not reach their policy: it would be computed again without a word.
+    """
 
     supports_higher_order_operators = True
 

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from radial.backends import BACKENDS
 from tests.helpers.attention import step_attention
@@ -95,6 +96,18 @@ def test_flex_attention_in_plain_layers_is_refused_by_selective():
     run = layer_runner("selective")
     with pytest.raises(UserError, match="add trainer.compile=true"):
         run(lambda q: flex_attention(q, q, q), q)
+
+
+@pytest.mark.slow
+def test_torchs_selective_policy_does_not_see_compiled_flex_attention():
+    """Why layers that are not compiled have contexts of our own. Once this fails, torch's may do for them."""
+    q, seen = torch.randn(1, 1, 16, 16), []
+    forward, _ = create_selective_checkpoint_contexts(lambda context, operator, *_: seen.append(operator))
+    with forward:
+        torch.compile(lambda q: flex_attention(q, q, q), fullgraph=True)(q)
+        assert not seen
+        (q + 1).sum()
+    assert seen == [torch.ops.aten.add.Tensor, torch.ops.aten.sum.default]
 
 
 @pytest.mark.slow

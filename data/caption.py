@@ -21,7 +21,8 @@ from data.errors import DataError, explained
 from data.io.files import write_bytes
 from data.prepare import layouts
 from data.prepare.folder import search
-from data.prepare.sources import Video, read_source
+from data.prepare.listed import Video
+from data.prepare.sources import read_source
 from data.prepare.video import Clip, probe, read_clips
 from radial.cli.command import Command
 from radial.cli.ranks import Rank

@@ -28,8 +28,9 @@ from data.io.files import write_bytes
 from data.io.locks import Lock, take
 from data.io.remote import scheme_of
 from data.prepare.chosen import ChosenVideos
+from data.prepare.listed import name_of
 from data.prepare.rows import Rows
-from data.prepare.sources import Columns, name_of, read_source
+from data.prepare.sources import Columns, read_source
 from data.shards.begun import Begun, refuse_shards
 from data.shards.manifest import FILE, REJECTED, Manifest, ShardInfo
 from data.shards.origins import LIST, numbers_of, sources_of

@@ -1,11 +1,17 @@
 """From a folder or table of videos to shards: `python -m data.prepare`.
 
-Open `data.prepare.sources` for lists (`tables`, `csv_table` and `parquet_table` for reading them row by row, `layouts`
-for those of common collections, `spans` for pieces of long videos, `packed` for videos inside tables),
-`data.prepare.selection` for filters on columns and ranking, `data.prepare.duplicates` for videos that are there twice,
-`data.prepare.video` for decoding, `data.prepare.shots` for cuts, `data.prepare.clip_rules` for filters on pixels,
-`data.prepare.chosen` for the videos that a folder is made of, `data.prepare.preview` for a look at it before anything
-is encoded, `data.prepare.decoders` for the processes that decode while the device encodes, `data.prepare.journal` for
-how a killed run goes on, `data.prepare.finished` for the same command on a finished folder, and `data.prepare.run` for
-how they work together.
+In the order in which a run passes them:
+
+    run.py          the whole run: how the others work together
+    sources.py      reads a list of videos (listed.py); row by row: tables, csv_table, parquet_table
+    layouts.py      the lists of common collections; spans.py, packed.py: pieces of long videos, videos inside tables
+    selection.py    filters on columns, and ranking
+    qualifying.py   filters on headers, and duplicates.py: videos that are there twice
+    chosen.py       the videos that a folder is made of
+    preview.py      a look at it before anything is encoded
+    decoders.py     processes that decode while the device encodes; video.py, shots.py, clip_rules.py: clips of a video
+    journal.py      how a killed run goes on
+    underway.py     how a folder stands among ranks
+    merge.py        the end: the manifest of what all ranks have done
+    finished.py     the same command on a finished folder
 """

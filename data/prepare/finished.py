@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.prepare import journal
+from data.prepare import underway
 from data.prepare.arguments import check_same
-from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
+from data.prepare.chosen import ChosenVideos, Rejected
+from data.prepare.listed import NoVideosError
+from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.rows import Row, Rows
-from data.prepare.sources import NoVideosError
 from data.shards.manifest import REJECTED, Manifest
 from data.shards.origins import LIST
 
@@ -37,8 +38,8 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         DataError: other arguments, changed captions, more videos than `top` allows, or more in a read-only folder.
     """
     out, writable = recipe.out, os.access(recipe.out, os.W_OK)
-    with journal.exclusively(out) if writable else contextlib.nullcontext():
-        manifest = journal.manifest_of(out)
+    with underway.exclusively(out) if writable else contextlib.nullcontext():
+        manifest = underway.manifest_of(out)
         if manifest is None:
             return None  # another rank has reopened it
         found = {"decoding": 1, **manifest.arguments, "encoder": manifest.encoder}
@@ -49,14 +50,14 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         now, why = _list_now(recipe, before)
         if before is None or now is None:
             say(f"{there}; it was not compared with the list of videos, as {why}")
-            journal.remove(out)
+            underway.remove(out)
             return manifest
         added, changed, gone = _differences(before, now)
         _check_appendable(recipe, before, added, changed, gone)
         if not added:
             note = f"; {len(gone)} of its videos are no longer listed, such as {gone[0]}" if gone else ""
             say(f"{there}{note}")
-            journal.remove(out)
+            underway.remove(out)
             return manifest
         check_same(out, found, arguments)
         if not writable:
@@ -70,7 +71,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
         known = {row.name for row in before.rows}
         late = [entry for entry in _rejected(out) if entry.path in known]
         chosen = replace(now, rows=Rows(itertools.chain(before.rows, added)))
-        journal.reopen(out, chosen, manifest, len(before.rows), late)
+        underway.reopen(out, chosen, manifest, len(before.rows), late)
         return None
 
 

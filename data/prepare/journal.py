@@ -3,24 +3,17 @@
 While a folder is made it holds a folder `.prepare`. Each finished shard gets a record there, which lists its samples,
 and the videos that were done and the bad files that were met since the record before. A shard counts from the moment
 its record has its name: a tar that was begun and has none is written anew, and a tar that nothing here names is left as
-it is. Any number of ranks may continue what any other number
-began. When all chosen videos are done, the rank that sees it first writes the manifest and removes `.prepare`; their
-list stays beside it as `videos.json`, so that the next run can see what was added, and append it (`reopen`).
-
-Ranks choose, begin and merge one after the other (`exclusively`). A rank holds its lock as long as it writes, and the
-number of ranks is kept: a run with another number begins only when no rank writes any more. Where the file system has
-no locks, ranks may do the same at the same time: the same videos and the same manifest come of it.
+it is. Any number of ranks may continue what any other number began. A rank holds its lock as long as it writes, and the
+number of ranks is kept: a run with another number begins only when no rank writes any more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -28,29 +21,19 @@ from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.io.locks import Lock, say_no_locks, take
 from data.prepare.arguments import check_same
-from data.prepare.chosen import FILE as CHOSEN
 from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, write_record
+from data.prepare.underway import WORLD, check_begun, exclusively, locked
 from data.prepare.upload import Upload
 from data.shards.begun import Begun, shards_in
-from data.shards.manifest import FILE, Manifest, ShardInfo
+from data.shards.manifest import ShardInfo
 from data.shards.origins import numbers_of
 from data.shards.sample import Sample
 from data.shards.writer import TarShards
 from radial.cli.ranks import Rank
 
-_LOCK = "plan.lock"
-_WORLD = "world"
 _BEGUN = re.compile(r"begun-(\d{3,})\.txt")
 _SHARD = re.compile(r"shard-(\d{3,})-(\d{5})\.tar")
-
-
-class FinishedError(Exception):
-    """Another rank has ended the run."""
-
-
-class NoClipsError(FinishedError):
-    """Another rank has ended the run without a manifest, as no clip came out."""
 
 
 class Journal:
@@ -200,7 +183,7 @@ class Journal:
 
     def _claimed(self, world: int) -> TextIO:
         """This rank's lock, of a run with this number of ranks."""
-        kept = self._home / _WORLD
+        kept = self._home / WORLD
         before = kept.read_text(encoding="utf-8") if kept.exists() else ""
         if before != str(world):
             for path in sorted(self._home.glob("rank-*.lock")):
@@ -216,7 +199,7 @@ class Journal:
 
     def _lock_of(self, path: Path, of: str, asked: str) -> TextIO:
         """A rank's lock, or a DataError that names who has it."""
-        file = _locked(path, wait=False)
+        file = locked(path, wait=False)
         if file is None:
             who = path.read_text(encoding="utf-8").strip()
             raise DataError(
@@ -225,109 +208,3 @@ class Journal:
                 "or choose another out="
             )
         return file
-
-
-@contextlib.contextmanager
-def exclusively(folder: Path) -> Iterator[Path]:
-    """The journal's folder, for one process after the other; it is removed again when nothing is left in it."""
-    home = folder / FOLDER
-    made = not folder.exists()
-    file = _locked(home / _LOCK, wait=True)
-    assert file is not None
-    try:
-        yield home
-    except BaseException:
-        # Nothing was begun: leave no trace.
-        with contextlib.suppress(OSError):
-            if names_in(home) == [_LOCK]:
-                (home / _LOCK).unlink()
-                home.rmdir()
-            if made:
-                folder.rmdir()
-        raise
-    finally:
-        file.close()
-
-
-def is_claimed(folder: Path) -> bool:
-    """Whether a rank has ever begun to write; before that, other videos may be chosen."""
-    return (folder / FOLDER / _WORLD).exists()
-
-
-def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of a finished folder, None where there is none."""
-    try:
-        if not (folder / FILE).exists():
-            return None
-        found = Manifest.load(folder, missing=True)
-        return found if found.arguments.get("upload") else Manifest.load(folder)  # which misses shards that have to be
-    except DataError:
-        if (folder / FILE).exists():
-            raise
-        return None  # another rank has reopened it in between
-
-
-def check_open(folder: Path) -> None:
-    """Raise a FinishedError where the folder's manifest is there."""
-    if (folder / FILE).exists():
-        raise FinishedError(folder)
-
-
-def check_begun(folder: Path) -> None:
-    """Raise a FinishedError where the folder's manifest is there, a NoClipsError where its journal went without one."""
-    check_open(folder)
-    if not (folder / FOLDER / CHOSEN).exists():
-        check_open(folder)  # where there are no locks, another rank may have merged since
-        raise NoClipsError(folder)
-
-
-def _locked(path: Path, wait: bool) -> TextIO | None:
-    """The file, made where it is missing and locked; None where another process has it and `wait` is false.
-
-    Where the file system has no locks it is only made.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:
-            continue  # the folder went in between
-        if take(file, wait=wait) is Lock.HELD:
-            file.close()
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            # Who had it before may have removed it, and others lock the next file of this name.
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()
-
-
-def reopen(folder: Path, chosen: ChosenVideos, manifest: Manifest, done: int, rejected: Sequence[Rejected]) -> None:
-    """Make a finished folder one that is under way again, inside `exclusively`: all of it is recorded, nothing moved.
-
-    The manifest goes last and stays in the journal: a kill before that leaves a finished folder. What a kill left in
-    the journal after the folder was finished stays, as it lists nothing that the manifest does not. Where the file
-    system has no locks, several ranks may do this at once, and one late while others write already: nothing is removed,
-    all write the same, and the manifest goes once.
-
-    Args:
-        folder: of the shards.
-        chosen: the videos that it is going to be made of, more than there were.
-        manifest: of what it holds.
-        done: how many of their rows are done.
-        rejected: the bad files among them.
-    """
-    home = folder / FOLDER
-    if manifest_of(folder) != manifest:
-        return  # another rank has reopened it since
-    for number, shard in enumerate(manifest.shards):
-        write_record(home, 0, number, shard, [], [], [], {})
-    write_record(home, 0, len(manifest.shards), None, range(done), rejected, [], {})
-    chosen.save(home)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / FILE).rename(home / FILE)
-
-
-def remove(folder: Path) -> None:
-    """Remove the journal of a folder that is finished."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -23,9 +23,10 @@ from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.errors import DataError
 from data.prepare.bars import WHOLE, find_bars
-from data.prepare.chosen import ChosenVideos, choose_videos
+from data.prepare.chosen import ChosenVideos
 from data.prepare.clip_places import Passed
 from data.prepare.clip_rules import REASONS, Measures
+from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.run import make_sample
 from data.prepare.video import Clip, read_clips

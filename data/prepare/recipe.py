@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from data.prepare.chosen import Wanted
 from data.prepare.clip_rules import Rules
+from data.prepare.qualifying import Wanted
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
 from data.prepare.sources import Columns
@@ -29,7 +29,7 @@ class Recipe:
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
         selection: the arguments of `data.prepare.selection.select`, and `top`, as they are.
-        upscale, min_fps, dedup: as in `data.prepare.chosen.Wanted`.
+        upscale, min_fps, dedup: as in `data.prepare.qualifying.Wanted`.
         rules: which clips are taken.
         image_to_video: write the first frame's conditions.
         device, vae_dtype, text_dtype: as in `EncoderSettings`; device None takes a GPU where there is one.

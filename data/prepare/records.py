@@ -66,7 +66,7 @@ def write_record(
 
 
 def read_records(folder: Path) -> Records:
-    """The records of all ranks so far; what several list counts once, as after `journal.reopen`."""
+    """The records of all ranks so far; what several list counts once, as after `underway.reopen`."""
     home, records = folder / FOLDER, Records()
     shards: dict[str, ShardInfo] = {}
     rejected: dict[Rejected, None] = {}

@@ -20,7 +20,7 @@ class Row:
         caption: its caption.
         clips: how many clips its header promises; 0 where it may be a little too short, which decoding decides.
         start, end: the piece in seconds; None is the video's end.
-        piece: what distinguishes it from other pieces of the same video, as in `data.prepare.sources.name_of`.
+        piece: what distinguishes it from other pieces of the same video, as in `data.prepare.listed.name_of`.
         look: its fingerprint, where duplicates are left out.
     """
 

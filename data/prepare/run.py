@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +13,24 @@ from tqdm import tqdm
 from data.encoders import encoder_class, fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError, naming
-from data.io.files import write_bytes
-from data.prepare import journal
+from data.prepare import underway
 from data.prepare.arguments import check_same, same
 from data.prepare.chosen import FILE as CHOSEN
-from data.prepare.chosen import ChosenVideos, Rejected, choose_videos
-from data.prepare.clip_rules import REASONS
+from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.decoders import Decoders, End, prefetch
 from data.prepare.finished import revisit
-from data.prepare.journal import FinishedError, Journal, NoClipsError
+from data.prepare.journal import Journal
+from data.prepare.merge import exit_code, finish
+from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
-from data.prepare.records import Cut, check_unique, read_records
 from data.prepare.stopping import Stopping
 from data.prepare.tasks import Tasks
+from data.prepare.underway import FinishedError, NoClipsError
 from data.prepare.video import Clip
 from data.shards.begun import refuse_shards
-from data.shards.manifest import REJECTED, Manifest
-from data.shards.origins import LIST, key_of
+from data.shards.manifest import REJECTED
+from data.shards.origins import key_of
 from data.shards.sample import Prompt, Sample
-from data.shards.writer import finish_folder, remove_leftovers
 from radial.cli.ranks import Rank
 
 AHEAD = 2  # decoded clips that wait in this process
@@ -77,7 +73,7 @@ def prepare(recipe: Recipe, rank: Rank) -> int:
             if manifest is not None:
                 if recipe.upload is not None:
                     recipe.upload.finish(recipe.out)  # a kill may have come before
-                return _code(recipe, manifest)
+                return exit_code(recipe, manifest)
     if records.strays:
         some = ", ".join(records.strays[:3]) + (", …" if len(records.strays) > 3 else "")
         _say(rank, f"{recipe.out}: nothing says where {some} are from: they are left as they are, and not counted")
@@ -103,13 +99,13 @@ def encoder_of(recipe: Recipe, rank: Rank, device: torch.device) -> Encoder:
 
 def shared_choice(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> ChosenVideos:
     """The folder's videos; the rank that comes first chooses them, and the others wait for it."""
-    journal.check_open(recipe.out)
-    with journal.exclusively(recipe.out) as home:
-        journal.check_open(recipe.out)
+    underway.check_open(recipe.out)
+    with underway.exclusively(recipe.out) as home:
+        underway.check_open(recipe.out)
         if recipe.upload is not None:
             recipe.upload.check_writable()
         found = ChosenVideos.load(home)
-        if found is None or not (same(found.arguments, arguments) or journal.is_claimed(recipe.out)):
+        if found is None or not (same(found.arguments, arguments) or underway.is_claimed(recipe.out)):
             refuse_shards(recipe.out)
             if recipe.upload is not None:
                 recipe.upload.refuse_files()
@@ -228,106 +224,6 @@ def _too_large(chosen: ChosenVideos, row: int, clip: Clip, error: Exception) -> 
     )
 
 
-def finish(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
-    """Merge all ranks' records into the manifest once every video is done; the last rank to end does."""
-    try:
-        with journal.exclusively(recipe.out):
-            journal.check_begun(recipe.out)
-            try:
-                return merge(recipe, rank, chosen, encoder)
-            except FileNotFoundError:
-                journal.check_begun(recipe.out)  # where there are no locks another rank may merge at the same time
-                raise
-    except FinishedError:
-        return 0  # another rank has merged
-
-
-def merge(recipe: Recipe, rank: Rank, chosen: ChosenVideos, encoder: Encoder) -> int:
-    """Make the manifest of all ranks' records; returns the exit code."""
-    records = read_records(recipe.out)
-    journal.check_begun(recipe.out)  # of a journal that is being removed some records may be gone
-    if len(records.done) < len(chosen.rows):
-        left = len(chosen.rows) - len(records.done)
-        _say(rank, f"rank {rank.index} is done, {left} videos are left to the others", every=True)
-        return 0
-    shards = records.shards
-    check_unique(recipe.out, shards)
-    remove_leftovers(recipe.out)
-    rejected = chosen.rejected + sorted(records.rejected, key=lambda entry: entry.path)
-    with naming(recipe.out / REJECTED):
-        write_bytes(recipe.out / REJECTED, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected).encode())
-    files = len(chosen.rows) + len(chosen.rejected)
-    if not shards:
-        journal.remove(recipe.out)
-        print(_nothing(recipe, chosen, rejected, records.left), file=sys.stderr)
-        return 1
-    manifest = Manifest(
-        shards=tuple(shards),
-        fps=recipe.fps,
-        encoder=chosen.arguments["encoder"],
-        latent=encoder.latent_is,
-        text=encoder.text_is,
-        arguments={name: value for name, value in chosen.arguments.items() if name != "encoder"},
-        videos=files,
-        rejected=len(rejected),
-    )
-    with naming(recipe.out / LIST):
-        chosen.save(recipe.out, LIST)
-    finish_folder(recipe.out, manifest, encoder.prompt(""))
-    if recipe.upload is not None:
-        recipe.upload.finish(recipe.out)
-    journal.remove(recipe.out)
-    there = recipe.out if recipe.upload is None else recipe.upload.address
-    print(
-        f"{there}: {len(manifest.samples)} clips in {len(shards)} shards from "
-        f"{len(chosen.rows)} videos, {len(rejected)} bad files"
-    )
-    for line in [*_left(records.left), *_cuts(records.cut)]:
-        print(line)
-    return _code(recipe, manifest)
-
-
-def _nothing(recipe: Recipe, chosen: ChosenVideos, rejected: list[Rejected], left: Counter[str]) -> str:
-    """Why no clip came out."""
-    if rejected:
-        bad = f"{len(rejected)} files are bad" if left else f"all {len(rejected)} files are bad"
-        why = f"{bad}, such as {rejected[0].path}: {rejected[0].reason}"
-    else:
-        why = f"of {len(chosen.rows)} videos"
-    passed = f"; {chosen.passed} more did not qualify" if chosen.passed else ""
-    return f"{recipe.out}: no clip came out, {'; '.join([why, *_left(left)])}{passed}; see {REJECTED}"
-
-
-def _left(left: Counter[str]) -> list[str]:
-    """How much of the videos is left out, a line a reason."""
-    return [f"left out: {left[reason]} {words}" for reason, words in REASONS.items() if left[reason]]
-
-
-def _cuts(cut: list[Cut]) -> list[str]:
-    """How many captions each text encoder cut, and the longest; none where none was cut."""
-    lines = []
-    for encoder in sorted({entry.encoder for entry in cut}):
-        longest = {entry.path: entry for entry in cut if entry.encoder == encoder}
-        most = max(longest.values(), key=lambda entry: entry.tokens)
-        lines.append(
-            f"{len(longest)} captions are longer than the {most.used} tokens that {encoder} takes, and are cut there; "
-            f"the longest is that of {most.path}, {most.tokens} tokens"
-        )
-    return lines
-
-
-def _code(recipe: Recipe, manifest: Manifest) -> int:
-    """The exit code: 1 where more than `bad_share` of the files are bad."""
-    share = (manifest.rejected or 0) / (manifest.videos or 1)
-    if share <= recipe.bad_share:
-        return 0
-    print(
-        f"{recipe.out}: {share:.1%} of the files are bad, more than bad_share={recipe.bad_share:g}; see {REJECTED}",
-        file=sys.stderr,
-    )
-    return 1
-
-
-def _say(rank: Rank, text: str, every: bool = False) -> None:
-    if rank.index == 0 or every:
+def _say(rank: Rank, text: str) -> None:
+    if rank.index == 0:
         print(text, flush=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 from data.errors import DataError
 from data.prepare.conditions import Condition, no_column, number, parse_conditions, split_conditions
-from data.prepare.sources import Candidate, Columns, Listed, name_of, read_source
+from data.prepare.listed import Candidate, Listed, name_of
+from data.prepare.sources import Columns, read_source
 
 
 @dataclass(frozen=True)

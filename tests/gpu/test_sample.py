@@ -11,9 +11,10 @@ import torch
 from tests.helpers import HELPERS
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.sample.generate import Generator
+from train.sample.jobs import jobs
 from train.sample.pipeline import pipeline_class
 from train.sample.ranks import Ranks
-from train.sample.settings import jobs, parse_settings
+from train.sample.settings import parse_settings
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from train.bench.steps import Result, run_case
+from train.bench.case import Result, run_case
 from train.config.compose import compose_run, finish, run_names
 from train.config.schema import ClipConfig, RunConfig
 from train.models.families import ADAPTERS

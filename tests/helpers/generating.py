@@ -5,9 +5,10 @@ from diffusers import WanPipeline
 
 from tests.helpers.tiny_pipelines import CLIP, TOKENS, words
 from train.sample.generate import Generator
+from train.sample.jobs import jobs
 from train.sample.pipeline import pipeline_class
 from train.sample.ranks import Ranks
-from train.sample.settings import jobs, parse_settings
+from train.sample.settings import parse_settings
 
 
 def generator(folder, **changes):

@@ -7,9 +7,10 @@ from typing import Any
 
 from tests.helpers.tiny_pipelines import words
 from train.sample.generate import Generator
+from train.sample.jobs import jobs
 from train.sample.pipeline import pipeline_class
 from train.sample.ranks import Ranks
-from train.sample.settings import jobs, parse_settings
+from train.sample.settings import parse_settings
 
 
 def clip(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:

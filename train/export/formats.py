@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from train.errors import UserError
 from train.lora.layers import MAGNITUDE
-from train.lora.names import TABLES, OriginalLayer, comfyui_layers, comfyui_names, original_layers
+from train.lora.name_tables import TABLES
+from train.lora.names import OriginalLayer, comfyui_layers, comfyui_names, original_layers
 from train.lora.reading import Pairs
 from train.lora.targets import weighted_layers
 
@@ -72,7 +73,7 @@ class Adapter:
             comfyui: of the checkpoint that ComfyUI loads.
 
         Raises:
-            UserError: a layer that the tables of `train.lora.names` lack.
+            UserError: a layer that `train.lora.name_tables` lacks.
         """
         layers = weighted_layers(self.model)
         found = {}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from train.sample.jobs import Job
 from train.sample.records import both_file, dense_file
-from train.sample.settings import Job
 from train.sample.video import video_file
 
 _LPIPS_BATCH = 8  # frames

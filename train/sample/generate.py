@@ -28,6 +28,7 @@ from train.memory.compiler import compile_layers
 from train.models.families import family_of
 from train.sample.compare import write_both
 from train.sample.extension import Extension
+from train.sample.jobs import Job, jobs
 from train.sample.pipeline import (
     check_transformers,
     encode_prompts,
@@ -40,7 +41,7 @@ from train.sample.pipeline import (
 )
 from train.sample.ranks import Ranks, Split
 from train.sample.records import check_writable, execution, identity, is_done, record_of
-from train.sample.settings import Job, Settings, jobs, size_of
+from train.sample.settings import Settings, size_of
 from train.sample.video import video_file
 
 

@@ -31,7 +31,8 @@ from train.models.folders import fetched, read_json
 from train.models.loading import check_pipeline
 from train.models.pretrained import stand_in
 from train.models.weights import check_weights
-from train.sample.settings import Job, Settings
+from train.sample.jobs import Job
+from train.sample.settings import Settings
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT_PARTS = (*_TEXT_ENCODERS, "tokenizer", "tokenizer_2")

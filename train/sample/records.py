@@ -19,7 +19,8 @@ from typing import Any
 from data.io.files import write_utf8
 from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.sample.settings import Job, Settings, slots
+from train.sample.jobs import Job
+from train.sample.settings import Settings, slots
 
 _HOW = (
     "compare",

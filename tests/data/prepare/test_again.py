@@ -11,7 +11,7 @@ import pytest
 
 from data.check import main as check
 from data.errors import DataError
-from data.prepare import journal, run
+from data.prepare import journal, merge
 from data.prepare.__main__ import main
 from data.prepare.records import read_records
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
@@ -79,7 +79,7 @@ def test_a_manifest_is_rebuilt_of_the_tars(
 
 
 def test_an_unfinished_folder_is_not_rebuilt(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "merge", lambda *arguments: 0)
+    monkeypatch.setattr(merge, "merge", lambda *arguments: 0)
     assert main(words) == 0
     with pytest.raises(DataError, match="is not finished; start data.prepare again"):
         check([str(tmp_path / "out"), "--rebuild"])

@@ -13,7 +13,8 @@ from pyarrow import parquet
 
 from data.errors import DataError
 from data.prepare.__main__ import main
-from data.prepare.sources import Columns, name_of, read_source
+from data.prepare.listed import name_of
+from data.prepare.sources import Columns, read_source
 from data.prepare.spans import Span, seconds_of, spans_of, texts_of
 from data.prepare.video import Clip, read_clips
 from data.shards.stream import read_samples

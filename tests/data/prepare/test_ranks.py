@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.errors import DataError
-from data.prepare import journal, run
+from data.prepare import run, underway
 from data.prepare.__main__ import main
 from data.prepare.chosen import ChosenVideos
 from data.shards.manifest import FILE
@@ -93,7 +93,7 @@ def test_a_late_rank_leaves_a_reopened_folder_alone_without_locks(
         assert not (out / FILE).exists()
         once(monkeypatch, run, "encoder_of", lambda: check_live(out, live))
 
-    once(monkeypatch, journal, "reopen", appends)
+    once(monkeypatch, underway, "reopen", appends)
     as_rank(monkeypatch, 0, 2)
     assert main(words) == 0
     check_complete(out, {**LENGTHS, "v6.mp4": 2})
@@ -117,7 +117,7 @@ def test_a_late_rank_takes_no_manifest_that_others_made_meanwhile(
     def appends() -> None:
         assert main(words) == 0
 
-    once(monkeypatch, journal, "reopen", appends)
+    once(monkeypatch, underway, "reopen", appends)
     assert main(words) == 0
     check_complete(out, {**LENGTHS, "v6.mp4": 2})
 
@@ -129,13 +129,13 @@ def test_a_rank_that_finds_the_folder_reopened_goes_on_with_it(
     out = tmp_path / "out"
     assert main(words) == 0
     write_clips(tmp_path / "videos", 6, 20)
-    check_open = journal.check_open
+    check_open = underway.check_open
 
     def reopened(folder: Path) -> None:
         try:
             check_open(folder)
         finally:
-            monkeypatch.setattr(journal, "check_open", check_open)
+            monkeypatch.setattr(underway, "check_open", check_open)
             with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="killed"):
                 stopped.setattr(run, "encoder_of", killed)
                 main(words)
@@ -144,7 +144,7 @@ def test_a_rank_that_finds_the_folder_reopened_goes_on_with_it(
     def killed(*arguments: Any) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(journal, "check_open", reopened)
+    monkeypatch.setattr(underway, "check_open", reopened)
     assert main(words) == 0
     check_complete(out, {**LENGTHS, "v6.mp4": 2})
 
@@ -180,7 +180,7 @@ def test_a_finished_folder_may_be_read_only(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "access", refuses)
-    monkeypatch.setattr(journal, "exclusively", read_only)
+    monkeypatch.setattr(underway, "exclusively", read_only)
     before = {path.name: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
     capsys.readouterr()
     assert main(words) == 0

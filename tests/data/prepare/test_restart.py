@@ -18,7 +18,7 @@ import torch
 
 from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
-from data.prepare import journal, run
+from data.prepare import merge, run, underway
 from data.prepare.__main__ import main
 from data.prepare.records import read_records
 from data.shards import writer
@@ -75,7 +75,7 @@ def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: p
     def dies(*arguments: Any) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(run, "finish_folder", dies)
+    monkeypatch.setattr(merge, "finish_folder", dies)
     with pytest.raises(RuntimeError, match="killed"):
         main(words)
     for name in ("manifest.json", "rejected.jsonl", "empty_prompt.safetensors"):
@@ -83,7 +83,7 @@ def test_killed_around_the_manifest(tmp_path: Path, videos: Path, monkeypatch: p
     shards = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
     assert shards and not (out / "manifest.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(journal, "remove", lambda folder: None)
+    monkeypatch.setattr(underway, "remove", lambda folder: None)
     assert main(words) == 0 and (out / ".prepare").exists()
     monkeypatch.undo()
     assert main(words) == 0
@@ -181,7 +181,7 @@ def test_a_rank_that_ends_after_the_merge_leaves_the_manifest_alone(tmp_path: Pa
     assert main(words) == 0
     manifest = (out / "manifest.json").read_bytes()
     recipe, rank = SimpleNamespace(out=out), Rank(1, 2, 1)
-    assert run.finish(recipe, rank, SimpleNamespace(rows=[]), None) == 0  # type: ignore[arg-type]
+    assert merge.finish(recipe, rank, SimpleNamespace(rows=[]), None) == 0  # type: ignore[arg-type]
     assert (out / "manifest.json").read_bytes() == manifest
 
 
@@ -279,7 +279,7 @@ def test_a_rank_that_comes_after_the_merge_leaves_the_folder_alone(
 
 def test_a_key_in_two_shards_is_no_manifest(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"source={videos}", f"out={tmp_path / 'out'}", *FAST]
-    monkeypatch.setattr(run, "merge", lambda *arguments: 0)
+    monkeypatch.setattr(merge, "merge", lambda *arguments: 0)
     assert main(words) == 0
     monkeypatch.undo()
     (record,) = (tmp_path / "out" / ".prepare").glob("record-*")

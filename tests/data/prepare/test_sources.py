@@ -15,8 +15,9 @@ from pyarrow import parquet
 from data.errors import DataError
 from data.prepare.__main__ import Arguments, main
 from data.prepare.conditions import number, parse_conditions, split_conditions
+from data.prepare.listed import Listed, Video
 from data.prepare.selection import Ranking, select
-from data.prepare.sources import Columns, Listed, Video
+from data.prepare.sources import Columns
 from data.prepare.sources import read_source as read
 from radial.cli.reader import read as read_words
 from radial.errors import Mistake

@@ -10,7 +10,8 @@ import pytest
 
 from radial.errors import Mistake
 from train.bench.__main__ import main
-from train.bench.steps import Result, case_of, config_of, speed_up
+from train.bench.case import Result
+from train.bench.steps import case_of, config_of, speed_up
 
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
 

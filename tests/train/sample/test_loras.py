@@ -21,7 +21,8 @@ from train.export.run import folded, header_of
 from train.lora.reading import Lora
 from train.models.pretrained import stand_in
 from train.sample.__main__ import main
-from train.sample.settings import jobs, parse_settings, recipe_of, slots
+from train.sample.jobs import jobs
+from train.sample.settings import parse_settings, recipe_of, slots
 from train.step.clip_recipe import clip_recipe
 
 

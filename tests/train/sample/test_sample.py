@@ -23,7 +23,8 @@ from train.errors import UserError
 from train.models.families.wan import WanSelfAttention
 from train.sample.__main__ import main
 from train.sample.generate import Generator
-from train.sample.settings import jobs, parse_settings
+from train.sample.jobs import jobs
+from train.sample.settings import parse_settings
 
 
 @pytest.fixture(scope="module")

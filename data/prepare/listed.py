@@ -1,0 +1,109 @@
+"""A list of videos, and what is held of each of its lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import DataError
+from data.prepare.rows import Texts
+from data.prepare.spans import Span
+
+
+class NoVideosError(DataError):
+    """A list that can be read, and has no video in it that is asked for."""
+
+
+class Candidate(NamedTuple):
+    """What is held of a line of the list, one of a million: not its caption and its cells.
+
+    Attributes:
+        path: as listed; empty where there is none.
+        problem: why it cannot be used, where it cannot.
+        span: the piece of it that is meant; None is all of it.
+        place: the number of its place in the list.
+    """
+
+    path: str
+    problem: str | None
+    span: Span | None
+    place: int
+
+
+class Video(NamedTuple):
+    """A line of the list.
+
+    Attributes:
+        path, problem, span, place: as of a `Candidate`.
+        caption: None where there is no text.
+        columns: the cells of its row, by column.
+        uncaptioned: all that it lacks is a caption.
+    """
+
+    path: str
+    caption: str | None
+    columns: Mapping[str, Any]
+    problem: str | None = None
+    span: Span | None = None
+    place: int = 0
+    uncaptioned: bool = False
+
+
+def name_of(video: Candidate | Video) -> str:
+    """What a listed video is called: its path, and which piece of it is meant."""
+    if video.span is None:
+        return video.path
+    end = "" if video.span.end is None else f"{video.span.end:g}"
+    return f"{video.path}[{video.span.start:g}-{end}{' frames' if video.span.frames else ''}]"
+
+
+Read = Callable[[Collection[int] | None, Collection[str] | None], Iterator[Video]]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list of videos.
+
+    Attributes:
+        source: the folder or the table.
+        columns: the names of its columns.
+        told: what is to be said of what it leaves aside.
+        read: reads the videos at some places (None: all), with the cells of some columns at least (None: all).
+    """
+
+    source: Path
+    columns: list[str]
+    told: list[str]
+    read: Read
+
+    def videos(self, columns: Collection[str] | None = None) -> Iterator[Video]:
+        """All videos in the list's order; a table is read while they are asked for.
+
+        Args:
+            columns: the cells that are needed; None is all.
+
+        Raises:
+            DataError: a line is none of the table; it names file and line.
+        """
+        return self.read(None, columns)
+
+    def captions(self, chosen: Sequence[Candidate]) -> Texts:
+        """The captions of some of its videos, which are read anew; empty where there is no text.
+
+        Args:
+            chosen: of different names.
+
+        Raises:
+            DataError: the list is not what it was.
+        """
+        found, missing = Texts(len(chosen)), {name_of(video): number for number, video in enumerate(chosen)}
+        for video in self.read({video.place for video in chosen}, ()):
+            number = missing.get(name_of(video))
+            if number is not None and chosen[number].place == video.place:
+                found[number] = video.caption or ""
+                del missing[name_of(video)]
+        if missing:
+            raise DataError(f"{self.source}: was changed while it was read ({next(iter(missing))}); start again")
+        return found

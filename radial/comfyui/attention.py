@@ -8,6 +8,9 @@ the video's self-attention is computed here, every other one, and dense layers a
     WanModel     (batch, video tokens, heads x head_dim)     cross-attention, with the keys of text or image
     HunyuanVideo (batch, heads, video + text, head_dim)      the text's own layers, without the video
 
+Before February 2026 ComfyUI put HunyuanVideo's text behind the video, since then before it (`Model.text_first`); here
+it is brought behind, as in training.
+
 Positive and negative prompts come as one batch or in turn; tiles and context windows come as latents of their own size,
 and have the mask of that size.
 """
@@ -44,7 +47,8 @@ class Model:
         patch: cells of a token in (t, h, w).
         layers: with self-attention over the video.
         double: the first of them, whose blocks ComfyUI calls double.
-        joint: whether text tokens follow the video's in self-attention.
+        joint: whether text tokens stand beside the video's in self-attention.
+        text_first: whether they come before the video's there, not after them.
     """
 
     kind: str
@@ -52,6 +56,7 @@ class Model:
     layers: int
     double: int
     joint: bool
+    text_first: bool = False
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Call:
         sigma: the noise level, 0 to 1.
         step: of the sampler's schedule.
         layer: how many self-attention layers have run.
+        numbered: whether ComfyUI said of one of them which it is.
         text_lengths: of each sample, where text is masked; found in the first layer.
     """
 
@@ -70,6 +76,7 @@ class Call:
     sigma: float
     step: int
     layer: int = 0
+    numbered: bool = False
     text_lengths: Tensor | None = None
 
 
@@ -102,7 +109,7 @@ class RadialOverride:
         call = Call(self._grid(x, c_crossattn, kwargs.get("clip_fea")), *moment(options))
         options = {**options, CALL: call}
         out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        if call.layer not in (0, self.model.layers) and "block_index" not in options:
+        if call.layer not in (0, self.model.layers) and not call.numbered:
             raise RadialError(
                 f"{call.layer} of the model's {self.model.layers} layers have run: a node that skips layers needs a "
                 "ComfyUI that numbers them (transformer_options['block_index']), please update it"
@@ -125,8 +132,10 @@ class RadialOverride:
             return self._other(func, *args, **kwargs)
         q, k, v, heads = args[:4] if len(args) > 3 else (*args[:3], kwargs["heads"])
         whole = bool(kwargs.get("skip_reshape"))  # heads lie before tokens already
-        q, k, v = (x.transpose(1, 2) if whole else x.unflatten(-1, (heads, -1)) for x in (q, k, v))
+        first = call.grid.text_tokens if self.model.text_first else 0
+        q, k, v = (rolled(x.transpose(1, 2) if whole else x.unflatten(-1, (heads, -1)), 1, first) for x in (q, k, v))
         mask = args[4] if len(args) > 4 else kwargs.get("mask")
+        mask = None if mask is None else rolled(mask, -1, first)
         if mask is not None and call.text_lengths is None:
             call.text_lengths = text_lengths(mask, call.grid, len(q))
         attention = attention_for(
@@ -134,6 +143,7 @@ class RadialOverride:
             masks=self.masks,
         )  # fmt: skip
         out = attention(q.to(v.dtype), k.to(v.dtype), v, text_lengths=None if mask is None else call.text_lengths)
+        out = rolled(out, 1, -first)
         return out.transpose(1, 2) if kwargs.get("skip_output_reshape") else out.flatten(2)
 
     def _grid(self, latent: Tensor, text: Tensor | None, image: Tensor | None) -> VideoGrid:
@@ -165,6 +175,7 @@ class RadialOverride:
     def _layer(self, call: Call, options: Mapping[str, Any]) -> int:
         if "block_index" not in options:
             return call.layer
+        call.numbered = True
         return int(options["block_index"]) + (self.model.double if options.get("block_type") == "single" else 0)
 
     def _other(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -188,6 +199,11 @@ def moment(options: Mapping[str, Any]) -> tuple[float, int]:
         return sigma, _LATER
     # samplers that look between two steps belong to the first of them
     return sigma, max(0, int((schedule.float().cpu() >= sigma - 1e-6).sum()) - 1)
+
+
+def rolled(x: Tensor, dim: int, count: int) -> Tensor:
+    """The first ``count`` places of a dimension moved to its end; a negative one moves the last to its front."""
+    return x.roll(-count, dim) if count else x
 
 
 def text_lengths(mask: Tensor, grid: VideoGrid, batch: int) -> Tensor:

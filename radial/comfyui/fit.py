@@ -37,7 +37,9 @@ def model_of(network: Any) -> Model:
     if kind == "WanModel":
         return Model(kind, patch, len(network.blocks), len(network.blocks), joint=False)
     double = len(network.double_blocks)
-    return Model(kind, patch, double + len(network.single_blocks), double, joint=True)
+    # its layers had this attribute, true, as long as the text came behind the video
+    text_first = not getattr(network.double_blocks[0], "flipped_img_txt", False)
+    return Model(kind, patch, double + len(network.single_blocks), double, joint=True, text_first=text_first)
 
 
 def masks_beside(path: Path, header: Mapping[str, str]) -> HeadMasks | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ HUNYUAN = {
     "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 16,
     "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6],
     "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
 SIZES = {"wan": WAN, "hunyuan": HUNYUAN}
 DIFFUSERS = {
@@ -52,12 +54,22 @@ def patcher(family: str, model: Any) -> Any:
         "hunyuan": (comfy.supported_models.HunyuanVideo, comfy.model_base.HunyuanVideo),
     }
     config_class, model_class = kinds[family]
-    config = config_class(dict(SIZES[family]))
+    config = config_class(sizes(family))
     config.set_inference_dtype(torch.float32, None)
     own = model_class(config, device=torch.device("cpu"))
-    own.diffusion_model.load_state_dict(converted(model))
+    own.diffusion_model.load_state_dict(config.process_unet_state_dict(converted(model)))
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(own.eval(), load_device=cpu, offload_device=cpu)
+
+
+def sizes(family: str) -> dict[str, Any]:
+    """The settings of a tiny model, those that this version of ComfyUI knows."""
+    import comfy.ldm.hunyuan_video.model
+
+    if family != "hunyuan":
+        return dict(SIZES[family])
+    known = {field.name for field in fields(comfy.ldm.hunyuan_video.model.HunyuanVideoParams)} | {"image_model"}
+    return {name: value for name, value in HUNYUAN.items() if name in known}
 
 
 def converted(model: Any) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 """The node's attention as ComfyUI calls it. How ComfyUI calls is data here, which `test_real_models.py` holds to it."""
 
+import importlib.util
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ import torch
 from radial import Dense, RadialError, Released, VideoGrid, attention_over, build_layout, radial_attention
 from radial.comfyui import NODE_CLASS_MAPPINGS, fit
 from radial.comfyui.attention import CALL, Call, Model, RadialOverride, moment, text_lengths
-from radial.comfyui.node import description
+from radial.comfyui.node import LoadRadialLora, description
 from tests.helpers.patterns import fitted
 
 HEADER = {
@@ -24,10 +27,12 @@ HEADER = {
 }  # fmt: skip
 WAN = Model("WanModel", (1, 2, 2), layers=3, double=3, joint=False)
 HUNYUAN = Model("HunyuanVideo", (1, 2, 2), layers=4, double=2, joint=True)
+TEXT_FIRST = replace(HUNYUAN, text_first=True)
 LATENT, TEXT, HEADS, WIDTH = (2, 16, 9, 8, 12), 8, 2, 16
 GRID = VideoGrid(9, 4, 6)
 # In the order of a layer: tokens of the queries and of the keys, further arguments by name, whether it is the video's.
-# ComfyUI 0.3.64: comfy/ldm/wan/model.py, comfy/ldm/hunyuan_video/model.py
+# ComfyUI 0.3.64 and 0.33.0: comfy/ldm/wan/model.py, comfy/ldm/hunyuan_video/model.py. Since February 2026 (0.13) the
+# text comes before the video in HunyuanVideo's calls, and all layers are numbered.
 CALLS = {
     "WanModel": [(216, 216, {}, True), (216, TEXT, {}, False)],
     "HunyuanVideo": [(TEXT, TEXT, {"skip_reshape": True}, False), (224, 224, {"skip_reshape": True}, True)],
@@ -46,12 +51,15 @@ def own(q, k, v, heads, **kwargs):
     return "ComfyUI's"
 
 
-def run(override, calls, sigmas=0.5, latent=LATENT, **options):
-    """What each attention of a call of the model gives."""
+def run(override, calls, sigmas=0.5, latent=LATENT, numbers=None, **options):
+    """What each attention of a call of the model gives; ``numbers``: what ComfyUI says of each layer."""
     outs = []
 
     def executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        for queries, keys, named, _ in calls:
+        transformer_options = dict(transformer_options)  # BaseModel._apply_model copies it
+        for place, (queries, keys, named, _) in enumerate(calls):
+            if numbers is not None:
+                transformer_options.update(numbers[place])
             given = qkv(queries, keys, named)[1]
             outs.append(override(own, *given, heads=HEADS, **named, transformer_options=transformer_options))
         return "out"
@@ -62,11 +70,18 @@ def run(override, calls, sigmas=0.5, latent=LATENT, **options):
     return outs
 
 
+def numbers_of(model):
+    """What ComfyUI says of each self-attention layer, and keeps saying in the cross-attention behind it."""
+    found = [{"block_type": "double", "block_index": layer} for layer in range(model.double)]
+    found += [{"block_type": "single", "block_index": layer} for layer in range(model.layers - model.double)]
+    return [said for said in found for _ in CALLS[model.kind]]
+
+
 @pytest.mark.parametrize("model", [WAN, HUNYUAN], ids=lambda model: model.kind)
 @pytest.mark.parametrize("numbered", [False, True])
 def test_the_videos_self_attention_is_ours_and_no_other(model, numbered):
     calls = CALLS[model.kind] * model.layers
-    outs = run(RadialOverride(HEADER, model), calls)
+    outs = run(RadialOverride(HEADER, model), calls, numbers=numbers_of(model) if numbered else None)
     grid = VideoGrid(9, 4, 6, TEXT if model.joint else 0)
     layers = 0
     for (queries, keys, named, is_ours), out in zip(calls, outs, strict=True):
@@ -78,6 +93,24 @@ def test_the_videos_self_attention_is_ours_and_no_other(model, numbered):
             other = attention_over(*qkv(queries, keys, named)[0], build_layout(Dense(), grid, 16))
             assert not torch.allclose(out, other.flatten(2), atol=1e-3)
         layers += is_ours
+
+
+def test_text_may_come_before_the_video():
+    override = RadialOverride({**HEADER, "radial.dense_layers": "0"}, TEXT_FIRST)
+    grid = VideoGrid(9, 4, 6, TEXT)
+    mask = torch.zeros(1, 1, grid.tokens)
+    mask[..., 5:TEXT] = -torch.finfo(torch.float32).max
+    plain, given = qkv(224, 224, {"skip_reshape": True})
+    ours = [torch.cat([x[:, TEXT:], x[:, :TEXT]], 1) for x in plain]
+    layout = build_layout(Released(decay=0.4), grid, 16)
+    for text, named in ((None, {}), (torch.tensor([5, 5]), {"mask": mask})):
+        options = {CALL: Call(grid, 0.5, 0)}
+        out = override(own, *given, HEADS, **named, skip_reshape=True, transformer_options=options)
+        expected = attention_over(*ours, layout, text_lengths=text).flatten(2)
+        torch.testing.assert_close(out, torch.cat([expected[:, -TEXT:], expected[:, :-TEXT]], 1))
+        options = {CALL: Call(grid, 0.5, 0)}
+        whole = {"skip_reshape": True, "skip_output_reshape": True, "transformer_options": options}
+        torch.testing.assert_close(override(own, *given, HEADS, **named, **whole).transpose(1, 2).flatten(2), out)
 
 
 def test_masks_that_differ_by_head_are_those_beside_the_lora(tmp_path):
@@ -119,11 +152,12 @@ def test_numbered_layers_may_be_left_out_and_counted_ones_not():
     override, (self_attention, _) = RadialOverride(HEADER, WAN), CALLS["WanModel"]
     with pytest.raises(RadialError, match="2 of the model's 3 layers have run"):
         run(override, [self_attention] * 2)
-    (out,) = run(override, [self_attention], block_index=2, block_type="double")
+    (out,) = run(override, [self_attention], numbers=[{"block_index": 2, "block_type": "double"}])
     assert not isinstance(out, str)
-    (out,) = run(override, [self_attention], block_index=0, block_type="double")
+    (out,) = run(override, [self_attention], numbers=[{"block_index": 0, "block_type": "double"}])
     assert isinstance(out, str)
-    (out,) = run(RadialOverride(HEADER, HUNYUAN), CALLS["HunyuanVideo"][1:], block_index=0, block_type="single")
+    single = [{"block_index": 0, "block_type": "single"}]
+    (out,) = run(RadialOverride(HEADER, HUNYUAN), CALLS["HunyuanVideo"][1:], numbers=single)
     assert not isinstance(out, str)
 
 
@@ -183,8 +217,9 @@ def network(kind, **fields):
 
 def test_models_of_other_classes_are_refused():
     assert fit.model_of(network("WanModel", patch_size=(1, 2, 2), blocks=[0] * 3)) == WAN
-    blocks = {"double_blocks": [0] * 2, "single_blocks": [0] * 2}
-    assert fit.model_of(network("HunyuanVideo", patch_size=[1, 2, 2], **blocks)) == HUNYUAN
+    for block, model in ((SimpleNamespace(flipped_img_txt=True), HUNYUAN), (SimpleNamespace(), TEXT_FIRST)):
+        blocks = {"double_blocks": [block] * 2, "single_blocks": [0] * 2}
+        assert fit.model_of(network("HunyuanVideo", patch_size=[1, 2, 2], **blocks)) == model
     with pytest.raises(RadialError, match="is a VaceWanModel, expected WanModel or HunyuanVideo"):
         fit.model_of(network("VaceWanModel"))
     with pytest.raises(RadialError, match="another of the HunyuanVideo class"):
@@ -230,6 +265,34 @@ def test_what_was_set_stands_in_words():
         "shift of the noise levels: 3",
         "the model samples with shift 8: set 3 in ModelSamplingSD3",
     ]
+
+
+@pytest.mark.parametrize("way", [Path.symlink_to, lambda place, folder: shutil.copytree(folder, place)])
+def test_the_folder_is_a_custom_node_by_a_link_and_by_a_copy(way, tmp_path, monkeypatch):
+    """As ``nodes.load_custom_node`` of ComfyUI loads what lies in ``custom_nodes``."""
+    place = tmp_path / "radial"
+    way(place, Path(fit.__file__).parent)
+    spec = importlib.util.spec_from_file_location("custom_nodes_radial", place / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert {"LoadRadialLora": LoadRadialLora} == module.NODE_CLASS_MAPPINGS
+    assert set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(module.NODE_CLASS_MAPPINGS)
+
+
+def test_the_node_offers_the_loras_and_shows_what_it_set(monkeypatch):
+    folder = SimpleNamespace(
+        get_filename_list=lambda kind: [f"{kind}.safetensors"],
+        get_full_path_or_raise=lambda kind, name: f"/models/{kind}/{name}",
+    )
+    monkeypatch.setitem(sys.modules, "folder_paths", folder)
+    monkeypatch.setattr("radial.comfyui.node.load_radial_lora", lambda *given: ("changed", f"set {given}"))
+    inputs = LoadRadialLora.INPUT_TYPES()["required"]
+    assert inputs["lora_name"][0] == ["loras.safetensors"] and inputs["model"][0] == "MODEL"
+    found = getattr(LoadRadialLora(), LoadRadialLora.FUNCTION)(model="mine", lora_name="a", strength_model=0.5)
+    text = f"set {('mine', Path('/models/loras/a'), 0.5)}"
+    assert found == {"ui": {"text": [text]}, "result": ("changed", text)}
+    assert len(LoadRadialLora.RETURN_TYPES) == len(LoadRadialLora.RETURN_NAMES) == 2
 
 
 def test_the_example_workflow_uses_the_node():

@@ -5,12 +5,18 @@ RADIAL_COMFYUI=<folder of ComfyUI> pytest tests/radial/comfyui
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import json
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+import radial.comfyui
 from radial import RadialError
 from radial.comfyui.node import load_radial_lora
 from radial.patterns import Released
@@ -160,3 +166,44 @@ def test_a_second_node_takes_the_place_of_the_first_ones_attention(tmp_path):
     first, _ = load_radial_lora(plain, lora_of("wan", model, tmp_path), strength=0.0)
     second, _ = load_radial_lora(first, lora_of("wan", model, tmp_path, **{"radial.pattern": "dense"}), strength=0.0)
     torch.testing.assert_close(sampled(second, prompts("wan"), 1.0), sampled(plain, prompts("wan"), 1.0))
+
+
+def test_a_node_that_skips_a_layer_leaves_the_others_their_numbers(tmp_path):
+    """As ComfyUI's SkipLayerGuidanceDiT does; versions before December 2025 do not number Wan's layers."""
+    import comfy.ldm.wan.model
+
+    numbered = '["block_index"]' in inspect.getsource(comfy.ldm.wan.model.WanModel.forward_orig)
+    model = model_of("wan")
+    found = []
+    for name in ("released", "dense"):
+        file = lora_of("wan", model, tmp_path, **{"radial.pattern": name, "radial.dense_layers": "2"})
+        changed, _ = load_radial_lora(patcher("wan", model), file)
+        changed.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
+        with nullcontext() if numbered else pytest.raises(RadialError, match="please update it"):
+            found.append(sampled(changed, prompts("wan"), 1.0))
+    if numbered:
+        assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_comfyui_finds_the_node_and_its_nodes_have_the_workflows_inputs(tmp_path, monkeypatch):
+    import folder_paths
+    import nodes
+
+    own = Path(radial.comfyui.__file__).parent
+    (tmp_path / "radial").symlink_to(own)
+    extras = Path(nodes.__file__).parent / "comfy_extras"
+    theirs = [extras / f"nodes_{name}.py" for name in ("preview_any", "model_advanced", "hunyuan", "video")]
+    for place in (tmp_path / "radial", *theirs):
+        assert asyncio.run(nodes.load_custom_node(str(place)))
+    workflow = json.loads((own / "example_workflows" / "wan_4x.json").read_text(encoding="utf-8"))
+    for node in workflow.values():
+        inputs = nodes.NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES()
+        assert set(inputs["required"]) <= set(node["inputs"]) <= {*inputs["required"], *inputs.get("optional", {})}
+    model = model_of("wan")
+    file = lora_of("wan", model, tmp_path)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    node = nodes.NODE_CLASS_MAPPINGS["LoadRadialLora"]
+    assert file.name in node.INPUT_TYPES()["required"]["lora_name"][0]
+    shown = node().load(model=patcher("wan", model), lora_name=file.name, strength_model=1.0)
+    (text,) = shown["ui"]["text"]
+    assert "Released(decay=0.4, rule='wan'), blocks of 16 tokens" in text and shown["result"][1] == text

@@ -321,6 +321,17 @@ def test_a_folder_with_other_files_is_not_replaced(trained, tmp_path):
     assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_a_card_is_written_without_the_hub(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.export.hub.HfApi", None)
+    out = tmp_path / "out"
+    main([f"run={trained[1]}", f"out={out}", "format=comfyui", "card=true"])
+    assert "README.md  the model card" in capsys.readouterr().out
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "## Trained with" in card and "- `comfyui/`: " in card
+    main([f"run={trained[1]}", f"out={out}", "format=comfyui"])
+    assert not (out / "README.md").exists()
+
+
 def test_a_card_lies_in_the_folder_though_the_hub_is_not_reached(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run, out = trained[1], tmp_path / "out"

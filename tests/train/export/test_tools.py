@@ -1,10 +1,12 @@
 """What an export says of the tools that run other attention than the run was trained with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from radial import Released
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import save_pipeline
 from train.config.compose import compose_run, finish
@@ -95,6 +97,15 @@ def test_each_tool_that_can_has_its_settings():
     )
     assert ways(run_of("wan_4x", attention="dense"), "comfyui") == []
     assert any("64 tokens on" in line for line in differences(run_of("wan_4x", attention__block="64"), "comfyui"))
+
+
+def test_the_option_ports_trains_what_the_ports_run():
+    run = run_of("wan_4x", attention="ports", clip__height="768", export__tools="[wanvideowrapper]")
+    own = run_of("wan_4x").attention
+    assert run.pattern() == Released(decay=1.0, rule="ports")
+    assert replace(run.attention, rule=None) == replace(own, rule=None)  # all else is as in radial
+    assert warnings(run) == []
+    assert ways(run, "comfyui")[0].startswith("WanVideoWrapper runs this attention: ")
 
 
 def test_a_run_is_warned_of_the_tools_that_it_names():

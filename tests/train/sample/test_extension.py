@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    WanPipeline,
+)
 from diffusers.pipelines import pipeline_utils
 from safetensors.torch import save_file
 
@@ -116,6 +121,46 @@ def test_attention_alone_and_another_scheduler(wan, model):
     close(called(pipeline), latent(wan, decay=0.4, dense_layers=1, dense_steps=2).latent)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert called(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_schedulers_take_the_same_steps(wan, model, scheduler):
+    """Dense attention through ours is the stock pipeline's; noise levels decide which steps are dense."""
+    pipeline = WanPipeline.from_pretrained(wan)
+    pipeline.scheduler = scheduler
+    plain = called(pipeline)
+    extend(pipeline, model=model, pattern="dense", shift=3.0)
+    close(called(pipeline), plain)
+    unextend(pipeline)
+    extend(pipeline, model=model, decay=0.4, block=16, dense_layers=0, dense_sigma=0.8, shift=3.0)
+    assert (called(pipeline) - plain).abs().max() > 1e-3
+    levels = pipeline.scheduler.sigmas[: len(pipeline.radial_extension.denoiser.dense)]
+    assert pipeline.radial_extension.denoiser.dense == (levels >= 0.8).tolist()
+    assert {True, False} == set(pipeline.radial_extension.denoiser.dense)
+    unextend(pipeline)
+    assert torch.equal(called(pipeline), plain)
+
+
+def test_positions_are_as_trained_and_taken_back(wan, model, tmp_path):
+    short = replace(model, native_frames=17)  # the clip is longer, so that its positions change
+    pipeline = WanPipeline.from_pretrained(wan)
+    plain, found = called(pipeline), []
+    for rope in ("default", "interpolate"):
+        lora = save_lora(wan, tmp_path / f"{rope}.safetensors", header={**HEADER, "radial.rope": rope})
+        extend(pipeline, lora, model=short, dense_steps=1)
+        found.append(called(pipeline))
+        close(found[-1], latent(wan, lora=lora, dense_steps=1, block=None, **{"model.native_frames": 17}).latent)
+        unextend(pipeline)
+        assert torch.equal(called(pipeline), plain)
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 def test_what_does_not_fit_leaves_the_pipeline_as_it_was(wan, lora, model, tmp_path):

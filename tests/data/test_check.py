@@ -195,7 +195,7 @@ def test_where_a_contact_sheet_cannot_be_made_is_told_before_the_check(
             main([shards.home, "--contact-sheet", word])
 
 
-def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> None:
+def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     png = tmp_path / "sheet.png"
     assert main([shards.home, "--contact-sheet", f"png={png}", "clips=2", "pictures=3"]) == 0
     sheet = np.asarray(Image.open(png)).astype(int)
@@ -206,6 +206,12 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest) -> 
             centre = sheet[row * rows + rows // 2 + 8, column * columns + columns // 2]
             assert np.abs(centre - colour).max() < 25, (row, column, centre)
     assert (sheet[:14, :200] < 100).any(), "the label is written"
+    labels: list[str] = []
+    monkeypatch.setattr("data.check.row_of", lambda frames, label: labels.append(label) or row_of(frames, label))
+    assert main([shards.home, "--contact-sheet", f"png={png}", "clips=4", "pictures=1"]) == 0
+    expected = [f"{name}.mp4 at {start:.2f} s" for name in ("green", "red") for start in (0, 0.625)]
+    for label, sample, place in zip(labels, shards.samples, expected, strict=True):
+        assert label.startswith(f"{sample.key}  {place}  "), "source and time"
     frame = np.zeros((32, 64, 3), np.uint8)
     assert row_of([frame], "one\ntwo") == row_of([frame], "one two"), "a label is one line"
 

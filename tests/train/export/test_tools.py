@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from radial import Released
+from tests.helpers.faults import run
 from tests.helpers.stock_models import TARGETS, random_lora
+from tests.helpers.tiny import run_config
 from tests.helpers.tiny_pipelines import save_pipeline
 from train.config.compose import compose_run, finish
 from train.config.sections import TOOL_KEYS
@@ -122,6 +124,15 @@ def test_a_run_is_warned_of_the_tools_that_it_names():
     assert line.startswith("warning: export.tools has wan2gp: Wan2GP loads comfyui/, which a DoRA (lora.dora) is not")
     with pytest.raises(UserError, match=r"export.tools is \['kijai'\], expected some of released_hunyuan"):
         run_of("wan_4x", export__tools="[kijai]")
+
+
+def test_a_run_says_at_its_start_who_cannot_run_it_and_with_how_many_clips_it_trains(tmp_path, capsys):
+    settings = {"trainer__steps": 1, "report__clips": 0, "export__tools": "[wan2gp]", "optim__accumulate": 2}
+    run(run_config(tmp_path, **settings))
+    start, step, _ = capsys.readouterr().out.partition("step 1/1")
+    assert step
+    assert "warning: export.tools has wan2gp: Wan2GP runs other attention than the LoRA was trained with" in start
+    assert "  clips      2 a step: 1 x 1 process, 2 micro-batches\n" in start
 
 
 def test_the_manuals_table_is_that_of_the_tools():

@@ -26,9 +26,10 @@ HUNYUAN = {
     "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
-SIZES = {"wan": WAN, "hunyuan": HUNYUAN}
+SIZES = {"wan": WAN, "wan22_5b": {**WAN, "in_dim": 48, "out_dim": 48}, "hunyuan": HUNYUAN}
 DIFFUSERS = {
     "wan": {"in_channels": 16, "out_channels": 16},
+    "wan22_5b": {"in_channels": 48, "out_channels": 48},
     "hunyuan": {"in_channels": 16, "out_channels": 16, "num_refiner_layers": 2},
 }
 """Changes to `tests.helpers.stock_models.CONFIGS` that make its models these."""
@@ -51,6 +52,7 @@ def patcher(family: str, model: Any) -> Any:
 
     kinds = {
         "wan": (comfy.supported_models.WAN21_T2V, comfy.model_base.WAN21),
+        "wan22_5b": (comfy.supported_models.WAN22_T2V, comfy.model_base.WAN22),
         "hunyuan": (comfy.supported_models.HunyuanVideo, comfy.model_base.HunyuanVideo),
     }
     config_class, model_class = kinds[family]

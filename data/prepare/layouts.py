@@ -77,12 +77,23 @@ def _in_page(row: Mapping[str, Any]) -> str | None:
     return f"{folder}/{name}" if name is not None and isinstance(folder, str) and folder.strip() else name
 
 
+def _of_youtube(row: Mapping[str, Any]) -> str | None:
+    """The long video, of whose name a row's is that with the number of its piece behind the last underscore."""
+    name = row.get("videoID")
+    return None if name in (None, "") else f"{str(name).rpartition('_')[0] or name}.mp4"
+
+
 _COLLECTIONS = (
     Collection(frozenset({"videoid", "name", "page_dir"}), "name", _in_page),  # WebVid
     Collection(
         frozenset({"videoID", "url", "timestamp", "caption", "matching_score"}),  # Panda-70M
         "caption",
         lambda row: _named(row, "videoID"),
+    ),
+    Collection(
+        frozenset({"videoID", "url", "timestamp", "caption", "video_training_suitability_score"}),  # Koala-36M
+        "caption",
+        _of_youtube,
     ),
     Collection(
         frozenset({"clip_id", "file_path", "timestamp", "framestamp", "dense_caption"}),  # MiraData

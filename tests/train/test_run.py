@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert read_config(folder).trainer.steps == 4
     assert "<div>state<b>done</b>" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_manual_names_all_that_lies_in_a_run_s_folder(finished):
+    manual = (Path(__file__).parents[2] / "train" / "README.md").read_text(encoding="utf-8")
+    table = manual[manual.index("## The run folder") : manual.index("## Resuming")]
+    named = {name.strip("/").removesuffix("/step-*") for name in re.findall(r"`([\w./*-]+)`", table)}
+    assert {path.name for path in finished[1].iterdir() if not path.name.startswith(".")} <= named
 
 
 def test_the_loss_curve_is_the_golden_one(finished):

@@ -30,6 +30,7 @@ FAMILIES = {
     "hunyuan": "data.encoders.hunyuan:HunyuanEncoder",
     "hunyuan15": "data.encoders.hunyuan15:Hunyuan15Encoder",
     "mochi": "data.encoders.mochi:MochiEncoder",
+    "minimax_h3": "data.encoders.minimax_h3:MiniMaxH3Encoder",
     "pixels": "data.encoders.pixels:PixelEncoder",
 }
 
@@ -125,10 +126,10 @@ def check_cut(manifest: Manifest, frames: int) -> int:
         kind.check(frames, [])
     except DataError as error:
         raise DataError(f"{manifest.home}: {error}") from error
-    stride = kind.facts.strides[0]
-    latent = 1 + (frames - 1) // stride
+    time = kind.facts.time
+    latent = time.latents(frames)
     for longer in sorted({sample.shape[1] for sample in manifest.samples if sample.shape[1] > latent}):
-        why = kind.why_not_cut(1 + (longer - 1) * stride, frames)
+        why = kind.why_not_cut(time.frames(longer), frames)
         if why is not None:
             raise DataError(
                 f"{manifest.home}: clips of {frames} frames cannot be cut from its latents of {longer} frames: {why}; "

@@ -20,6 +20,7 @@ from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
 from data.encoders.weights import fingerprint_of, load_part, read_config
 from data.errors import DataError
 from data.shards.sample import Prompt
+from radial.errors import RadialError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Encoder(ABC):
 
     Class attributes:
         family: the name in `data.encoders.FAMILIES`.
-        facts: of the family's model: pace, lengths, size, strides; a clip has 1 + n * time stride frames.
+        facts: of the family's model: pace, lengths, size, strides; the lengths that clips may have.
         parts: kind (vae, text) -> subfolders of the diffusers folder that make it up.
         latent_is: what the latents are, in words, for the manifest.
         text_is: what the text tensors are, in words, for the manifest.
@@ -138,11 +139,11 @@ class Encoder(ABC):
     @classmethod
     def check(cls, frames: int, sizes: list[tuple[int, int]]) -> None:
         """Raise a DataError that names the nearest fit unless clips of this length and these sizes can be encoded."""
-        time, space = cls.facts.strides
-        if frames < 1 or (frames - 1) % time:
-            below = max(0, (frames - 1) // time) * time + 1
-            raise DataError(f"frames is {frames}, expected 1 + a multiple of {time}, such as {below} or {below + time}")
-        step = space * cls.facts.patch
+        try:
+            cls.facts.time.check(frames)
+        except RadialError as error:
+            raise DataError(str(error)) from error
+        step = cls.facts.strides[1] * cls.facts.patch
         for height, width in sizes:
             if min(height, width) < step or height % step or width % step:
                 near = "x".join(str(max(step, round(side / step) * step)) for side in (height, width))

@@ -1,9 +1,9 @@
 """Between a VAE and the transformer: the scale of latents, and latents to frames, a few at a time.
 
-Each family decodes beside its encoder, in `wan.py`, `mochi.py`, `hunyuan.py` and `hunyuan15_vae.py`, so that the
-device's memory does not grow with the clip's length. With tiles, each also decodes a frame in overlapping squares,
-which are blended; all but HunyuanVideo decode a square over the whole time, so that the clip is gathered first, Wan's
-and Mochi's in CPU memory.
+Each family decodes beside its encoder, in `wan.py`, `mochi.py`, `hunyuan.py`, `hunyuan15_vae.py` and `minimax_h3.py`,
+so that the device's memory does not grow with the clip's length. With tiles, each also decodes a frame in overlapping
+squares, which are blended; all but HunyuanVideo and MiniMax-H3 decode a square over the whole time, so that the clip is
+gathered first, Wan's and Mochi's in CPU memory.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLWan,
+)
 from torch import Tensor
 
 TILE, OVERLAP = 32, 8  # latent cells
 
-TILED = frozenset({"hunyuan", "hunyuan15"})
-"""Encoders, keys of `data.encoders.FAMILIES`, whose VAEs decode frames in squares where nothing else is asked for, as
-whole ones take more memory than a GPU has. Mochi's, of 480x848 and `mochi.DECODED` latent frames at a time, take 12 GiB
-in bf16 and 24 in fp32."""
+TILED = frozenset({"hunyuan", "hunyuan15", "minimax_h3"})
+"""Encoders, keys of `data.encoders.FAMILIES`, whose VAEs decode frames in squares where nothing else is asked for:
+whole frames of HunyuanVideo take more memory than a GPU has, and MiniMax-H3 was released with squares. Mochi's, of
+480x848 and `mochi.DECODED` latent frames at a time, take 12 GiB in bf16 and 24 in fp32."""
 
 
 def normalized(vae: Any, latent: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ def decode_frames(vae: Any, latent: Tensor, *, tiled: bool) -> Iterator[np.ndarr
     """The frames of a clip in order, some at a time.
 
     Args:
-        vae: one of diffusers' four.
+        vae: one of diffusers' five.
         latent: (1, C, f, h, w) as the transformer works on it.
         tiled: decode squares of a frame: less memory, more time.
 
@@ -81,6 +86,10 @@ def decode_videos(vae: Any, z: Tensor, *, tiled: bool) -> Iterator[Tensor]:
         from data.encoders import hunyuan15_vae
 
         return hunyuan15_vae.decode_stream(vae, z, tiled=tiled)
+    if isinstance(vae, AutoencoderKLMiniMaxH3):
+        from data.encoders import minimax_h3
+
+        return minimax_h3.decode_stream(vae, z, tiled=tiled)
     if isinstance(vae, AutoencoderKLWan):
         from data.encoders import wan
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMiniMaxH3,
     AutoencoderKLMochi,
     AutoencoderKLWan,
     HunyuanVideo15Pipeline,
@@ -31,6 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -186,6 +190,35 @@ def save_hunyuan15(folder: Path, seed: int = 0, *, image: bool = False) -> Path:
         )
         _random(SiglipVisionModel(vision)).save_pretrained(folder / "image_encoder")
         SiglipImageProcessor(size={"height": 54, "width": 54}).save_pretrained(folder / "feature_extractor")
+    return folder
+
+
+def save_minimax_h3(folder: Path, seed: int = 0, *, layers: int = 52, **other: Any) -> Path:
+    """A MiniMax-H3 folder, its text encoder with more layers than the text goes through; `other` is of the VAE."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLMiniMaxH3(
+        latent_channels=4, block_out_channels=(8,) * 6, layers_per_block=1, norm_num_groups=4, decoder_num_layers=2,
+        decoder_num_attention_heads=2, decoder_attention_head_dim=8, latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.9, 1.1, 1.2, 0.8], **other,
+    )  # fmt: skip
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("scale1", "scale2")):  # zeros, by which the decoder's layers would do nothing
+            parameter.data.fill_(1.0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: n for n, letter in enumerate(letters)}, model_max_length=262144)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24, "patch_size": 4,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    _random(vae).save_pretrained(folder / "vae")
+    qwen = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+    _random(qwen).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
     return folder
 
 

@@ -233,7 +233,7 @@ def test_the_grammar_of_the_command_line(tmp_path: Path) -> None:
         ),
         (
             ["source=s", "out=o", "model=hunyuan", "weights=w", "frames=10"],
-            "frames is 10, expected 1 + a multiple of 4",
+            "frames is 10, expected 4 x k + 1 (the VAE compresses time by 4): use 9 or 13",
         ),
         *[
             (

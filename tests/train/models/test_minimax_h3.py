@@ -1,6 +1,7 @@
 """The MiniMax-H3 adapter against diffusers' model, pipeline and scheduler."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from diffusers.modular_pipelines.minimax_h3.decoders import MiniMaxH3AfterDenois
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
 from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
 
+from data.prepare.__main__ import main as prepare
 from data.shards.sample import TextTokens
+from data.shards.stream import read_samples
 from radial import Dense
 from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, latents, randomised
+from tests.helpers.tiny_models import save_minimax_h3
+from tests.helpers.videos import numbered, write_video
 from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.flow import noised
@@ -21,8 +26,11 @@ from train.lora.layers import inject_lora
 from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
-from train.models.loading import encoder_of, temporal_rope
+from train.models.loading import temporal_rope
+from train.preflight import preflight
+from train.run import RunFolder, train
 from train.sample.pipeline import pipeline_folder
+from train.storage.checkpoints import load_weights
 
 TOKENS = (7, 4, 5)
 
@@ -145,7 +153,43 @@ def test_the_texts_own_blocks_get_no_lora():
 
 def test_what_is_not_there_is_refused_by_name():
     model = finish(compose_run({"conf": "minimax_h3_2x"})).model
-    with pytest.raises(UserError, match="model.family is minimax_h3, for which data.prepare has no encoder"):
-        encoder_of(model)
     with pytest.raises(UserError, match="model.family is minimax_h3, which cannot be generated with here: .*wan"):
         pipeline_folder(model)
+
+
+def test_a_run_from_videos_to_an_exported_lora(tmp_path):
+    """Videos of two sizes and lengths; the distilled guidance needs the empty prompt; validation shows its clips."""
+    folder = save_minimax_h3(tmp_path / "model")
+    original().save_pretrained(folder / "transformer")
+    for row, caption in enumerate(("a red ball", "a clip of the moving ball", "the video")):
+        picture = functools.partial(numbered, height=96, width=128) if row else numbered
+        write_video(tmp_path / "videos" / f"{row}.mp4", 39 + row, fps=24, height=96 if row else 64,
+                    width=128 if row else 96, picture=picture, caption=caption)  # fmt: skip
+    shards = tmp_path / "shards"
+    command = ["model=minimax_h3", f"weights={folder}", "frames=39", "size=32x64", "workers=1", "cuts=keep"]
+    assert prepare([f"source={tmp_path / 'videos'}", f"out={shards}", *command]) == 0
+    samples = {sample.caption: sample for sample in read_samples(shards)}
+    assert len(samples) == 3 and {sample.latent.shape for sample in samples.values()} == {(4, 12, 2, 4)}
+    settings = {
+        "conf": "minimax_h3_2x", "model.dimensions": "null", "model.path": folder, "data.shards": shards,
+        "data.workers": 0, "data.frames": 22, "runs": tmp_path / "runs", "clip.frames": 22, "clip.height": 32,
+        "clip.width": 64, "attention.block": 16, "attention.dense_layers": 1, "lora.rank": 4, "trainer.steps": 2,
+        "trainer.checkpoint_every": 2, "trainer.devices": 1, "trainer.compile": False, "parallel.sequence": 1,
+        "parallel.activations": "full", "optim.global_batch": 2, "data.batch_size": 2, "report.clips": 0,
+        "log.wandb": "disabled", "data.holdout": 1, "validation.every": 1, "validation.samples_every": 2,
+        "validation.samples_steps": 2, "validation.prompts": "[a red ball]",
+    }  # fmt: skip
+    run = finish(compose_run({key: str(value) for key, value in settings.items()}))
+    preflight(run)
+    place = RunFolder.create(run)
+    train(run, place)
+    trained = load_weights(place.path / "checkpoints" / "step-000002")
+    assert len(trained) == 2 * 3 * 4 and all(tensor.abs().max() > 0 for tensor in trained.values())
+    pair = {name: trained[f"transformer_blocks.1.attn.to_q.{name}.weight"] for name in ("lora_A", "lora_B")}
+    model = original()
+    before = model.transformer_blocks[1].attn.to_q.weight.clone()
+    model.load_lora_adapter(place.path / "export" / "diffusers", weight_name="pytorch_lora_weights.safetensors")
+    model.fuse_lora()
+    change = model.transformer_blocks[1].attn.to_q.base_layer.weight - before
+    expected = run.lora.alpha / run.lora.rank * pair["lora_B"] @ pair["lora_A"]
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=2e-8)

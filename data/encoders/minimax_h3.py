@@ -58,7 +58,10 @@ class MiniMaxH3Encoder(Encoder):
                 f"{self.stretch}; it is not MiniMax-H3's"
             )
         self.tokenizer = load_tokenizer(settings, "tokenizer")
-        self.layers = _first_layers(settings)
+        # whole in CPU memory: the device has to hold the layers that the text goes through alone
+        on_cpu = dataclasses.replace(settings, device=torch.device("cpu"))
+        whole = load_text(Qwen3VLForConditionalGeneration, on_cpu, "text_encoder")
+        self.layers = None if whole is None else first_layers(whole).to(self.device)
 
     @classmethod
     def why_not_cut(cls, frames: int, shorter: int) -> str | None:
@@ -73,40 +76,45 @@ class MiniMaxH3Encoder(Encoder):
         return stored(normalized(self.vae, latent)[0])
 
     def prompt(self, text: str) -> Prompt:
-        ids = torch.tensor([self._ids(text or EMPTY)[: self.facts.text_tokens]], device=self.device)
-        with torch.no_grad():
-            states = stored(self.layers(input_ids=ids, use_cache=False).last_hidden_state[0])
+        states = stored(text_states(self.layers, self.tokenizer, text or EMPTY, self.device, self.facts.text_tokens))
         return Prompt({"text": TextTokens(states, torch.ones(len(states), dtype=torch.bool))}, {})
 
     def tokens(self, text: str) -> dict[str, tuple[int, int]]:
-        return {"Qwen3-VL": (len(self._ids(text)), self.facts.text_tokens)}
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+        return {"Qwen3-VL": (len(_ids(self.tokenizer, text)), self.facts.text_tokens)}
 
 
-def _first_layers(settings: EncoderSettings) -> Any:
-    """Qwen3-VL's text model up to layer `LAYERS`, which the device has to hold alone; None for `vae_only`.
+def first_layers(whole: Any) -> Any:
+    """Qwen3-VL's text model up to layer `LAYERS`; the others, and the norm after them, are taken out of it.
 
     Raises:
-        DataError: it has fewer layers, or cannot be loaded.
+        DataError: it has fewer layers.
     """
-    whole = load_text(
-        Qwen3VLForConditionalGeneration, dataclasses.replace(settings, device=torch.device("cpu")), "text_encoder"
-    )
-    if whole is None:
-        return None
     model = whole.model.language_model
     if len(model.layers) < LAYERS:
-        assert settings.folder is not None
         raise DataError(
-            f"{settings.folder / 'text_encoder'}: has {len(model.layers)} layers, expected at least {LAYERS}: "
-            "it is not MiniMax-H3's"
+            f"{whole.name_or_path}: has {len(model.layers)} layers, expected at least {LAYERS}: it is not MiniMax-H3's"
         )
     del model.layers[LAYERS:]
     model.norm = nn.Identity()
-    return model.to(settings.device)
+    return model
+
+
+@torch.no_grad()
+def text_states(layers: Any, tokenizer: Any, text: str, device: torch.device, most: int | None = None) -> Tensor:
+    """What the transformer sees of a text, (tokens, D): the text as it stands, without a template.
+
+    Args:
+        layers: as `first_layers` gives them.
+        most: tokens; the text is cut behind them, which changes nothing in those before.
+    """
+    ids = torch.tensor([_ids(tokenizer, text)[:most]], device=device)
+    states: Tensor = layers(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return states
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def _pixels(frames: np.ndarray, device: torch.device) -> Tensor:

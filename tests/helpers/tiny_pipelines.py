@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3Blocks
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -14,6 +15,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaModel,
     Qwen2_5_VLTextModel,
+    Qwen3VLForConditionalGeneration,
     SiglipImageProcessor,
     SiglipVisionModel,
     T5EncoderModel,
@@ -21,9 +23,10 @@ from transformers import (
 )
 
 from tests.helpers.stock_models import CONFIGS, TARGETS, random_lora
-from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan
+from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_minimax_h3, save_mochi, save_wan
 from train.export.formats import FORMATS, Adapter
 from train.export.run import folded
+from train.models.families.minimax_h3 import MiniMaxH3Adapter
 from train.models.pretrained import stand_in
 
 TOKENS = 24
@@ -62,13 +65,16 @@ def save_pipeline(family: str, folder: Path) -> Path:
 
     Args:
         family: wan, wan_i2v, wan_a14b (two experts), wan_5b (its own VAE, a timestep for each token), hunyuan,
-            hunyuan15, hunyuan15_i2v, mochi.
+            hunyuan15, hunyuan15_i2v, minimax_h3 (without its sound's parts), mochi.
     """
     torch.manual_seed(0)
     parts = folder.with_name(f"{folder.name}_parts")
-    makers = {"hunyuan": _hunyuan, "hunyuan15": _hunyuan15, "hunyuan15_i2v": _hunyuan15, "mochi": _mochi}
+    makers = {
+        "hunyuan": _hunyuan, "hunyuan15": _hunyuan15, "hunyuan15_i2v": _hunyuan15, "minimax_h3": _minimax_h3,
+        "mochi": _mochi,
+    }  # fmt: skip
     make = makers.get(family, _wan)
-    make(family, parts).save_pretrained(folder)
+    make(family, parts).save_pretrained(str(folder))
     return folder
 
 
@@ -140,6 +146,21 @@ def _hunyuan15(family: str, parts: Path) -> Any:
         image_encoder=_part(SiglipVisionModel, parts, "image_encoder"),
         feature_extractor=_part(SiglipImageProcessor, parts, "feature_extractor"),
     )
+
+
+def _minimax_h3(family: str, parts: Path) -> Any:
+    save_minimax_h3(parts)
+    pipeline = MiniMaxH3Blocks().init_pipeline()
+    pipeline.update_components(
+        transformer=_random(
+            diffusers.MiniMaxH3Transformer3DModel(**{**MiniMaxH3Adapter.tiny_config, "audio_in_channels": 32})
+        ),
+        vae=_part(diffusers.AutoencoderKLMiniMaxH3, parts, "vae"),
+        text_encoder=_part(Qwen3VLForConditionalGeneration, parts, "text_encoder"),
+        tokenizer=_part(AutoTokenizer, parts, "tokenizer"),
+        scheduler=diffusers.MiniMaxH3Scheduler(12.0),
+    )
+    return pipeline
 
 
 def _mochi(family: str, parts: Path) -> Any:

@@ -99,6 +99,11 @@ class ModelAdapter(PipelineTraits, ABC):
         self._follows_shard = False
         self.install_processors()
 
+    def predicted(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
+        """What the transformer's own ``forward`` gives for what the family's pipeline has ``given`` to it."""
+        out: Tensor = forward(**given)[0]
+        return out
+
     def install_processors(self) -> None:
         """Puts a processor of ours on each self-attention."""
         for layer in self.layers():

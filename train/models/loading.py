@@ -78,7 +78,7 @@ def check_pipeline(config: ModelConfig, folder: Path) -> None:
         raise UserError(f"model.path {folder} has no transformer/config.json, is the download complete?")
     _read_architecture(config, file)
     check_boundary(config, folder)
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / family_of(config).index)
     experts = 1 if (index.get("transformer_2") or [None, None])[1] is None else 2
     if experts != (1 if config.expert is None else 2):
         raise UserError(

@@ -17,13 +17,13 @@ StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 class PipelineTraits:
-    """The pipeline's part of a `ModelAdapter`; a family without a pipeline trains, and cannot generate."""
+    """The pipeline's part of a `ModelAdapter`; a family without one trains, and cannot generate."""
 
     model_class: ClassVar[Any]
     """The diffusers class of the transformer."""
 
     pipeline_name: ClassVar[str | None] = None
-    """The diffusers pipeline from text; None: `train.sample` does not know one."""
+    """The diffusers pipeline from text, which `train.sample.extend` takes; None: there is none."""
     image_pipeline_name: ClassVar[str | None] = None
     """The one from a first frame, where there is one."""
     vae_in_bf16: ClassVar[bool] = False
@@ -36,6 +36,21 @@ class PipelineTraits:
     """Denoising steps that its scheduler needs."""
     guided_by_prompt: ClassVar[bool] = True
     """Whether guidance takes a pass with the negative prompt; else the model takes the weight as an input."""
+    distilled: ClassVar[bool] = False
+    """Whether the model gives the velocity guided at a weight of its own, and no other can be set."""
+    index: ClassVar[str] = "model_index.json"
+    """The file of a pipeline's folder that names the class of each part."""
+
+    @classmethod
+    def generates(cls) -> bool:
+        """Whether `train.sample` can generate with the family."""
+        return cls.pipeline_name is not None
+
+    @classmethod
+    def part_class(cls, index: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+        """Library and class of a pipeline's part in its `index`; no class where it has no such part."""
+        library, kind = index.get(name) or ("", None)
+        return library, kind
 
     @classmethod
     def pipeline_class(cls, *, image: bool = False) -> Any:

@@ -119,7 +119,7 @@ class Denoiser:
             kwargs = {k: v[branch : branch + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         elif self.split.branches == 2 and branch == 1:
             kwargs = {k: self.negative[k].to(v) if k in self.negative else v for k, v in kwargs.items()}
-        out: Tensor = inner(**kwargs)[0]
+        out = adapter.predicted(inner, kwargs)
         if self.split.branches == 1:
             return out
         both = [torch.empty_like(out), torch.empty_like(out)]

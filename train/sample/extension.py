@@ -78,6 +78,9 @@ def extend(
             "the pipeline is offloaded already: call pipeline.remove_all_hooks(), extend it, and offload it after that"
         )
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
+    if family_of(config).pipeline_name is None:
+        other = ", but python -m train.sample generates with it" if family_of(config).generates() else ""
+        raise UserError(f"{type(pipeline).__name__} is of the family {config.family}, which cannot be extended{other}")
     first, second = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
     given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)
     extension = Extension(pipeline, complete(given, _with_folder(config, pipeline)), config)

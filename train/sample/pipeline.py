@@ -41,7 +41,7 @@ _TRANSFORMERS = ("transformer", "transformer_2")
 _OTHER_PARTS = (*_TRANSFORMERS, "vae", "image_encoder", "image_processor")
 
 
-_KNOWN = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.pipeline_name is not None)
+_KNOWN = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.generates())
 
 
 def pipeline_folder(model: ModelConfig) -> str:
@@ -50,7 +50,8 @@ def pipeline_folder(model: ModelConfig) -> str:
     Raises:
         UserError: a family without a pipeline, no such folder, one of a transformer alone, or one of another model.
     """
-    if family_of(model).pipeline_name is None:
+    family = family_of(model)
+    if not family.generates():
         raise UserError(
             f"model.family is {model.family}, which cannot be generated with here: expected one of {_KNOWN}"
         )
@@ -60,9 +61,9 @@ def pipeline_folder(model: ModelConfig) -> str:
     folder = Path(model.path).expanduser()
     if model.path.startswith("hub:"):
         folder = fetched(model)
-    if not (folder / "model_index.json").is_file():
+    if not (folder / family.index).is_file():
         raise UserError(
-            f"model.path {folder} has no model_index.json, expected the folder of a whole diffusers pipeline: "
+            f"model.path {folder} has no {family.index}, expected the folder of a whole diffusers pipeline: "
             "transformer, vae, text_encoder, ..."
         )
     check_pipeline(model, folder)
@@ -75,13 +76,12 @@ def pipeline_class(folder: str, image: bool) -> Any:
     Raises:
         UserError: an image for a model that takes none, or none for one that needs it.
     """
-    index = read_json(Path(folder) / "model_index.json")
-    name = str(index.get("_class_name"))
-    transformer = (index.get("transformer") or [None, None])[1]
-    family = adapter_of(str(transformer))
-    if family is None or family.pipeline_name is None:
-        raise UserError(f"model.path {folder} is a {name} of {transformer}, expected one of the families {_KNOWN}")
     config = read_json(Path(folder) / "transformer" / "config.json")
+    transformer = str(config.get("_class_name"))
+    family = adapter_of(transformer)
+    if family is None or not family.generates():
+        raise UserError(f"model.path {folder} has a {transformer}, expected one of the families {_KNOWN}")
+    index = read_json(Path(folder) / family.index)
     needs_image = family.from_image(config)
     takes_image = needs_image or bool(index.get("expand_timesteps"))
     if image and not takes_image:
@@ -109,10 +109,10 @@ def _load(cls: Any, folder: str, **settings: Any) -> Any:
         raise UserError(f"model.path {folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _load_part(folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_part(family: type[ModelAdapter], folder: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A text encoder, image encoder or VAE, whole: pipelines go on with random numbers for what its file lacks."""
-    index = Path(folder) / "model_index.json"
-    library, kind = read_json(index).get(name) or ("", None)
+    index = Path(folder) / family.index
+    library, kind = family.part_class(read_json(index), name)
     if kind is None:
         return None
     loader = getattr(_LIBRARIES.get(library), kind, None)
@@ -140,7 +140,7 @@ def encode_prompts(
     """
     parts: dict[str, Any] = dict.fromkeys(_taken(cls, _OTHER_PARTS))
     parts["vae"] = stand_in(Path(folder) / "vae")  # some pipelines are not made without
-    parts |= {name: _load_part(folder, name, device, dtype) for name in _taken(cls, _TEXT_ENCODERS)}
+    parts |= {name: _load_part(family, folder, name, device, dtype) for name in _taken(cls, _TEXT_ENCODERS)}
     pipeline = _load(cls, folder, **parts, torch_dtype=dtype)
     found = []
     for job in jobs:
@@ -176,11 +176,11 @@ def load_pipeline(
 ) -> Any:
     """The pipeline without its text encoders, its transformers on the CPU."""
     parts: dict[str, Any] = dict.fromkeys(_taken(cls, _TEXT_PARTS))
-    parts["vae"] = _load_part(folder, "vae", device, family.vae_dtype(dtype))
+    parts["vae"] = _load_part(family, folder, "vae", device, family.vae_dtype(dtype))
     for name in _taken(cls, ("image_encoder",)):
         # with offloading it looks at its one picture on the CPU, where it is for the rest of the clip
         place = device if settings.offload == "none" else torch.device("cpu")
-        parts[name] = _load_part(folder, name, place, torch.float32)
+        parts[name] = _load_part(family, folder, name, place, torch.float32)
     return _load(cls, folder, **parts, torch_dtype=dtype)
 
 

@@ -29,7 +29,6 @@ from train.models.families.minimax_h3 import MiniMaxH3Adapter
 from train.models.loading import temporal_rope
 from train.preflight import preflight
 from train.run import RunFolder, train
-from train.sample.pipeline import pipeline_folder
 from train.storage.checkpoints import load_weights
 
 TOKENS = (7, 4, 5)
@@ -149,12 +148,6 @@ def test_the_texts_own_blocks_get_no_lora():
     names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=False), seed=0)
     layers = ("to_q", "to_k", "to_v", "to_out.0")
     assert set(names) == {f"transformer_blocks.{n}.attn.{layer}" for n in range(3) for layer in layers}
-
-
-def test_what_is_not_there_is_refused_by_name():
-    model = finish(compose_run({"conf": "minimax_h3_2x"})).model
-    with pytest.raises(UserError, match="model.family is minimax_h3, which cannot be generated with here: .*wan"):
-        pipeline_folder(model)
 
 
 def test_a_run_from_videos_to_an_exported_lora(tmp_path):

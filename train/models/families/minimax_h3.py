@@ -20,6 +20,7 @@ takes no weight of it as an input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from radial import VideoGrid
 from train.flow import shifted
 from train.models.base import LayoutAttention, ModelAdapter
 from train.models.conditions import Conditions
+from train.models.pipelines import StepEnd
 
 _VIDEO, _TEXT = 0, 1  # kinds of rows
 _SPANS = (1, 4, 4, 4, 4)  # frames of the video in each latent frame, over and over
@@ -68,6 +70,8 @@ class MiniMaxH3Adapter(ModelAdapter):
     model_class = MiniMaxH3Transformer3DModel
     processor_class = MiniMaxH3Attention
     lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
+    index = "modular_model_index.json"
+    distilled = True
     riflex = "time, height and width share their frequencies, so that none is temporal"
     tiny_config = {  # noqa: RUF012
         "num_attention_heads": 4,
@@ -96,6 +100,32 @@ class MiniMaxH3Adapter(ModelAdapter):
             layer.attn.register_forward_pre_hook(lambda _, inputs: self._texts(inputs[0]))
             layer.attn.register_forward_hook(_packed)
 
+    @classmethod
+    def generates(cls) -> bool:
+        return True
+
+    @classmethod
+    def pipeline_class(cls, *, image: bool = False) -> Any:
+        from train.models.minimax_h3_pipeline import MiniMaxH3VideoPipeline
+
+        return MiniMaxH3VideoPipeline
+
+    @classmethod
+    def part_class(cls, index: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+        library, kind = index[name][2]["type_hint"] if name in index else ("", None)
+        return library, kind
+
+    @classmethod
+    def encode_prompt(
+        cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
+    ) -> dict[str, Tensor | None]:
+        return {"prompt_embeds": pipeline.encode_prompt(prompt, **settings)}
+
+    @classmethod
+    def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:
+        latent: Tensor = pipeline(callback_on_step_end=step_end, **settings)
+        return latent
+
     def layers(self) -> list[nn.Module]:
         return list(self.transformer.transformer_blocks)
 
@@ -112,6 +142,17 @@ class MiniMaxH3Adapter(ModelAdapter):
         """Nothing: `velocity` packs no more of the video than this rank's own."""
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return -self._prediction(self.transformer, x, 1 - sigma.float(), conditions)
+
+    def predicted(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
+        """For a latent, (1, C, F, H, W), and a prompt without padding, as `MiniMaxH3VideoPipeline` gives them."""
+        x, words = given["hidden_states"], given["encoder_hidden_states"]
+        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+        seen = Conditions({"text": TextTokens(words, mask)})
+        return self._prediction(forward, x, given["timestep"].expand(len(x)), seen)
+
+    def _prediction(self, forward: Callable[..., Any], x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """The model's own velocity, x0 - eps, at its own times, (batch,), 1 being clean."""
         (grid, batch), (t, h, w) = (self.grid(x), len(x)), self.patch
         words, lengths = conditions.packed_text("text", self.text_tokens)
         cells = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
@@ -124,11 +165,11 @@ class MiniMaxH3Adapter(ModelAdapter):
         self._valid = F.pad(valid, (own, 0), value=True)[:, None, None]
         last_first = torch.where(valid, lengths[:, None] - 1 - count, count)
         places = torch.cat([self.sliced(self._places(grid, x.device), dim=0), self._places_of_text(x.device)])
-        out = self.transformer(
+        out = forward(
             video.flatten(0, 1)[None],
             video.new_zeros(1, 0, self.transformer.config.audio_in_channels),
             words.flatten(0, 1)[None],
-            timestep=1 - sigma.float(),
+            timestep=time,
             timestep_indices=(rows // size).flatten(),
             token_tags=torch.where(rows % size < own, _VIDEO, _TEXT).flatten(),
             position_ids=places.repeat(batch, 1),
@@ -138,7 +179,7 @@ class MiniMaxH3Adapter(ModelAdapter):
             return_dict=False,
         )[0]
         cells = self.gathered(out.view(video.shape)).view(batch, *(grid.frames, grid.height, grid.width), -1, t, h, w)
-        return -cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape).float()
+        return cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape).float()
 
     def _with_mask(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """The model's cosines and sines for one sample's rows, with the mask, which layers hand to their attention."""

@@ -18,9 +18,11 @@ from tests.helpers.generating import close, generator, latent
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.errors import UserError
+from train.models.families.minimax_h3 import MiniMaxH3Adapter
 from train.sample import extend
 from train.sample.__main__ import main
-from train.sample.pipeline import pipeline_class
+from train.sample.pipeline import pipeline_class, pipeline_folder
+from train.sample.settings import parse_settings
 
 PROMPT = "a red ball, moving & it's a clip"
 CHANGES = {
@@ -91,7 +93,7 @@ def test_clips_may_be_longer_than_the_pipelines_and_a_lora_changes_them(folder, 
 def test_the_command_writes_the_frames_of_the_stock_decoder(folder, tmp_path):
     out = tmp_path / "clip.mp4"
     changes = {**CHANGES, "frames": 39}
-    main(words(folder, **changes, **SPARSE, out=out))
+    main(words(folder, **changes, **SPARSE, out=out, offload="layer"))
     made = generator(folder, **changes, **SPARSE)
     found = made.denoise(made.todo[0], made.prompts[0], made.attention).latent
     frames = np.concatenate(list(decode_frames(made.pipeline.vae, found, tiled=True)))
@@ -120,6 +122,16 @@ def test_two_processes_make_the_clip_of_one(folder):
 def test_mistakes(folder, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         main(words(folder, **{**CHANGES, **changes}, out=tmp_path / "clip.mp4"))
+
+
+def test_a_family_that_has_no_pipeline_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(MiniMaxH3Adapter, "generates", classmethod(lambda cls: False))
+    with pytest.raises(
+        UserError, match="model.family is minimax_h3, which cannot be generated with here: expected one"
+    ):
+        pipeline_folder(parse_settings(words(folder, **CHANGES))[1])
+    with pytest.raises(UserError, match="has a MiniMaxH3Transformer3DModel, expected one of the families wan"):
+        pipeline_class(str(folder), image=False)
 
 
 def test_the_modular_pipeline_is_not_extended(folder):

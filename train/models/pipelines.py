@@ -40,6 +40,8 @@ class PipelineTraits:
     """Whether the model gives the velocity guided at a weight of its own, and no other can be set."""
     index: ClassVar[str] = "model_index.json"
     """The file of a pipeline's folder that names the class of each part."""
+    files: ClassVar[list[str] | None] = None
+    """What of a repository of the hub makes up the pipeline, as patterns; None: all of it."""
 
     @classmethod
     def generates(cls) -> bool:

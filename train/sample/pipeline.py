@@ -60,7 +60,7 @@ def pipeline_folder(model: ModelConfig) -> str:
         raise UserError(f"model.path is not set, expected a diffusers pipeline's folder or hub:org/name{how}")
     folder = Path(model.path).expanduser()
     if model.path.startswith("hub:"):
-        folder = fetched(model)
+        folder = fetched(model, family.files)
     if not (folder / family.index).is_file():
         raise UserError(
             f"model.path {folder} has no {family.index}, expected the folder of a whole diffusers pipeline: "

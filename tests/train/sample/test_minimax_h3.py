@@ -8,6 +8,7 @@ from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3Blocks, before_denoi
 from diffusers.modular_pipelines.minimax_h3.decoders import MiniMaxH3AfterDenoiseStep, MiniMaxH3VideoDecodeStep
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
 from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
+from huggingface_hub.utils import filter_repo_objects
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings
@@ -124,13 +125,25 @@ def test_mistakes(folder, tmp_path, changes, message):
         main(words(folder, **{**CHANGES, **changes}, out=tmp_path / "clip.mp4"))
 
 
+def test_of_the_hub_only_its_own_parts_are_fetched(folder, monkeypatch):
+    """Beside them lie the weights for references and those of the authors' own scripts."""
+    asked = {}
+    monkeypatch.setattr("train.models.folders.snapshot_download", lambda name, **given: asked.update(given) or folder)
+    model = parse_settings(words("hub:MiniMaxAI/MiniMax-H3", **CHANGES))[1]
+    assert pipeline_folder(model) == str(folder)
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    others = ["transformer_ref/config.json", "audio_vae/config.json", "FL2VA/transformer/config.json"]
+    found = set(filter_repo_objects([*names, *others], allow_patterns=asked["allow_patterns"]))
+    assert found == set(names)
+
+
 def test_a_family_that_has_no_pipeline_is_refused(folder, monkeypatch):
     monkeypatch.setattr(MiniMaxH3Adapter, "generates", classmethod(lambda cls: False))
     with pytest.raises(
         UserError, match="model.family is minimax_h3, which cannot be generated with here: expected one"
     ):
         pipeline_folder(parse_settings(words(folder, **CHANGES))[1])
-    with pytest.raises(UserError, match="has a MiniMaxH3Transformer3DModel, expected one of the families wan"):
+    with pytest.raises(UserError, match="has a MiniMaxH3Transformer3DModel, expected one of the families hunyuan"):
         pipeline_class(str(folder), image=False)
 
 

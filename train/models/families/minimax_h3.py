@@ -71,6 +71,7 @@ class MiniMaxH3Adapter(ModelAdapter):
     processor_class = MiniMaxH3Attention
     lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
     index = "modular_model_index.json"
+    files = [index, *(f"{part}/*" for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"))]  # noqa: RUF012
     distilled = True
     riflex = "time, height and width share their frequencies, so that none is temporal"
     tiny_config = {  # noqa: RUF012

@@ -2,8 +2,9 @@
 
 The VAE encodes each stretch of 17 frames by itself, and so does the encoder, one after the other: memory does not grow
 with a clip's length. A clip's last stretch has 5 frames. diffusers repeats its last one up to 17, and drops the latent
-frames of what is repeated; its layers look back alone, so that without the repetition the latent is the same. The pipeline draws the latents of
-its own conditions, keyframes and references, from the VAE's distribution; shards hold the mean, as of every family.
+frames of what is repeated; its layers look back alone, so that without the repetition the latent is the same. The
+pipeline draws the latents of its own conditions, keyframes and references, from the VAE's distribution; shards hold the
+mean, as of every family.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from tests.helpers.families import TEXT, Perfect, build, conditions, latents, ra
 from tests.helpers.tiny_models import save_minimax_h3
 from tests.helpers.videos import numbered, write_video
 from train.config.compose import compose_run, finish
-from train.errors import UserError
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.measures.euler import generate

@@ -30,6 +30,7 @@ from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
 from train.planning.full_memory import check_memory
+from train.planning.kernels import check_backend
 from train.shards import training_shards, validation_shards
 from train.storage.checkpoints import checkpoints_of, weight_shapes
 from train.storage.inputs import hold_inputs
@@ -95,6 +96,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
     if not elsewhere:
+        check_backend(config)
         check_memory(config)
 
 

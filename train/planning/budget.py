@@ -24,6 +24,7 @@ from train.planning import calibration
 from train.planning.calibration import LayerCosts
 from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
+from train.planning.kernels import working_set
 from train.planning.sizes import Sizes
 
 GIB = 2**30
@@ -187,7 +188,12 @@ class Budget:
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
         latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
-        return costs * self.hidden + middle + latents
+        return costs * self.hidden + middle + latents + self.plain_attention
+
+    @cached_property
+    def plain_attention(self) -> float:
+        """The working set of attention's backward where it trains without a kernel."""
+        return working_set(self)
 
     @cached_property
     def policies(self) -> LayerPolicies:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from radial import Dense, VideoGrid, build_head_layouts, build_layout
 from radial.backends import BACKENDS, AttentionCall, choose_backend
-from train.config.schema import RunConfig
 from train.errors import UserError
 from train.planning import calibration
-from train.planning.budget import Budget
+
+if TYPE_CHECKING:
+    from train.planning.budget import Budget
 
 _PLAIN = "torch"  # the one backend that serves everything and is no kernel
 _KERNELS_BLOCK = 128  # tokens; every kernel takes it
@@ -74,15 +76,12 @@ def serves(budget: Budget) -> bool:
     return True
 
 
-def check_backend(config: RunConfig) -> None:
-    """Refuses an ``attention.backend`` that cannot train the run on this machine.
-
-    Raises:
-        UserError: as of `training_backend`.
-    """
-    budget = None if config.attention.backend is None else Budget.here(config)
-    if budget is not None:
-        training_backend(budget)
+def working_set(budget: Budget) -> float:
+    """Bytes at the peak of attention's backward where it has no kernel, beside what `calibration.LayerCosts` count."""
+    if budget.machine.is_cpu or training_backend(budget) != _PLAIN:
+        return 0.0
+    attended = budget.hidden * budget.sizes.attended / budget.sizes.width
+    return calibration.PLAIN_ATTENTION[budget.sizes.element] * attended
 
 
 def measured_rates(budget: Budget, *, dense: bool) -> Sequence[tuple[int, float, float]] | None:

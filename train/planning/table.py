@@ -51,7 +51,7 @@ def plan_table(budget: Budget) -> str:
         sigma = clip_recipe(config).attention.dense_sigma
         notes.append(
             f"{durations[0].dense_share:.1%} of the steps, at noise levels from {sigma:.4f}, "
-            "run dense: times are the mean"
+            f"run dense{': times are the mean' if durations[0].parts is not None else ''}"
         )
     if config.attention.dense_layers and config.attention.pattern != "dense":
         notes.append(f"the first {config.attention.dense_layers} of {sizes.layers} layers are dense in every step")

@@ -7,12 +7,18 @@ import torch
 
 from launch import doctor
 from launch.plan import main as plan
+from radial import Released, VideoGrid, build_layout
+from radial.backends import BACKENDS
+from radial.backends.op import Kept
 from tests.helpers.tiny import run_config
+from tests.helpers.traced import Live
 from train.callbacks.watchdog import patience
 from train.config.compose import compose_run, finish
 from train.errors import UserError
 from train.planning import GIB, GPUS, Budget, Duration, Machine, remedies, this_machine, without_kernel
-from train.planning.kernels import check_backend, training_backend
+from train.planning.calibration import PLAIN_ATTENTION
+from train.planning.kernels import training_backend
+from train.preflight import check_backend
 from train.run import _say_where_attention_is_slow
 
 
@@ -44,6 +50,24 @@ def test_the_backend_of_a_planned_gpu(gpu, words, backend, beside):
     assert training_backend(budget) == backend and training_backend(budget, beside=True) == beside
     assert (Duration(budget).step is None) == (backend == "torch")
     assert (without_kernel(budget) is None) == (backend != "torch")
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)])
+def test_the_memory_of_plain_attention_is_counted(dtype, block):
+    """Its backward's peak, beside its inputs, in tensors of their size: the same at every length."""
+    grid = VideoGrid(9, 16, 24, 20)
+    q, k, v, grad = (torch.randn(1, grid.tokens, 3, 128, dtype=dtype) for _ in range(4))
+    layout = build_layout(Released(), grid, block)
+    kept = Kept(q, k, v, q, q.new_empty(0), layout, None, 0.1)
+    with Live() as live:
+        BACKENDS["torch"].backward(grad, kept)
+    assert live.peak / q.nbytes == pytest.approx(PLAIN_ATTENTION[q.element_size()], rel=0.1)
+
+
+def test_a_run_without_a_kernel_needs_more_memory():
+    kernel, plain = (planned("h200", attention__block=block, parallel__activations="full") for block in (128, 64))
+    assert plain.running("full") - kernel.running("full") == pytest.approx(34 * plain.hidden)
+    assert kernel.plain_attention == 0
 
 
 def test_the_plan_says_where_attention_has_no_kernel(capsys):

@@ -85,12 +85,6 @@ _COLLECTIONS = (
         lambda row: _named(row, "videoID"),
     ),
     Collection(
-        frozenset({"videoID", "url", "timestamp", "caption", "video_training_suitability_score"}),  # Koala-36M
-        "caption",
-        lambda row: _named(row, "videoID"),
-        cut=True,
-    ),
-    Collection(
         frozenset({"clip_id", "file_path", "timestamp", "framestamp", "dense_caption"}),  # MiraData
         "dense_caption",
         lambda row: row.get("file_path"),

@@ -134,13 +134,6 @@ def test_common_collections_need_no_options(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert listed(panda) == [("aB-1.mp4[1-5.5]", "A cat"), ("aB-1.mp4[67-69]", "Its tail")]
-    koala = tmp_path / "koala.csv"
-    koala.write_text(
-        "videoID,url,timestamp,caption,clarity_score,aesthetic_score,motion_score,video_training_suitability_score\n"
-        """aB-1_26,https://x,"['0:00:01.000', '0:00:05.500']","A cat, its tail",0.9,5.3,22.0,4.48\n""",
-        encoding="utf-8",
-    )
-    assert listed(koala) == [("aB-1_26.mp4", "A cat, its tail")], "the file is the piece"
     mira = tmp_path / "mira.csv"
     mira.write_text(
         "clip_id,source,video_id,timestamp,framestamp,file_path,short_caption,dense_caption\n"

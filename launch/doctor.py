@@ -21,6 +21,7 @@ from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.loggers.environment import backends, driver, environment, gpus, nccl, read_speed
+from train.planning import Budget, training_call, without_kernel
 from train.preflight import preflight
 from train.storage.run_folder import going_on, gpus_given, lacks
 
@@ -93,9 +94,11 @@ def machine() -> Iterator[Finding]:
 
 
 def attention(config: RunConfig | None) -> Iterator[Finding]:
-    """The backends, and why not."""
+    """The backends, and why not: of the run's call, or of one with a head dimension of 128 in blocks of 128."""
     wanted = config.attention.backend if config is not None else None
-    for name, why in backends(128).items():
+    budget = Budget.here(config) if config is not None else None
+    call = None if budget is None else training_call(budget)
+    for name, why in backends(call).items():
         if why is None:
             yield Finding("ok", "attention", name)
         else:
@@ -103,6 +106,9 @@ def attention(config: RunConfig | None) -> Iterator[Finding]:
             if name == wanted:
                 verdict, remedy = "missing", "set attention.backend=null, or mend what it names"
             yield Finding(verdict, "attention", f"{name}: {why}", remedy)
+    slow = None if budget is None or wanted is not None else without_kernel(budget)
+    if slow is not None:
+        yield Finding("note", "attention", slow, "make trainer.timeout longer than a forward and than a backward")
 
 
 def slurm() -> Finding:

@@ -64,7 +64,7 @@ class FitOptions:
         "instead of decay, for benchmarks: heads of a clip of this size whose attention falls off at known rates",
         None, tuple(SHAPES),
     )  # fmt: skip
-    layers: int = setting("of the model of known=", 2, must=at_least(1))
+    layers: int | None = setting("with known=: of its model; null: 2", None, must=at_least(1))
     coverage: float = setting(
         "of that, the part that is drawn, thin and even, other pairs in each head; 1 draws all of it", 0.5,
         must=within(0, 1),
@@ -74,8 +74,10 @@ class FitOptions:
         "tried on one small model",
         False,
     )
-    dense_layers: int = setting("with decay=: so many of the first layers get no masks, as attention.dense_layers", 2,
-                                must=at_least(0))  # fmt: skip
+    dense_layers: int | None = setting(
+        "with decay=: so many of the first layers get no masks, as attention.dense_layers; null: 2", None,
+        must=at_least(0),
+    )  # fmt: skip
     seed: int = setting("of the draw", 0, must=_SEEDS)
     out: Path = setting("file of the masks", Path("masks.safetensors"))
 
@@ -186,6 +188,10 @@ def fit_masks(arguments: FitOptions) -> None:
         raise RadialError("decay and known are both set or neither, expected one of them")
     if arguments.separable and arguments.known is not None:
         raise RadialError("separable is of decay=, masses of known= fall off exponentially anyway: leave it out")
+    if arguments.dense_layers is not None and arguments.known is not None:
+        raise RadialError("dense_layers is of decay=, all layers of known= get masks: leave it out")
+    if arguments.layers is not None and arguments.decay is not None:
+        raise RadialError("layers is of known=, a decay file has its model's: leave it out")
     if arguments.decay is not None:
         fit(
             arguments.decay,
@@ -193,7 +199,7 @@ def fit_masks(arguments: FitOptions) -> None:
             share=arguments.share,
             coverage=arguments.coverage,
             separable=arguments.separable,
-            dense_layers=arguments.dense_layers,
+            dense_layers=2 if arguments.dense_layers is None else arguments.dense_layers,
             seed=arguments.seed,
         )
     else:
@@ -202,7 +208,7 @@ def fit_masks(arguments: FitOptions) -> None:
             shape.grid,
             arguments.out,
             heads=shape.heads,
-            layers=arguments.layers,
+            layers=arguments.layers or 2,
             share=arguments.share,
             coverage=arguments.coverage,
             seed=arguments.seed,

@@ -29,6 +29,7 @@ from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
+from train.planning import Budget, training_backend
 from train.planning.full_memory import check_memory
 from train.shards import training_shards, validation_shards
 from train.storage.checkpoints import checkpoints_of, weight_shapes
@@ -95,6 +96,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     if config.data.synthetic_clips and (tuple(config.model.vae) != (1, 1, 1)):
         raise UserError("data.synthetic_clips are pixels, they serve a model without a VAE only (model=shapes)")
     if not elsewhere:
+        check_backend(config)
         check_memory(config)
 
 
@@ -252,6 +254,17 @@ def check_shapes(config: RunConfig, shards: Manifest) -> None:
                 f"{shards.home} has latents of {height} x {width} cells, which model.patch {list(config.model.patch)} "
                 "does not divide: make the shards anew"
             )
+
+
+def check_backend(config: RunConfig) -> None:
+    """Refuses an ``attention.backend`` that cannot train the run on this machine.
+
+    Raises:
+        UserError: with the backend's reason.
+    """
+    budget = None if config.attention.backend is None else Budget.here(config)
+    if budget is not None:
+        training_backend(budget)
 
 
 def check_parallel(config: RunConfig, elsewhere: bool) -> None:

@@ -30,6 +30,7 @@ from train.errors import EXIT_CODES, WORDS, Asked, UserError
 from train.export.run import export_run
 from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
+from train.planning import Budget, without_kernel
 from train.planning.full_memory import is_out_of_memory, out_of_memory
 from train.preflight import check_shapes
 from train.report.held_out import write_report
@@ -126,6 +127,8 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
     stop = StopSignals(folder.path, rank, control)
     watchdog = Watchdog(folder.path, patience(config), control)
     watch = Watch(control=control, stop=stop, watchdog=watchdog)
+    if rank == 0:
+        _say_where_attention_is_slow(config)
     with stop.listening(), _in_words(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
@@ -144,6 +147,18 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
             if not stop.agreed:
                 _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
     return stop.agreed
+
+
+def _say_where_attention_is_slow(config: RunConfig) -> None:
+    """A line where it trains without a kernel: the plan has no times there, from which the watchdog's would follow."""
+    budget = Budget.here(config)
+    slow = None if budget is None else without_kernel(budget)
+    if slow is not None:
+        print(
+            f"warning: {slow}; trainer.timeout={config.trainer.timeout:g} has to be longer than a forward and than a "
+            "backward, in seconds",
+            flush=True,
+        )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 
 from data.errors import DataError
@@ -30,7 +30,7 @@ class CsvTable:
         if twice is not None:
             raise DataError(f"{source}: line {first} names the column {twice!r} twice; name each once")
 
-    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, places: Container[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
         """As of every `Table`."""
         records, names = self._records(), self.columns
         next(records, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def name_of(video: Candidate | Video) -> str:
     return f"{video.path}[{video.span.start:g}-{end}{' frames' if video.span.frames else ''}]"
 
 
-Read = Callable[[Collection[int] | None, Collection[str] | None], Iterator[Video]]
+Read = Callable[[Container[int] | None, Collection[str] | None], Iterator[Video]]
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,48 @@ class Listed:
         Raises:
             DataError: the list is not what it was.
         """
-        found, missing = Texts(len(chosen)), {name_of(video): number for number, video in enumerate(chosen)}
-        for video in self.read({video.place for video in chosen}, ()):
-            number = missing.get(name_of(video))
-            if number is not None and chosen[number].place == video.place:
+        found, missing = Texts(len(chosen)), _Missing(chosen)
+        for video in self.read(missing, ()):
+            number = missing.take(video)
+            if number is not None:
                 found[number] = video.caption or ""
-                del missing[name_of(video)]
-        if missing:
-            raise DataError(f"{self.source}: was changed while it was read ({next(iter(missing))}); start again")
+        if missing.first() is not None:
+            raise DataError(f"{self.source}: was changed while it was read ({missing.first()}); start again")
         return found
+
+
+class _Missing(Container[int]):
+    """The places of chosen videos that are still to be read: four bytes for each, as there may be a million."""
+
+    def __init__(self, chosen: Sequence[Candidate]) -> None:
+        self._chosen = chosen
+        self._whole = array("i", [-1]) * (1 + max((video.place for video in chosen), default=0))
+        self._pieces: dict[str, int] = {}  # several of a place
+        self._places = bytearray(len(self._whole))
+        for number, video in enumerate(chosen):
+            self._places[video.place] = True
+            if video.span is None:
+                self._whole[video.place] = number
+            else:
+                self._pieces[name_of(video)] = number
+
+    def __contains__(self, place: object) -> bool:
+        return isinstance(place, int) and place < len(self._places) and bool(self._places[place])
+
+    def take(self, video: Video) -> int | None:
+        """The number of a video that was read; None where it is none of these, or has been read."""
+        if video.span is not None:
+            number = self._pieces.get(name_of(video), -1)
+            if number < 0 or self._chosen[number].place != video.place:
+                return None
+            return self._pieces.pop(name_of(video))
+        number = self._whole[video.place]
+        if number < 0 or self._chosen[number].path != video.path:
+            return None
+        self._whole[video.place] = -1
+        return number
+
+    def first(self) -> str | None:
+        """The name of one that was not read; None where all were."""
+        left = next((number for number in self._whole if number >= 0), None)
+        return name_of(self._chosen[left]) if left is not None else next(iter(self._pieces), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class ParquetTable:
                 self._inside[source] = packed_columns(file.schema_arrow)
         self.columns = list(names)
 
-    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, places: Container[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
         """As of every `Table`."""
         from pyarrow import parquet
 
@@ -48,7 +48,7 @@ class ParquetTable:
                 before += file.metadata.num_rows
 
     def _rows_of(
-        self, source: Path, file: Any, before: int, places: Collection[int] | None, columns: Collection[str] | None
+        self, source: Path, file: Any, before: int, places: Container[int] | None, columns: Collection[str] | None
     ) -> Iterator[Row]:
         """The rows of a file, behind so many of the earlier ones."""
         import pyarrow

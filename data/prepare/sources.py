@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def _read_folder(source: Path, asked: Columns) -> Listed:
     columns = list(dict.fromkeys(name for video in videos for name in video.columns))
     _check_otherwise(asked, columns)
 
-    def read(places: Collection[int] | None, _: Collection[str] | None) -> Iterator[Video]:
+    def read(places: Container[int] | None, _: Collection[str] | None) -> Iterator[Video]:
         return (_captions(video, asked) for video in videos if places is None or video.place in places)
 
     return Listed(source, columns, found.told(source), read)
@@ -94,7 +94,7 @@ def _read_table(source: Path, table: Table, asked: Columns) -> Listed:
     names = _Names(table.word, path, caption, *spans)
     own = {*names.columns(), asked.otherwise, *(known.columns if known is not None else ())}
 
-    def read(places: Collection[int] | None, cells: Collection[str] | None) -> Iterator[Video]:
+    def read(places: Container[int] | None, cells: Collection[str] | None) -> Iterator[Video]:
         for place, row in table.rows(places, None if cells is None else {*own, *cells}):
             for video in _pieces(place, row if known is None else known.row(row), names):
                 yield _captions(video, asked)

@@ -21,7 +21,7 @@ BOTH = ("timestamp", "timestamps", "segment", "segments", "span", "time_range", 
 """The usual names of the columns of starts, of ends, and of both."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Span:
     """A piece of a video from `start` to `end`, None for the video's end; in seconds, or in frames of the file."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ class Table(Protocol):
     word: str
     columns: list[str]
 
-    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, places: Container[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
         """The rows in the table's order.
 
         Args:

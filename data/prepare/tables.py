@@ -6,7 +6,7 @@ A table of millions of rows is never held: its rows are read from the file each 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class HeldTable:
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
         self._rows = rows
 
-    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, places: Container[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
         """As of every `Table`."""
         return (row for row in enumerate(self._rows, 1) if places is None or row[0] in places)
 
@@ -64,7 +64,7 @@ class JsonLinesTable:
                 found.update(dict.fromkeys(row))
         self.columns = list(found)
 
-    def rows(self, places: Collection[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, places: Container[int] | None = None, columns: Collection[str] | None = None) -> Iterator[Row]:
         """As of every `Table`."""
         with reading(self._source):
             for number, line in enumerate(utf8_lines(self._source), 1):

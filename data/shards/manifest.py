@@ -218,7 +218,10 @@ class Manifest:
             raise DataError(f"{path}: no manifest; {hint}")
         try:
             raw = json.loads(read_all(path))
-        except DataError:
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "code", None) == 404:
+                hint = "correct the address, or wait until data.prepare has uploaded it, which it does last"
+                raise DataError(f"{path}: no manifest; {hint}") from error
             raise
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as JSON ({error}); make the folder anew") from error
@@ -228,7 +231,11 @@ class Manifest:
             if missing and not file.exists():
                 continue
             if not file.is_file():
-                raise DataError(f"{file}: missing, {path} lists it; copy it here or make the folder anew")
+                away = manifest.arguments.get("upload")
+                hint = (
+                    f"upload= moved it to {away}: give that address" if away else "copy it here or make the folder anew"
+                )
+                raise DataError(f"{file}: missing, {path} lists it; {hint}")
             if file.stat().st_size != shard.bytes:
                 sizes = f"is {file.stat().st_size} bytes, {path} says {shard.bytes}"
                 log.warning("%s: %s; samples that are not whole are going to be skipped", file, sizes)

@@ -21,6 +21,8 @@ class AttentionCall:
 
     Attributes:
         layout: of the call, or where masks differ by head of all layers that make the same call.
+        planned_for: compute capability of a GPU that is not here, for a plan, which takes libraries as installed; None:
+            the device's own GPU, with what is installed here.
     """
 
     device: torch.device
@@ -29,6 +31,12 @@ class AttentionCall:
     needs_grad: bool
     masks_text: bool
     layout: BlockLayout | HeadLayouts
+    planned_for: tuple[int, int] | None = None
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the GPU."""
+        return self.planned_for or torch.cuda.get_device_capability(self.device)
 
 
 class Backend(Protocol):

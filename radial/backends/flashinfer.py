@@ -31,7 +31,7 @@ class FlashInfer(KernelBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device.type != "cuda":
             return f"it needs a CUDA GPU, q is on {call.device.type}"
-        capability = torch.cuda.get_device_capability(call.device)
+        capability = call.capability
         if capability < (8, 0):
             return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
         if call.layout.by_head:
@@ -44,7 +44,7 @@ class FlashInfer(KernelBackend):
             return f"q, k and v are {call.dtype}, its kernels take bfloat16 and float16"
         if call.head_dim not in (64, 128, 256):
             return f"head_dim is {call.head_dim}, expected 64, 128 or 256"
-        return import_problem("flashinfer", "flashinfer")
+        return None if call.planned_for else import_problem("flashinfer", "flashinfer")
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float

@@ -43,7 +43,7 @@ class Flex:
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device.type != "cuda":
             return f"it needs a CUDA GPU, q is on {call.device.type}"
-        capability = torch.cuda.get_device_capability(call.device)
+        capability = call.capability
         if capability < (8, 0):
             return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
         if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):

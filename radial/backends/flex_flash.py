@@ -31,12 +31,14 @@ class FlexFlash(Flex):
         reason = super().why_not(call)
         if reason is not None:
             return reason
-        capability = torch.cuda.get_device_capability(call.device)
+        capability = call.capability
         if capability[0] != 10:
             return f"it is for compute capability 10 (B200, B300), this GPU has {capability[0]}.{capability[1]}"
         if call.dtype not in (torch.bfloat16, torch.float16) or call.head_dim not in (64, 128):
             return f"q, k and v are {call.dtype} with head_dim {call.head_dim}, it takes 16 bits, and 64 or 128"
         if call.layout.block != 128 or isinstance(call.layout, HeadLayouts):
             return "it takes one mask for all heads, in blocks of 128 tokens"
+        if call.planned_for:
+            return "no plan counts on it: its self-check on the GPU itself decides"
         missing = import_problem("flash-attn-4", "flash_attn.cute")
         return missing or why_unproven(self.name, call.device, call.dtype, call.head_dim)

@@ -113,6 +113,11 @@ def test_masks_of_known_decays_by_command(tmp_path, capsys):
             main.run(["fit", *words, f"out={out}"])
         assert caught.value.code == 2
         assert capsys.readouterr().err.startswith("error: decay and known are both set or neither")
-    with pytest.raises(SystemExit) as caught:
-        main.run(["fit", "share=0.3", "known=wan_1x", "separable=true", f"out={out}"])
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: separable is of decay=")
+    for words, message in (
+        (["known=wan_1x", "separable=true"], "separable is of decay="),
+        (["known=wan_1x", "dense_layers=2"], "dense_layers is of decay="),
+        (["decay=decay.safetensors", "layers=2"], "layers is of known="),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main.run(["fit", "share=0.3", *words, f"out={out}"])
+        assert caught.value.code == 2 and capsys.readouterr().err.startswith(f"error: {message}")

@@ -68,7 +68,8 @@ def cases(file: Path) -> list[Case]:
         raise UserError(f"{file}: not a file of python -m train.bench --json ({error!r})") from error
     known = [case for case in found if case is not None]
     if not known:
-        raise UserError(f"{file}: nothing in it was measured on a GPU of {', '.join(g.name for g in GPUS.values())}")
+        gpus = ", ".join(g.name for g in GPUS.values())
+        raise UserError(f"{file}: nothing in it was measured on a GPU and an attention backend that plans know: {gpus}")
     return known
 
 
@@ -89,7 +90,8 @@ def _case(config: Any, result: dict[str, Any], measured: dict[str, Any]) -> Case
     if result.get("chosen") is not None:
         budget = replace(budget, given=LayerPolicies(**result["chosen"]))
     duration = Duration(budget)
-    assert duration.parts is not None and duration.step is not None
+    if duration.parts is None or duration.step is None:
+        return None
     name = f"{result['pattern']}, {result['layers']} layers, {result['tokens']:,} tokens, "
     name += f"{ranks} GPU{'s' if ranks > 1 else ''}, {budget.policies}"
     name += ", compiled" * config.trainer.compile + ", fp8" * config.trainer.fp8

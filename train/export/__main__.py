@@ -33,8 +33,8 @@ class Options:
     add: str | None = setting(
         "further LoRAs in the merged model, with strengths: style.safetensors:0.8,other.safetensors", None, path=True
     )
-    card: bool = setting("also a model card for the hub, README.md in the folder", False)
-    push: str | None = setting("upload the folder with its card: hub:<organisation>/<name>", None)
+    card: bool = setting("also a model card for the hub, README.md in the folder; of a LoRA", False)
+    push: str | None = setting("upload the LoRA's folder with its card: hub:<organisation>/<name>", None)
     add_2: str | None = setting("those of the expert for low noise levels, of a run that trained two", None, path=True)
 
 

@@ -81,7 +81,7 @@ def export_run(
         strength: of the run's LoRA in the merged model.
         add: further LoRA files that are merged too, with their strengths; of two experts into the first.
         add_2: those of the expert for low noise levels.
-        card: also write a model card for the hub.
+        card: also write a model card for the hub; of a LoRA alone.
         check: called before each part; what it raises ends the export.
 
     Raises:
@@ -96,8 +96,8 @@ def export_run(
     config = read_config(run)
     if add_2 and config.model.expert != "both":
         raise UserError("add_2 is for the second of two experts, the run trained one transformer: use add")
-    if config.lora is None and (formats is not None or merged):
-        name = "merge" if merged else "format"
+    if config.lora is None and (formats is not None or merged or card):
+        name = "merge" if merged else "format" if formats is not None else "card, which push= writes too,"
         raise UserError(f"{name} is for a LoRA, the run trained all weights: leave it out")
     first = "high" if config.model.expert == "both" else config.model.expert
     for key, files, expert in (("add", add, first), ("add_2", add_2, "low")):

@@ -93,11 +93,13 @@ def git_revision() -> str | None:
     return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
 
 
-def backends(head_dim: int) -> dict[str, str | None]:
-    """Attention backend -> None, or why it cannot train here."""
-    cuda = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    call = AttentionCall(device, dtype, head_dim, True, False, build_layout(Released(), VideoGrid(8, 16, 16)))
+def backends(call: AttentionCall | None = None) -> dict[str, str | None]:
+    """Attention backend -> None, or why it cannot serve a call; without one, that of training with a head dimension of
+    128 in blocks of 128 here."""
+    if call is None:
+        cuda = torch.cuda.is_available()
+        device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+        call = AttentionCall(device, dtype, 128, True, False, build_layout(Released(), VideoGrid(8, 16, 16)))
     return {name: backend.why_not(call) for name, backend in BACKENDS.items()}
 
 

@@ -9,6 +9,7 @@ from train.planning.advice import Setting, best, fewest, remedies
 from train.planning.budget import GIB, Budget, chosen_policies
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS, Gpu, Machine, cpu_memory, resolve_precision, this_machine
+from train.planning.kernels import training_backend, training_call, without_kernel
 from train.planning.table import plan_table, setting_lines
 
 __all__ = [
@@ -28,4 +29,7 @@ __all__ = [
     "resolve_precision",
     "setting_lines",
     "this_machine",
+    "training_backend",
+    "training_call",
+    "without_kernel",
 ]

@@ -10,6 +10,7 @@ from train.config.schema import RunConfig
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS
+from train.planning.kernels import serves
 
 _NODE = 8  # GPUs, of the nodes that are asked for
 
@@ -96,7 +97,8 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
         said.append(f"{where.world} GPUs of this kind{nodes}: {more.words}")
     for name, gpu in sorted(GPUS.items(), key=lambda item: item[1].memory):
         if gpu.memory > 1.1 * machine.gpu.memory and not machine.is_cpu:
-            other = best(replace(budget, machine=replace(machine, gpu=gpu)), clips_a_step)
+            larger = replace(budget, machine=replace(machine, gpu=gpu))
+            other = best(larger, clips_a_step) if serves(larger) else None
             if other is not None:
                 said.append(f"a larger GPU, gpu={name}: {other.words}")
                 break

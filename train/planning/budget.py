@@ -23,6 +23,7 @@ from train.parallel.zero import REDUCE_BUCKET
 from train.planning import calibration
 from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
+from train.planning.kernels import trains_plainly
 from train.planning.layer_memory import LayerMemory, at_peak, movable_bytes
 from train.planning.sizes import Sizes
 
@@ -95,7 +96,7 @@ class Budget:
     @cached_property
     def layer(self) -> LayerMemory:
         """What a layer keeps for its backward, and the working set of that backward."""
-        return LayerMemory(self.config, self.sizes)
+        return LayerMemory(self.config, self.sizes, trains_plainly(self))
 
     @property
     def stage(self) -> int:

@@ -79,6 +79,9 @@ EAGER_OF = {
 """Families whose layers differ much from Wan's, by the same trace."""
 # compiled: tests/train/bench/measured, where running is that of dense layers; saved as counted on a CPU
 COMPILED = LayerCosts(passes=44, saved=13.1, running=16.6, running_selective=10.5, running_saved=7.0)
+PLAIN_ATTENTION = {2: 34.0, 4: 19.0}
+"""Hidden states of attention's width at the peak of the backward in plain torch, by bytes of an element; counted in
+tests/train/planning/test_kernels.py."""
 MODULATION = 6
 """Hidden states that scales, shifts and gates of each token take, which all layers share."""
 FP8_PASSES = 24

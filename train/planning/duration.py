@@ -13,6 +13,7 @@ from train.models.loading import sigma_range
 from train.planning import calibration
 from train.planning.budget import Budget
 from train.planning.hardware import BETWEEN_NODES, GPUS
+from train.planning.kernels import measured_rates
 from train.step.clip_recipe import clip_recipe
 
 _MEASURED = GPUS["h200"]
@@ -57,8 +58,8 @@ class Duration:
 
     @cached_property
     def parts(self) -> dict[str, float] | None:
-        """Seconds of an optimizer step by part; None for a GPU whose speed is not known."""
-        if self.budget.machine.gpu.flops is None:
+        """Seconds of an optimizer step by part; None where the GPU's speed is not known, or its attention backend's."""
+        if not self._known:
             return None
         parts: dict[str, float] = {}
         times = micro_batches(self.budget.placed)
@@ -85,7 +86,7 @@ class Duration:
     @property
     def slowest_micro_step(self) -> float | None:
         """Seconds of a micro-batch's forward and backward at the noise levels where they take longest."""
-        if self.budget.machine.gpu.flops is None:
+        if not self._known:
             return None
         return max(sum(self._micro_step(dense).values()) for dense, share in self._sides if share)
 
@@ -93,6 +94,15 @@ class Duration:
     def hours(self) -> float | None:
         """Hours of the whole run."""
         return None if self.step is None else self.step * self.budget.config.trainer.steps / 3600
+
+    @cached_property
+    def _rates(self) -> dict[bool, Sequence[tuple[int, float, float]] | None]:
+        """Measured rates of attention in dense layers, and in others."""
+        return {dense: measured_rates(self.budget, dense=dense) for dense in (True, False)}
+
+    @property
+    def _known(self) -> bool:
+        return self.budget.machine.gpu.flops is not None and None not in self._rates.values()
 
     @property
     def _sides(self) -> tuple[tuple[bool, float], tuple[bool, float]]:
@@ -161,9 +171,8 @@ class Duration:
         return gpu.flops / _MEASURED.flops
 
     def _attention_rates(self, dense: bool) -> tuple[float, float]:
-        kernel = self.budget.config.attention.backend or self.budget.machine.gpu.sparse_kernel
-        table = calibration.DENSE if dense else calibration.SPARSE
-        rows = table.get(kernel, table["sdpa" if dense else "flex"])
+        rows = self._rates[dense]
+        assert rows is not None, "there are no times where one is not known"
         forward, backward = (between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
         return self._faster * forward, self._faster * backward
 

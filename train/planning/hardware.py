@@ -23,9 +23,9 @@ class Gpu:
         flops: dense bf16 FLOP/s of the data sheet; None where it is not known, and with it all times.
         bandwidth: bytes a second of its memory.
         link: bytes a second, each way, to another GPU of its node.
-        sparse_kernel: the backend that radial attention takes there (`radial.backends`).
+        capability: its compute capability, from which attention's backend follows (`train.planning.kernels`).
+        here: whether it is this machine's: the libraries that are installed decide too.
         bf16: whether it multiplies bfloat16 natively, as a V100, a T4 and most CPUs do not.
-        float8: whether it multiplies float8, as GPUs of compute capability 8.9 and later do.
     """
 
     name: str
@@ -33,23 +33,26 @@ class Gpu:
     flops: float | None = None
     bandwidth: float = 0.0
     link: float = 0.0
-    sparse_kernel: str = "flex"
+    capability: tuple[int, int] = (8, 0)
+    here: bool = False
     bf16: bool = True
-    float8: bool = True
+
+    @property
+    def float8(self) -> bool:
+        """Whether it multiplies float8."""
+        return self.capability >= (8, 9)
 
 
-def _gpu(
-    name: str, gib: float, bandwidth: float, link: float, sparse_kernel: str = "flex", *, float8: bool = True
-) -> Gpu:
-    return Gpu(name, gib * 2**30, peak_rate(name), bandwidth, link, sparse_kernel, float8=float8)
+def _gpu(name: str, gib: float, bandwidth: float, link: float, capability: tuple[int, int]) -> Gpu:
+    return Gpu(name, gib * 2**30, peak_rate(name), bandwidth, link, capability)
 
 
 GPUS = {
-    "h200": _gpu("NVIDIA H200", 139.8, 4.8e12, 4.5e11, "fa4"),
-    "h100": _gpu("NVIDIA H100", 79.1, 3.35e12, 4.5e11, "fa4"),
-    "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11, float8=False),
-    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10),
-    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 1.01e12, 2.5e10),
+    "h200": _gpu("NVIDIA H200", 139.8, 4.8e12, 4.5e11, (9, 0)),
+    "h100": _gpu("NVIDIA H100", 79.1, 3.35e12, 4.5e11, (9, 0)),
+    "a100": _gpu("NVIDIA A100", 79.1, 2.04e12, 3e11, (8, 0)),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.4, 1.79e12, 5e10, (12, 0)),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 1.01e12, 2.5e10, (8, 9)),
 }
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Linux's control groups, and the list of those that a process is in."""
@@ -95,8 +98,8 @@ def this_machine(devices: int, nodes: int = 1) -> Machine:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     # a process that uses the GPU already may have limited itself, as a benchmark that stands for a smaller card
     share = torch.cuda.get_per_process_memory_fraction(0) if torch.cuda.is_initialized() else 1.0
-    here = replace(known, name=found.name, memory=found.total_memory * share, bf16=bf16)
-    return Machine(here, devices, nodes, memory)
+    gpu = replace(known, name=found.name, memory=found.total_memory * share, bf16=bf16, here=True)
+    return Machine(replace(gpu, capability=torch.cuda.get_device_capability(0)), devices, nodes, memory)
 
 
 def resolve_precision(name: str) -> str:

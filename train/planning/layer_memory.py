@@ -18,10 +18,12 @@ class LayerMemory:
     Args:
         config: the run.
         sizes: of its model and clip.
+        plain_attention: it trains without a kernel for attention (`train.planning.kernels`).
     """
 
     config: RunConfig
     sizes: Sizes
+    plain_attention: bool = False
 
     @property
     def clips(self) -> int:
@@ -88,6 +90,8 @@ class LayerMemory:
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
         latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
+        if self.plain_attention:
+            costs += calibration.PLAIN_ATTENTION[sizes.element] * sizes.attended / sizes.width
         return costs * self.hidden + middle + latents
 
 

@@ -9,6 +9,7 @@ from train.planning import calibration
 from train.planning.advice import Setting
 from train.planning.budget import GIB, Budget
 from train.planning.duration import Duration
+from train.planning.kernels import training_backend, without_kernel
 from train.step.clip_recipe import clip_recipe
 
 
@@ -50,14 +51,19 @@ def plan_table(budget: Budget) -> str:
         sigma = clip_recipe(config).attention.dense_sigma
         notes.append(
             f"{durations[0].dense_share:.1%} of the steps, at noise levels from {sigma:.4f}, "
-            "run dense: times are the mean"
+            f"run dense{': times are the mean' if durations[0].parts is not None else ''}"
         )
     if config.attention.dense_layers and config.attention.pattern != "dense":
         notes.append(f"the first {config.attention.dense_layers} of {sizes.layers} layers are dense in every step")
     if machine.gpu.flops is None:
         notes.append(f"no times: nothing is known of the speed of {machine.gpu.name}")
+    elif durations[0].parts is None:
+        notes.append(f"no times: nobody measured {training_backend(budget)} as a run's attention on a GPU")
     elif not machine.gpu.name.startswith(calibration.MEASURED_ON):
         notes.append(f"times are scaled from an H200 by peak FLOP/s and bandwidth: no {machine.gpu.name} was measured")
+    slow = without_kernel(budget)
+    if slow is not None:
+        notes.append(f"warning: {slow}")
     clip, tokens = config.clip, f"{sizes.tokens:,} tokens"
     if budget.sequence > 1:
         tokens += f", {budget.layer.tokens:,} on each GPU"
@@ -117,5 +123,6 @@ def _how(budget: Budget) -> str:
         words.append(f"{budget.offloaded / GIB:.1f} GiB of it in CPU memory")
     if budget.streamed:
         words.append("layers' weights come from CPU memory")
+    words.append(f"attention on {training_backend(budget)}")
     words.append("compiled" if budget.config.trainer.compile else "not compiled")
     return ", ".join(words)

@@ -30,7 +30,7 @@ class Fa4(KernelBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device.type != "cuda":
             return f"it needs a CUDA GPU, q is on {call.device.type}"
-        capability = torch.cuda.get_device_capability(call.device)
+        capability = call.capability
         if capability[0] != 9:
             return f"its schedule is for Hopper (compute capability 9.0), this GPU has {capability[0]}.{capability[1]}"
         if call.dtype not in (torch.bfloat16, torch.float16):
@@ -40,7 +40,7 @@ class Fa4(KernelBackend):
         # its dense kernels have no lists, but none of them masks text
         if call.layout.block != 128 and (call.masks_text or not call.layout.is_dense):
             return f"the layout's blocks are {call.layout.block} tokens, its tiles 128"
-        return import_problem("flash-attn-4", "radial.backends.fa4.hopper")
+        return None if call.planned_for else import_problem("flash-attn-4", "radial.backends.fa4.hopper")
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor | None, scale: float

@@ -118,6 +118,8 @@ def test_failures_of_the_way_are_tried_again_then_stop_the_run(
     assert sum(waits[24:]) == 120 and server.failures == 0
     (manifest.folder / manifest.shards[2].file).unlink()
     server.requests.clear()
+    with pytest.raises(DataError, match=r"elsewhere/manifest.json: no manifest; correct the address"):
+        Manifest.load(f"{server.url}/elsewhere")
     with pytest.raises(DataError, match=r"shard-00002.tar: cannot be read \(HTTP 404 Not Found\)"):
         batches_of(far)
     assert [path for path, _ in server.requests].count("/shard-00002.tar") == 1, "time does not mend a 404"

@@ -260,3 +260,29 @@ def test_a_known_collection_with_paths_of_its_own_keeps_them(tmp_path: Path) -> 
     )
     (video,) = read_source(source).videos()
     assert video.path == "clips/abc_0.mp4"
+
+
+def test_captions_of_all_rows_take_little_beside_their_text(tmp_path: Path) -> None:
+    """Of a million chosen rows each byte is a megabyte: their places and where their captions lie, 40 bytes at most."""
+    source, count, caption = tmp_path / "list.csv", 20_000, "a boat on a lake"
+    lines = [f"v{i}.mp4,{caption}" for i in range(count)]
+    source.write_text("\n".join(["path,caption", *lines, ""]), encoding="utf-8")
+    found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
+    found.found.captions(found.matching[:1])  # what is imported at first use is no part of it
+    tracemalloc.start()
+    try:
+        captions = found.found.captions(found.matching)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(captions) == count and captions[count - 1] == caption
+    assert most - count * len(caption) < 40 * count, most
+
+
+def test_pieces_of_one_row_get_their_own_captions(tmp_path: Path) -> None:
+    source = tmp_path / "list.jsonl"
+    rows = [{"path": "a.mp4", "start": [0, 4], "end": [4, 9], "caption": ["first", "second"]}, {"path": "b.mp4"}]
+    rows[1] |= {"start": None, "end": None, "caption": "whole"}
+    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
+    assert list(found.found.captions(found.matching[::-1])) == ["whole", "second", "first"]

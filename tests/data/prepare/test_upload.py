@@ -150,6 +150,14 @@ def test_shards_move_to_a_folder_that_is_made_and_check_says_where(
     assert not list(far.glob("write-test*"))
     with pytest.raises(DataError, match=f"^{out}: holds no shards, they were moved to {far}; .*data.check {far}`"):
         check.main([str(out)])
+    with pytest.raises(DataError, match=rf"shard-000-00000.tar: missing, .* moved it to {far}: give that address$"):
+        Manifest.load(out)
+
+
+def test_a_store_without_a_manifest_is_told_as_one(bucket: str) -> None:
+    s3fs.S3FileSystem().pipe_file(f"{bucket}/begun/shard-000-00000.tar", b"one of many")
+    with pytest.raises(DataError, match=r"begun/manifest.json: no manifest; correct the address, or wait until"):
+        Manifest.load(f"{bucket}/begun")
 
 
 @pytest.mark.parametrize("address", ["", "/", "s3://", "file:///"])

@@ -35,3 +35,15 @@ def test_the_readme_says_what_is_taken(gpu, monkeypatch):
     cells = [taken(layout, grad) for layout in (whole, by_head, half) for grad in (True, False)]
     row = f"| {gpu} | {GPUS[gpu][0]}.{GPUS[gpu][1]} | {' | '.join(cells)} |"
     assert row in README.read_text(encoding="utf-8").splitlines(), row
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_plan_is_told_the_same_without_the_gpu(gpu, monkeypatch):
+    """But for `flex_flash`, which no plan counts on: whether it is right is found out on the GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: pytest.fail("there is no GPU"))
+    grid, cuda = VideoGrid(9, 16, 16, 64), torch.device("cuda")
+    for block, cell in ((128, 2), (64, 6)):
+        layout = build_layout(Released(), grid, block)
+        call = AttentionCall(cuda, torch.bfloat16, 128, True, False, layout, planned_for=GPUS[gpu])
+        (row,) = (row for row in README.read_text(encoding="utf-8").splitlines() if row.startswith(f"| {gpu} |"))
+        assert f"`{choose_backend(call).name}`" == row.split(" | ")[cell].replace("flex_flash", "flex")

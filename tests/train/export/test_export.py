@@ -271,8 +271,12 @@ def test_what_is_merged_too_is_of_the_runs_family(trained, tmp_path):
 def test_a_run_of_all_weights_has_no_formats(trained, tmp_path, monkeypatch):
     config, run = trained
     monkeypatch.setattr("train.export.run.read_config", lambda run: replace(config, lora=None))
-    for given, name in (({"formats": ["peft"]}, "format"), ({"merged": True, "strength": 0.5}, "merge")):
-        with pytest.raises(UserError, match=f"{name} is for a LoRA, the run trained all weights: leave it out"):
+    for given, name in (
+        ({"formats": ["peft"]}, "format"),
+        ({"merged": True, "strength": 0.5}, "merge"),
+        ({"card": True}, "card, which push= writes too,"),
+    ):
+        with pytest.raises(UserError, match=f"^{name} is for a LoRA, the run trained all weights: leave it out"):
             export_run(run, out=tmp_path / "out", **given)
 
 

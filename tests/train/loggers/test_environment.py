@@ -23,6 +23,7 @@ def test_the_memory_is_the_containers_and_torchs_version_names_its_build(monkeyp
 def test_training_and_its_plan_agree_on_what_auto_is(monkeypatch, name, native):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name != "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=2**35))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
     machine = this_machine(1)

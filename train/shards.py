@@ -78,6 +78,6 @@ def synthetic_shards(config: RunConfig, clips: int, frames: int, seed: int) -> M
     if scenes != "sunrise":
         name = f"{scenes}-{name}"
     folder = Path(config.runs) / "synthetic" / name
-    # long sets of short clips are for machines with many cores
-    workers = torch.get_num_threads() if clips >= 1024 else 0
+    # much to render is for machines with many cores
+    workers = torch.get_num_threads() if clips * frames >= 16_384 else 0
     return synthesize(folder, clips, frames, height, width, seed, workers=workers, progress=True, scenes=scenes)

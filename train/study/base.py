@@ -75,21 +75,20 @@ def pixels_leave(clips: Sequence[Tensor], sigmas: Sequence[float]) -> float:
     return float(torch.stack(left).mean())
 
 
-def find_base(given: Path | None, runs: Path) -> Path:
-    """The folder of the base model in diffusers' format.
+def find_base(given: Path | None, runs: Path) -> Path | None:
+    """The folder of the base model in diffusers' format; None where none is named and no run is finished yet.
 
     Args:
         given: what ``base=`` names.
         runs: where runs lie.
 
     Raises:
-        UserError: there is none.
+        UserError: what is named is no base model.
     """
-    how = f"make one with python -m train conf={BASE_RUN}, or name it with base="
     if given is None:
         done = [run for run in sorted((runs / BASE_RUN).glob("*")) if get_state(run)[0] == "done"]
         if not done:
-            raise UserError(f"base is not set, and {runs / BASE_RUN} has no finished run: {how}")
+            return None
         given = done[-1]
     for folder in (given, given / "export" / "model"):
         if (folder / "config.json").is_file():
@@ -97,4 +96,7 @@ def find_base(given: Path | None, runs: Path) -> Path:
     state = get_state(given)[0]
     if (given / "config.yaml").is_file():
         raise UserError(f"base {given} is a run that is {state}, expected one that is done: resume it to its end")
-    raise UserError(f"base {given} has neither a model's config.json nor export/model/config.json: {how}")
+    raise UserError(
+        f"base {given} has neither a model's config.json nor export/model/config.json: leave base= out to have one "
+        f"trained, or name the run folder of python -m train conf={BASE_RUN}"
+    )

@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -170,7 +170,7 @@ def write_results(results: Sequence[RowResult], lengths: Sequence[str], about: d
     whole = {
         "about": about,
         "conclusions": sentences,
-        "rows": [{**vars(one), "row": {**vars(one.row)}} for one in results],
+        "rows": [{**vars(one), "row": asdict(one.row)} for one in results],
     }
     write_utf8(out / "results.json", json.dumps(whole, indent=1) + "\n")
     return sentences

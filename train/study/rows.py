@@ -1,8 +1,9 @@
 """The rows of the study: what is compared, and with which settings of a run.
 
 All tuned rows have equal steps, clips, noise and learning rate, and interpolated positions, but for the one that is
-there to show what positions do. Masks are compared at equal shares of the blocks, those of the released mask. Every
-file of masks in the folder ``masks=`` is a row; its name is that of the file.
+there to show what positions do. Masks are compared at equal shares of the blocks, those of the released mask. Masks
+fitted to the base's own attention are rows (`train.study.fits`), or else every file of masks in the folder ``masks=``,
+whose name is that of the file.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radial import HeadMasks, Released, build_layout
+from radial import HeadMasks
 from train.errors import UserError
+from train.study.fits import Fit
+from train.study.masks import masks_file, released_share
 from train.study.settings import Job
 
 RIVALS = ("local", "spatial", "temporal", "sliding_tile", "power", "shifted")
@@ -28,19 +31,14 @@ class Row:
         words: in tables.
         tuned: whether a run trains it; otherwise the base is measured as it is.
         settings: of its run, beside those that all rows share.
+        fit: how its masks are fitted; None where it has none, or they are a file of the user's.
     """
 
     name: str
     words: str
     tuned: bool
     settings: dict[str, str] = field(default_factory=dict)
-
-
-def released_share(job: Job) -> float:
-    """The share of all blocks that the released mask keeps at the study's length."""
-    attention = job.config.attention
-    pattern = Released(decay=attention.decay, rule=job.config.rule())
-    return 1 - build_layout(pattern, job.config.grid(), attention.block).sparsity
+    fit: Fit | None = None
 
 
 def rows_of(job: Job) -> list[Row]:
@@ -57,8 +55,8 @@ def rows_of(job: Job) -> list[Row]:
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise UserError(
-            f"rows has {unknown[0]!r}, expected all, or some of {', '.join(by_name)}; fitted rows are those of the "
-            f"files in masks= ({job.given.masks or 'not set'})"
+            f"rows has {unknown[0]!r}, expected all, or some of {', '.join(by_name)}; fitted rows are those of "
+            f"{f'the files in masks={job.given.masks}' if job.given.masks else f'fitted={job.given.fitted}'}"
         )
     return [by_name[name] for name in dict.fromkeys(names)]
 
@@ -86,7 +84,8 @@ def _tuned(job: Job, share: float) -> list[Row]:
         ),
         Row("paper", "the paper's Eq. 4", True, {"attention": "paper"}),
         *(Row(name, f"{name.replace('_', ' ')}, equal share", True, {"attention": name, **equal}) for name in RIVALS),
-        *(_fitted(file, share) for file in _files(job)),
+        *(_fitted(job, fit) for fit in job.masks),
+        *(_from_file(file, share) for file in _files(job)),
         Row("released_default", "released, default positions", True, {"attention": "radial", "rope": "default"}),
         Row(
             "full", "released, all weights trained", True,
@@ -106,7 +105,13 @@ def _files(job: Job) -> list[Path]:
     return sorted(files, key=lambda file: -HeadMasks.read(file).about.share)
 
 
-def _fitted(file: Path, share: float) -> Row:
+def _fitted(job: Job, fit: Fit) -> Row:
+    words = f"fitted, {fit.share:g} of released's blocks, {fit.coverage:.0%} drawn"
+    settings = {"attention": "fitted", "attention.masks": str(masks_file(job, fit))}
+    return Row(f"fitted_{fit.name}", words, True, settings, fit)
+
+
+def _from_file(file: Path, share: float) -> Row:
     about = HeadMasks.read(file).about
     words = f"fitted, {about.share / share:.2g} of released's blocks, {about.coverage:.0%} drawn, {about.order}"
     words += ", separable" if about.separable else ""

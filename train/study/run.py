@@ -4,37 +4,33 @@
     <out>/runs/                                                       the tuned rows (`train.study.runs`)
     <out>/losses/, <out>/clips/                                       finished parts; they may be deleted
 
-First every row's losses, seed by seed, then the clips of the first seed's rows.
+First the base, where none is given, and the masks that are fitted to it; then every row's losses, seed by seed; then
+the clips of the first seed's rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from data.io.files import write_utf8
-from data.shards.manifest import Manifest
-from data.shards.sample import Sample
-from data.shards.stream import read_samples
 from radial.errors import Mistake
 from train.config.schema import ClipConfig
 from train.loggers.csv_file import METRICS, read_metrics
 from train.report.runs import series
-from train.shards import held_out
 from train.step.module import LengthExtensionModule
 from train.storage.run_folder import held
 from train.study.base import BaseSign, pixels_leave
 from train.study.clips import ClipSet, generate_row, read_row, shown
+from train.study.fits import Fit
 from train.study.frechet import frechet_distance
-from train.study.losses import arithmetic, mean_over_sigmas, measure_losses, module_of
+from train.study.losses import arithmetic, mean_over_sigmas, module_of
+from train.study.masks import fit_masks, masks_file
 from train.study.page import write_page
+from train.study.parts import digest_of, held_out_clips, held_out_shards, losses_file, measure, stored_losses
 from train.study.pictures import draw
+from train.study.pool import do_parts
 from train.study.results import RowResult, write_results
 from train.study.rows import Row, rows_of
 from train.study.runs import Clock, RowRun, TimeUp
@@ -45,8 +41,12 @@ _TRUTH = "truth"
 _STRIP = {"untuned_dense": "untuned, dense", "released": "released LoRA", "dense": "dense LoRA"}
 
 
-def run_study(job: Job) -> tuple[list[str], bool]:
+def run_study(job: Job, clock: Clock) -> tuple[list[str], bool]:
     """Runs what is missing, within the time.
+
+    Args:
+        job: with a base.
+        clock: the time that the command has.
 
     Returns:
         The conclusions, and whether everything is done.
@@ -54,12 +54,13 @@ def run_study(job: Job) -> tuple[list[str], bool]:
     Raises:
         UserError: rows or a base that do not serve, or the folder is in use.
     """
-    study = Study(job)
+    study = Study(job, clock)
     job.out.mkdir(parents=True, exist_ok=True)
     with held(job.out):
         whole = True
         try:
             study.check_base()
+            study.fit_masks()
             study.measure_rows()
             study.generate_clips()
         except TimeUp:
@@ -76,24 +77,27 @@ class Study:
         failed: rows that could not be measured, with the reason.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.clock = job, Clock(job.given.minutes)
+    def __init__(self, job: Job, clock: Clock) -> None:
+        self.job, self.clock = job, clock
         self.rows = rows_of(job)
         self.failed: dict[str, str] = {}
-
-    @cached_property
-    def shards(self) -> Manifest:
-        """The held-out clips, the same for all seeds; only their number is asked for."""
-        config = replace(self.job.config, seed=0)
-        return held_out(config, max(self.job.given.held_out, self.job.given.clips), self.job.frames)
-
-    def _clips(self, count: int) -> list[Sample]:
-        return list(read_samples(self.shards, count))
 
     def _runs(self, row: Row) -> list[RowRun]:
         """A row's runs; an untuned one has one for all seeds."""
         seeds = self.job.seeds if row.tuned else self.job.seeds[:1]
         return [RowRun.of(self.job, row, seed) for seed in seeds]
+
+    def _lacks(self, row: Row) -> str | None:
+        """Why a row has no runs; None where it has."""
+        if row.name in self.failed:
+            return f"failed: {self.failed[row.name]}"
+        if row.fit is not None and not masks_file(self.job, row.fit).is_file():
+            return "its masks are not fitted yet"
+        return None
+
+    @property
+    def _base(self) -> RowRun:
+        return RowRun.of(self.job, _BASE, self.job.seeds[0])
 
     def check_base(self) -> None:
         """Measures the base at its own length.
@@ -101,58 +105,76 @@ class Study:
         Raises:
             UserError: it is not trained enough.
         """
-        file = self._losses_file(RowRun.of(self.job, _BASE, self.job.seeds[0]))
-        if not file.is_file():
-            self._measure(RowRun.of(self.job, _BASE, self.job.seeds[0]))
+        assert self.job.base is not None
+        if stored_losses(self.job, self._base) is None:
+            measure(self.job, self._base, self.clock)
         self.sign.check(self.job.base)
 
     @property
     def sign(self) -> BaseSign:
         """How far the base is, once it is measured."""
-        stored = self._stored(RowRun.of(self.job, _BASE, self.job.seeds[0]))
+        stored = stored_losses(self.job, self._base)
         assert stored is not None
         losses = mean_over_sigmas(stored["losses"]["1x"])
         native = self.job.lengths["1x"]
-        clips = [clip.latent[:, :native] for clip in self._clips(self.job.given.held_out)]
+        clips = [clip.latent[:, :native] for clip in held_out_clips(self.job, self.job.given.held_out)]
         left = pixels_leave(clips, self.job.sigmas)
         return BaseSign(sum(losses) / len(losses), left, self.job.given.enough)
 
+    def fit_masks(self) -> None:
+        """Fits the masks of the rows that have some; one that cannot be fitted is noted, and the others go on."""
+        rows = {row.fit: row for row in self.rows if row.fit is not None}
+
+        def failed(fit: Fit, why: str) -> None:
+            self._fail(rows[fit], why)
+
+        self.clock.check()
+        fit_masks(self.job, list(rows), failed)
+
     def measure_rows(self) -> None:
         """Trains and measures every row, seed by seed; a row that cannot be is noted, and the others go on."""
+
+        def done(row: Row, error: Mistake | None) -> None:
+            if error is not None:
+                self._fail(row, str(error))
+            self.write()
+
+        do_parts(self.job, self._parts(), self.clock, done)
+
+    def _parts(self) -> Iterator[tuple[Row, int]]:
+        """What is to be trained or measured; rows that have failed meanwhile are left out."""
         for seed in self.job.seeds:
             for row in self.rows:
-                if row.name in self.failed or (not row.tuned and seed != self.job.seeds[0]):
+                if self._lacks(row) or (not row.tuned and seed != self.job.seeds[0]):
                     continue
                 try:
                     run = RowRun.of(self.job, row, seed)
-                    if self._losses_file(run).is_file():
-                        continue
-                    print(f"\n{row.words}, seed {seed}", flush=True)
-                    if row.tuned and not run.done:
-                        run.train(self.clock)
-                    self._measure(run)
                 except Mistake as error:
-                    self.failed[row.name] = str(error)
-                    print(f"warning: {row.words}: {error}", flush=True)
-                self.write()
+                    self._fail(row, str(error))
+                    continue
+                if not losses_file(self.job, run).is_file():
+                    yield row, seed
+
+    def _fail(self, row: Row, why: str) -> None:
+        self.failed[row.name] = why
+        print(f"warning: {row.words}: {why}", flush=True)
 
     def generate_clips(self) -> None:
         """The clips of the true row, then those of every row's first run."""
         if not self.job.given.clips:
             return
-        base, job = RowRun.of(self.job, _BASE, self.job.seeds[0]), self.job
-        chosen = [row for row in self.rows if row.name not in self.failed]
-        runs = [None, *(self._runs(row)[0] for row in chosen)]
+        job = self.job
+        runs = [None, *(self._runs(row)[0] for row in self.rows if not self._lacks(row))]
         parts = math.ceil(job.given.clips / job.given.at_once)
         missing = [run for run in runs if len(list(self._clips_folder(run).glob("*.json"))) < parts]
         if not missing:
             return
-        of = self._clip_set(module_of(base, self.shards))
+        of = self._clip_set(module_of(self._base, held_out_shards(job)))
         for run in missing:
             folder = self._clips_folder(run)
             print(f"\n{'true clips' if run is None else run.row.words}: clips", flush=True)
-            with arithmetic(base if run is None else run):
-                module = None if run is None else module_of(run, self.shards)
+            with arithmetic(self._base if run is None else run):
+                module = None if run is None else module_of(run, held_out_shards(job))
                 generate_row(module, of, folder, self.clock.check)
             self.write()
 
@@ -160,7 +182,7 @@ class Study:
         job = self.job
         clip = ClipConfig(job.frames, job.config.clip.height, job.config.clip.width)
         return ClipSet(
-            clips=self._clips(job.given.clips),
+            clips=held_out_clips(job, job.given.clips),
             given=job.frames // 2,
             native=job.lengths["1x"],
             steps=job.given.sampling_steps,
@@ -169,42 +191,11 @@ class Study:
             base=base,
         )
 
-    def _measure(self, run: RowRun) -> None:
-        """The losses of a row's run, into their file."""
-        self.clock.check()
-        job = self.job
-        module = module_of(run, self.shards)
-        clips = self._clips(job.given.held_out)
-        with arithmetic(run):
-            whole, again = measure_losses(module, clips, job.lengths, job.sigmas, self.clock.check)
-        longest = clips[0].latent[None]
-        layers, heads, width = module.adapter.attention_shape
-        attention = module.attention_at(longest, 0.0)
-        layouts = [attention.own_layout(layer, layers, heads) for layer in range(layers)]
-        found = {
-            "losses": whole,
-            "again": again,
-            "gflops": attention.attention_flops(layers, heads, width) / 1e9,
-            "blocks": sum(1 - layout.sparsity for layout in layouts) / layers,
-        }
-        file = self._losses_file(run)
-        file.parent.mkdir(exist_ok=True)
-        write_utf8(file, json.dumps(found))
-
-    def _losses_file(self, run: RowRun) -> Path:
-        given, lengths = self.job.given, self.job.lengths
-        digest = _digest([given.held_out, self.job.sigmas, lengths])
-        return self.job.out / "losses" / f"{run.name}-{digest}.json"
-
-    def _stored(self, run: RowRun) -> dict[str, Any] | None:
-        file = self._losses_file(run)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
     def _clips_folder(self, run: RowRun | None) -> Path:
         """The clips' folder of a row's run; of the true clips without one."""
         given = self.job.given
-        digest = _digest([given.clips, given.at_once, given.sampling_steps, self.job.frames])
-        name = f"{_TRUTH}-{RowRun.of(self.job, _BASE, self.job.seeds[0]).digest}" if run is None else run.name
+        digest = digest_of([given.clips, given.at_once, given.sampling_steps, self.job.frames])
+        name = f"{_TRUTH}-{self._base.digest}" if run is None else run.name
         return self.job.out / "clips" / f"{name}-{digest}"
 
     def write(self) -> list[str]:
@@ -212,10 +203,9 @@ class Study:
         results = [self._result(row) for row in self.rows]
         job = self.job
         names = list(job.lengths)
-        base = RowRun.of(job, _BASE, job.seeds[0])
         about = {
             "base": str(job.base),
-            "base at its own length": str(self.sign) if self._losses_file(base).is_file() else "not measured",
+            "base at its own length": str(self.sign) if stored_losses(job, self._base) else "not measured",
             "lengths": ", ".join(f"{name}: {frames} frames" for name, frames in job.lengths.items()),
             "tokens of the longest": f"{job.config.grid().tokens:,}",
             "seeds": ", ".join(map(str, job.seeds)),
@@ -227,7 +217,7 @@ class Study:
         truth_folder = self._clips_folder(None)
         clips, true = read_row(truth_folder)
         for one in results:
-            if one.row.name in self.failed:
+            if self._lacks(one.row):
                 continue
             one.clips, made = read_row(self._clips_folder(self._runs(one.row)[0]))
             if made is not None and true is not None and len(made) == len(true) and len(made) > 1:
@@ -237,7 +227,7 @@ class Study:
         sentences = write_results(results, names, about, job.out)
         panels = {"truth": shown(truth_folder)}
         for row in self.rows:
-            if row.name in _STRIP and row.name not in self.failed:
+            if row.name in _STRIP and not self._lacks(row):
                 panels[_STRIP[row.name]] = shown(self._clips_folder(self._runs(row)[0]))
         there = {name: clip for name, clip in panels.items() if clip is not None}
         picture = draw(results, names[-1], there, f"first {job.frames // 2} frames given", job.out)
@@ -245,12 +235,13 @@ class Study:
         return sentences
 
     def _result(self, row: Row) -> RowResult:
-        if row.name in self.failed:
-            return RowResult(row, f"failed: {self.failed[row.name]}")
+        lacks = self._lacks(row)
+        if lacks:
+            return RowResult(row, lacks)
         result = RowResult(row)
         runs = self._runs(row)
         for run in runs:
-            stored = self._stored(run)
+            stored = stored_losses(self.job, run)
             if stored is not None:
                 result.losses[run.seed], result.again[run.seed] = stored["losses"], stored["again"]
                 result.gflops, result.blocks = stored["gflops"], stored["blocks"]
@@ -263,7 +254,3 @@ class Study:
         if len(result.losses) < len(runs):
             result.state = f"{len(result.losses)} of {len(runs)} seeds"
         return result
-
-
-def _digest(about: Any) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]

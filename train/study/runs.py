@@ -1,5 +1,6 @@
-"""The tuned rows as ordinary run folders of the trainer, within the time that a command has.
+"""The base and the tuned rows as ordinary run folders of the trainer, within the time that a command has.
 
+    <runs>/study_base/<time>/                 the base, where none is given
     <out>/runs/<row>-seed-<seed>-<digest>/    what `python -m train` leaves; `python -m train resume=` takes it up too
 
 The digest is that of the run's settings and of the base's weights: with others a row is trained anew beside the old.
@@ -21,13 +22,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from train.config.compose import compose_run, finish
+from train.config.compose import compose_run, finish, read_config
 from train.config.schema import RunConfig
 from train.errors import EXIT_CODES, REQUEUE
 from train.preflight import preflight
 from train.run import resume
 from train.storage.inputs import fingerprints
-from train.storage.run_folder import CONFIG, get_state, write_config
+from train.storage.run_folder import CONFIG, RunFolder, get_state, write_config
+from train.study.base import BASE_RUN
 from train.study.rows import Row
 from train.study.settings import Job
 
@@ -73,6 +75,47 @@ class Deadline(Callback):
         if self.clock.over and not self.asked:
             self.asked = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_in_time(folder: Path, config: RunConfig, clock: Clock) -> None:
+    """Trains a run to its end, from where it stopped.
+
+    Raises:
+        TimeUp: the time is over, and its checkpoint is saved.
+        UserError: it cannot be trained.
+        SystemExit: a signal has stopped it.
+    """
+    torch.compiler.reset()  # graphs of other runs are of no use, and count against the compiler's limits
+    deadline = Deadline(clock)
+    try:
+        resume(folder, config, extra_callbacks=[deadline])
+    except SystemExit as end:
+        if deadline.asked and end.code == EXIT_CODES[REQUEUE]:
+            raise TimeUp from None
+        raise
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def train_base(runs: str, clock: Clock) -> None:
+    """Trains the study's base to its end: a new run of it, or on from where the newest one stopped.
+
+    Raises:
+        TimeUp, UserError, SystemExit: as `train_in_time`.
+    """
+    clock.check()
+    config = finish(compose_run({"conf": BASE_RUN, "runs": runs}))
+    begun = [run for run in sorted((Path(runs) / BASE_RUN).glob("*")) if (run / CONFIG).is_file()]
+    if begun:
+        folder = begun[-1]
+        config = read_config(folder)
+    else:
+        preflight(config)
+        folder = RunFolder.create(config).path
+    print(f"the base, in {folder}", flush=True)
+    train_in_time(folder, config, clock)
 
 
 @dataclass(frozen=True)
@@ -135,18 +178,7 @@ class RowRun:
             preflight(self.config)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder)
-        torch.compiler.reset()  # graphs of other rows are of no use, and count against the compiler's limits
-        deadline = Deadline(clock)
-        try:
-            resume(self.folder, self.config, extra_callbacks=[deadline])
-        except SystemExit as end:
-            if deadline.asked and end.code == EXIT_CODES[REQUEUE]:
-                raise TimeUp from None
-            raise
-        finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        train_in_time(self.folder, self.config, clock)
 
 
 def _content(file: str | None) -> str | None:

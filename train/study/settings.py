@@ -10,6 +10,7 @@ from train.config.compose import compose_run, finish
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.study.base import find_base
+from train.study.fits import Fit, fits_of
 
 RUN = "study_4x"
 
@@ -20,7 +21,7 @@ class Settings:
 
     base: Path | None = setting(
         "the base model: a run folder of conf=study_base, or a folder in diffusers' format; null: the newest finished "
-        "run of study_base", None, path=True,
+        "run of study_base, which is trained first if there is none", None, path=True,
     )  # fmt: skip
     rows: str = setting("all, or names of rows with commas, in the order in which they are measured", "all")
     seeds: str = setting("seeds of the tuned rows, with commas", "0,1,2")
@@ -33,12 +34,21 @@ class Settings:
     )  # fmt: skip
     at_once: int = setting("clips that are generated together", 4, must=at_least(1))
     sampling_steps: int = setting("denoising steps of these clips", 20, must=at_least(1))
+    fitted: str = setting(
+        "shares of the released mask's blocks at which masks are fitted to the base's own attention, with commas; each "
+        "is a row, fitted_<share>. 0.6:1 draws all of the blocks, 0.6:0 none; half of them otherwise",
+        "1,0.8,0.6,0.4,0.6:1",
+    )
     masks: Path | None = setting(
-        "folder with files of python -m radial fit: each is a row, fitted_<name of the file>", None, path=True,
+        "folder with files of python -m radial fit, instead: each is a row, fitted_<name of the file>", None, path=True,
     )  # fmt: skip
     enough: float = setting(
         "a base is trained enough when its held-out loss at its own length is at most this share of what the colours "
         "of single pixels allow", 0.08, must=POSITIVE,
+    )  # fmt: skip
+    processes: int = setting(
+        "rows that are trained and measured at the same time, each in a process of its own: on one GPU, small models "
+        "fill it so", 1, must=at_least(1),
     )  # fmt: skip
     minutes: float = setting("ends in an orderly way before so long has passed; 0: when all is done", 0.0,
                              must=at_least(0))  # fmt: skip
@@ -53,7 +63,8 @@ class Job:
         given: the command's own settings.
         words: the settings of a run that every row shares, as typed.
         config: the run of the row ``released`` with the first seed.
-        base: folder of the base model, in diffusers' format.
+        base: folder of the base model, in diffusers' format; None as long as it is to be trained.
+        masks: that are fitted to the base; none where ``masks=`` names a folder.
         seeds, sigmas: at least one each.
         lengths: frames at 1x, 2x and so on, the longest last.
         out: folder of the study.
@@ -62,7 +73,8 @@ class Job:
     given: Settings
     words: dict[str, str]
     config: RunConfig
-    base: Path
+    base: Path | None
+    masks: tuple[Fit, ...]
     seeds: tuple[int, ...]
     sigmas: tuple[float, ...]
     lengths: dict[str, int]
@@ -73,14 +85,15 @@ class Job:
         """The job of the command's own settings and those of a run.
 
         Raises:
-            UserError: a value that is not possible, or no base model.
+            UserError: a value that is not possible, or what ``base=`` names is no base model.
         """
         for key in ("attention", "rope", "seed", "model.path", "clip.frames", "resume"):
             if key in others:
                 raise UserError(f"{key} is set by the study, row by row: leave it out, and choose rows with rows=")
         words = {"conf": RUN, **others}
         base = find_base(given.base, Path(words.get("runs", "runs")))
-        words["model.path"] = str(base)
+        if base is not None:
+            words["model.path"] = str(base)
         first = finish(compose_run(words))
         native = first.model.native_frames
         if native is None or given.length not in first.model.longer:
@@ -92,12 +105,13 @@ class Job:
         config = finish(compose_run({**words, "seed": str(int(seeds[0]))}))
         if config.data.synthetic_scenes != "memory":
             raise UserError("data.synthetic_scenes is sunrise, the study measures the truth of memory: leave it out")
-        name = base.parent.parent.name if base.name == "model" else base.name
+        name = "base" if base is None else base.parent.parent.name if base.name == "model" else base.name
         return cls(
             given=given,
             words=words,
             config=config,
             base=base,
+            masks=fits_of(given.fitted) if given.masks is None else (),
             seeds=tuple(int(seed) for seed in seeds),
             sigmas=sigmas,
             lengths={"1x": native, **dict(sorted(reached.items(), key=lambda item: item[1]))},

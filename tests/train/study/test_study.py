@@ -71,7 +71,11 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
         ({"length": "3x"}, "length is '3x', expected one of 2x, 4x"),
         ({"rows": "released,raidal"}, "rows has 'raidal', expected all, or some of untuned_dense"),
         ({"base": "nowhere"}, "base nowhere has neither"),
-        ({"base": "null"}, "has no finished run: make one with python -m train conf=study_base"),
+        ({"base": "null", "rows": "raidal"}, "rows has 'raidal', expected all"),  # before a base is trained
+        ({"fitted": "0.6,0.6"}, "fitted is '0.6,0.6', expected shares"),
+        ({"fitted": "0.6:2"}, "fitted is '0.6:2', expected shares"),
+        ({"fitted": "half"}, "fitted is 'half', expected shares"),
+        ({"processes": "0"}, "processes is 0"),
         ({"data__synthetic_scenes": "sunrise"}, "data.synthetic_scenes is sunrise"),
         ({"enough": "0"}, "enough is 0"),
     ],

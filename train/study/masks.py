@@ -1,0 +1,72 @@
+"""The masks that are fitted to the base's own attention.
+
+    <out>/masks-<digest>/decay/                 attention of the base at the study's length (`train.decay`)
+    <out>/masks-<digest>/<name>.safetensors     masks of a share of the released mask's blocks (`radial.fit`)
+
+The digest is that of the base's weights: another base gets masks of its own. The clips that they are fitted to are none
+that a row is trained or measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from radial import Released, build_layout
+from radial.errors import Mistake
+from radial.fit import fit
+from train.storage.inputs import fingerprints
+from train.study.fits import Fit
+from train.study.settings import Job
+
+_CLIPS, _SIGMAS, _SEED = 6, "0.3,0.6,0.9", 1000
+
+
+def released_share(job: Job) -> float:
+    """The share of all blocks that the released mask keeps at the study's length."""
+    attention = job.config.attention
+    pattern = Released(decay=attention.decay, rule=job.config.rule())
+    return 1 - build_layout(pattern, job.config.grid(), attention.block).sparsity
+
+
+def masks_file(job: Job, one: Fit) -> Path:
+    """Where a mask lies, or will."""
+    if job.base is None:
+        return job.out / f"{one.name}.safetensors"
+    weights = fingerprints(job.config, None)["weights"]
+    digest = hashlib.sha256(f"{weights} {job.frames}".encode()).hexdigest()[:8]
+    return job.out / f"masks-{digest}" / f"{one.name}.safetensors"
+
+
+def fit_masks(job: Job, chosen: list[Fit], failed: Callable[[Fit, str], None]) -> None:
+    """Measures the base's attention and fits what is missing of the chosen masks.
+
+    Args:
+        failed: called with each mask that cannot be fitted, and the reason.
+
+    Raises:
+        UserError: the attention cannot be measured.
+    """
+    missing = [one for one in chosen if not masks_file(job, one).is_file()]
+    if not missing:
+        return
+    decay = masks_file(job, missing[0]).parent / "decay"
+    if not (decay / "decay.safetensors").is_file():
+        from train.decay.run import run_decay  # takes seconds to import
+        from train.decay.settings import Job as DecayJob
+        from train.decay.settings import Settings as DecaySettings
+
+        print("\nthe base's own attention, to which masks are fitted", flush=True)
+        own = DecaySettings(
+            clips=_CLIPS, sigmas=_SIGMAS, frames=job.given.length, decays="1", dense_layers="0", out=decay
+        )
+        run_decay(DecayJob.made_of(own, {**job.words, "seed": str(_SEED)}))
+    for one in missing:
+        share = one.share * released_share(job)
+        file = masks_file(job, one)
+        print(f"fitting {file}", flush=True)
+        try:
+            fit(decay / "decay.safetensors", file, share=share, coverage=one.coverage, dense_layers=0)
+        except Mistake as error:
+            failed(one, str(error))

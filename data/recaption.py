@@ -1,4 +1,4 @@
-"""Other captions for shards that are there: `python -m data.recaption SHARDS captions=SOURCE out=FOLDER`.
+"""Other captions for shards that are there: `python -m data.recaption SHARDS captions=SOURCE`.
 
 Text is encoded again, video is not: each shard is read, the text of its samples replaced, and written under its name
 into a new folder. Latents and image conditions keep their bytes. A shard counts from the moment its record has its
@@ -52,7 +52,7 @@ class Arguments:
 
     shards: Path = setting("folder of the shards; it stays as it is")
     captions: Path = setting("folder or table with the new captions, laid out as the source= of data.prepare")
-    out: Path = setting("folder for the new shards; an unfinished one is continued")
+    out: Path | None = setting("folder for the new shards (<shards>-recaptioned); an unfinished one is continued", None)
     weights: Path | None = setting("the model's diffusers folder; not needed for pixels", None)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
@@ -73,8 +73,9 @@ def recaption(given: Arguments) -> int:
     manifest = Manifest.load(given.shards)
     if scheme_of(manifest.home) != "file" or manifest.map is not None:
         raise DataError(f"{given.shards}: expected shards of data.prepare or ShardWriter on this machine; copy them")
-    if given.out.absolute() == manifest.folder:
-        raise DataError(f"out is {given.out}, the folder of the shards; choose another, the old one stays")
+    out = given.out or Path(f"{given.shards.absolute()}-recaptioned")
+    if out.absolute() == manifest.folder:
+        raise DataError(f"out is {out}, the folder of the shards; choose another, the old one stays")
     family = family_of(manifest.encoder)
     encoder = fingerprint(family, given.weights, "+image-" in manifest.encoder)
     if not same_vae(encoder, manifest.encoder):
@@ -84,30 +85,30 @@ def recaption(given: Arguments) -> int:
         )
     captions = _captions(given, manifest)
     asked = _asked(manifest, captions, encoder, given.text_dtype)
-    if _is_made(given.out, asked):
-        print(f"{given.out}: already there")
+    if _is_made(out, asked):
+        print(f"{out}: already there")
         return 0
-    with naming(given.out):
-        (given.out / JOURNAL).mkdir(parents=True, exist_ok=True)
-    with _exclusively(given.out):
-        if _is_made(given.out, asked):  # by another rank, meanwhile
+    with naming(out):
+        (out / JOURNAL).mkdir(parents=True, exist_ok=True)
+    with _exclusively(out):
+        if _is_made(out, asked):  # by another rank, meanwhile
             return 0
-        _begin(given.out, asked)
+        _begin(out, asked)
     rank = Rank.here()
     device = find_device(given.device, rank.local)
     loaded = load_encoder(family, EncoderSettings(given.weights, device, torch.float32, _DTYPES[given.text_dtype]))
-    work = Work(given.out, manifest, captions, encoder, loaded)
+    work = Work(out, manifest, captions, encoder, loaded)
     work.write(rank)
-    with _exclusively(given.out):
-        if _is_made(given.out, asked):
+    with _exclusively(out):
+        if _is_made(out, asked):
             return 0
         shards = [work.record(number) for number in range(len(manifest.shards))]
         left = shards.count(None)
         if left:
             print(f"rank {rank.index} is done, {left} shards are left to the others")
             return 0
-        _finish(given, manifest, captions, [shard for shard in shards if shard], encoder, asked, loaded)
-    print(f"{given.out}: {len(manifest.samples)} clips in {len(shards)} shards, with new captions")
+        _finish(given, out, manifest, captions, [shard for shard in shards if shard], encoder, asked, loaded)
+    print(f"{out}: {len(manifest.samples)} clips in {len(shards)} shards, with new captions")
     return 0
 
 
@@ -254,6 +255,7 @@ class Work:
 
 def _finish(
     given: Arguments,
+    out: Path,
     manifest: Manifest,
     captions: Sequence[str | None],
     shards: Sequence[ShardInfo],
@@ -262,7 +264,7 @@ def _finish(
     loaded: Encoder,
 ) -> None:
     """The lists beside the shards, the empty prompt and the manifest."""
-    out, changed = given.out, {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch.")}
+    changed = {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch.")}
     if (manifest.folder / REJECTED).exists():
         write_bytes(out / REJECTED, (manifest.folder / REJECTED).read_bytes())
     chosen = ChosenVideos.load(manifest.folder, LIST)

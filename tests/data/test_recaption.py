@@ -132,10 +132,11 @@ def test_data_prepare_appends_to_the_new_folder(tmp_path: Path) -> None:
     videos = write_clips(tmp_path / "videos", 0, 10).parent
     prepare([f"source={videos}", f"out={tmp_path}/old", *FAST])
     (videos / "v0.txt").write_text("corrected", encoding="utf-8")
-    assert recaption.main([f"{tmp_path}/old", f"captions={videos}", f"out={tmp_path}/new"]) == 0
+    assert recaption.main([f"{tmp_path}/old", f"captions={videos}"]) == 0
     write_clips(tmp_path / "videos", 1, 10)
-    assert not prepare([f"source={videos}", f"out={tmp_path}/new", *FAST])
-    assert [sample.caption for sample in read_samples(tmp_path / "new")] == ["corrected", "clip of video 1"]
+    new = tmp_path / "old-recaptioned"
+    assert not prepare([f"source={videos}", f"out={new}", *FAST])
+    assert [sample.caption for sample in read_samples(new)] == ["corrected", "clip of video 1"]
 
 
 def test_ranks_share_the_shards(

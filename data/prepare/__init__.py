@@ -13,5 +13,5 @@ In the order in which a run passes them:
     journal.py      how a killed run goes on
     underway.py     how a folder stands among ranks
     merge.py        the end: the manifest of what all ranks have done
-    finished.py     the same command on a finished folder
+    append.py       the same command on a finished folder: what differs, and what is added
 """

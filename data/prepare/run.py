@@ -14,11 +14,11 @@ from data.encoders import encoder_class, fingerprint, load_encoder
 from data.encoders.base import Encoder, EncoderSettings, find_device
 from data.errors import DataError, naming
 from data.prepare import underway
+from data.prepare.append import revisit
 from data.prepare.arguments import check_same, same
 from data.prepare.chosen import FILE as CHOSEN
 from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.decoders import Decoders, End, prefetch
-from data.prepare.finished import revisit
 from data.prepare.journal import Journal
 from data.prepare.merge import exit_code, finish
 from data.prepare.qualifying import choose_videos

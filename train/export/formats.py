@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from train.errors import UserError
 from train.lora.layers import MAGNITUDE
+from train.lora.layers_by_name import weighted_layers
 from train.lora.name_tables import TABLES
 from train.lora.names import OriginalLayer, comfyui_layers, comfyui_names, original_layers
 from train.lora.reading import Pairs
-from train.lora.targets import weighted_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""

@@ -24,10 +24,10 @@ from train.errors import UserError
 from train.export.formats import WEIGHTS, Adapter
 from train.lora.keys import of_kohya
 from train.lora.layers import MAGNITUDE
+from train.lora.layers_by_name import weighted_layers
 from train.lora.name_tables import MUSUBI_BLOCKS
 from train.lora.names import comfyui_names
 from train.lora.reading import Pairs, lora_in, read_lora, trim
-from train.lora.targets import weighted_layers
 from train.models.families import adapter_of
 from train.models.pretrained import stand_in
 

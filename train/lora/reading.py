@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from radial.serving import MASKS
 from train.errors import UserError
 from train.lora.keys import MARKERS, of_kohya, other_kind, possible_names, split_key
+from train.lora.layers_by_name import Target, parameter_of, targets_of
 from train.lora.scaling import Scaling, config_beside
-from train.lora.targets import Target, parameter_of, targets_of
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Layer of the diffusers model -> (A, B), (rank, in) and (out, rank): the weight's change at strength 1 is B A."""

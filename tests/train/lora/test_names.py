@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.helpers.original_keys import CHECKPOINTS, original_keys
 from train.export.formats import FORMATS, Adapter
+from train.lora.layers_by_name import weighted_layers
 from train.lora.names import comfyui_layers, comfyui_names, original_layers
-from train.lora.targets import weighted_layers
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
 
 WAN = {"class": "WanTransformer3DModel", "convert": "convert_wan_transformer_to_diffusers"}

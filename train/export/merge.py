@@ -24,7 +24,7 @@ from tqdm import tqdm
 from train.errors import UserError
 from train.lora.masks import masks_beside
 from train.lora.reading import Lora
-from train.models.pretrained import stand_in
+from train.models.pretrained import pipeline_around, stand_in
 from train.models.weights import DTYPES, FLOAT8
 
 _STEM = "diffusion_pytorch_model"
@@ -69,7 +69,7 @@ def merge(
     shards = _shards(sources, targets, shard_bytes)
     total = sum(sources[name].elements * targets[name].itemsize for name in sources)
     _check_space(out, total)
-    pipeline = base.parent if (base.parent / "model_index.json").is_file() else None
+    pipeline = pipeline_around(base)
     folder = out / base.name if pipeline else out
     if pipeline and out.exists():
         shutil.rmtree(folder)  # links to the base model's files

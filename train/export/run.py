@@ -41,7 +41,7 @@ from train.lora.masks import masks_beside
 from train.lora.reading import Lora, Pairs, lora_in, read_lora
 from train.lora.scaling import factor
 from train.models.loading import load_adapter
-from train.models.pretrained import public_name, stand_in, transformer_folder
+from train.models.pretrained import pipeline_around, public_name, stand_in, transformer_folder
 from train.step.clip_recipe import clip_recipe
 from train.storage.checkpoints import last_checkpoint, load_state, load_weights
 from train.storage.inputs import check_masks
@@ -128,8 +128,8 @@ def export_run(
                     model = stand_in(base)
                     others = [(p, read_lora(p, model), factor) for p, factor in (add_2 if kind == _LOW else add)]
                     loras = [(Lora(pairs, magnitudes=norms), strength), *((lora, factor) for _, lora, factor in others)]
-                    whole = (base.parent / "model_index.json").is_file()  # a pipeline has room for both experts
-                    place = temporary / ("" if whole else kind) / "merged"
+                    # a pipeline has room for both experts
+                    place = temporary / ("" if pipeline_around(base) else kind) / "merged"
                     said.append(merge(base, place, loras, DTYPES[dtype] if dtype else None, header=header))
                     if config.attention.masks is not None:
                         shutil.copyfile(config.attention.masks, masks_beside(place))

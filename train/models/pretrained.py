@@ -10,7 +10,9 @@ from torch import nn
 
 from train.config.schema import ModelConfig
 from train.errors import UserError
+from train.models.families import adapter_of, family_of
 from train.models.folders import fetched, model_folder, read_json
+from train.models.pipelines import PipelineTraits
 
 
 def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
@@ -25,8 +27,20 @@ def transformer_folder(config: ModelConfig, *, whole: bool = False) -> Path:
     path, subfolder = model_folder(config)
     folder = Path(path)
     if not folder.is_dir():
-        folder = fetched(config, None if whole or not subfolder else [f"{subfolder}/*"])
+        part = [f"{subfolder}/*"] if subfolder else None
+        folder = fetched(config, family_of(config).files if whole and subfolder else part)
     return folder / (subfolder or "")
+
+
+def pipeline_around(transformer: Path) -> Path | None:
+    """The folder of the pipeline that a transformer's folder is a part of; None where it lies by itself.
+
+    Raises:
+        UserError: its config.json is not JSON.
+    """
+    family = adapter_of(str(read_json(transformer / "config.json").get("_class_name")))
+    index = PipelineTraits.index if family is None else family.index
+    return transformer.parent if (transformer.parent / index).is_file() else None
 
 
 def public_name(config: ModelConfig) -> str:

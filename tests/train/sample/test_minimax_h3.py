@@ -19,7 +19,10 @@ from tests.helpers.generating import close, generator, latent
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
 from train.errors import UserError
+from train.export.merge import merge
+from train.lora.reading import read_lora
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
+from train.models.pretrained import stand_in, transformer_folder
 from train.sample import extend
 from train.sample.__main__ import main
 from train.sample.pipeline import pipeline_class, pipeline_folder
@@ -91,6 +94,18 @@ def test_clips_may_be_longer_than_the_pipelines_and_a_lora_changes_them(folder, 
     assert plain.shape == tuned.shape == (1, 4, 112, 4, 6) and (plain - tuned).abs().max() > 1e-3
 
 
+def test_a_merged_pipeline_comes_whole_and_generates_what_its_lora_did(folder, tmp_path):
+    lora = save_lora(
+        folder, tmp_path / "pytorch_lora_weights.safetensors", header=HEADER, format_name="diffusers",
+        family="hunyuan15",
+    )  # fmt: skip
+    base, merged = folder / "transformer", tmp_path / "merged"
+    merge(base, merged, [(read_lora(lora, stand_in(base)), 1.0)], None, header=HEADER)
+    assert {path.name for path in merged.iterdir()} == {path.name for path in folder.iterdir()}
+    changes = {**CHANGES, "frames": 39, "dense_steps": 1, "block": None}
+    close(latent(merged, **changes).latent, latent(folder, **changes, lora=lora).latent)
+
+
 def test_the_command_writes_the_frames_of_the_stock_decoder(folder, tmp_path):
     out = tmp_path / "clip.mp4"
     changes = {**CHANGES, "frames": 39}
@@ -133,8 +148,10 @@ def test_of_the_hub_only_its_own_parts_are_fetched(folder, monkeypatch):
     assert pipeline_folder(model) == str(folder)
     names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     others = ["transformer_ref/config.json", "audio_vae/config.json", "FL2VA/transformer/config.json"]
-    found = set(filter_repo_objects([*names, *others], allow_patterns=asked["allow_patterns"]))
-    assert found == set(names)
+    for fetch in (pipeline_folder, lambda model: transformer_folder(model, whole=True)):
+        fetch(model)
+        found = set(filter_repo_objects([*names, *others], allow_patterns=asked.pop("allow_patterns")))
+        assert found == set(names)
 
 
 def test_a_family_that_has_no_pipeline_is_refused(folder, monkeypatch):

@@ -82,7 +82,7 @@ class MiniMaxH3Encoder(Encoder):
         return Prompt({"text": TextTokens(states, torch.ones(len(states), dtype=torch.bool))}, {})
 
     def tokens(self, text: str) -> dict[str, tuple[int, int]]:
-        return {"Qwen3-VL": (len(_ids(self.tokenizer, text)), self.facts.text_tokens)}
+        return {"Qwen3-VL": (len(token_ids(self.tokenizer, text)), self.facts.text_tokens)}
 
 
 def first_layers(whole: Any) -> Any:
@@ -109,12 +109,13 @@ def text_states(layers: Any, tokenizer: Any, text: str, device: torch.device, mo
         layers: as `first_layers` gives them.
         most: tokens; the text is cut behind them, which changes nothing in those before.
     """
-    ids = torch.tensor([_ids(tokenizer, text)[:most]], device=device)
+    ids = torch.tensor([token_ids(tokenizer, text)[:most]], device=device)
     states: Tensor = layers(input_ids=ids, use_cache=False).last_hidden_state[0]
     return states
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as it stands, without special ones."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 

@@ -7,7 +7,7 @@ diffusers' own: the scheduler, the VAE, and the text encoder up to the layer tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,29 @@ from diffusers.modular_pipelines.minimax_h3.modular_pipeline import video_latent
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from data.encoders.minimax_h3 import EMPTY, first_layers, text_states
+from data.encoders.minimax_h3 import EMPTY, first_layers, text_states, token_ids
 from data.encoders.tokens import open_tokenizer
 from train.errors import UserError
+
+
+def check_prompts(folder: Path, prompts: Iterable[str], tokens: int) -> None:
+    """Counts the tokens of prompts, before the text encoder is loaded.
+
+    Args:
+        folder: of the pipeline.
+        tokens: the most that a prompt may have, ``model.text_tokens``.
+
+    Raises:
+        UserError: a prompt has more.
+    """
+    tokenizer = open_tokenizer(folder / "tokenizer")
+    for prompt in prompts:
+        count = len(token_ids(tokenizer, prompt))
+        if count > tokens:
+            raise UserError(
+                f"a prompt has {count:,} tokens, expected at most model.text_tokens, {tokens:,}: shorten what begins "
+                f"with {prompt[:40]!r}"
+            )
 
 
 class MiniMaxH3VideoPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -59,21 +79,10 @@ class MiniMaxH3VideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             parts["tokenizer"] = open_tokenizer(place / "tokenizer")
         return cls(**parts, scheduler=MiniMaxH3Scheduler.from_pretrained(place, subfolder="scheduler"))
 
-    def encode_prompt(self, prompt: str, max_sequence_length: int, device: torch.device) -> Tensor:
+    def encode_prompt(self, prompt: str, device: torch.device) -> Tensor:
         """The prompt as the transformer sees it, (1, tokens, D), in the text encoder's dtype; the empty one as shards
-        have it.
-
-        Raises:
-            UserError: it has more tokens than ``max_sequence_length``.
-        """
-        layers = first_layers(self.text_encoder)
-        states = text_states(layers, self.tokenizer, prompt or EMPTY, device)
-        if len(states) > max_sequence_length:
-            raise UserError(
-                f"a prompt has {len(states)} tokens, expected at most model.text_tokens, {max_sequence_length}: "
-                f"shorten what begins with {prompt[:40]!r}"
-            )
-        return states[None]
+        have it."""
+        return text_states(first_layers(self.text_encoder), self.tokenizer, prompt or EMPTY, device)[None]
 
     @torch.no_grad()
     def __call__(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -88,6 +89,18 @@ class PipelineTraits:
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:
         """The VAE's dtype, beside a transformer of ``dtype``."""
         return torch.bfloat16 if cls.vae_in_bf16 and dtype == torch.bfloat16 else torch.float32
+
+    @classmethod
+    def check_prompts(cls, folder: Path, prompts: Iterable[str], tokens: int) -> None:
+        """Looks at prompts before anything is loaded; most pipelines take any, and cut long ones.
+
+        Args:
+            folder: of the pipeline.
+            tokens: that a prompt is padded to.
+
+        Raises:
+            UserError: a prompt that the family's does not take.
+        """
 
     @classmethod
     def encode_prompt(

@@ -95,6 +95,7 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
         ranks = Ranks.join()
         if ranks.rank == 0:
             check_writable(todo)
+            family_of(model).check_prompts(Path(folder), [job.prompt for job in todo], model.text_tokens)
             check_transformers(folder)
             for job in todo:
                 if job.image is not None:

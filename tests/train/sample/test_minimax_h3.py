@@ -135,9 +135,18 @@ def test_two_processes_make_the_clip_of_one(folder):
         ({"frames": 120}, r"frames is 120, expected 17 x k \+ 5 .*: use 107 or 124"),
     ],
 )
-def test_mistakes(folder, tmp_path, changes, message):
+def test_mistakes_are_found_before_anything_is_loaded(folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("train.sample.pipeline.load_part", None)
     with pytest.raises(UserError, match=message):
         main(words(folder, **{**CHANGES, **changes}, out=tmp_path / "clip.mp4"))
+
+
+def test_of_many_prompts_one_that_is_too_long_is_found_before_any_is_encoded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.sample.pipeline.load_part", None)
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\nfar {'far ' * 12}away\n", encoding="utf-8")
+    with pytest.raises(UserError, match="a prompt has 56 tokens, expected at most .*, 48: shorten what"):
+        main(words(folder, **{**CHANGES, "prompt": None}, prompts=file, out=tmp_path / "clips"))
 
 
 def test_of_the_hub_only_its_own_parts_are_fetched(folder, monkeypatch):

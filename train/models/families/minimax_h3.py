@@ -20,7 +20,8 @@ takes no weight of it as an input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,10 +118,16 @@ class MiniMaxH3Adapter(ModelAdapter):
         return library, kind
 
     @classmethod
+    def check_prompts(cls, folder: Path, prompts: Iterable[str], tokens: int) -> None:
+        from train.models.minimax_h3_pipeline import check_prompts
+
+        check_prompts(folder, prompts, tokens)
+
+    @classmethod
     def encode_prompt(
         cls, pipeline: Any, prompt: str, negative: str, guided: bool, **settings: Any
     ) -> dict[str, Tensor | None]:
-        return {"prompt_embeds": pipeline.encode_prompt(prompt, **settings)}
+        return {"prompt_embeds": pipeline.encode_prompt(prompt, settings["device"])}
 
     @classmethod
     def call(cls, pipeline: Any, guidance: float | None, tokens: int, step_end: StepEnd, **settings: Any) -> Tensor:

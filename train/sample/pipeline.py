@@ -36,6 +36,7 @@ from train.sample.settings import Settings
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT_PARTS = (*_TEXT_ENCODERS, "tokenizer", "tokenizer_2")
+_ALWAYS = ("text_encoder", "vae")  # what no pipeline goes without
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _TRANSFORMERS = ("transformer", "transformer_2")
 _OTHER_PARTS = (*_TRANSFORMERS, "vae", "image_encoder", "image_processor")
@@ -114,6 +115,8 @@ def _load_part(family: type[ModelAdapter], folder: str, name: str, device: torch
     index = Path(folder) / family.index
     library, kind = family.part_class(read_json(index), name)
     if kind is None:
+        if name in _ALWAYS:
+            raise UserError(f"{index}: names no {name}, expected one: download it again")
         return None
     loader = getattr(_LIBRARIES.get(library), kind, None)
     if loader is None:

@@ -1,5 +1,8 @@
 """MiniMax-H3 by the command: video without sound, of lengths that diffusers' modular pipeline refuses."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +142,17 @@ def test_mistakes_are_found_before_anything_is_loaded(folder, tmp_path, monkeypa
     monkeypatch.setattr("train.sample.pipeline.load_part", None)
     with pytest.raises(UserError, match=message):
         main(words(folder, **{**CHANGES, **changes}, out=tmp_path / "clip.mp4"))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_an_index_that_lacks_a_part_is_refused(folder, tmp_path, part):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = copy / "modular_model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    del parts[part]
+    index.write_text(json.dumps(parts), encoding="utf-8")
+    with pytest.raises(UserError, match=f"modular_model_index.json: names no {part}, expected one: download it again"):
+        main(words(copy, **{**CHANGES, "frames": 22}, out=tmp_path / "clip.mp4"))
 
 
 def test_of_many_prompts_one_that_is_too_long_is_found_before_any_is_encoded(folder, tmp_path, monkeypatch):

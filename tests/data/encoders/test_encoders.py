@@ -17,11 +17,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch.nn import functional as F
 
-from data.encoders import fingerprint, load_encoder, mochi
+from data.encoders import check_cut, fingerprint, load_encoder, mochi
 from data.encoders.base import Encoder, EncoderSettings, to_video
 from data.encoders.decoding import decode_frames, normalized, to_frames
 from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
+from data.shards.manifest import Manifest, SampleInfo, ShardInfo
 from data.shards.sample import Sample
 from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan, save_wan_5b
 
@@ -68,6 +69,14 @@ def test_what_is_not_causal_is_not_cut(folders: dict[str, Path]) -> None:
     assert MochiEncoder.why_not_cut(667, 163) == (
         "Mochi's VAE encodes clips of 667 frames in tiles of 224 pixels, of 163 in 256"
     )
+
+
+def test_a_folder_that_cannot_be_cut_says_which_of_its_lengths_it_is() -> None:
+    samples = tuple(SampleInfo(f"{latents}", (12, latents, 2, 2), n, 1) for n, latents in enumerate((56, 112)))
+    made = Manifest((ShardInfo("a.tar", samples, 2, ""),), 30.0, "mochi:vae-a", "", "", {})
+    why = "latents of 112 frames: Mochi's VAE encodes clips of 667 frames in tiles of 224 pixels, of 163 in 256"
+    with pytest.raises(DataError, match=f"clips of 163 frames cannot be cut from its {why}"):
+        check_cut(made, 163)
 
 
 def test_an_image_condition_of_a_longer_clip_begins_with_that_of_the_shorter(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ from tests.helpers.families import TEXT, Perfect, build, conditions, latents, ra
 from tests.helpers.tiny_models import save_minimax_h3
 from tests.helpers.videos import numbered, write_video
 from train.config.compose import compose_run, finish
+from train.errors import UserError
 from train.flow import noised
 from train.lora.layers import inject_lora
 from train.measures.euler import generate
 from train.models.conditions import Conditions
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
-from train.models.loading import temporal_rope
+from train.models.loading import encoder_of, temporal_rope
 from train.preflight import preflight
 from train.run import RunFolder, train
 from train.storage.checkpoints import load_weights
@@ -147,6 +148,12 @@ def test_the_texts_own_blocks_get_no_lora():
     names = inject_lora(adapter.transformer, 4, 4, adapter.targets(text=False), seed=0)
     layers = ("to_q", "to_k", "to_v", "to_out.0")
     assert set(names) == {f"transformer_blocks.{n}.attn.{layer}" for n in range(3) for layer in layers}
+
+
+def test_a_family_without_an_encoder_is_refused(monkeypatch):
+    monkeypatch.setattr(MiniMaxH3Adapter, "encoder", "another")
+    with pytest.raises(UserError, match="model.family is minimax_h3, for which data.prepare has no encoder: .* wan,"):
+        encoder_of(finish(compose_run({"conf": "minimax_h3_2x"})).model)
 
 
 def test_a_run_from_videos_to_an_exported_lora(tmp_path):

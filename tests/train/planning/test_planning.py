@@ -37,6 +37,7 @@ from train.planning.choose_policies import chosen
 from train.planning.duration import between
 from train.planning.flops import SampleFlops
 from train.planning.full_memory import check_memory
+from train.planning.layer_memory import movable_bytes
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
@@ -176,6 +177,9 @@ def test_ranks_share_what_they_share():
 def test_offload_moves_what_is_kept_and_no_more():
     everything = planned(parallel__offload_activations=True)
     assert everything.offloaded == pytest.approx(40 * everything.layer.hidden)
+    layer = everything.layer
+    moved = layer.kept_by("full") + layer.kept_by("selective")
+    assert movable_bytes([layer, layer], ["none", "full", "selective"]) == pytest.approx(2 * moved)
     limited = planned(parallel__offload_activations=True, parallel__offload_gib=50)
     assert limited.offloaded == 50 * GIB
     assert limited.cpu_parts["kept activations, page-locked"] == 50 * GIB

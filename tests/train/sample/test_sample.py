@@ -203,6 +203,11 @@ def test_files_of_prompts(tmp_path):
         (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a boat"}}\n{line}\n', encoding="utf-8")
         with pytest.raises(UserError, match=rf"prompts.jsonl:2: {key} has half a character \(\\ud83e\), expected"):
             prompts(b"", prompts=tmp_path / "prompts.jsonl")
+    (tmp_path / "first.png").touch()
+    lines = [{"prompt": "a", "image": str(tmp_path / "first.png")}, {"prompt": "b"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(UserError, match="prompts.jsonl: some have an image and some have none"):
+        prompts(b"", prompts=tmp_path / "prompts.jsonl")
     with pytest.raises(UserError, match="clips.mp4, expected a folder for the videos of many prompts"):
         prompts(b"a", out="clips.mp4")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +23,7 @@ from train.errors import UserError
 from train.shards import training_shards, validation_shards
 from train.study.parts import do_part, held_out_shards
 from train.study.rows import Row
-from train.study.runs import Clock, RowRun, TimeUp
+from train.study.runs import Clock, TimeUp
 from train.study.settings import Job
 
 Part = tuple[Row, int]
@@ -58,7 +59,7 @@ def do_parts(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
 def _in_processes(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
     clock.check()
     for seed in job.seeds:  # once, before several processes want them at once
-        config = RowRun.of(job, Row("clips", "clips", True), seed).config
+        config = replace(job.config, seed=seed)
         training_shards(config)
         validation_shards(config)
     held_out_shards(job)

@@ -21,11 +21,17 @@ from train.parallel.zero import spread_weights, zero_config
 def private_memory(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """Bytes of the model, and by how much loading and reading all of it makes this process's own memory grow."""
     config = finish(compose_run({"model.path": str(folder)})).model
+    _load_libraries()
     before = _anonymous()
     adapter = load_adapter(config, dtype, seed=0)
     total = sum(p.abs().sum().item() for p in adapter.transformer.parameters())  # reads every page
-    size = sum(p.numel() * p.element_size() for p in adapter.transformer.parameters())
-    return {"grown": _anonymous() - before, "size": size, "sum": total}
+    return {"grown": _anonymous() - before, "size": _bytes(adapter.transformer), "sum": total}
+
+
+def _load_libraries() -> None:
+    """Loads and reads a tiny model, so that what is measured after it is the model's memory and not its code's."""
+    adapter = load_adapter(finish(compose_run({})).model, None, seed=0)
+    sum(p.abs().sum().item() for p in adapter.transformer.parameters())
 
 
 def _anonymous() -> int:
@@ -40,7 +46,7 @@ def shared_memory(folder: Path) -> dict[str, Any]:
     A page that several processes map counts for each by its part, so that the sum over the ranks is what the node has.
     """
     config = finish(compose_run({"model.path": str(folder)})).model
-    load_adapter(finish(compose_run({})).model, None, seed=0)  # a tiny one, so that all libraries are there
+    _load_libraries()
     dist.barrier()
     before = _share()
     dist.barrier()
@@ -62,7 +68,7 @@ def spread_memory(folder: Path) -> dict[str, Any]:
     settings = zero_config(3, bf16=False, offload_optimizer=False, offload_parameters=False)
     deepspeed.zero.Init(module=torch.nn.Linear(4, 4), config_dict_or_path=settings)  # what DeepSpeed itself takes
     config = finish(compose_run({"model.path": str(folder)})).model
-    load_adapter(finish(compose_run({})).model, None, seed=0)  # a tiny one, so that all libraries are there
+    _load_libraries()
     before = _anonymous()
     adapter = load_adapter(config, None, seed=0)
     size = _bytes(adapter.transformer)

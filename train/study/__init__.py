@@ -9,6 +9,10 @@
     losses      the flow loss by length and noise level, and of what has to be remembered
     clips       clips that go on from given frames, and their measures
     frechet     Fréchet distance in the base's own features
+    fits        which masks are fitted to the base, as words and as file names
+    masks       the base's own attention, and the masks that are fitted to it
+    parts       what one process does at a time: a row's losses, a row's clips
+    pool        the parts, one after the other or several at a time, over the GPUs that there are
     results     table, paired differences, conclusions
     pictures    the picture of cost against loss, the strip of clips
     page        the page

@@ -1,13 +1,15 @@
-"""One part of a study: a row with one seed is trained, if it is to be, and its losses are measured.
+"""The parts of a study: a row with one seed is trained, if it is to be, and its losses are measured; a row's clips.
 
 <out>/losses/<run>-<digest>.json    the losses; the digest is that of what is measured
+<out>/clips/<run>-<digest>/         the clips (`train.study.clips`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from data.io.files import write_utf8
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stream import read_samples
+from train.config.schema import ClipConfig
 from train.shards import held_out
+from train.study.clips import ClipSet, generate_row
 from train.study.losses import arithmetic, measure_losses, module_of
-from train.study.rows import Row
+from train.study.rows import BASE, TRUTH, Row
 from train.study.runs import Clock, RowRun
 from train.study.settings import Job
 
@@ -74,15 +78,94 @@ def measure(job: Job, run: RowRun, clock: Clock) -> None:
     write_utf8(file, json.dumps(found))
 
 
-def do_part(job: Job, row: Row, seed: int, clock: Clock) -> None:
-    """Trains a row with one seed, if it is to be trained and is not yet, and measures it.
+def base_run(job: Job) -> RowRun:
+    """The base as a row that has no run."""
+    return RowRun.of(job, BASE, job.seeds[0])
 
-    Raises:
-        TimeUp: the time is over; what there is stays.
-        UserError: it cannot be trained or measured.
-        SystemExit: a signal has stopped it.
-    """
-    run = RowRun.of(job, row, seed)
-    if row.tuned and not run.done:
-        run.train(clock)
-    measure(job, run, clock)
+
+def clips_folder(job: Job, row: Row) -> Path:
+    """Where the clips of a row's first run lie, or will; the true clips are a row of their own."""
+    given = job.given
+    digest = digest_of([given.clips, given.at_once, given.sampling_steps, job.frames])
+    name = f"{TRUTH.name}-{base_run(job).digest}" if row == TRUTH else RowRun.of(job, row, job.seeds[0]).name
+    return job.out / "clips" / f"{name}-{digest}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A row with one seed: trained, if it is to be, and its losses measured."""
+
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the file that it prints to where several parts run."""
+        return f"{self.row.name}-seed-{self.seed}"
+
+    @property
+    def words(self) -> str:
+        """What is said of it."""
+        return f"{self.row.words}, seed {self.seed}"
+
+    def do(self, job: Job, clock: Clock) -> None:
+        """Does what is missing of it.
+
+        Raises:
+            TimeUp: the time is over; what there is stays.
+            UserError: it cannot be trained or measured.
+            SystemExit: a signal has stopped it.
+        """
+        run = RowRun.of(job, self.row, self.seed)
+        if self.row.tuned and not run.done:
+            run.train(clock)
+        measure(job, run, clock)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The generated clips of a row's first run, and their measures."""
+
+    row: Row
+
+    @property
+    def name(self) -> str:
+        """Of the file that it prints to where several parts run."""
+        return f"{self.row.name}-clips"
+
+    @property
+    def words(self) -> str:
+        """What is said of it."""
+        return f"{self.row.words}: clips"
+
+    def there(self, job: Job) -> bool:
+        """Whether all of it is done."""
+        parts = math.ceil(job.given.clips / job.given.at_once)
+        return len(list(clips_folder(job, self.row).glob("*.json"))) == parts
+
+    def do(self, job: Job, clock: Clock) -> None:
+        """Generates and measures what is missing.
+
+        Raises:
+            TimeUp: the time is over; finished clips stay.
+        """
+        shards = held_out_shards(job)
+        base = base_run(job)
+        clip = ClipConfig(job.frames, job.config.clip.height, job.config.clip.width)
+        of = ClipSet(
+            clips=held_out_clips(job, job.given.clips),
+            given=job.frames // 2,
+            native=job.lengths["1x"],
+            steps=job.given.sampling_steps,
+            shift=job.config.shift(clip),
+            at_once=job.given.at_once,
+            base=module_of(base, shards),
+        )
+        run = base if self.row == TRUTH else RowRun.of(job, self.row, job.seeds[0])
+        with arithmetic(run):
+            module = None if self.row == TRUTH else module_of(run, shards)
+            generate_row(module, of, clips_folder(job, self.row), clock.check)
+
+
+Part = Losses | Clips
+"""What one process does at a time."""

@@ -1,6 +1,6 @@
-"""The parts of a study, one after the other or several at the same time, each process with its own.
+"""The parts of a study, one after the other or several at the same time: each process has its own, and one GPU.
 
-<out>/logs/<row>-seed-<seed>.log    what a part prints where several run
+<out>/logs/<part>.log    what a part prints where several run
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
 
@@ -21,15 +22,13 @@ import torch
 from radial.errors import Mistake
 from train.errors import UserError
 from train.shards import training_shards, validation_shards
-from train.study.parts import do_part, held_out_shards
+from train.study.parts import Part, held_out_shards
 from train.study.rows import Row
 from train.study.runs import Clock, TimeUp
 from train.study.settings import Job
 
-Part = tuple[Row, int]
-"""A row and a seed."""
 Done = Callable[[Row, Mistake | None], None]
-"""Called after each part; with what is wrong where it could not be done."""
+"""Called after each part with its row; with what is wrong where it could not be done."""
 
 
 def do_parts(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
@@ -46,14 +45,22 @@ def do_parts(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
     if job.given.processes > 1:
         _in_processes(job, parts, clock, done)
         return
-    for row, seed in parts:
-        print(f"\n{row.words}, seed {seed}", flush=True)
+    for part in parts:
+        print(f"\n{part.words}", flush=True)
         try:
-            do_part(job, row, seed, clock)
+            part.do(job, clock)
         except Mistake as error:
-            done(row, error)
+            done(part.row, error)
         else:
-            done(row, None)
+            done(part.row, None)
+
+
+def gpus_in_turn(processes: int) -> list[str | None]:
+    """The GPU of each process, by the name that CUDA_VISIBLE_DEVICES has for it; None where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    return [names[index % count] if count else None for index in range(processes)]
 
 
 def _in_processes(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
@@ -66,50 +73,57 @@ def _in_processes(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> 
     (job.out / "logs").mkdir(exist_ok=True)
     running: dict[Future[None], Part] = {}
     late = False
-    executor = ProcessPoolExecutor(
-        job.given.processes,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork of a process that has used the GPU cannot use it
-        initializer=torch.set_num_threads,
-        initargs=(max(1, torch.get_num_threads() // job.given.processes),),
-    )
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used the GPU cannot use it
+    gpus = spawn.SimpleQueue()
+    for gpu in gpus_in_turn(job.given.processes):
+        gpus.put(gpu)
+    threads = max(1, torch.get_num_threads() // job.given.processes)
+    executor = ProcessPoolExecutor(job.given.processes, spawn, _settle, (gpus, threads))
     with _signals_reach_all(), executor as pool:
         while True:
             while not late and len(running) < job.given.processes and (part := next(parts, None)) is not None:
-                log = job.out / "logs" / f"{part[0].name}-seed-{part[1]}.log"
-                print(f"{part[0].words}, seed {part[1]}: begun, {log}", flush=True)
-                running[pool.submit(_logged, job, *part, clock, log)] = part
+                log = job.out / "logs" / f"{part.name}.log"
+                print(f"{part.words}: begun, {log}", flush=True)
+                running[pool.submit(_logged, job, part, clock, log)] = part
             if not running:
                 break
             for one in wait(running, return_when=FIRST_COMPLETED).done:
-                row, seed = running.pop(one)
-                late = _ended(one, row, seed, done) or late
+                late = _ended(one, running.pop(one), done) or late
     if late:
         raise TimeUp
 
 
-def _ended(one: Future[None], row: Row, seed: int, done: Done) -> bool:
+def _settle(gpus: SimpleQueue[str | None], threads: int) -> None:
+    """A process of its own takes the next GPU, before anything of it has used one."""
+    gpu = gpus.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(threads)
+
+
+def _ended(one: Future[None], part: Part, done: Done) -> bool:
     """Reports a part that has ended; whether the time was over before it was done."""
     try:
         one.result()
     except TimeUp:
         return True
     except Mistake as error:
-        done(row, error)
+        done(part.row, error)
     except BrokenProcessPool as error:
         raise UserError(
-            f"a process was killed while {row.words}, seed {seed}, ran, for its memory perhaps: the same command goes "
-            "on, with fewer processes= where memory is short"
+            f"a process was killed while this ran: {part.words}; for its memory perhaps: the same command goes on, "
+            "with fewer processes= where memory is short"
         ) from error
     else:
-        print(f"{row.words}, seed {seed}: done", flush=True)
-        done(row, None)
+        print(f"{part.words}: done", flush=True)
+        done(part.row, None)
     return False
 
 
-def _logged(job: Job, row: Row, seed: int, clock: Clock, log: Path) -> None:
+def _logged(job: Job, part: Part, clock: Clock, log: Path) -> None:
     """A part in a process of its own, which writes to a file."""
     with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        do_part(job, row, seed, clock)
+        part.do(job, clock)
 
 
 @contextmanager

@@ -41,6 +41,12 @@ class Row:
     fit: Fit | None = None
 
 
+BASE = Row("base", "base", False, {"attention": "dense", "rope": "default"})
+"""The base as it is: measured at its own length, and the eyes of the Fréchet distance."""
+TRUTH = Row("truth", "the true clips", False)
+"""What the generated clips are compared with."""
+
+
 def rows_of(job: Job) -> list[Row]:
     """The rows in the order in which they are measured, that of ``rows=`` where it names some.
 

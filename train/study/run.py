@@ -10,34 +10,38 @@ the clips of the first seed's rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 
 from radial.errors import Mistake
-from train.config.schema import ClipConfig
 from train.loggers.csv_file import METRICS, read_metrics
 from train.report.runs import series
-from train.step.module import LengthExtensionModule
 from train.storage.run_folder import held
 from train.study.base import BaseSign, pixels_leave
-from train.study.clips import ClipSet, generate_row, read_row, shown
+from train.study.clips import read_row, shown
 from train.study.fits import Fit
 from train.study.frechet import frechet_distance
-from train.study.losses import arithmetic, mean_over_sigmas, module_of
+from train.study.losses import mean_over_sigmas
 from train.study.masks import fit_masks, masks_file
 from train.study.page import write_page
-from train.study.parts import digest_of, held_out_clips, held_out_shards, losses_file, measure, stored_losses
+from train.study.parts import (
+    Clips,
+    Losses,
+    Part,
+    base_run,
+    clips_folder,
+    held_out_clips,
+    losses_file,
+    measure,
+    stored_losses,
+)
 from train.study.pictures import draw
 from train.study.pool import do_parts
 from train.study.results import RowResult, write_results
-from train.study.rows import Row, rows_of
+from train.study.rows import TRUTH, Row, rows_of
 from train.study.runs import Clock, RowRun, TimeUp
 from train.study.settings import Job
 
-_BASE = Row("base", "base", False, {"attention": "dense", "rope": "default"})
-_TRUTH = "truth"
 _STRIP = {"untuned_dense": "untuned, dense", "released": "released LoRA", "dense": "dense LoRA"}
 
 
@@ -95,10 +99,6 @@ class Study:
             return "its masks are not fitted yet"
         return None
 
-    @property
-    def _base(self) -> RowRun:
-        return RowRun.of(self.job, _BASE, self.job.seeds[0])
-
     def check_base(self) -> None:
         """Measures the base at its own length.
 
@@ -106,14 +106,15 @@ class Study:
             UserError: it is not trained enough.
         """
         assert self.job.base is not None
-        if stored_losses(self.job, self._base) is None:
-            measure(self.job, self._base, self.clock)
+        base = base_run(self.job)
+        if stored_losses(self.job, base) is None:
+            measure(self.job, base, self.clock)
         self.sign.check(self.job.base)
 
     @property
     def sign(self) -> BaseSign:
         """How far the base is, once it is measured."""
-        stored = stored_losses(self.job, self._base)
+        stored = stored_losses(self.job, base_run(self.job))
         assert stored is not None
         losses = mean_over_sigmas(stored["losses"]["1x"])
         native = self.job.lengths["1x"]
@@ -133,70 +134,42 @@ class Study:
 
     def measure_rows(self) -> None:
         """Trains and measures every row, seed by seed; a row that cannot be is noted, and the others go on."""
+        do_parts(self.job, self._losses(), self.clock, self._done)
 
-        def done(row: Row, error: Mistake | None) -> None:
-            if error is not None:
-                self._fail(row, str(error))
-            self.write()
+    def generate_clips(self) -> None:
+        """The true clips, then those of every row's first run."""
+        if self.job.given.clips:
+            do_parts(self.job, self._clips(), self.clock, self._done)
 
-        do_parts(self.job, self._parts(), self.clock, done)
+    def _done(self, row: Row, error: Mistake | None) -> None:
+        if error is not None:
+            self._fail(row, str(error))
+        self.write()
 
-    def _parts(self) -> Iterator[tuple[Row, int]]:
+    def _losses(self) -> Iterator[Part]:
         """What is to be trained or measured; rows that have failed meanwhile are left out."""
-        for seed in self.job.seeds:
+        job = self.job
+        for seed in job.seeds:
             for row in self.rows:
-                if self._lacks(row) or (not row.tuned and seed != self.job.seeds[0]):
+                if self._lacks(row) or (not row.tuned and seed != job.seeds[0]):
                     continue
                 try:
-                    run = RowRun.of(self.job, row, seed)
+                    run = RowRun.of(job, row, seed)
                 except Mistake as error:
                     self._fail(row, str(error))
                     continue
-                if not losses_file(self.job, run).is_file():
-                    yield row, seed
+                if not losses_file(job, run).is_file():
+                    yield Losses(row, seed)
+
+    def _clips(self) -> Iterator[Part]:
+        """What is to be generated."""
+        for row in (TRUTH, *self.rows):
+            if not self._lacks(row) and not (part := Clips(row)).there(self.job):
+                yield part
 
     def _fail(self, row: Row, why: str) -> None:
         self.failed[row.name] = why
         print(f"warning: {row.words}: {why}", flush=True)
-
-    def generate_clips(self) -> None:
-        """The clips of the true row, then those of every row's first run."""
-        if not self.job.given.clips:
-            return
-        job = self.job
-        runs = [None, *(self._runs(row)[0] for row in self.rows if not self._lacks(row))]
-        parts = math.ceil(job.given.clips / job.given.at_once)
-        missing = [run for run in runs if len(list(self._clips_folder(run).glob("*.json"))) < parts]
-        if not missing:
-            return
-        of = self._clip_set(module_of(self._base, held_out_shards(job)))
-        for run in missing:
-            folder = self._clips_folder(run)
-            print(f"\n{'true clips' if run is None else run.row.words}: clips", flush=True)
-            with arithmetic(self._base if run is None else run):
-                module = None if run is None else module_of(run, held_out_shards(job))
-                generate_row(module, of, folder, self.clock.check)
-            self.write()
-
-    def _clip_set(self, base: LengthExtensionModule) -> ClipSet:
-        job = self.job
-        clip = ClipConfig(job.frames, job.config.clip.height, job.config.clip.width)
-        return ClipSet(
-            clips=held_out_clips(job, job.given.clips),
-            given=job.frames // 2,
-            native=job.lengths["1x"],
-            steps=job.given.sampling_steps,
-            shift=job.config.shift(clip),
-            at_once=job.given.at_once,
-            base=base,
-        )
-
-    def _clips_folder(self, run: RowRun | None) -> Path:
-        """The clips' folder of a row's run; of the true clips without one."""
-        given = self.job.given
-        digest = digest_of([given.clips, given.at_once, given.sampling_steps, self.job.frames])
-        name = f"{_TRUTH}-{self._base.digest}" if run is None else run.name
-        return self.job.out / "clips" / f"{name}-{digest}"
 
     def write(self) -> list[str]:
         """Everything that is known, into the study's files; returns the conclusions."""
@@ -205,7 +178,7 @@ class Study:
         names = list(job.lengths)
         about = {
             "base": str(job.base),
-            "base at its own length": str(self.sign) if stored_losses(job, self._base) else "not measured",
+            "base at its own length": str(self.sign) if stored_losses(job, base_run(job)) else "not measured",
             "lengths": ", ".join(f"{name}: {frames} frames" for name, frames in job.lengths.items()),
             "tokens of the longest": f"{job.config.grid().tokens:,}",
             "seeds": ", ".join(map(str, job.seeds)),
@@ -214,21 +187,21 @@ class Study:
             "steps": job.config.trainer.steps,
             "generated clips": f"{job.given.clips}, of seed {job.seeds[0]}, {job.given.sampling_steps} steps",
         }
-        truth_folder = self._clips_folder(None)
+        truth_folder = clips_folder(job, TRUTH)
         clips, true = read_row(truth_folder)
         for one in results:
             if self._lacks(one.row):
                 continue
-            one.clips, made = read_row(self._clips_folder(self._runs(one.row)[0]))
+            one.clips, made = read_row(clips_folder(job, one.row))
             if made is not None and true is not None and len(made) == len(true) and len(made) > 1:
                 one.frechet = frechet_distance(made, true)
         if clips:
-            results.append(RowResult(Row(_TRUTH, "the true clips", False), clips=clips))
+            results.append(RowResult(TRUTH, clips=clips))
         sentences = write_results(results, names, about, job.out)
         panels = {"truth": shown(truth_folder)}
         for row in self.rows:
             if row.name in _STRIP and not self._lacks(row):
-                panels[_STRIP[row.name]] = shown(self._clips_folder(self._runs(row)[0]))
+                panels[_STRIP[row.name]] = shown(clips_folder(job, row))
         there = {name: clip for name, clip in panels.items() if clip is not None}
         picture = draw(results, names[-1], there, f"first {job.frames // 2} frames given", job.out)
         write_page(results, names, about, sentences, picture, job.out)

@@ -47,8 +47,8 @@ class Settings:
         "of single pixels allow", 0.08, must=POSITIVE,
     )  # fmt: skip
     processes: int = setting(
-        "rows that are trained and measured at the same time, each in a process of its own: on one GPU, small models "
-        "fill it so", 1, must=at_least(1),
+        "rows that are trained, measured or generated at the same time, each in a process of its own, which takes one "
+        "of the GPUs in turn: several small models fill one", 1, must=at_least(1),
     )  # fmt: skip
     minutes: float = setting("ends in an orderly way before so long has passed; 0: when all is done", 0.0,
                              must=at_least(0))  # fmt: skip

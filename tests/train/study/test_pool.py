@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
 from tests.helpers.studies import study_settings
 from train.config.compose import compose_run, finish
@@ -17,6 +18,7 @@ from train.loggers.csv_file import METRICS, read_metrics
 from train.storage.checkpoints import checkpoints_of
 from train.storage.run_folder import get_state, write_config
 from train.study.__main__ import main
+from train.study.pool import gpus_in_turn
 
 
 def losses(folder: Path) -> dict[str, float]:
@@ -27,7 +29,7 @@ def losses(folder: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_rows_at_the_same_time_are_those_one_after_the_other(tmp_path, capsys):
-    rows = {"rows": "untuned_released,released,fitted_0.6,fitted_0.001", "fitted": "0.6,0.001", "clips": 0}
+    rows = {"rows": "untuned_released,released,fitted_0.6,fitted_0.001", "fitted": "0.6,0.001"}
     big = {"clip__height": 64, "clip__width": 64, "held_out": 4, "seeds": "0,1"}
     main(study_settings(tmp_path, out=tmp_path / "one", **rows, **big))
     assert "rows are missing" in capsys.readouterr().out  # the masks that are too small for one block a row
@@ -40,8 +42,24 @@ def test_rows_at_the_same_time_are_those_one_after_the_other(tmp_path, capsys):
     assert "step 2/2" in log.read_text(encoding="utf-8") and "step 2/2" not in said
     results = json.loads((tmp_path / "two" / "results.json").read_text(encoding="utf-8"))
     by_name = {row["row"]["name"]: row for row in results["rows"]}
+    alone = json.loads((tmp_path / "one" / "results.json").read_text(encoding="utf-8"))
+    for row in alone["rows"]:
+        clips = by_name[row["row"]["name"]]["clips"]
+        assert len(clips) == (0 if row["state"].startswith("failed") else 2)
+        for one, other in zip(row["clips"], clips, strict=True):
+            assert other["drift"] == pytest.approx(one["drift"], rel=1e-3) and other["clip"] == one["clip"]
     assert by_name["fitted_0.001"]["state"].startswith("failed: share is ")
     assert by_name["fitted_0.6"]["blocks"] == pytest.approx(0.6 * by_name["released"]["blocks"], rel=0.02)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("3,5,7", ["3", "5", "3"])])
+def test_processes_take_the_gpus_in_turn(monkeypatch, visible, expected):
+    assert gpus_in_turn(2) == [None, None] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_in_turn(3) == expected
 
 
 @pytest.mark.slow

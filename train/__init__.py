@@ -25,7 +25,7 @@ The folders, in the order in which a run passes them:
     measures/      how good a model is: losses of clips, intervals, the Euler sampler, measures of generated clips
     export/        the LoRA as files of other tools, merged models, verification
     sample/        generating clips with diffusers' pipelines
-    report/        the table on held-out clips at a run's end; the run as one page, its charts and pictures
+    report/        losses on held-out clips at a run's end; the run as one page, its charts and pictures
     decay/         how attention falls off with distance in each head, and what a mask would keep of it
     callbacks/     what happens around a step: metrics, checkpoints, validation, stops, the watchdog
     evaluate/      a tuned model against controls: losses, generated clips, what is wrong with them

@@ -47,7 +47,7 @@ from train.models.loading import load_adapter
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import strategy_arguments
 from train.planning import chosen_policies, resolve_precision
-from train.report.held_out_table import draw_mask
+from train.report.held_out_losses import draw_mask
 from train.shards import validation_shards
 from train.step.average import WeightAverage
 from train.step.clip_recipe import Recipes

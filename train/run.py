@@ -33,7 +33,7 @@ from train.parallel.control_group import ControlGroup
 from train.planning import Budget, without_kernel
 from train.planning.full_memory import is_out_of_memory, out_of_memory
 from train.preflight import check_shapes
-from train.report.held_out_table import write_report
+from train.report.held_out_losses import write_report
 from train.report.page import write_page
 from train.shards import held_out, training_shards
 from train.step.module import LengthExtensionModule

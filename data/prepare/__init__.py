@@ -9,7 +9,8 @@ In the order in which a run passes them:
     qualifying.py   filters on headers, and duplicates.py: videos that are there twice
     chosen.py       the videos that a folder is made of
     preview.py      a look at it before anything is encoded
-    decoders.py     processes that decode while the device encodes; video.py, shots.py, clip_rules.py: clips of a video
+    decoders.py     processes that decode while the device encodes; video.py: clips of a video, whose
+                    cuts shots.py finds and clip_places.py keeps clips from; clip_rules.py: which are left out
     journal.py      how a killed run goes on
     underway.py     how a folder stands among ranks
     merge.py        the end: the manifest of what all ranks have done

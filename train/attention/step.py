@@ -1,4 +1,7 @@
-"""Which attention each layer runs in one step: a micro-batch of training, or a sampling step."""
+"""Which attention each layer runs in one step: a micro-batch of training, or a sampling step.
+
+Whether a training step is dense as a whole follows from its noise level, in `train.flow`.
+"""
 
 from __future__ import annotations
 

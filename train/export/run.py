@@ -34,7 +34,7 @@ from train.export.formats import FORMATS, Adapter, check_formats, formats_of
 from train.export.merge import merge
 from train.export.tools import differences, script_flags, warnings, ways
 from train.export.verify import verify
-from train.lora.files import check_file
+from train.lora.file_checks import check_file
 from train.lora.header import to_header
 from train.lora.layers import MAGNITUDE
 from train.lora.masks import masks_beside

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from train.config.schema import ModelConfig
 from train.errors import UserError
+from train.lora.file_checks import base_notes, check_file
 from train.lora.file_lists import split_files
-from train.lora.files import base_notes, check_file
 from train.lora.reading import Lora, read_lora
 from train.models.base import ModelAdapter
 

@@ -1,1 +1,1 @@
-"""How good a model is: losses on held-out clips and their table, the Euler sampler, what is wrong with a clip."""
+"""How good a model is: losses of clips, the table of results, the Euler sampler, what is wrong with a clip."""

@@ -3,6 +3,13 @@
 budget = Budget.of(config, Machine(GPUS["h200"], gpus=8, nodes=1, cpu_memory=1024 * GIB))
 budget.gpu_parts, budget.misfit, Duration(budget).hours
 best(budget, clips_a_step=8)
+
+    budget.py            how much memory a run takes, part by part
+    choose_policies.py   which layers keep their activations and which compute them again
+    duration.py          seconds a step, hours of a run
+    kernels.py           the backend that attention has on a GPU
+    hardware.py          GPUs and machines
+    advice.py, table.py  settings that fit; the plan as text
 """
 
 from train.planning.advice import Setting, best, fewest, remedies

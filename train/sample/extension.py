@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from train.config.compose import compose_run, group_options
 from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.lora.files import notes
+from train.lora.file_checks import notes
 from train.models.base import ModelAdapter
 from train.models.families import ADAPTERS, adapter_of, family_of
 from train.models.loading import temporal_rope

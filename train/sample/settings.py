@@ -21,7 +21,7 @@ from train.config.compose import compose_run
 from train.config.schema import ROPE_KINDS, ModelConfig
 from train.config.sections import AttentionConfig
 from train.errors import UserError
-from train.lora import files as loras
+from train.lora import file_checks as loras
 from train.sample import noise_levels
 
 _UNTRAINED = AttentionConfig()

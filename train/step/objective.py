@@ -1,4 +1,7 @@
-"""What a training step shows the model beside the noised latent, captions or a first frame, and what it aims at."""
+"""What a training step shows the model beside the noised latent, captions or a first frame, and what it aims at.
+
+Noise levels are drawn in `train.flow`.
+"""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def interrupting(what, at, signal_number):
     ("name", "at", "left", "code"),
     [
         ("train.measures.losses.noise_like", 15, 36, 75),  # the third clip of the second of four rows: three are left
-        ("train.report.held_out_table.generate", 2, 2, 130),  # the second of three clips
+        ("train.report.held_out_losses.generate", 2, 2, 130),  # the second of three clips
         ("train.export.run.verify", 2, 4, 75),  # the second of four formats
     ],
     ids=["table", "animation", "export"],

@@ -1,4 +1,8 @@
-"""The families of models, an adapter each. A file that lies here is a family: to add one, add its adapter."""
+"""The families of models, an adapter each. A file that lies here is a family.
+
+A new one is its adapter here, its facts in `conf/model/<family>.yaml`, and an encoder in `data/encoders/`; CONTRIBUTING
+has the steps, and `tests/train/models/made_up` a pair to begin with.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A family that the project does not know, as CONTRIBUTING says to add one: diffusers' LTXVideoTransformer3DModel.
 
-Its latents come as a sequence of tokens, its text is masked in cross-attention. `test_train_made_up.py` puts this file
-into train/models/ of a copy of the project.
+Its latents come as a sequence of tokens, its text is masked in cross-attention. `test_made_up.py` puts this file
+into train/models/families/ of a copy of the project.
 """
 
 from __future__ import annotations

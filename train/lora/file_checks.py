@@ -1,4 +1,4 @@
-"""The LoRAs' headers: which expert each is for, whether they fit the model, how they were trained."""
+"""Files of LoRAs against the model that they are for: which expert each belongs to, whether it fits, its masks."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
     watchdog = Watchdog(folder.path, patience(config), control)
     watch = Watch(control=control, stop=stop, watchdog=watchdog)
     if rank == 0:
-        _say_where_attention_is_slow(config)
+        warn_where_attention_is_slow(config)
     with stop.listening(), _in_words(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
@@ -149,7 +149,7 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
     return stop.agreed
 
 
-def _say_where_attention_is_slow(config: RunConfig) -> None:
+def warn_where_attention_is_slow(config: RunConfig) -> None:
     """A line where it trains without a kernel: the plan has no times there, from which the watchdog's would follow."""
     budget = Budget.here(config)
     slow = None if budget is None else without_kernel(budget)

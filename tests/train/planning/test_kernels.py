@@ -19,7 +19,7 @@ from train.planning import GIB, GPUS, Budget, Duration, Machine, remedies, this_
 from train.planning.calibration import PLAIN_ATTENTION
 from train.planning.kernels import training_backend
 from train.preflight import check_backend
-from train.run import _say_where_attention_is_slow
+from train.run import warn_where_attention_is_slow
 
 
 def planned(gpu, conf="wan_4x", **words):
@@ -120,12 +120,12 @@ def hopper(monkeypatch):
 
 def test_a_run_begins_with_it(hopper, capsys):
     config = finish(compose_run({"conf": "wan_4x", "attention.block": "64"}))
-    _say_where_attention_is_slow(config)
+    warn_where_attention_is_slow(config)
     said = capsys.readouterr().out
     assert said.startswith("warning: attention trains on plain torch") and said.count("\n") == 1
     assert said.endswith("; trainer.timeout=540 has to be longer than a forward and than a backward, in seconds\n")
     assert patience(config) == 540
-    _say_where_attention_is_slow(finish(compose_run({"conf": "wan_4x"})))
+    warn_where_attention_is_slow(finish(compose_run({"conf": "wan_4x"})))
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"attention.backend is flashinfer, .* forward only"):
         check_backend(finish(compose_run({"conf": "wan_4x", "attention.backend": "flashinfer"})))
@@ -151,5 +151,5 @@ def test_a_cpu_has_no_kernel_and_no_warning(tmp_path, capsys):
     config = run_config(tmp_path)
     budget = Budget.of(config, this_machine(1))
     assert budget is not None and training_backend(budget) == "torch" and without_kernel(budget) is None
-    _say_where_attention_is_slow(config)
+    warn_where_attention_is_slow(config)
     assert not capsys.readouterr().out

@@ -217,7 +217,9 @@ def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
         raise UserError(
             f"validation.samples_every needs both experts, model.expert is {config.model.expert}: set it to 0"
         )
-    takes, needs = family_of(config.model).takes_first_frame, False
+    family = family_of(config.model)
+    family.check_samples(config)
+    takes, needs = family.takes_first_frame, False
     if adapter is not None:
         latent = torch.empty(1, adapter.latent_channels, 2, 8, 8, device="meta")
         needs = bool(adapter.random_conditions(latent).image)
@@ -225,8 +227,8 @@ def _check_prompts(config: RunConfig, adapter: ModelAdapter | None) -> None:
         raise UserError("the model starts from a picture: give one for each prompt, validation.images='[first.png]'")
     if given.images and not needs and not takes and adapter is not None:
         raise UserError("validation.images is set, but the model takes no first frame: leave it out")
-    family, folder = encoder_of(config.model)
-    parts = sum(encoder_class(family).parts.values(), ())
+    encoder, folder = encoder_of(config.model)
+    parts = sum(encoder_class(encoder).parts.values(), ())
     missing = [part for part in parts if folder is not None and not (folder / part).is_dir()]
     if missing:
         raise UserError(

@@ -282,8 +282,10 @@ class ValidationConfig:
     images: list[str] = key("a first frame for each prompt, for models that take one", [], path=True)
     samples_steps: int | None = key("denoising steps of these clips; null: the model's own, else 30", None,
                                     must=at_least(1))  # fmt: skip
-    samples_guidance: float | None = key("weight of guidance of these clips; null: the model's own, else 5", None,
-                                         must=POSITIVE)  # fmt: skip
+    samples_guidance: float | None = key(
+        "weight of guidance of these clips; null: the model's own, else 5, and 1 where the model is distilled for it",
+        None, must=POSITIVE,
+    )  # fmt: skip
 
 
 @dataclass

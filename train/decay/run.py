@@ -58,6 +58,8 @@ def run_decay(job: Job) -> list[str]:
             f"clips_from is samples, model.expert={job.config.model.expert} is for noise levels {low:g} to {high:g} "
             "and cannot generate clips alone: give clips_from=shards, or model.expert=both"
         )
+    if job.own_samples:
+        family_of(job.config.model).check_samples(job.config)
     if job.config.model.storage is not None:
         raise UserError(
             f"model.storage is {job.config.model.storage}, but attention is measured with the model's own weights: "

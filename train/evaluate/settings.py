@@ -15,6 +15,7 @@ from train.config.schema import RunConfig
 from train.config.sections import AttentionConfig
 from train.errors import UserError
 from train.lora.file_lists import files_with_strengths
+from train.models.families import family_of
 
 TIMES = (1, 2, 4)
 TUNED, BASE = "tuned", "base"
@@ -115,6 +116,7 @@ class Job:
         if lora is not None and config.model.expert == "both":
             raise UserError("lora is one transformer's, the run's model has two: leave it out, the run's own is taken")
         model, report = config.model, config.report
+        family_of(model).check_guidance("guidance", given.guidance)
         guidance = given.guidance or (model.guidance[0] if model.guidance else report.guidance)
         return cls(
             given=given,

@@ -15,13 +15,14 @@ from train.config.schema import RunConfig
 from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+from train.models.families import family_of
 
 _STEPS, _GUIDANCE = 30, 5.0  # of a model that has none of its own
 
 
 def sampled_with(config: RunConfig) -> tuple[int, float]:
     """Denoising steps and the weight of guidance of a run's generated clips: the run's, else the model's own."""
-    own = config.model.guidance or [_GUIDANCE]
+    own = config.model.guidance or [1.0 if family_of(config.model).distilled else _GUIDANCE]
     guidance = config.validation.samples_guidance or own[-1 if config.model.expert == "low" else 0]
     return config.validation.samples_steps or config.model.steps or _STEPS, guidance
 

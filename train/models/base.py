@@ -58,8 +58,6 @@ class ModelAdapter(PipelineTraits, ABC):
     convention is, an adapter takes noise levels sigma in (0, 1), 1 being pure noise, and gives the velocity eps - x0.
     """
 
-    family: ClassVar[str]
-    """The name that ``model.family`` has in a YAML."""
     encoder: ClassVar[str]
     """What makes its latents and text, a key of `data.encoders.FAMILIES`; by default ``family``."""
     processor_class: ClassVar[type[LayoutAttention]]

@@ -11,7 +11,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from train.config.schema import ModelConfig
+from train.config.schema import ModelConfig, RunConfig
+from train.errors import UserError
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """What the pipelines call after each denoising step: pipeline, number of the step, timestep, tensors."""
@@ -20,6 +21,8 @@ StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class PipelineTraits:
     """The pipeline's part of a `ModelAdapter`; a family without one trains, and cannot generate."""
 
+    family: ClassVar[str]
+    """The name that ``model.family`` has in a YAML."""
     model_class: ClassVar[Any]
     """The diffusers class of the transformer."""
 
@@ -84,6 +87,33 @@ class PipelineTraits:
     def takes_negative(cls, guidance: float) -> bool:
         """Whether a clip of that guidance takes a negative prompt."""
         return guidance > 1 and cls.guided_by_prompt
+
+    @classmethod
+    def check_guidance(cls, name: str, weight: float | None) -> None:
+        """Looks at a weight of guidance before anything is loaded.
+
+        Args:
+            name: of the key that sets it.
+            weight: None: no weight is set.
+
+        Raises:
+            UserError: the model is distilled for guidance, and the weight is another than 1, one pass without any.
+        """
+        if cls.distilled and weight not in (None, 1):
+            raise UserError(
+                f"{name} is {weight:g}, but {cls.family} is distilled for guidance: leave it out, or set it to 1"
+            )
+
+    @classmethod
+    def check_samples(cls, config: RunConfig) -> None:
+        """Looks at the weights of guidance that a run's generated clips may have.
+
+        Raises:
+            UserError: as `check_guidance`.
+        """
+        cls.check_guidance("validation.samples_guidance", config.validation.samples_guidance)
+        for weight in config.model.guidance or []:
+            cls.check_guidance("model.guidance", weight)
 
     @classmethod
     def vae_dtype(cls, dtype: torch.dtype) -> torch.dtype:

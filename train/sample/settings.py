@@ -227,10 +227,7 @@ def _check(settings: Settings, model: ModelConfig) -> None:
     fewest = family_of(model).fewest_steps
     if settings.steps is not None and settings.steps < fewest:
         raise UserError(f"steps is {settings.steps}, expected at least {fewest}")
-    if settings.guidance not in (None, 1) and family_of(model).distilled:
-        raise UserError(
-            f"guidance is {settings.guidance:g}, but {model.family} is distilled for guidance: leave it out"
-        )
+    family_of(model).check_guidance("guidance", settings.guidance)
     if settings.guidance is not None and settings.guidance <= 1 and settings.guidance_2 not in (None, 1):
         raise UserError(
             f"guidance is {settings.guidance:g}, which turns it off for both experts: leave guidance_2 out, or set "

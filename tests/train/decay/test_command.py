@@ -295,6 +295,10 @@ def test_synthetic_clips(tmp_path):
             {"clips_from": "samples", "model.expert": "high", "model.boundary": 0.3, "model.path": "nowhere"},
             "clips_from is samples, model.expert=high is for noise levels 0.3 to 1 and cannot generate clips alone",
         ),
+        (
+            {"clips_from": "samples", "model.family": "minimax_h3", "validation.samples_guidance": 3},
+            "validation.samples_guidance is 3, but minimax_h3 is distilled for guidance: leave it out, or set it to 1",
+        ),
         ({"data.shards": "nowhere"}, "nowhere"),
         ({"model.path": "nowhere"}, "model.path nowhere is no folder"),
         ({"model.family": "mochi"}, "holds a WanTransformer3DModel"),

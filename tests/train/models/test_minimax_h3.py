@@ -19,17 +19,21 @@ from tests.helpers.attention import step_attention
 from tests.helpers.families import TEXT, Perfect, build, conditions, latents, randomised
 from tests.helpers.tiny_models import save_minimax_h3
 from tests.helpers.videos import numbered, write_video
+from train.__main__ import main
 from train.config.compose import compose_run, finish
 from train.errors import UserError
+from train.evaluate.settings import Job, Settings
 from train.flow import noised
 from train.lora.layers import inject_lora
-from train.measures.euler import generate
+from train.measures.euler import generate, sampled_with
 from train.models.conditions import Conditions
+from train.models.families.hunyuan import HunyuanAdapter
 from train.models.families.minimax_h3 import MiniMaxH3Adapter
 from train.models.loading import encoder_of, temporal_rope
 from train.preflight import preflight
 from train.run import RunFolder, train
 from train.storage.checkpoints import load_weights
+from train.storage.run_folder import write_config
 
 TOKENS = (7, 4, 5)
 
@@ -156,8 +160,10 @@ def test_a_family_without_an_encoder_is_refused(monkeypatch):
         encoder_of(finish(compose_run({"conf": "minimax_h3_2x"})).model)
 
 
-def test_a_run_from_videos_to_an_exported_lora(tmp_path):
-    """Videos of two sizes and lengths; the distilled guidance needs the empty prompt; validation shows its clips."""
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Those of a run whose shards come from videos of two sizes and lengths; its validation shows a prompt's clip."""
+    tmp_path = tmp_path_factory.mktemp("minimax_h3")
     folder = save_minimax_h3(tmp_path / "model")
     original().save_pretrained(folder / "transformer")
     for row, caption in enumerate(("a red ball", "a clip of the moving ball", "the video")):
@@ -169,7 +175,7 @@ def test_a_run_from_videos_to_an_exported_lora(tmp_path):
     assert prepare([f"source={tmp_path / 'videos'}", f"out={shards}", *command]) == 0
     samples = {sample.caption: sample for sample in read_samples(shards)}
     assert len(samples) == 3 and {sample.latent.shape for sample in samples.values()} == {(4, 12, 2, 4)}
-    settings = {
+    given = {
         "conf": "minimax_h3_2x", "model.dimensions": "null", "model.path": folder, "data.shards": shards,
         "data.workers": 0, "data.frames": 22, "runs": tmp_path / "runs", "clip.frames": 22, "clip.height": 32,
         "clip.width": 64, "attention.block": 16, "attention.dense_layers": 1, "lora.rank": 4, "trainer.steps": 2,
@@ -178,7 +184,12 @@ def test_a_run_from_videos_to_an_exported_lora(tmp_path):
         "log.wandb": "disabled", "data.holdout": 1, "validation.every": 1, "validation.samples_every": 2,
         "validation.samples_steps": 2, "validation.prompts": "[a red ball]",
     }  # fmt: skip
-    run = finish(compose_run({key: str(value) for key, value in settings.items()}))
+    return {key: str(value) for key, value in given.items()}
+
+
+def test_a_run_from_videos_to_an_exported_lora(settings):
+    """The distilled guidance needs the empty prompt."""
+    run = finish(compose_run(settings))
     preflight(run)
     place = RunFolder.create(run)
     train(run, place)
@@ -192,3 +203,31 @@ def test_a_run_from_videos_to_an_exported_lora(tmp_path):
     change = model.transformer_blocks[1].attn.to_q.base_layer.weight - before
     expected = run.lora.alpha / run.lora.rank * pair["lora_B"] @ pair["lora_A"]
     torch.testing.assert_close(change, expected, rtol=1e-3, atol=2e-8)
+
+
+@pytest.mark.parametrize(("key", "given"), [("validation.samples_guidance", "3"), ("model.guidance", "[3]")])
+def test_no_clip_of_a_prompt_is_guided_twice(settings, tmp_path, capsys, key, given):
+    """Training and evaluating refuse a weight in the same words, before anything is loaded."""
+    words = {**settings, "runs": tmp_path, "objective.distilled_guidance": "null", key: given}
+    with pytest.raises(SystemExit) as end:
+        main.run([f"{name}={value}" for name, value in words.items()])
+    refused = "is 3, but minimax_h3 is distilled for guidance: leave it out, or set it to 1"
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {key} {refused}\n"
+    assert not list(tmp_path.iterdir())
+    write_config(finish(compose_run(settings)), tmp_path)
+    with pytest.raises(UserError, match=f"^guidance {refused}$"):
+        Job.of(Settings(run=tmp_path, guidance=3))
+
+
+def test_clips_of_prompts_take_one_pass_whatever_is_left_unset(settings):
+    for guidance in ("[1.0]", "null"):
+        config = finish(compose_run({**settings, "model.guidance": guidance}))
+        preflight(config)
+        assert sampled_with(config) == (2, 1.0)
+    preflight(finish(compose_run({**settings, "validation.samples_guidance": "1"})))
+
+
+def test_a_model_that_takes_the_weight_as_an_input_is_given_any():
+    assert not HunyuanAdapter.distilled
+    HunyuanAdapter.check_guidance("validation.samples_guidance", 6.0)

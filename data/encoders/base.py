@@ -17,7 +17,7 @@ from torch import Tensor
 from data.encoders.decoding import TILED, decode_frames
 from data.encoders.model_facts import Facts
 from data.encoders.tokens import check_round_trip, ids_of, open_tokenizer
-from data.encoders.weights import fingerprint_of, load_part, read_config
+from data.encoders.weights import count_numbers, fingerprint_of, load_part, read_config
 from data.errors import DataError
 from data.shards.sample import Prompt
 from radial.errors import RadialError
@@ -59,6 +59,10 @@ class Encoder(ABC):
     parts: ClassVar[dict[str, tuple[str, ...]]]
     image_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The same for image-to-video, where the folder has them."""
+    numbers: ClassVar[dict[str, int]]
+    """Kind (vae, text, image) -> numbers in the weights that are loaded of it, of the published models."""
+    left_out: ClassVar[str | None] = None
+    """Regular expression of tensors in the files that are not among those."""
     chat_template: ClassVar[bool] = False
     """Whether captions go through the tokenizer's own chat template, a file beside its vocabulary."""
     latent_is: ClassVar[str]
@@ -97,6 +101,23 @@ class Encoder(ABC):
         names["ids"] = ids_of([open_tokenizer(folder / part) for part in tokenizers])
         names |= fingerprint_of(folder, image if image_to_video else {})
         return f"{cls.family}:{'+'.join(f'{kind}-{digest}' for kind, digest in names.items())}"
+
+    @classmethod
+    def count(cls, folder: Path | None, *, image: bool = False) -> dict[str, int]:
+        """Kind -> numbers in the weights that are loaded of it: memory, over the bytes of a number.
+
+        Args:
+            folder: where it has no VAE and text encoders, those of the published models are counted.
+            image: with what image conditions need.
+
+        Raises:
+            DataError: a part of the folder has no weights.
+        """
+        kinds = cls.parts | (cls.image_parts if image else {})
+        if folder is None or not all((folder / part).is_dir() for part in sum(cls.parts.values(), ())):
+            return {kind: cls.numbers[kind] for kind in kinds}
+        there = {kind: tuple(part for part in parts if (folder / part).is_dir()) for kind, parts in kinds.items()}
+        return {kind: count_numbers(folder, parts, cls.left_out) for kind, parts in there.items()}
 
     @abstractmethod
     def encode(self, frames: np.ndarray) -> Tensor:

@@ -42,6 +42,7 @@ class HunyuanEncoder(Encoder):
         "vae": ("vae",),
         "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     }
+    numbers = {"vae": 246_478_803, "text": 7_505_186_816 + 123_060_480}  # noqa: RUF012  # LLaMA, CLIP
     latent_is = "mode of AutoencoderKLHunyuanVideo in blended tiles, times scaling_factor"
     text_is = "text: LLaMA hidden state, third from last, up to 256 tokens, without template and padding; pooled: CLIP"
 

@@ -43,6 +43,11 @@ class Hunyuan15Encoder(Encoder):
     }
     chat_template = True
     image_parts = {"image": ("image_encoder", "feature_extractor")}  # noqa: RUF012
+    numbers = {  # noqa: RUF012
+        "vae": 1_260_634_115,
+        "text": 7_070_619_136 + 219_314_944,  # Qwen2.5-VL, byT5
+        "image": 428_225_600,
+    }
     latent_is = "mode of AutoencoderKLHunyuanVideo15 in blended tiles, times scaling_factor"
     text_is = (
         "text: Qwen2.5-VL hidden state, third from last, up to 1,000 tokens, without the template before the caption "

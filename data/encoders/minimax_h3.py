@@ -42,6 +42,8 @@ class MiniMaxH3Encoder(Encoder):
     family = "minimax_h3"
     facts = facts_of("minimax_h3")
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
+    numbers = {"vae": 2_603_868_984, "text": 25_157_829_120}  # noqa: RUF012
+    left_out = r"lm_head\..*|model\.visual\..*|model\.language_model\.(norm|layers\.([5-9]\d|\d{3,}))\..*"
     latent_is = "mode of AutoencoderKLMiniMaxH3 in blended tiles, normalised by latents_mean and latents_std"
     text_is = "text: Qwen3-VL hidden state 50 of the caption alone, up to 1,024 tokens; the empty prompt is a space"
 

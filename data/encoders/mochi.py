@@ -55,6 +55,7 @@ class MochiEncoder(Encoder):
     family = "mochi"
     facts = facts_of("mochi")
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
+    numbers = {"vae": 459_748_611, "text": 4_762_310_656}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLMochi in blended tiles, (x - latents_mean) / latents_std * scaling_factor"
     text_is = "text: T5 last hidden state, up to 256 tokens, without padding"
 

@@ -25,6 +25,7 @@ class PixelEncoder(Encoder):
     family = "pixels"
     facts = facts_of("shapes")
     parts = {}  # noqa: RUF012
+    numbers = {}  # noqa: RUF012
     latent_is = "RGB pixels in [-1, 1]"
     text_is = "text: one random vector a word plus its position (data.text)"
 

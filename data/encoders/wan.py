@@ -44,6 +44,7 @@ class WanEncoder(Encoder):
     facts = facts_of("wan_14b")
     parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}  # noqa: RUF012
     image_parts = {"image": ("image_encoder", "image_processor")}  # noqa: RUF012
+    numbers = {"vae": 126_892_531, "text": 5_680_910_336, "image": 630_766_080}  # noqa: RUF012
     latent_is = "mode of AutoencoderKLWan, (x - latents_mean) / latents_std"
     text_is = "text: UMT5 last hidden state, up to 512 tokens, without padding"
 
@@ -130,6 +131,7 @@ class Wan5BEncoder(WanEncoder):
 
     family = "wan22_5b"
     facts = facts_of("wan22_5b")
+    numbers = {**WanEncoder.numbers, "vae": 704_688_668}  # noqa: RUF012
 
     @classmethod
     def check_image_to_video(cls) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,28 @@ def fingerprint_of(
     return names
 
 
+def count_numbers(folder: Path, parts: tuple[str, ...], left_out: str | None = None) -> int:
+    """How many numbers the weights of some subfolders hold, by the headers of their files.
+
+    Args:
+        left_out: regular expression of the names of tensors that do not count.
+
+    Raises:
+        DataError: a subfolder has no weights.
+    """
+    found = [_tensors(folder / part) for part in parts if not _without_weights(part)]
+    counted = (e for each in found for n, (_, e, _) in each.items() if not left_out or not re.fullmatch(left_out, n))
+    return sum(math.prod(entry["shape"]) for entry in counted)
+
+
+def _without_weights(part: str) -> bool:
+    return any(kind in part for kind in ("tokenizer", "processor", "extractor"))
+
+
 def _hash_part(folder: Path, digest: Any, vocabulary: tuple[str, ...]) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: missing, expected this part of a diffusers model folder")
-    if any(kind in folder.name for kind in ("tokenizer", "processor", "extractor")):
+    if _without_weights(folder.name):
         for path in sorted(folder.iterdir()):
             if path.suffix in vocabulary:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -55,6 +75,17 @@ def _hash_part(folder: Path, digest: Any, vocabulary: tuple[str, ...]) -> None:
     idle = ("transformers_version", "dtype", "torch_dtype")
     kept = {name: value for name, value in config.items() if name[0] != "_" and name not in idle}
     digest.update(json.dumps(kept, sort_keys=True).encode())
+    for name, (path, entry, start) in sorted(_tensors(folder).items()):
+        first, last = entry["data_offsets"]
+        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+        with path.open("rb") as file:
+            for offset in (first, (first + last) // 2, max(first, last - SLICE)):
+                file.seek(start + offset)
+                digest.update(file.read(min(SLICE, last - offset)))
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
+    """Name -> file, entry in its header, and first byte of its tensors, of the weights in a folder."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"{folder}: has no *.safetensors, is the download complete?")
@@ -64,13 +95,7 @@ def _hash_part(folder: Path, digest: Any, vocabulary: tuple[str, ...]) -> None:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         tensors.update({n: (path, entry, 8 + length) for n, entry in header.items() if n != "__metadata__"})
-    for name, (path, entry, start) in sorted(tensors.items()):
-        first, last = entry["data_offsets"]
-        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-        with path.open("rb") as file:
-            for offset in (first, (first + last) // 2, max(first, last - SLICE)):
-                file.seek(start + offset)
-                digest.update(file.read(min(SLICE, last - offset)))
+    return tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 from data.encoders import load_encoder
 from data.encoders.base import Encoder, EncoderSettings
 from train.config.schema import RunConfig
-from train.models.families import family_of
 from train.models.loading import encoder_of
 from train.planning import resolve_precision
+from train.planning.prompts import encoder_dtypes
 
 
 def encoder_for(config: RunConfig, device: torch.device, *, images: bool = False, vae_only: bool = False) -> Encoder:
@@ -23,7 +23,6 @@ def encoder_for(config: RunConfig, device: torch.device, *, images: bool = False
         DataError: a part of it is missing in the model's folder.
     """
     family, folder = encoder_of(config.model)
-    precision = torch.bfloat16 if resolve_precision(config.trainer.precision) == "bf16" else torch.float32
-    vae_dtype = family_of(config.model).vae_dtype(precision)
-    text_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    precision = resolve_precision(config.trainer.precision)
+    vae_dtype, text_dtype = encoder_dtypes(config, precision, cpu=device.type == "cpu")
     return load_encoder(family, EncoderSettings(folder, device, vae_dtype, text_dtype, images, vae_only))

@@ -25,6 +25,7 @@ from train.planning.choose_policies import chosen
 from train.planning.hardware import Machine, this_machine
 from train.planning.kernels import trains_plainly
 from train.planning.layer_memory import LayerMemory, at_peak, movable_bytes
+from train.planning.prompts import EncoderMemory
 from train.planning.sizes import Sizes
 
 GIB = 2**30
@@ -131,12 +132,17 @@ class Budget:
         """fp32 weights that are trained, their gradients, Adam's two moments and the moving average on a GPU."""
         n, world = 4.0 * self.sizes.trained, self.machine.world
         average = 0.0 if self.config.optim.ema is None else n  # whole on every rank
-        if self.stage == 0:
-            return average + 4 * n + (n if world > 1 else 0)  # DDP reduces gradients through buckets of their size
+        if self.stage == 0:  # DDP reduces gradients through buckets of their size
+            return average + 3 * n + self.gradients + (n if world > 1 else 0)
         own = n / world if self.stage == 3 else n
-        gradients = n if self.stage == 1 else n / world
         moments = 0.0 if self.config.parallel.offload_optimizer else 3 * n / world  # with the fp32 masters
-        return average + own + gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
+        return average + own + self.gradients + moments + 2 * min(n, 4.0 * REDUCE_BUCKET)
+
+    @property
+    def gradients(self) -> float:
+        """fp32 gradients of what is trained on a GPU."""
+        n = 4.0 * self.sizes.trained
+        return n if self.stage < 2 else n / self.machine.world
 
     @cached_property
     def policies(self) -> LayerPolicies:
@@ -146,9 +152,7 @@ class Budget:
         parallel, layers = self.config.parallel, self.sizes.layers
         if parallel.activations != "auto":
             return configured(parallel, layers)
-        limit = self.cpu_room()
-        if parallel.offload_gib is not None:
-            limit = min(limit, parallel.offload_gib * GIB)
+        limit = min(self.cpu_room(), math.inf if parallel.offload_gib is None else parallel.offload_gib * GIB)
         first = sum(self.attention.is_dense_layer(layer) for layer in range(layers))
         dense = 0 if first == layers else first
         return chosen(layers, dense, max(limit, 0.0), self._needed_offload)
@@ -192,6 +196,18 @@ class Budget:
         """Bytes that torch has allocated on one GPU at the peak of a step."""
         return sum(self.gpu_parts.values())
 
+    @cached_property
+    def encoders(self) -> EncoderMemory:
+        """What encodes ``validation.prompts`` on the first GPU, before the first step."""
+        machine = self.machine
+        return EncoderMemory.of(self.config, machine.precision(self.config.trainer.precision), cpu=machine.is_cpu)
+
+    @property
+    def gpu_encoding(self) -> float:
+        """Bytes on the first GPU meanwhile, or of each rank on the CPU that they share; 0: no prompts are encoded."""
+        encoders = self.encoders.all / (self.machine.gpus if self.machine.is_cpu else 1)
+        return self.weights + self.training - self.gradients + encoders if encoders else 0.0
+
     @property
     def usable(self) -> float:
         """Bytes of one GPU that a step may allocate."""
@@ -203,13 +219,18 @@ class Budget:
     @cached_property
     def cpu_parts(self) -> dict[str, float]:
         """Memory of one node's CPU by part. The weights' files are mapped: their pages are the node's, and can go."""
+        gpus, others = self.machine.gpus, self._beside_activations
         if self.machine.is_cpu:
-            return {"processes": self.machine.gpus * self.gpu_memory, "layers' weights": self.streamed}
+            return {"processes": gpus * self.gpu_memory, "layers' weights": self.streamed}
+        return {"processes": others["processes"], "kept activations, page-locked": gpus * self.offloaded, **others}
+
+    @property
+    def _beside_activations(self) -> dict[str, float]:
+        """Memory of a node's CPU that runs on GPUs take whatever layers keep."""
         parallel, gpus = self.config.parallel, self.machine.gpus
         share = gpus / self.machine.world
         return {
             "processes": float(gpus * calibration.PROCESS),
-            "kept activations, page-locked": gpus * self.offloaded,
             "layers' weights, page-locked": self.streamed,
             "weights": share * self.sizes.weights if parallel.offload_parameters else 0.0,
             "optimizer": share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0,
@@ -229,11 +250,7 @@ class Budget:
         """Bytes of CPU memory for each GPU's activations."""
         if self.machine.is_cpu:
             return 0.0
-        parallel, share = self.config.parallel, 1 / self.machine.world
-        others = float(calibration.PROCESS)
-        others += share * self.sizes.weights if parallel.offload_parameters else 0.0
-        others += share * 16 * self.sizes.trained if parallel.offload_optimizer else 0.0
-        return (self.cpu_usable - self.streamed) / self.machine.gpus - others
+        return (self.cpu_usable - sum(self._beside_activations.values())) / self.machine.gpus
 
     @property
     def unshared(self) -> str | None:
@@ -253,14 +270,15 @@ class Budget:
         """Why the run cannot work there, in words; None if it can."""
         if self.unshared is not None:
             return self.unshared
+        where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
         if self.gpu_memory > self.usable + 1:  # a byte, for rounding
-            where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
             return f"a step needs {self.gpu_memory / GIB:.1f} GiB a rank, {where} {self.usable / GIB:.1f} GiB for it"
+        if self.gpu_encoding > self.usable + 1:
+            needs = f"encoding validation.prompts before the first step needs {self.gpu_encoding / GIB:.1f} GiB"
+            return f"{needs}, {where} {self.usable / GIB:.1f} GiB for it (validation.samples_every=0 encodes none)"
         if self.cpu_memory > self.cpu_usable:
-            return (
-                f"a node needs {self.cpu_memory / GIB:.1f} GiB of CPU memory, "
-                f"it has {self.cpu_usable / GIB:.1f} GiB for it"
-            )
+            needs = f"a node needs {self.cpu_memory / GIB:.1f} GiB of CPU memory"
+            return f"{needs}, it has {self.cpu_usable / GIB:.1f} GiB for it"
         return None
 
 

@@ -29,6 +29,7 @@ def plan_table(budget: Budget) -> str:
         _row("memory of a GPU, GiB" if not machine.is_cpu else "memory of a rank, GiB", [""] * len(both)),
         *_memory(both, lambda b: b.gpu_parts),
         _row("  all, at the step's peak", [f"{b.gpu_memory / GIB:.1f}" for b in both]),
+        *_encoding(both),
         _row("  there is", [f"{b.usable / GIB:.1f}" for b in both]),
         _row("CPU memory of a node, GiB", [""] * len(both)),
         *_memory(both, lambda b: b.cpu_parts),
@@ -61,6 +62,12 @@ def plan_table(budget: Budget) -> str:
         notes.append(f"no times: nobody measured {training_backend(budget)} as a run's attention on a GPU")
     elif not machine.gpu.name.startswith(calibration.MEASURED_ON):
         notes.append(f"times are scaled from an H200 by peak FLOP/s and bandwidth: no {machine.gpu.name} was measured")
+    if config.validation.samples_every:
+        encoders = budget.encoders
+        notes.append(
+            f"prompts are encoded before the first step, on the first GPU: text encoders of {encoders.text / GIB:.1f} "
+            f"GiB and a VAE of {encoders.vae / GIB:.1f} beside the weights; what the VAE computes with is not counted"
+        )
     slow = without_kernel(budget)
     if slow is not None:
         notes.append(f"warning: {slow}")
@@ -101,6 +108,12 @@ def _memory(both: Sequence[Budget], parts: Callable[[Budget], dict[str, float]])
         for name in parts(both[0])
         if any(parts(b)[name] > 0 for b in both)
     ]
+
+
+def _encoding(both: Sequence[Budget]) -> list[str]:
+    if not both[0].gpu_encoding:
+        return []
+    return [_row("  first, while prompts are encoded", [f"{b.gpu_encoding / GIB:.1f}" for b in both])]
 
 
 def _row(name: str, values: Sequence[str]) -> str:

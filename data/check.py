@@ -28,9 +28,10 @@ from data.errors import DataError, explained
 from data.io.lines import lines_of
 from data.io.remote import CHUNK, open_shard, read_all, scheme_of
 from data.rebuild import rebuild
-from data.shards.manifest import REJECTED, Manifest, ShardInfo, locate
+from data.shards.manifest import REJECTED, Manifest, locate
 from data.shards.order import BatchOrder
 from data.shards.reader import SampleReader, decode
+from data.shards.shard_info import ShardInfo
 from data.sheet import row_of, sheet_of
 from radial.cli.command import Command
 from radial.cli.settings import at_least, setting

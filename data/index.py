@@ -22,8 +22,9 @@ from data.errors import DataError, explained
 from data.scan import check_folder, content_of, empty_prompt_of, list_shards
 from data.shards.entries import Group, groups_of
 from data.shards.entry_map import EntryMap, check_family
-from data.shards.manifest import FILE, Manifest, SampleInfo, check_fps
+from data.shards.manifest import FILE, Manifest, check_fps
 from data.shards.sample import Prompt
+from data.shards.shard_info import SampleInfo
 from data.shards.writer import finish_folder
 from radial.cli.command import Command
 from radial.cli.settings import setting

@@ -19,8 +19,9 @@ from data.prepare.records import FOLDER
 from data.scan import check_folder, content_of, empty_prompt_of, list_shards
 from data.shards.begun import shards_in
 from data.shards.entries import Group
-from data.shards.manifest import Manifest, SampleInfo
+from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.shard_info import SampleInfo
 from data.shards.writer import PARTS, finish_folder
 
 MADE_BY = "data.check --rebuild"

@@ -32,10 +32,11 @@ from data.prepare.listed import name_of
 from data.prepare.rows import Rows
 from data.prepare.sources import Columns, read_source
 from data.shards.begun import Begun, refuse_shards
-from data.shards.manifest import FILE, REJECTED, Manifest, ShardInfo
+from data.shards.manifest import FILE, REJECTED, Manifest
 from data.shards.origins import LIST, numbers_of, sources_of
 from data.shards.reader import SampleReader
 from data.shards.sample import Prompt
+from data.shards.shard_info import ShardInfo
 from data.shards.writer import TarShards, finish_folder
 from radial.cli.command import Command
 from radial.cli.ranks import Rank

@@ -15,8 +15,9 @@ from data.encoders import fingerprint, load_encoder, same_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.errors import DataError
 from data.shards.entries import Group, groups_of
-from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo
+from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
 from data.shards.sample import Prompt
+from data.shards.shard_info import SampleInfo, ShardInfo
 
 Describe = Callable[[Group, BinaryIO], SampleInfo | None]
 

@@ -10,10 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from radial.backends import BACKENDS, AttentionCall
-from radial.backends.self_check import DTYPES, LIMIT, check
+from radial.backends.listing import BackendsOptions, show_backends
 from radial.bench import SHAPES, bench, draw_bench, write_bench
 from radial.bench_layouts import bench_layouts
 from radial.cli.command import Command, Commands
@@ -24,7 +21,7 @@ from radial.fit import fit
 from radial.grid import VideoGrid
 from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import RULES, Dense, Fitted, HeadMasks, Released, make_pattern
+from radial.patterns import RULES, Fitted, HeadMasks, Released, make_pattern
 
 _SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32)
@@ -103,18 +100,6 @@ class LayoutsOptions:
     """Where the figures go."""
 
     json: Path | None = setting("also write the figures to this file", None)
-
-
-@dataclass
-class BackendsOptions:
-    """Whether they are tried, and which."""
-
-    check: bool = setting(
-        "compute with each and compare with plain torch: forward, gradients, uneven ends, text", False
-    )
-    backend: str | None = setting("check this one alone; null: all that can run here", None)
-    dtype: str | None = setting("of the check; null: bfloat16 on a GPU, else float32", None, tuple(DTYPES))
-    head_dim: int = setting("of the check", 128, must=at_least(16))
 
 
 def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
@@ -246,50 +231,6 @@ def time_layouts(arguments: LayoutsOptions) -> None:
     """Measures how long layouts take, prints and writes it."""
     _check_outputs(arguments.json)
     bench_layouts(arguments.json)
-
-
-def show_backends(arguments: BackendsOptions) -> None:
-    """Prints a line for each backend, device and kind of layout; or checks them."""
-    if arguments.check:
-        _check_backends(arguments)
-        return
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    sparse = build_layout(Released(), VideoGrid(8, 16, 16))
-    dense = build_layout(Dense(), VideoGrid(8, 16, 16))
-    print(f"{'backend':<12} {'device':<6} {'layout':<8} usable")
-    for name, backend in BACKENDS.items():
-        for device in devices:
-            dtype = torch.bfloat16 if device == "cuda" else torch.float32
-            for kind, layout in (("sparse", sparse), ("dense", dense)):
-                trains, infers = (
-                    backend.why_not(AttentionCall(torch.device(device), dtype, 128, grad, False, layout))
-                    for grad in (True, False)
-                )
-                usable = "yes" if trains is None else f"no: {infers}" if infers else "without gradients"
-                print(f"{name:<12} {device:<6} {kind:<8} {usable}")
-
-
-def _check_backends(arguments: BackendsOptions) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    name = arguments.backend
-    if name is not None and name not in BACKENDS:
-        raise RadialError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    layout = build_layout(Released(), VideoGrid(8, 16, 16))
-    call = AttentionCall(device, dtype, arguments.head_dim, True, True, layout)
-    wrong = []
-    for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
-        # one that is named is tried whatever it says: it may ask for this very check
-        reason = backend.why_not(call) if name is None else None
-        if reason is not None:
-            print(f"{backend.name:<12} not checked: {reason}")
-            continue
-        error = check(backend, device, dtype, arguments.head_dim)
-        right = error <= LIMIT
-        print(f"{backend.name:<12} {'right' if right else 'WRONG'}: {error:.2e} off plain torch, limit {LIMIT:g}")
-        wrong += [] if right else [backend.name]
-    if wrong:
-        raise RadialError(f"wrong results of {', '.join(wrong)}: take another one, attention.backend=")
 
 
 def _explain(error: OSError) -> str:

@@ -26,9 +26,9 @@ from data.prepare.records import FOLDER, RECORD, Cut, names_in, read_records, wr
 from data.prepare.underway import WORLD, check_begun, exclusively, locked
 from data.prepare.upload import Upload
 from data.shards.begun import Begun, shards_in
-from data.shards.manifest import ShardInfo
 from data.shards.origins import numbers_of
 from data.shards.sample import Sample
+from data.shards.shard_info import ShardInfo
 from data.shards.writer import TarShards
 from radial.cli.ranks import Rank
 

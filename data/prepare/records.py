@@ -13,7 +13,7 @@ from typing import Any
 from data.errors import DataError, naming
 from data.io.files import write_bytes
 from data.prepare.chosen import Rejected
-from data.shards.manifest import ShardInfo
+from data.shards.shard_info import ShardInfo
 
 FOLDER = ".prepare"
 """Of the journal, in the folder of shards."""

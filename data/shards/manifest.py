@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.io.files import write_bytes
 from data.io.remote import read_all, scheme_of
 from data.shards.entry_map import EntryMap
 from data.shards.sample import Prompt
+from data.shards.shard_info import SampleInfo, Shape, ShardInfo, field_of
 
 log = logging.getLogger(__name__)
 
@@ -27,81 +27,6 @@ EMPTY_PROMPT = "empty_prompt.safetensors"
 REJECTED = "rejected.jsonl"
 VERSION = 2
 MAPPED_VERSION = 3  # of a manifest with a map
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-Shape = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """A sample's key, its latent's shape (C, F, H, W), and the bytes of its entries in the tar, headers included.
-
-    `crc32` is the CRC-32 of those bytes; None in manifests of earlier versions. `parts` are the places of the entries
-    in those bytes, name, first byte and size, in tars that somebody else wrote (`Manifest.map`); None in ours. `stored`
-    are the latent frames on disk where only the first F of them are wanted (`data.shards.views.cut`); not in the file.
-    """
-
-    key: str
-    shape: Shape
-    offset: int
-    bytes: int
-    crc32: int | None = None
-    parts: tuple[tuple[str, int, int], ...] | None = None
-    stored: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The sample as it stands in a manifest."""
-        raw = {"key": self.key, "shape": list(self.shape), "offset": self.offset, "bytes": self.bytes}
-        if self.crc32 is not None:
-            raw["crc32"] = self.crc32
-        if self.parts is not None:
-            raw["parts"] = [list(part) for part in self.parts]
-        return raw
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """A shard: file name inside the folder, its samples in the order of the tar, its size in bytes, its SHA-256."""
-
-    file: str
-    samples: tuple[SampleInfo, ...]
-    bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The shard as it stands in a manifest."""
-        samples = [sample.to_json() for sample in self.samples]
-        return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, "samples": samples}
-
-    @classmethod
-    def parse(cls, raw: Any, path: str | Path, where: str) -> ShardInfo:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataError: naming the file `path` and the field, which starts with `where`.
-        """
-        samples = []
-        for j, sample in enumerate(_get(raw, "samples", list, path, where)):
-            inner = f"{where}samples[{j}]."
-            key, shape = _get(sample, "key", str, path, inner), _get(sample, "shape", list, path, inner)
-            if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
-                raise DataError(f"{path}: {inner}shape is {shape}, expected [C, F, H, W]; make the folder anew")
-            offset, size = (_get(sample, name, int, path, inner) for name in ("offset", "bytes"))
-            if offset < 0 or size < 1:
-                raise DataError(f"{path}: {inner}offset is {offset} and bytes {size}, expected a place in the shard")
-            crc32 = _get(sample, "crc32", int, path, inner) if "crc32" in sample else None
-            parts = None
-            if "parts" in sample:
-                parts = tuple(_part(part, size, path, inner) for part in _get(sample, "parts", list, path, inner))
-            samples.append(SampleInfo(key, (shape[0], shape[1], shape[2], shape[3]), offset, size, crc32, parts))
-        name = _get(raw, "file", str, path, where)
-        size, digest = _get(raw, "bytes", int, path, where), _get(raw, "sha256", str, path, where)
-        # Both become parts of paths and of `pipe:` commands.
-        if not _NAME.fullmatch(name):
-            raise DataError(f"{path}: {where}file is {name!r}, expected a file name of letters, digits, _, - and .")
-        if not _SHA256.fullmatch(digest):
-            raise DataError(f"{path}: {where}sha256 is {digest!r}, expected 64 hexadecimal digits")
-        return cls(name, tuple(samples), size, digest)
 
 
 @dataclass(frozen=True)
@@ -250,8 +175,8 @@ class Manifest:
             raise DataError(
                 f"{path}: version is {version!r}, this code reads {VERSION} and {MAPPED_VERSION}; make the folder anew"
             )
-        mapped = EntryMap(_get(raw, "map", dict, path)) if version == MAPPED_VERSION else None
-        listed = enumerate(_get(raw, "shards", list, path))
+        mapped = EntryMap(field_of(raw, "map", dict, path)) if version == MAPPED_VERSION else None
+        listed = enumerate(field_of(raw, "shards", list, path))
         shards = [ShardInfo.parse(shard, path, f"shards[{i}].") for i, shard in listed]
         if any((sample.parts is None) != (mapped is None) for shard in shards for sample in shard.samples):
             raise DataError(f"{path}: samples have parts exactly where the manifest has a map; make it anew")
@@ -261,19 +186,19 @@ class Manifest:
             raise DataError(f"{path}: key {twice} is listed twice, expected unique keys; make the folder anew")
         if raw.get("samples", len(keys)) != len(keys):
             raise DataError(f"{path}: samples is {raw['samples']!r}, but {len(keys)} are listed; make the folder anew")
-        fps = _get(raw, "fps", (int, float), path)
+        fps = field_of(raw, "fps", (int, float), path)
         try:
             check_fps(fps)
         except DataError as error:
             raise DataError(f"{path}: {error}; make the folder anew") from error
-        counts = {name: _get(raw, name, int, path) if name in raw else None for name in ("videos", "rejected")}
+        counts = {name: field_of(raw, name, int, path) if name in raw else None for name in ("videos", "rejected")}
         return cls(
             shards=tuple(shards),
             fps=float(fps),
-            encoder=_get(raw, "encoder", str, path),
-            latent=_get(raw, "latent", str, path),
-            text=_get(raw, "text", str, path),
-            arguments=_get(raw, "arguments", dict, path),
+            encoder=field_of(raw, "encoder", str, path),
+            latent=field_of(raw, "latent", str, path),
+            text=field_of(raw, "text", str, path),
+            arguments=field_of(raw, "arguments", dict, path),
             videos=counts["videos"],
             rejected=counts["rejected"],
             map=mapped,
@@ -292,22 +217,3 @@ def check_fps(fps: float) -> None:
 def locate(home: str, file: str) -> str:
     """Where a file of a folder lies, `home` being the folder's path, URL or `pipe:` command with {}."""
     return home.replace("{}", file) if scheme_of(home) == "pipe" else f"{home.rstrip('/')}/{file}"
-
-
-def _part(raw: Any, size: int, path: str | Path, where: str) -> tuple[str, int, int]:
-    """The place of an entry within the bytes of its sample."""
-    if not (isinstance(raw, list) and len(raw) == 3 and [type(value) for value in raw] == [str, int, int]):
-        raise DataError(f"{path}: {where}parts has {raw!r}, expected [name, first byte, bytes]; make the folder anew")
-    name, first, count = raw
-    if not (0 <= first <= first + count <= size and count >= 0):
-        raise DataError(f"{path}: {where}parts: {name} is no place within the sample; make the folder anew")
-    return name, first, count
-
-
-def _get(raw: Any, name: str, kind: type | tuple[type, ...], path: str | Path, where: str = "") -> Any:
-    """`raw[name]`, or a DataError that names the field when it is missing or of another kind."""
-    value = raw.get(name) if isinstance(raw, dict) else None
-    if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{path}: {where}{name} is {value!r}, expected {kinds}; make the folder anew")
-    return value

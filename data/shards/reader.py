@@ -15,8 +15,9 @@ from torch import Tensor
 from data.errors import BadSampleError, DataError
 from data.io.remote import ShardFile, open_shard
 from data.shards.entry_map import EntryMap
-from data.shards.manifest import Manifest, SampleInfo
+from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.shard_info import SampleInfo
 
 HUGE_PAGE = 2 << 20
 MOST_OPEN = 32  # files; a shuffle window may span hundreds of shards, and a process may often have 1,024 open

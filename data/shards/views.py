@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from data.errors import DataError
-from data.shards.manifest import Manifest, SampleInfo
+from data.shards.manifest import Manifest
+from data.shards.shard_info import SampleInfo
 
 
 def cut(manifest: Manifest, frames: int) -> Manifest:

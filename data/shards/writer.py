@@ -25,8 +25,9 @@ import safetensors.torch
 from data.errors import DataError, naming
 from data.io.files import commit, temporary, write_bytes
 from data.shards.begun import Begun, refuse_shards
-from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest, SampleInfo, ShardInfo, check_fps
+from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest, check_fps
 from data.shards.sample import Prompt, Sample
+from data.shards.shard_info import SampleInfo, ShardInfo
 
 _BEGUN = ".begun"
 _TEMPORARY = re.compile(r"\.(manifest\.json|empty_prompt\.safetensors|rejected\.jsonl|videos\.json)\.[0-9a-f]+\.tmp")

@@ -1,7 +1,8 @@
 """The typed schema of a run: every key that a YAML file or the command line may set.
 
-The model, the clip and the whole run stand here, the other sections in `train.config.sections`. `train.config.compose`
-fills it. Nothing else sees OmegaConf: the run turns these dataclasses into plain arguments.
+The model, the clip and the whole run stand here, the other sections in `train.config.sections` and
+`train.config.output_sections`. `train.config.compose` fills it. Nothing else sees OmegaConf: the run turns these
+dataclasses into plain arguments.
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ from radial import LatentTime, Pattern, VideoGrid, build_layout, with_share
 from radial.cli.settings import POSITIVE, Bound, at_least, each, within
 from radial.patterns import RULES
 from train.config.keys import Key, key, keys_of, section
+from train.config.output_sections import ExportConfig, LogConfig, ReportConfig, ValidationConfig
 from train.config.sections import (
     AttentionConfig,
     DataConfig,
-    ExportConfig,
-    LogConfig,
     LoraSettings,
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
-    ReportConfig,
     TrainerConfig,
-    ValidationConfig,
 )
 from train.errors import UserError
 

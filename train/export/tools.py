@@ -92,7 +92,7 @@ TOOLS = (
         never="it also keeps the corner blocks of every pair of frames",
     ),
 )  # fmt: skip
-"""`train.config.sections.TOOL_KEYS` has their keys."""
+"""`train.config.output_sections.TOOL_KEYS` has their keys."""
 
 
 def differences(config: RunConfig, kind: str) -> list[str]:

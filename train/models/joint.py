@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.models.base import LayoutAttention
+from train.models.layout_attention import LayoutAttention
 
 
 class JointAttention(LayoutAttention):

@@ -22,8 +22,9 @@ from data.encoders.base import Encoder, EncoderSettings, to_video
 from data.encoders.decoding import decode_frames, normalized, to_frames
 from data.encoders.mochi import MochiEncoder
 from data.errors import DataError
-from data.shards.manifest import Manifest, SampleInfo, ShardInfo
+from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.shard_info import SampleInfo, ShardInfo
 from tests.helpers.tiny_models import save_hunyuan, save_hunyuan15, save_mochi, save_wan, save_wan_5b
 
 SAVE = {

@@ -21,8 +21,9 @@ from data.encoders.base import EncoderSettings
 from data.encoders.decoding import decode_frames, decode_videos, denormalized
 from data.encoders.minimax_h3 import EMPTY, MiniMaxH3Encoder
 from data.errors import DataError
-from data.shards.manifest import Manifest, SampleInfo, ShardInfo
+from data.shards.manifest import Manifest
 from data.shards.sample import Sample
+from data.shards.shard_info import SampleInfo, ShardInfo
 from tests.helpers.tiny_models import save_minimax_h3
 
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.shards.manifest import Manifest, SampleInfo, ShardInfo
+from data.shards.manifest import Manifest
 from data.shards.order import BatchOrder
 from data.shards.origins import held_out, key_of, sources_of
+from data.shards.shard_info import SampleInfo, ShardInfo
 from data.shards.stream import LatentStream, read_samples
 from data.shards.views import cut, joined, only
 

@@ -12,7 +12,7 @@ from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny import run_config
 from tests.helpers.tiny_pipelines import save_pipeline
 from train.config.compose import compose_run, finish
-from train.config.sections import TOOL_KEYS
+from train.config.output_sections import TOOL_KEYS
 from train.errors import UserError
 from train.export.run import folded, header_of, save_adapters
 from train.export.tools import TOOLS, differences, script_flags, table, warnings, ways

@@ -27,8 +27,8 @@ from train.export.run import export_run
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8, why_not
-from train.models.base import LayoutAttention
 from train.models.families import ADAPTERS
+from train.models.layout_attention import LayoutAttention
 from train.preflight import preflight
 from train.run import RunFolder, train
 from train.storage.checkpoints import load_weights

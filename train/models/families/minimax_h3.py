@@ -32,8 +32,9 @@ from torch.nn import functional as F
 from data.shards.sample import TextTokens
 from radial import VideoGrid
 from train.flow import shifted
-from train.models.base import LayoutAttention, ModelAdapter
+from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+from train.models.layout_attention import LayoutAttention
 from train.models.pipelines import StepEnd
 
 _VIDEO, _TEXT = 0, 1  # kinds of rows

@@ -23,8 +23,9 @@ from radial import VideoGrid
 from train.config.schema import ModelConfig
 from train.errors import UserError
 from train.flow import shifted
-from train.models.base import LayoutAttention, ModelAdapter
+from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+from train.models.layout_attention import LayoutAttention
 from train.models.rope import geometric
 
 _IMAGE_TEXT_TOKENS = 512  # WanAttnProcessor counts on it

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
-from train.models.base import LayoutAttention, ModelAdapter
+from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
+from train.models.layout_attention import LayoutAttention
 
 
 class MadeUpSelfAttention(LayoutAttention):

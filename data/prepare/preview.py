@@ -11,7 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from data.errors import DataError
 from data.prepare.bars import WHOLE, find_bars
 from data.prepare.chosen import ChosenVideos
 from data.prepare.clip_places import Passed
-from data.prepare.clip_rules import REASONS, Measures
+from data.prepare.clip_rules import REASONS, Measures, Rules
 from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.run import make_sample
@@ -34,6 +34,9 @@ from data.sheet import row_of, sheet_of
 
 VIDEOS, CLIPS = 16, 8
 """Of a contact sheet: videos spread over the chosen ones, and how much of each is looked at, in clips."""
+
+TRIAL = 60.0
+"""Seconds of encoding after which the trial, from which hours of encoding are estimated, ends."""
 
 _STEPS = {"min_motion": (0.1, 0.3, 1.0), "max_black": (0.0, 0.1, 0.5), "max_repeated": (0.1, 0.25, 0.5)}
 """Bounds of which a dry run counts what they leave out."""
@@ -46,7 +49,6 @@ class Survey:
     Attributes:
         taken, left: each clip, or piece that is left out, with its start in seconds.
         pictures: first, middle and last frame of the first clip that is taken.
-        clip: that clip, where it is asked for.
         bars: whether it has black bars.
         seconds: that it took.
         reason: why it is bad, where it is.
@@ -55,14 +57,13 @@ class Survey:
     taken: list[tuple[float, Measures | None]] = field(default_factory=list)
     left: list[Passed] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
-    clip: Clip | None = None
     bars: bool = False
     seconds: float = 0.0
     reason: str | None = None
 
 
-def survey(path: Path, options: dict[str, Any], most: int | None, keep: bool) -> Survey:
-    """Decode a video, or so much of it as shows `most` clips; `keep` its first clip."""
+def survey(path: Path, options: dict[str, Any], most: int | None) -> Survey:
+    """Decode a video, or so much of it as shows `most` clips."""
     found, began = Survey(), time.monotonic()
     try:
         found.bars = find_bars(path) != WHOLE
@@ -74,7 +75,6 @@ def survey(path: Path, options: dict[str, Any], most: int | None, keep: bool) ->
             if not found.pictures:
                 last = len(event.frames) - 1
                 found.pictures = [event.frames[k].copy() for k in (0, last // 2, last)]
-                found.clip = event if keep else None
     except (DataError, av.error.FFmpegError, OSError, ValueError) as error:
         found.reason = str(error)
     found.seconds = time.monotonic() - began
@@ -122,7 +122,6 @@ def _surveys(recipe: Recipe, chosen: ChosenVideos, rows: Sequence[int], most: in
                 chosen.path(row),
                 {**options, "most": recipe.clips, "start": chosen.rows[row].start, "end": chosen.rows[row].end},
                 most,
-                row == rows[0],
             )
             for row in rows
         ]
@@ -146,33 +145,74 @@ def _estimate(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], 
         f"{len(surveys)} looked at: {seen} clips, {passed} pieces left out, {bad} bad files",
         f"estimate: {about}{clips} clips of {recipe.frames} frames, {hours:.2f} hours of video",
     ]
-    first = next((found for found in surveys.values() if found.clip is not None), None)
-    if first is None or first.clip is None:
+    if not seen:
         return lines
     try:
-        size, seconds = _trial(recipe, chosen, next(iter(surveys)), first.clip)
+        sizes, times = _trial(recipe, chosen, _to_try(surveys))
     except DataError as error:
         return [*lines, f"no estimate of gigabytes and of hours of encoding: {error}"]
-    decoding = sum(found.seconds for found in surveys.values()) / max(1, seen) / recipe.workers
+    size, first = sum(sizes) / len(sizes), times[0]
+    seconds = sum(times[1:]) / len(times[1:]) if times[1:] else first
+    decoding = sum(found.seconds for found in surveys.values()) / seen / recipe.workers
     encoding = clips * max(seconds, decoding) / 3600
+    tried = f"{len(times)} clips took {sum(times):.1f} s, {first:.1f} of them the first, which does not count"
     lines.append(
-        f"estimate: {clips * size / 1e9:.3g} GB of shards, {encoding:.2g} hours of encoding on one device (a trial "
-        f"clip took {seconds:.1f} s, decoding takes {decoding:.1f} s a clip in {recipe.workers} processes)"
+        f"estimate: {clips * size / 1e9:.3g} GB of shards, {encoding:.2g} hours of encoding on one device (in a trial "
+        f"{tried if times[1:] else f'1 clip took {first:.1f} s'}; decoding takes {decoding:.1f} s a clip in "
+        f"{recipe.workers} processes)"
     )
     return lines
 
 
-def _trial(recipe: Recipe, chosen: ChosenVideos, row: int, clip: Clip) -> tuple[int, float]:
-    """Bytes and seconds of one clip's sample."""
-    device = find_device(recipe.device)
-    settings = EncoderSettings(recipe.weights, device, recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video)
+def _to_try(surveys: dict[int, Survey]) -> list[tuple[int, float]]:
+    """Clips for the trial, by row and start: the first of each of some videos, then their second ones, and so on."""
+    taken = {row: [start for start, _ in found.taken] for row, found in surveys.items() if found.taken}
+    rows = [list(taken)[k] for k in _spread(len(taken), VIDEOS)]
+    return [(row, taken[row][k]) for k in range(CLIPS) for row in rows if k < len(taken[row])]
+
+
+def _trial(recipe: Recipe, chosen: ChosenVideos, clips: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Bytes of samples, and seconds that their encoding took: of as many clips as `TRIAL` allows, at least one.
+
+    Each is decoded when its turn comes, and gone before the next one is.
+
+    Args:
+        clips: rows of chosen videos, and where in them the clips start, in seconds.
+
+    Raises:
+        DataError: no encoder, or a clip that cannot be decoded or encoded.
+    """
+    settings = EncoderSettings(
+        recipe.weights, find_device(recipe.device), recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video
+    )
     encoder = load_encoder(recipe.family, settings)
-    arguments = {**chosen.arguments, "encoder": "trial"}
-    trial = ChosenVideos(arguments, chosen.root, chosen.rows, [], 0)
-    began = time.monotonic()
-    prompt = encoder.prompt(chosen.rows[row].caption)
-    entry = make_sample(encoder, recipe, trial, row, clip, prompt).to_entry()
-    return sum(len(part) for part in entry.values() if isinstance(part, bytes)), time.monotonic() - began
+    trial = replace(chosen, arguments={**chosen.arguments, "encoder": "trial"})
+    sizes: list[int] = []
+    times: list[float] = []
+    for row, start in tqdm(clips, unit="clip", desc="a trial"):
+        clip = _clip_at(recipe, chosen.path(row), start)
+        began = time.monotonic()
+        prompt = encoder.prompt(chosen.rows[row].caption)
+        entry = make_sample(encoder, recipe, trial, row, clip, prompt).to_entry()
+        times.append(time.monotonic() - began)
+        sizes.append(sum(len(part) for part in entry.values() if isinstance(part, bytes)))
+        del clip
+        if sum(times) >= TRIAL:
+            break
+    return sizes, times
+
+
+def _clip_at(recipe: Recipe, path: Path, start: float) -> Clip:
+    """The clip that was found at this time, decoded once more."""
+    rules = Rules(bars=recipe.rules.bars)  # it has passed the others
+    pace, frames, sizes = recipe.fps, recipe.frames, recipe.sizes
+    try:
+        found = next(read_clips(path, fps=pace, frames=frames, sizes=sizes, most=1, rules=rules, start=start), None)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    if not isinstance(found, Clip):
+        raise DataError(f"{path}: the clip at {start:.2f} s is not there any more; was the file changed?")
+    return found
 
 
 def _filters(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey]) -> list[str]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
+from data.prepare import preview
 from data.prepare.__main__ import main
 from data.shards.manifest import Manifest
+from data.shards.stream import read_samples
 from data.sheet import LABEL, PICTURE
 from tests.helpers.prepared import FAST
 from tests.helpers.scenes import HEIGHT, WIDTH, barred, cut_together, held, pan, still
@@ -55,7 +60,47 @@ def test_a_sheet_and_an_estimate(tmp_path: Path, films: Path, capsys: pytest.Cap
     manifest = Manifest.load(out)
     assert int(clips) == len(manifest.samples) == 7 and float(hours) == round(7 * 10 / 16 / 3600, 2)
     written = sum(sample.bytes for sample in manifest.samples) / 1e9
-    assert abs(gigabytes - written) < 0.1 * written
+    assert abs(gigabytes - written) < 0.02 * written
+    assert "in a trial 7 clips took" in shown
+
+
+@pytest.mark.parametrize(("limit", "tried", "rate", "told"), [
+    (60.0, 7, 0.1, r"7 clips took 1\.\d s, 0\.5 of them the first, which does not count"),
+    (0.55, 2, 0.1, r"2 clips took 0\.[67] s, 0\.5 of them the first, which does not count"),
+    (0.3, 1, 0.5, r"1 clip took 0\.5 s"),
+])  # fmt: skip
+def test_the_trial_encodes_clips_for_a_minute(
+    tmp_path: Path,
+    films: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: float,
+    tried: int,
+    rate: float,
+    told: str,
+) -> None:
+    """The first of each video, then the second ones; the hours are those of all clips at the rate behind the first."""
+    encode, seen = PixelEncoder.encode, list[torch.Tensor]()
+
+    def slow(self: PixelEncoder, frames: np.ndarray) -> torch.Tensor:
+        time.sleep(0.1 if seen else 0.5)
+        seen.append(encode(self, frames))
+        return seen[-1]
+
+    out, words = tmp_path / "out", [f"source={films}", f"out={tmp_path / 'out'}", *WORDS, "cuts=keep"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PixelEncoder, "encode", slow)
+        patch.setattr(preview, "TRIAL", limit)
+        assert main([*words, f"preview={tmp_path / 'sheet.png'}"]) == 0
+    found = re.search(r"([\d.e-]+) hours of encoding .* \(in a trial (.*);", capsys.readouterr().out)
+    assert found is not None and re.fullmatch(told, found[2])
+    assert 0.95 * rate < float(found[1]) * 3600 / 7 < 1.3 * rate
+    assert main(words) == 0
+    clips = {(sample.meta["source"], sample.meta["clip_start"]): sample.latent for sample in read_samples(out)}
+    places = [(name, start) for start in (0.0, 0.625, 1.25) for name in ("a_cut.mp4", "b_still.mp4", "c_slow.mp4")]
+    assert len(seen) == tried
+    for place, latent in zip(places, seen, strict=False):
+        assert torch.equal(latent, clips[place]), place
 
 
 def test_a_dry_run_shows_what_each_filter_leaves_out(

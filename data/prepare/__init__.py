@@ -5,6 +5,7 @@ In the order in which a run passes them:
     run.py          the whole run: how the others work together
     sources.py      reads a list of videos (listed.py); row by row: tables, csv_table, parquet_table
     layouts.py      the lists of common collections; spans.py, packed.py: pieces of long videos, videos inside tables
+    describing.py   captions for videos that have none
     selection.py    filters on columns, and ranking
     qualifying.py   filters on headers, and duplicates.py: videos that are there twice
     chosen.py       the videos that a folder is made of

@@ -66,6 +66,10 @@ class Arguments:
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
     captions: str = setting("videos without: bad (require), an empty one (empty), or that of this column", "require")
+    caption_model: Path | None = setting(
+        "folder of a vision-language model that first writes the captions that are missing, as data.caption does",
+        None, key="caption.model",
+    )  # fmt: skip
     start_column: str | None = setting("the table's column of when a piece begins; null: start, start_time, ...", None)
     end_column: str | None = setting("the table's column of when a piece ends; null: end, end_time, ...", None)
     image_to_video: bool = setting("also write the first frame's condition latent and embedding", False)
@@ -84,9 +88,15 @@ def run(given: Arguments) -> int:
     """Make the shards; returns the exit code."""
     if given.cuts != "keep" and importlib.util.find_spec("scenedetect") is None:
         raise DataError(f"cuts={given.cuts} needs PySceneDetect: pip install scenedetect-headless, or give cuts=keep")
+    looks = given.preview is not None or given.dry_run
+    if given.caption_model is not None and given.captions != "require":
+        raise DataError(
+            f"captions is {given.captions}, but caption.model writes what is missing; leave one of them out"
+        )
     # torch and diffusers take seconds to import: after what is typed is known to be right
     import torch
 
+    from data.prepare.describing import check_folder
     from data.prepare.preview import preview
     from data.prepare.recipe import Recipe
     from data.prepare.run import prepare
@@ -108,13 +118,15 @@ def run(given: Arguments) -> int:
             "videos": given.videos,
             "path_column": given.path_column,
             "caption_column": given.caption_column,
-            "captions": given.captions,
+            # a look writes no captions, and takes the videos that will get one
+            "captions": "empty" if looks and given.caption_model is not None else given.captions,
             "start_column": given.start_column,
             "end_column": given.end_column,
             "where": given.where,
             "sort": given.sort,
             "top": PUBLISHED_TOP if given.top is None and given.sort is not None else given.top,
         },
+        caption_model=given.caption_model,
         upscale=given.upscale,
         min_fps=given.min_fps,
         dedup=given.dedup,
@@ -128,7 +140,9 @@ def run(given: Arguments) -> int:
         shard_seconds=60 * given.shard_minutes,
         bad_share=given.bad_share,
     )
-    if given.preview is not None or given.dry_run:
+    if given.caption_model is not None:
+        check_folder(given.source)
+    if looks:
         family.check(recipe.frames, recipe.sizes)
         return preview(recipe, given.preview, given.dry_run)
     return prepare(recipe, Rank.here())

@@ -83,6 +83,7 @@ def _list_now(recipe: Recipe, before: ChosenVideos | None) -> tuple[ChosenVideos
     if not source.exists():
         return None, f"{source} is gone"
     try:
+        recipe.write_captions()
         return choose_videos(before.arguments, recipe.select(), recipe.wanted(), before=before, progress=True), ""
     except NoVideosError as error:  # which are needed no more
         return None, str(error)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.prepare.clip_rules import Rules
+from data.prepare.describing import Asking, write_captions
 from data.prepare.qualifying import Wanted
 from data.prepare.scaling import Size
 from data.prepare.selection import Candidates, select
@@ -16,6 +17,7 @@ from data.prepare.sources import Columns
 from data.prepare.upload import Upload
 from data.prepare.video import DECODING
 from data.shards.origins import MADE_BY
+from radial.cli.ranks import Rank
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Recipe:
         weights: its diffusers folder, or None.
         fps, frames, sizes, clips: pace and length of a clip, its buckets, the most from one video (None: all).
         selection: the arguments of `data.prepare.selection.select`, and `top`, as they are.
+        caption_model: folder of the model that writes captions where they are missing; None: they stay missing.
         upscale, min_fps, dedup: as in `data.prepare.qualifying.Wanted`.
         rules: which clips are taken.
         image_to_video: write the first frame's conditions.
@@ -47,6 +50,7 @@ class Recipe:
     sizes: list[Size]
     clips: int | None
     selection: dict[str, Any]
+    caption_model: Path | None
     upscale: bool
     min_fps: float | None
     dedup: bool
@@ -71,6 +75,15 @@ class Recipe:
         path, caption, start, end = (asked.pop(f"{name}_column") for name in ("path", "caption", "start", "end"))
         columns = Columns(path, caption, start, end, asked.pop("captions"))
         return select(**{name: value for name, value in asked.items() if name != "top"}, columns=columns)
+
+    def write_captions(self) -> None:
+        """Write captions beside the videos that have none, where a model for that is given, as a rank alone.
+
+        Raises:
+            DataError: as `data.prepare.describing.write_captions`.
+        """
+        if self.caption_model is not None:
+            write_captions(self.selection["source"], Asking(self.caption_model, device=self.device), Rank())
 
     def arguments(self) -> dict[str, Any]:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""

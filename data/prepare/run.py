@@ -109,6 +109,7 @@ def shared_choice(recipe: Recipe, rank: Rank, arguments: dict[str, Any]) -> Chos
             refuse_shards(recipe.out)
             if recipe.upload is not None:
                 recipe.upload.refuse_files()
+            recipe.write_captions()  # while the other ranks wait
             found = choose_videos(arguments, recipe.select(), recipe.wanted(), progress=True)
             with naming(home / CHOSEN):
                 found.save(home)

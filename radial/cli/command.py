@@ -15,7 +15,7 @@ from typing import get_type_hints
 from radial.cli.console import drop_what_cannot_be_written
 from radial.cli.ranks import Rank
 from radial.cli.reader import guess, read, read_some
-from radial.cli.settings import REQUIRED, default_of, described, help_lines, paragraphs
+from radial.cli.settings import REQUIRED, default_of, described, help_lines, key_of, paragraphs
 from radial.errors import Mistake
 
 
@@ -58,13 +58,13 @@ class Command:
         if words and self.more_help is not None:
             return "\n".join(self.more_help(words)).rstrip()
         fields, hints = dataclasses.fields(self.schema), get_type_hints(self.schema)
-        needed = [field.name for field in fields if default_of(field) is REQUIRED]
+        needed = [key_of(field) for field in fields if default_of(field) is REQUIRED]
         shown = dict.fromkeys([*([self.positional] if self.positional else []), *needed])
         words = [self._in_synopsis(name, name in needed) for name in shown]
         lines = [" ".join([self.name, *words, *["[key=value ...]"] * bool(len(fields) > len(shown) or self.others)])]
         lines += ["", *paragraphs(self.about)]
         for field in fields:
-            lines += help_lines(field.name, field, hints[field.name])
+            lines += help_lines(key_of(field), field, hints[field.name])
         if self.others:
             lines += ["", *paragraphs(f"Other keys are {self.others}.")]
         else:

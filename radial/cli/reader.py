@@ -18,7 +18,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from radial.cli.settings import REQUIRED, check_value, default_of, kind_in_words, may_be_none, plain_kind, text_of
+from radial.cli.settings import (
+    REQUIRED,
+    check_value,
+    default_of,
+    key_of,
+    kind_in_words,
+    may_be_none,
+    plain_kind,
+    text_of,
+)
 from radial.errors import Mistake
 
 T = TypeVar("T")
@@ -50,8 +59,9 @@ def read_some(schema: type[T], words: Sequence[str], positional: str | None = No
 
 
 def _read(schema: type[T], words: Sequence[str], positional: str | None, *, others: bool) -> tuple[T, dict[str, str]]:
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    hints = get_type_hints(schema)
+    fields = {key_of(field): field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    types = get_type_hints(schema)
+    hints = {name: types[field.name] for name, field in fields.items()}
     texts: dict[str, str] = {}
     unnamed: list[str] = []
     short = {f"-{field.metadata['short']}": f"--{name}" for name, field in fields.items() if field.metadata["short"]}
@@ -96,7 +106,7 @@ def _read(schema: type[T], words: Sequence[str], positional: str | None, *, othe
         if name not in values and default_of(field) is REQUIRED:
             how = "it" if name == positional else f"{name}=VALUE"
             raise Mistake(f"{name} is not set, give {how}; {field.metadata['about']}")
-    return schema(**values), texts
+    return schema(**{fields[name].name: value for name, value in values.items()}), texts
 
 
 def words_of(given: Any) -> list[str]:
@@ -106,7 +116,7 @@ def words_of(given: Any) -> list[str]:
         value, none = getattr(given, field.name), field.metadata["none"]
         if value != default_of(field):
             items = value if isinstance(value, list) else [value]
-            words.append(f"{field.name}={','.join(text_of(item, none) for item in items)}")
+            words.append(f"{key_of(field)}={','.join(text_of(item, none) for item in items)}")
     return words
 
 
@@ -130,7 +140,7 @@ def _is_value(word: str, equals: str, name: str, fields: Iterable[str]) -> bool:
 
 
 def _value(field: dataclasses.Field[Any], hint: Any, text: str | list[str]) -> Any:
-    name, kind = field.name, plain_kind(hint)
+    name, kind = key_of(field), plain_kind(hint)
     if text == field.metadata["none"] and may_be_none(hint):
         return None
     if get_origin(kind) is list:
@@ -143,7 +153,7 @@ def _value(field: dataclasses.Field[Any], hint: Any, text: str | list[str]) -> A
 
 
 def _item(field: dataclasses.Field[Any], kind: Any, text: str) -> Any:
-    name = field.name
+    name = key_of(field)
     if kind is bool:
         return read_bool(name, text)
     if kind is Path:

@@ -64,6 +64,7 @@ def setting(
     path: bool = False,
     none: str = "null",
     short: str = "",
+    key: str = "",
     **more: Any,
 ) -> Any:
     """A field of a dataclass that people set.
@@ -77,14 +78,20 @@ def setting(
         path: it is a path or an address, or several with commas between them: a ~ where one begins is the home folder.
         none: the word that stands for None, where it may be that.
         short: the letter of ``-m``, which stands for ``--multirun``.
+        key: what people type, such as ``caption.model``, where that is not the field's name.
         **more: what else a schema notes of its settings.
     """
     metadata = {"about": about, "choices": tuple(choices), "unit": unit, "must": must, "path": path, "none": none,
-                "short": short}  # fmt: skip
+                "short": short, "key": key}  # fmt: skip
     metadata |= more
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """What people type to set a field."""
+    return field.metadata["key"] or field.name
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data import caption
-from data.caption import spread_frames
 from data.errors import DataError
+from data.prepare.describing import spread_frames
 from data.prepare.sources import read_source
 from tests.helpers.prepared import write_clips
 from tests.helpers.tiny_models import save_llava
@@ -103,8 +103,8 @@ def test_what_cannot_be_described_is_told(tmp_path: Path, model: Path, capsys: p
     shown = capsys.readouterr()
     assert "bad: sound.mp4: no video stream" in shown.err and "1 captions written, 1 videos could not" in shown.out
     for words, message in [
-        ((videos, tmp_path / "gone"), "gone, which is no folder; download the model"),
-        ((videos, tmp_path), "which transformers cannot load to describe images"),
+        ((videos, tmp_path / "gone"), "gone: no such folder; download the caption model"),
+        ((videos, tmp_path), "transformers cannot load it to describe images"),
         ((tmp_path / "list.csv", model), "list.csv: expected a folder of videos without a list"),
     ]:
         with pytest.raises(DataError, match=message):

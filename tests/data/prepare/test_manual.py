@@ -14,6 +14,7 @@ import pytest
 
 import data
 from data.prepare.__main__ import Arguments
+from radial.cli.settings import key_of
 
 ROOT = Path(data.__file__).parents[1]
 MANUAL = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
@@ -26,15 +27,15 @@ def chapter(first: str, last: str) -> str:
 
 def test_every_key_is_in_the_example_or_named_beside_it() -> None:
     text = chapter("**All of it in one command**", "## Other captions").replace("--dry-run", "dry_run=")
-    keys = {field.name for field in dataclasses.fields(Arguments)}
-    assert keys == keys & set(re.findall(r"\b(\w+)=", text))
+    keys = {key_of(field) for field in dataclasses.fields(Arguments)}
+    assert keys == keys & set(re.findall(r"\b([\w.]+)=", text))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the manual makes its films with the ffmpeg command")
 def test_the_commands_give_what_the_manual_says(tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", chapter("## Choosing", "## Shards"), re.DOTALL)
-    script = "".join(block for block in blocks if "data.caption" not in block)  # which needs a model's weights
+    script = "".join(block for block in blocks if "caption.model" not in block)  # which needs a model's weights
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-ec", script],

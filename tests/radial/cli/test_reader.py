@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from data.prepare import __main__ as prepare
 from radial.cli.command import Command
 from radial.cli.reader import expanded, read, read_some, words_of
-from radial.cli.settings import at_least, each, plain_kind, setting
+from radial.cli.settings import at_least, each, key_of, plain_kind, setting
 from radial.errors import Mistake
 
 COMMANDS = (
@@ -80,6 +81,25 @@ def test_each_form_means_the_same(words: list[str]) -> None:
     assert read(Settings, words_of(given)) == given
 
 
+def test_a_key_may_be_another_word_than_its_field() -> None:
+    @dataclasses.dataclass
+    class Dotted:
+        model: str = setting("which", "a")
+        caption_model: int | None = setting("which describes", None, must=at_least(1), key="caption.model")
+
+    for words in (["caption.model=3"], ["--caption.model", "3"]):
+        assert read(Dotted, words) == Dotted("a", 3)
+    assert words_of(Dotted("a", 3)) == ["caption.model=3"]
+    for word, said in [
+        ("caption_model=3", "caption_model is not a known key; did you mean caption.model?"),
+        ("caption.model=x", "caption.model is 'x', expected a whole number"),
+        ("caption.model=0", "caption.model is 0, expected at least 1"),
+    ]:
+        with pytest.raises(Mistake, match=re.escape(said)):
+            read(Dotted, [word])
+    assert "\n  caption.model " in Command("x", "does", Dotted, print).usage()
+
+
 def test_null_or_another_word_stands_for_none() -> None:
     assert read(Settings, ["x", "count=all", "text=null"], "place").count is None
     assert words_of(read(Settings, ["x", "count=all"], "place")) == ["place=x", "count=all"]
@@ -133,7 +153,7 @@ def test_every_setting_of_every_command_has_a_meaning_and_stands_in_its_help(
     command.run(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(command.schema):
-        assert f" {field.name} {field.metadata['about'].split()[0]}" in shown, field.name
+        assert f" {key_of(field)} {field.metadata['about'].split()[0]}" in shown, field.name
         assert len(field.metadata["about"]) > 4
     for example in command.examples:
         assert " ".join(example.split()) in shown
@@ -164,7 +184,7 @@ def test_a_home_folder_wherever_a_path_begins(home: str) -> None:
 
 
 PATHS = {
-    "data.prepare": {"source", "out", "upload", "weights", "videos", "preview"},
+    "data.prepare": {"source", "out", "upload", "weights", "videos", "preview", "caption.model"},
     "data.bench": {"shards"},
     "data.check": {"shards", "png", "weights"},
     "data.synth": {"out", "preview"},
@@ -185,10 +205,10 @@ PATHS = {
 def test_every_path_of_every_command(home: str, name: str) -> None:
     schema: Any = command_of(name).schema
     hints = dataclasses.fields(schema), __import__("typing").get_type_hints(schema)
-    found = {f.name for f in hints[0] if plain_kind(hints[1][f.name]) is Path or f.metadata["path"]}
-    assert found == PATHS[name]
+    found = {key_of(f): f.name for f in hints[0] if plain_kind(hints[1][f.name]) is Path or f.metadata["path"]}
+    assert found.keys() == PATHS[name]
     given = read(schema, [f"{path}=~/x" for path in found] + ["family=wan"] * (name == "data.index"))
-    assert {str(getattr(given, path)) for path in found} == {f"{home}/x"}
+    assert {str(getattr(given, path)) for path in found.values()} == {f"{home}/x"}
 
 
 def test_a_flag_of_prepare_may_have_a_hyphen() -> None:

@@ -1,0 +1,161 @@
+"""Captions for videos that have none: a vision-language model of transformers looks at a few frames of each.
+
+Its answer is written beside the video. A video counts from the moment its .txt has its name, so that a killed command
+goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data.encoders.base import find_device
+from data.errors import DataError
+from data.io.files import write_bytes
+from data.prepare import layouts
+from data.prepare.folder import search
+from data.prepare.listed import Video
+from data.prepare.sources import read_source
+from data.prepare.video import Clip, probe, read_clips
+from radial.cli.ranks import Rank
+
+PROMPT = (
+    "These are frames of one video, in order. Describe the video in one paragraph: who and what is seen, what happens "
+    "from beginning to end, the place and the light, and how the camera moves. Write the description alone."
+)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Which model is asked, and what.
+
+    Attributes:
+        model: folder of the model and its processor.
+        prompt: the question, behind the frames.
+        frames: that it sees of each video, evenly spread.
+        side: the frames' longer side in pixels, at most.
+        tokens: of the longest answer.
+        device: where it runs; None takes a GPU where there is one.
+        dtype: its numbers.
+    """
+
+    model: Path
+    prompt: str = PROMPT
+    frames: int = 8
+    side: int = 448
+    tokens: int = 256
+    device: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+def write_captions(folder: Path, asking: Asking, rank: Rank) -> int:
+    """Describe the videos of a folder that have no caption, or this rank's part of them.
+
+    Returns:
+        how many could not be described.
+
+    Raises:
+        DataError: as `check_folder`; no video in it, or a model that cannot be loaded or asked.
+    """
+    check_folder(folder)
+    lacking = _lacking(folder)
+    # by its place among all videos, so that ranks that start later share the rest in the same way
+    mine = [video for video in lacking if video.place % rank.world == rank.index]
+    if not mine:
+        print(f"{folder}: {'none of this rank' if lacking else 'no video'} lacks a caption")
+        return 0
+    model = Captioner(asking.model, find_device(asking.device, rank.local), asking.dtype)
+    bad = 0
+    for video in tqdm(mine, unit="video", desc="captioning", disable=rank.index != 0):
+        path = folder / video.path
+        try:
+            text = model.describe(spread_frames(path, asking.frames, asking.side), asking.prompt, asking.tokens)
+            if not text:
+                raise DataError("the model's answer is empty")
+            write_bytes(path.with_suffix(".txt"), f"{text}\n".encode())
+        except DataError as error:
+            bad += 1
+            tqdm.write(f"bad: {video.path}: {error}", file=sys.stderr)
+    print(f"{folder}: {len(mine) - bad} captions written, {bad} videos could not be described")
+    return bad
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a DataError unless it is a folder whose videos can get captions: those of a list are in the list."""
+    listed = not folder.is_dir() or layouts.table_in(folder) is not None or layouts.lists_in(folder) is not None
+    if listed or (layouts.parquets_in(folder) and not search(folder).videos):
+        raise DataError(
+            f"{folder}: expected a folder of videos without a list, as a model's captions are written beside videos"
+        )
+
+
+def _lacking(folder: Path) -> list[Video]:
+    # a.mp4 and a.webm have one a.txt: they are taken for one film, and the first of them is described
+    lacking: dict[Path, Video] = {}
+    for video in read_source(folder).videos():
+        if video.uncaptioned:
+            lacking.setdefault(Path(video.path).with_suffix(".txt"), video)
+    return list(lacking.values())
+
+
+def spread_frames(path: Path, count: int, side: int) -> list[np.ndarray]:
+    """Frames (H, W, 3) uint8 RGB of a video, evenly spread from its first on; the longer of H and W is at most `side`.
+
+    Raises:
+        DataError: with the reason alone: it cannot be decoded, or is shorter than its header says.
+    """
+    info = probe(path)
+    if not info.seconds:
+        raise DataError("its header has no length, and frames cannot be spread; remux it")
+    shrunk = min(1.0, side / max(info.height, info.width))
+    size = max(1, round(info.height * shrunk)), max(1, round(info.width * shrunk))
+    found = read_clips(path, fps=count / info.seconds, frames=count, sizes=[size], most=1)
+    clip = next((entry for entry in found if isinstance(entry, Clip)), None)
+    if clip is None:
+        raise DataError("it is shorter than its header says")
+    return list(clip.frames)
+
+
+class Captioner:
+    """A vision-language model that is asked about frames.
+
+    Args:
+        folder: of the model and its processor.
+        device, dtype: where and in which numbers it runs.
+
+    Raises:
+        DataError: no such model there, or one that takes no questions.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; download the caption model and give its folder")
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise DataError(f"{folder}: transformers cannot load it to describe images: {error}") from error
+        if getattr(self._processor, "chat_template", None) is None:
+            raise DataError(f"{folder}: has no chat template; expected a model that answers questions")
+        self._model, self._device, self._dtype = model.to(device).eval(), device, dtype
+
+    @torch.no_grad()
+    def describe(self, frames: list[np.ndarray], prompt: str, tokens: int) -> str:
+        """The model's likeliest answer to a question about frames (H, W, 3) uint8, in at most so many tokens."""
+        pictures = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
+        message = {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
+        inputs = self._processor.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self._device, self._dtype)
+        answer = self._model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        (text,) = self._processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return " ".join(text.split())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from data.errors import DataError
 from data.prepare.rows import Texts
@@ -18,7 +19,7 @@ class NoVideosError(DataError):
 
 
 class Candidate(NamedTuple):
-    """What is held of a line of the list, one of a million: not its caption and its cells.
+    """What is held of a line of the list: not its caption and its cells.
 
     Attributes:
         path: as listed; empty where there is none.
@@ -31,6 +32,41 @@ class Candidate(NamedTuple):
     problem: str | None
     span: Span | None
     place: int
+
+
+class CandidateList(Sequence[Candidate]):
+    """A million candidates in little memory: as text, each an object while it is used."""
+
+    def __init__(self) -> None:
+        self._texts, self._numbers = Texts(), array("q")
+
+    def append(self, candidate: Candidate) -> None:
+        """Add a candidate behind the last."""
+        path, problem, span, place = candidate
+        piece = None if span is None else (span.start, span.end, span.frames)
+        self._numbers.append(len(self._texts))
+        self._texts.append(json.dumps((path, problem, piece, place)))
+
+    def picked(self, numbers: Iterable[int]) -> CandidateList:
+        """Those of these numbers, in this order; their text is not copied."""
+        found = CandidateList()
+        found._texts, found._numbers = self._texts, array("q", map(self._numbers.__getitem__, numbers))
+        return found
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> Candidate: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Candidate]: ...
+
+    def __getitem__(self, number: int | slice) -> Candidate | list[Candidate]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        path, problem, piece, place = json.loads(self._texts[self._numbers[number]])
+        return Candidate(path, problem, None if piece is None else Span(*piece), place)
 
 
 class Video(NamedTuple):
@@ -114,7 +150,8 @@ class _Missing(Container[int]):
 
     def __init__(self, chosen: Sequence[Candidate]) -> None:
         self._chosen = chosen
-        self._whole = array("i", [-1]) * (1 + max((video.place for video in chosen), default=0))
+        places = array("q", (video.place for video in chosen))
+        self._whole = array("i", [-1]) * (1 + max(places, default=0))
         self._pieces: dict[str, int] = {}  # several of a place
         self._places = bytearray(len(self._whole))
         for number, video in enumerate(chosen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def choose_videos(
     """
     matching = candidates.matching
     rows = Rows()
-    chosen: list[Candidate] = []
+    chosen = array("q")  # of the candidates
     rejected: list[Rejected] = []
     unfit: list[str] = []
     lost: list[str] = []
@@ -91,7 +92,7 @@ def choose_videos(
     most = len(matching) if wanted.top is None else wanted.top
     with tqdm(total=min(most, len(matching)), disable=not progress) as bar:
         bar.set_description("choosing")
-        for video, info, found in _judged(candidates, wanted, before):
+        for number, (video, info, found) in enumerate(_judged(candidates, wanted, before)):
             if len(rows) == most:
                 break
             twin = duplicates.twin(found.name, found.look) if isinstance(found, Row) and found.look and info else None
@@ -99,7 +100,7 @@ def choose_videos(
                 twins.append((name_of(video), twin))
             elif isinstance(found, Row):
                 rows.append(found)
-                chosen.append(video)
+                chosen.append(number)
                 if info is not None:
                     compromises.add(found.name, info)
                 bar.update()
@@ -122,7 +123,7 @@ def choose_videos(
     if twins:
         told.append(f"duplicates, left out: {len(twins)}, such as {twins[0][0]}, which is {twins[0][1]} once more")
     told += compromises.told()
-    rows.caption_all(candidates.found.captions(chosen))
+    rows.caption_all(candidates.found.captions(matching.picked(chosen)))
     return ChosenVideos(arguments, candidates.root, rows, rejected, passed, len(lost), unfit, told)
 
 

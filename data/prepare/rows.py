@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TextIO, overload
 
 _READ = 1 << 20  # characters of a file that are read at once
+_BLOCK = 1 << 20  # bytes of texts in one buffer: one that grows to all of them is copied, and leaves holes in memory
 
 
 @dataclass(frozen=True)
@@ -39,31 +40,36 @@ class Row:
 
 
 class Texts:
-    """A list of texts, all in one buffer of UTF-8.
+    """A list of texts, in buffers of UTF-8.
 
     Args:
         count: of the texts that it begins with, all empty.
     """
 
     def __init__(self, count: int = 0) -> None:
-        self._buffer = bytearray()
-        self._starts, self._ends = array("q", bytes(8 * count)), array("q", bytes(8 * count))
+        self._blocks = [bytearray()]
+        # of each text its block, where it starts in it, and how long it is
+        self._homes, self._starts, self._lengths = (array("I", bytes(4 * count)) for _ in range(3))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._lengths)
 
     def __getitem__(self, number: int) -> str:
-        return self._buffer[self._starts[number] : self._ends[number]].decode()
+        start = self._starts[number]
+        return self._blocks[self._homes[number]][start : start + self._lengths[number]].decode()
 
     def __setitem__(self, number: int, text: str) -> None:
-        self._starts[number] = len(self._buffer)
-        self._buffer += text.encode()
-        self._ends[number] = len(self._buffer)
+        content = text.encode()
+        if len(self._blocks[-1]) + len(content) > _BLOCK:
+            self._blocks.append(bytearray())
+        self._homes[number], self._starts[number] = len(self._blocks) - 1, len(self._blocks[-1])
+        self._lengths[number] = len(content)
+        self._blocks[-1] += content
 
     def append(self, text: str) -> None:
         """Add a text behind the last."""
-        self._starts.append(0)
-        self._ends.append(0)
+        for numbers in (self._homes, self._starts, self._lengths):
+            numbers.append(0)
         self[-1] = text
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.prepare.conditions import Condition, no_column, number, parse_conditions, split_conditions
-from data.prepare.listed import Candidate, Listed, name_of
+from data.prepare.listed import Candidate, CandidateList, Listed, name_of
 from data.prepare.sources import Columns, read_source
 
 
@@ -33,7 +33,7 @@ class Candidates:
     about: str
     root: str
     listed: int
-    matching: list[Candidate]
+    matching: CandidateList
     probed: list[Condition]
     told: list[str]
 
@@ -61,7 +61,7 @@ def select(
     own, probed = split_conditions(parse_conditions(where) if where else [], found.columns)
     ranking = Ranking(sort, found.columns) if sort is not None else None
     asked = [condition.column for condition in own] + (ranking.names if ranking else [])
-    matching: list[Candidate] = []
+    matching = CandidateList()
     captions, scores = array("q"), array("d")  # a million of them take 8 MB
     listed = 0
     for video in found.videos(asked):
@@ -113,15 +113,15 @@ class Ranking:
 
 
 def _once(
-    videos: Sequence[Candidate], order: Iterable[int], captions: Sequence[int], source: Path
-) -> tuple[list[Candidate], list[str]]:
+    videos: CandidateList, order: Iterable[int], captions: Sequence[int], source: Path
+) -> tuple[CandidateList, list[str]]:
     """The videos in this order, each path once, as it comes first, and what to say of the others.
 
     Args:
         captions: a hash of the caption of each video.
     """
     first: dict[str, int] = {}
-    kept: list[Candidate] = []
+    kept = array("q")
     again: list[str] = []
     other: list[str] = []
     for place in order:
@@ -129,13 +129,13 @@ def _once(
         name = name_of(video)
         before = first.setdefault(name, place) if video.path else place
         if before == place:
-            kept.append(video)
+            kept.append(place)
             continue
         again.append(name)
         if captions[before] != captions[place]:
             other.append(name)
     if not again:
-        return kept, []
+        return videos.picked(kept), []
     another = f" ({len(other)} with another caption, such as {other[0]})" if other else ""
     rows = f"rows whose video an earlier row names: {len(again)}, such as {again[0]}{another}"
-    return kept, [f"{source}: {rows}; the first of each counts"]
+    return videos.picked(kept), [f"{source}: {rows}; the first of each counts"]

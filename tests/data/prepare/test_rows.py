@@ -1,4 +1,4 @@
-"""Rows as text: what comes out is what went in, in any order, in the same file, and in little memory."""
+"""Rows and candidates as text: what comes out is what went in, in any order, in the same file, and in little memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from data.prepare.chosen import ChosenVideos, Rejected
+from data.prepare.listed import Candidate, CandidateList
 from data.prepare.rows import Row, Rows, Texts
+from data.prepare.spans import Span
 
 ROWS = [
     Row("a.mp4", "a boat", 3),
@@ -28,6 +30,15 @@ def test_texts_come_in_any_order() -> None:
     assert list(texts) == ["a", "", "日本", "b"]
     with pytest.raises(IndexError):
         texts[4]
+
+
+def test_texts_of_any_length_share_the_buffers() -> None:
+    long = ["é" * 300_000, "", "x" * 3_000_000, "y", "z" * 900_000, "é" * 100_000]
+    texts = Texts()
+    for text in long:
+        texts.append(text)
+    texts[3] = "again"
+    assert list(texts) == [*long[:3], "again", *long[4:]]
 
 
 def test_rows_are_what_went_in() -> None:
@@ -70,3 +81,28 @@ def test_a_row_takes_little_more_memory_than_its_text() -> None:
     finally:
         tracemalloc.stop()
     assert len(rows) == count and taken / count < len(rows[0].path) + len(caption) + 100
+
+
+def test_candidates_are_what_went_in_and_take_little_more_memory_than_their_text() -> None:
+    some = [
+        Candidate("a.mp4", None, None, 1),
+        Candidate("日本 \udce9.mp4", 'no "caption"', None, 2),
+        Candidate("c.mp4", None, Span(0.1, None), 7),
+        Candidate("c.mp4", None, Span(24, 48, True), 7),
+    ]
+    held = CandidateList()
+    for candidate in some:
+        held.append(candidate)
+    assert list(held) == some and held[1:] == some[1:] and held[-1] == some[3]
+    assert list(held.picked([3, 0, 2]).picked([2, 1])) == [some[2], some[0]]
+
+    count = 20_000
+    tracemalloc.start()
+    try:
+        held = CandidateList()
+        for number in range(count):
+            held.append(Candidate(f"folder/{number:030d}.mp4", None, None, number))
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(held) == count and taken / count < len(held[0].path) + 60, taken / count

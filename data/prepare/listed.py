@@ -13,6 +13,8 @@ from data.errors import DataError
 from data.prepare.rows import Texts
 from data.prepare.spans import Span
 
+_MORE = "\0"  # before a text that is more than a path
+
 
 class NoVideosError(DataError):
     """A list that can be read, and has no video in it that is asked for."""
@@ -35,22 +37,27 @@ class Candidate(NamedTuple):
 
 
 class CandidateList(Sequence[Candidate]):
-    """A million candidates in little memory: as text, each an object while it is used."""
+    """A million candidates in little memory: as text and numbers, each an object while it is used."""
 
     def __init__(self) -> None:
-        self._texts, self._numbers = Texts(), array("q")
+        self._texts, self._places, self._numbers = Texts(), array("q"), array("q")
 
     def append(self, candidate: Candidate) -> None:
         """Add a candidate behind the last."""
         path, problem, span, place = candidate
-        piece = None if span is None else (span.start, span.end, span.frames)
-        self._numbers.append(len(self._texts))
-        self._texts.append(json.dumps((path, problem, piece, place)))
+        self._numbers.append(len(self._places))
+        self._places.append(place)
+        if problem is None and span is None and not path.startswith(_MORE):
+            self._texts.append(path)  # as nearly all are: JSON takes a while for a million
+        else:
+            piece = None if span is None else (span.start, span.end, span.frames)
+            self._texts.append(_MORE + json.dumps((path, problem, piece)))
 
     def picked(self, numbers: Iterable[int]) -> CandidateList:
         """Those of these numbers, in this order; their text is not copied."""
         found = CandidateList()
-        found._texts, found._numbers = self._texts, array("q", map(self._numbers.__getitem__, numbers))
+        found._texts, found._places = self._texts, self._places
+        found._numbers = array("q", map(self._numbers.__getitem__, numbers))
         return found
 
     def __len__(self) -> int:
@@ -65,7 +72,11 @@ class CandidateList(Sequence[Candidate]):
     def __getitem__(self, number: int | slice) -> Candidate | list[Candidate]:
         if isinstance(number, slice):
             return [self[n] for n in range(len(self))[number]]
-        path, problem, piece, place = json.loads(self._texts[self._numbers[number]])
+        own = self._numbers[number]
+        text, place = self._texts[own], self._places[own]
+        if not text.startswith(_MORE):
+            return Candidate(text, None, None, place)
+        path, problem, piece = json.loads(text[1:])
         return Candidate(path, problem, None if piece is None else Span(*piece), place)
 
 

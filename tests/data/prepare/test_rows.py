@@ -89,11 +89,12 @@ def test_candidates_are_what_went_in_and_take_little_more_memory_than_their_text
         Candidate("日本 \udce9.mp4", 'no "caption"', None, 2),
         Candidate("c.mp4", None, Span(0.1, None), 7),
         Candidate("c.mp4", None, Span(24, 48, True), 7),
+        Candidate("\0c.mp4", None, None, 8),
     ]
     held = CandidateList()
     for candidate in some:
         held.append(candidate)
-    assert list(held) == some and held[1:] == some[1:] and held[-1] == some[3]
+    assert list(held) == some and held[1:] == some[1:] and held[-1] == some[4]
     assert list(held.picked([3, 0, 2]).picked([2, 1])) == [some[2], some[0]]
 
     count = 20_000

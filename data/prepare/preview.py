@@ -40,6 +40,8 @@ TRIAL = 60.0
 
 _STEPS = {"min_motion": (0.1, 0.3, 1.0), "max_black": (0.0, 0.1, 0.5), "max_repeated": (0.1, 0.25, 0.5)}
 """Bounds of which a dry run counts what they leave out."""
+_BAD = (DataError, av.error.FFmpegError, OSError, ValueError)
+"""What decoding a video that is bad raises."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def survey(path: Path, options: dict[str, Any], most: int | None) -> Survey:
             if not found.pictures:
                 last = len(event.frames) - 1
                 found.pictures = [event.frames[k].copy() for k in (0, last // 2, last)]
-    except (DataError, av.error.FFmpegError, OSError, ValueError) as error:
+    except _BAD as error:
         found.reason = str(error)
     found.seconds = time.monotonic() - began
     return found
@@ -208,7 +210,7 @@ def _clip_at(recipe: Recipe, path: Path, start: float) -> Clip:
     pace, frames, sizes = recipe.fps, recipe.frames, recipe.sizes
     try:
         found = next(read_clips(path, fps=pace, frames=frames, sizes=sizes, most=1, rules=rules, start=start), None)
-    except DataError as error:
+    except _BAD as error:
         raise DataError(f"{path}: {error}") from error
     if not isinstance(found, Clip):
         raise DataError(f"{path}: the clip at {start:.2f} s is not there any more; was the file changed?")

@@ -92,7 +92,7 @@ def clips_folder(job: Job, row: Row) -> Path:
 
 
 @dataclass(frozen=True)
-class Losses:
+class RowLosses:
     """A row with one seed: trained, if it is to be, and its losses measured."""
 
     row: Row
@@ -123,7 +123,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Clips:
+class RowClips:
     """The generated clips of a row's first run, and their measures."""
 
     row: Row
@@ -167,5 +167,5 @@ class Clips:
             generate_row(module, of, clips_folder(job, self.row), clock.check)
 
 
-Part = Losses | Clips
+Part = RowLosses | RowClips
 """What one process does at a time."""

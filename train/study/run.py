@@ -25,9 +25,9 @@ from train.study.losses import mean_over_sigmas
 from train.study.masks import fit_masks, masks_file
 from train.study.page import write_page
 from train.study.parts import (
-    Clips,
-    Losses,
     Part,
+    RowClips,
+    RowLosses,
     base_run,
     clips_folder,
     held_out_clips,
@@ -159,12 +159,12 @@ class Study:
                     self._fail(row, str(error))
                     continue
                 if not losses_file(job, run).is_file():
-                    yield Losses(row, seed)
+                    yield RowLosses(row, seed)
 
     def _clips(self) -> Iterator[Part]:
         """What is to be generated."""
         for row in (TRUTH, *self.rows):
-            if not self._lacks(row) and not (part := Clips(row)).there(self.job):
+            if not self._lacks(row) and not (part := RowClips(row)).there(self.job):
                 yield part
 
     def _fail(self, row: Row, why: str) -> None:

@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+import av.error
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_the_trial_encodes_clips_for_a_minute(
     assert len(seen) == tried
     for place, latent in zip(places, seen, strict=False):
         assert torch.equal(latent, clips[place]), place
+
+
+def test_a_clip_that_cannot_be_decoded_once_more_costs_the_hours_alone(
+    tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Videos are looked at by processes of their own, so that what fails here is the trial."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise av.error.InvalidDataError(1094995529, "Invalid data found when processing input")
+
+    monkeypatch.setattr(preview, "read_clips", gone)
+    main([f"source={films}", f"out={tmp_path / 'out'}", *WORDS, f"preview={tmp_path / 'sheet.png'}"])
+    printed = capsys.readouterr().out
+    assert re.search(r"no estimate of gigabytes and of hours of encoding: .*a_cut.mp4: .*Invalid data", printed), (
+        printed
+    )
+    assert (tmp_path / "sheet.png").is_file()
 
 
 def test_a_dry_run_shows_what_each_filter_leaves_out(

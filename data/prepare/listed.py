@@ -37,10 +37,19 @@ class Candidate(NamedTuple):
 
 
 class CandidateList(Sequence[Candidate]):
-    """A million candidates in little memory: as text and numbers, each an object while it is used."""
+    """A million candidates in little memory: as text and numbers, each an object while it is used.
 
-    def __init__(self) -> None:
-        self._texts, self._places, self._numbers = Texts(), array("q"), array("q")
+    Args:
+        texts, places: of candidates that it begins without, shared with another list; none where it is a list anew.
+        numbers: which of them are in it.
+    """
+
+    def __init__(
+        self, texts: Texts | None = None, places: array[int] | None = None, numbers: Iterable[int] = ()
+    ) -> None:
+        self._texts = Texts() if texts is None else texts
+        self._places = array("q") if places is None else places
+        self._numbers = array("q", numbers)
 
     def append(self, candidate: Candidate) -> None:
         """Add a candidate behind the last."""
@@ -55,10 +64,7 @@ class CandidateList(Sequence[Candidate]):
 
     def picked(self, numbers: Iterable[int]) -> CandidateList:
         """Those of these numbers, in this order; their text is not copied."""
-        found = CandidateList()
-        found._texts, found._places = self._texts, self._places
-        found._numbers = array("q", map(self._numbers.__getitem__, numbers))
-        return found
+        return CandidateList(self._texts, self._places, map(self._numbers.__getitem__, numbers))
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -40,7 +40,7 @@ class Row:
 
 
 class Texts:
-    """A list of texts, in buffers of UTF-8.
+    """A list of texts, in buffers of UTF-8; half a character, as names of other codings have, stays what it is.
 
     Args:
         count: of the texts that it begins with, all empty.
@@ -56,10 +56,10 @@ class Texts:
 
     def __getitem__(self, number: int) -> str:
         start = self._starts[number]
-        return self._blocks[self._homes[number]][start : start + self._lengths[number]].decode()
+        return self._blocks[self._homes[number]][start : start + self._lengths[number]].decode(errors="surrogatepass")
 
     def __setitem__(self, number: int, text: str) -> None:
-        content = text.encode()
+        content = text.encode(errors="surrogatepass")
         if len(self._blocks[-1]) + len(content) > _BLOCK:
             self._blocks.append(bytearray())
         self._homes[number], self._starts[number] = len(self._blocks) - 1, len(self._blocks[-1])

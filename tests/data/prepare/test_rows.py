@@ -27,9 +27,10 @@ def test_texts_come_in_any_order() -> None:
     texts = Texts(3)
     texts[2], texts[0] = "日本", "a"
     texts.append("b")
-    assert list(texts) == ["a", "", "日本", "b"]
+    texts.append("half a \ud83d")
+    assert list(texts) == ["a", "", "日本", "b", "half a \ud83d"]
     with pytest.raises(IndexError):
-        texts[4]
+        texts[5]
 
 
 def test_texts_of_any_length_share_the_buffers() -> None:
@@ -85,7 +86,7 @@ def test_a_row_takes_little_more_memory_than_its_text() -> None:
 
 def test_candidates_are_what_went_in_and_take_little_more_memory_than_their_text() -> None:
     some = [
-        Candidate("a.mp4", None, None, 1),
+        Candidate("caf\udce9.mp4", None, None, 1),
         Candidate("日本 \udce9.mp4", 'no "caption"', None, 2),
         Candidate("c.mp4", None, Span(0.1, None), 7),
         Candidate("c.mp4", None, Span(24, 48, True), 7),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from radial.head_layouts import HeadLayout, build_head_layouts
 from radial.layout import BlockLayout, build_layout, layout_of
 from radial.patterns import Pattern, Released
 from radial.patterns.ultravico import UltraViCo
+from radial.reorder import reordered
 from radial.scaled_scores import scaled_attention
 
 
@@ -69,8 +68,16 @@ def attention_over(
     text_lengths: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    in_order: bool = False,
 ) -> Tensor:
-    """`radial_attention` for callers that already hold a layout, such as the layers of a model."""
+    """`radial_attention` for callers that already hold a layout, such as the layers of a model.
+
+    Args:
+        q, k, v, text_lengths, scale, backend: as of `radial_attention`.
+        layout: the pattern worked out.
+        in_order: the tokens of q, k, v and the output lie in the order of the layout's blocks (``layout.orders``), so
+            that nothing has to be moved.
+    """
     grid = layout.grid
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise RadialError(
@@ -98,9 +105,9 @@ def attention_over(
         return scaled_attention(
             q, k, v, grid, layout.pattern, block=layout.block, text_lengths=text_lengths, scale=scale
         )
-    orders = layout.orders(q.device)
+    orders = None if in_order else layout.orders(q.device)
     if orders is not None:
-        q, k, v = (_Reorder.apply(x, *orders) for x in (q, k, v))
+        q, k, v = (reordered(x, *orders) for x in (q, k, v))
     out = BACKENDS[name](
         q,
         k,
@@ -110,20 +117,7 @@ def attention_over(
         text_lengths=None if text_lengths is None else text_lengths.clamp(0, grid.text_tokens),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
-    return out if orders is None else _Reorder.apply(out, *reversed(orders))
-
-
-class _Reorder(torch.autograd.Function):
-    """Tokens in another order; the gradient is a gather too, where that of a plain gather is a sum at each index."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse  # needs no gradient, and may have been made under inference_mode
-        return x.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.index_select(1, ctx.inverse), None, None
+    return out if orders is None else reordered(out, orders[1], orders[0])
 
 
 def _backend_name(

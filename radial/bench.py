@@ -112,7 +112,7 @@ def _candidates(shape: Shape, heads: int, backends: list[str], fitted: Sequence[
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def with_backend(name: str, layout: BlockLayout | HeadLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: attention_over(q, k, v, layout, backend=name)
+        return lambda q, k, v: attention_over(q, k, v, layout, backend=name, in_order=True)  # as models have them
 
     found = [Candidate("dense cuDNN", sdpa, dense, True, "dense")]
     if BACKENDS["fa4"].why_not(AttentionCall(device, torch.bfloat16, HEAD_DIM, True, False, dense)) is None:

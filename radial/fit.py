@@ -22,6 +22,8 @@ from radial.patterns.fitted import bit_of_pairs
 from radial.patterns.head_masks import About, write
 from radial.patterns.token_orders import frame_order
 
+DRAWN_ROWS = 4
+"""Query blocks, neighbours in their frames, that draw the same key blocks: read into a GPU's cache once for all."""
 _STEPS = 30
 """Of Newton's method, which has converged long before, if ever: each is a few sums over the masses."""
 _NEAR = 0.01
@@ -73,7 +75,9 @@ def fit(
         raise
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise RadialError(f"{decay} is damaged, or no such file ({error}): {made}") from error
-    about = About(order, block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed)
+    about = About(
+        order, block, grid.frames, grid.height, grid.width, layers, share, coverage, 0.0, seed, rows=DRAWN_ROWS
+    )
     if separable:
         values, near = nearest_separable(values, about)
         others = tuple((layers[place], head) for place, head in (~near).nonzero().tolist())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from radial.fit import chosen, tile_distances
+from radial.fit import DRAWN_ROWS, chosen, tile_distances
 from radial.grid import VideoGrid
 from radial.patterns.fitted import Fitted
 from radial.patterns.head_masks import About, HeadMasks, packed, write
@@ -54,7 +54,7 @@ def fit_known(
 
 def _fitted(grid: VideoGrid, heads: int, layers: int, share: float, coverage: float, seed: int) -> tuple[Tensor, About]:
     size, numbers = (grid.frames, grid.height, grid.width), tuple(range(layers))
-    about = About("patches", 128, *size, numbers, share, coverage, 0.0, seed)
+    about = About("patches", 128, *size, numbers, share, coverage, 0.0, seed, rows=DRAWN_ROWS)
     rules, rate = chosen(torch.stack([_values(about, heads)] * layers), about, grid)
     return rules, replace(about, rate=rate)
 

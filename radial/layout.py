@@ -14,7 +14,7 @@ What the released code leaves undefined, or without sense, is defined here, for 
   525 at 544 x 960 and 129 frames, none at 720 x 1280); `BlockLayout.filled_rows` counts them.
 
 Blocks are of tokens in the pattern's own order, where it has one (`Pattern.token_order`); the callers' tokens are in
-raster order all the same.
+raster order all the same, or in that order already (`radial.attention_over`).
 """
 
 from __future__ import annotations

@@ -21,13 +21,11 @@ def sampled_errors(
 
     Args:
         layout: of that head.
-        inputs: q, k, v and the gradient of the output, (tokens, head_dim), one head of one sample.
+        inputs: q, k, v and the gradient of the output, (tokens, head_dim), one head of one sample, the tokens in the
+            order of the layout's blocks.
         results: out, or out, dq, dk, dv, in the same shape, for scale head_dim ** -0.5.
-        tokens: (samples,) positions, in the layout's order of tokens.
+        tokens: (samples,) positions.
     """
-    orders = layout.orders(inputs[0].device)
-    if orders is not None:
-        inputs, results = ([x[orders[0]] for x in tensors] for tensors in (inputs, results))
     q, k, v, grad = inputs
     n, block, scale = layout.grid.tokens, layout.block, q.shape[-1] ** -0.5
     kept = layout.derived("mask", lambda: layout.mask().to(q.device))

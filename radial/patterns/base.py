@@ -40,7 +40,8 @@ class Pattern(ABC):
         """Permutation of the video tokens that the pattern's blocks assume, or None for raster order.
 
         Entry ``p`` names the raster token at position ``p``, int64. `radial.attention_over` applies it to q, k and v,
-        whose positions are in them by then, and undoes it in the output.
+        whose positions are in them by then, and undoes it in the output; models have their tokens in this order in all
+        layers (`train.attention.step`).
         """
         return None
 

@@ -34,11 +34,13 @@ class Fitted(Pattern):
     * if it is on the diagonal, so that every query block has a key block; or
     * if it is drawn: (u + n / N) mod 1 < rate, where N is the number of all heads of all layers, and n = 0 ... N - 1
       the head's place among them in an order that puts neighbours far apart. In each row of blocks, stretches of K =
-      round(1 / rate) key blocks have u = 0, 1 / K ... (K - 1) / K in turn, moved by a hash of seed, row and stretch.
+      round(1 / rate) key blocks have u = 0, 1 / K ... (K - 1) / K in turn, moved by a hash of seed, row and stretch,
+      where as many rows as the file says count as one.
 
     So a head draws about one key block in each stretch, at a place of its own, and a pair of blocks is drawn by floor
     or ceil of N rate heads: where this is at least one, some head of the model sees any pair. Draws in stretches change
-    a head's output less than independent ones (radial/README.md).
+    a head's output less than independent ones, and those that neighbouring rows share as little (radial/README.md); of
+    key blocks that neighbouring rows share, a kernel finds more in its cache.
 
     A clip of more frames than those that the masks are fitted to has its distances scaled to theirs, (F - 1) / (frames
     - 1), rounded to the nearest: what temporal positions that are interpolated to the native range do. In a shorter
@@ -131,7 +133,7 @@ def _draws(about: About, side: int, device: torch.device) -> Tensor:
     row = torch.arange(side, device=device)[:, None]
     key = torch.arange(side, device=device)
     stretch = round(1 / about.rate) if about.rate * side > 1 else max(side, 1)
-    x = (row * side + key // stretch) ^ (about.seed + 1) * 0x9E3779B1 % 2**32
+    x = (row // about.rows * side + key // stretch) ^ (about.seed + 1) * 0x9E3779B1 % 2**32
     for _ in range(2):  # each product is below 2^59
         x = (x >> 16 ^ x) * 0x45D9F3B % 2**32
     return ((x >> 16 ^ x) + key % stretch * _ONE // stretch & _ONE - 1).flatten().int()

@@ -51,6 +51,7 @@ class About:
             not to the measured ones.
         not_separable: (layer, head) of those that are fitted to their measured masses all the same: no such ones are
             near.
+        rows: query blocks, one after another, that draw the same key blocks; 1 in older files.
     """
 
     order: str
@@ -65,6 +66,7 @@ class About:
     seed: int
     separable: bool = False
     not_separable: tuple[tuple[int, int], ...] = ()
+    rows: int = 1
 
     @property
     def tiles(self) -> int:

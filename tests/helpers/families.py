@@ -14,12 +14,12 @@ from torch import Tensor
 from data.encoders import fingerprint
 from data.shards.sample import Prompt, Sample, TextTokens
 from data.shards.writer import ShardWriter
-from radial import Dense, Released
+from radial import Dense, Released, SlidingTile
 from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.families import ADAPTERS
 
-PATTERNS = {"dense": Dense(), "released": Released()}
+PATTERNS = {"dense": Dense(), "released": Released(), "tiles": SlidingTile()}  # the last has its own order of tokens
 TEXT = 20  # tokens that prompts are padded to
 
 

@@ -52,9 +52,10 @@ def fitted(
     seed: int = 0,
     bits: float = 0.2,
     order: str = "raster",
+    rows: int = 1,
 ) -> Fitted:
     """A fitted pattern with random rules, of which ``bits`` are set."""
-    about = About(order, block, grid.frames, grid.height, grid.width, layers, 0.3, 0.5, rate, seed)
+    about = About(order, block, grid.frames, grid.height, grid.width, layers, 0.3, 0.5, rate, seed, rows=rows)
     generator = torch.Generator().manual_seed(seed)
     rules = torch.rand(len(layers), heads, about.entries, generator=generator) < bits
     return Fitted(HeadMasks(packed(rules), about, hashlib.sha256(repr((about, heads, bits)).encode()).hexdigest()))

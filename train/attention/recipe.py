@@ -97,13 +97,15 @@ class AttentionRecipe:
             dense: whether all layers are dense.
             sequence: the ranks that share each clip's tokens.
         """
+        layout = build_layout(self.pattern, grid, self.block)
+        order = None if dense else layout.order
         return StepAttention(
-            pattern_layout=build_layout(self.pattern, grid, self.block),
+            pattern_layout=layout,
             dense_layout=build_layout(Dense(), grid),
             dense_layers=self.dense_layers,
             all_dense=dense,
             backend=self.backend,
-            shard=None if sequence is None else SequenceShard(grid.video_tokens, sequence),
+            shard=None if sequence is None else SequenceShard(grid.video_tokens, sequence, order),
         )
 
     def density(self, grid: VideoGrid) -> float:

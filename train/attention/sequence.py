@@ -67,10 +67,12 @@ class SequenceShard:
     Attributes:
         tokens: video tokens of the whole sample.
         group: who shares them.
+        order: (at least ``tokens``,) int64, which token of the video lies at each place; None: each its own.
     """
 
     tokens: int
     group: SequenceGroup
+    order: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -113,7 +115,8 @@ class SequenceShard:
     def own_cells(self, cells: Sequence[int], patch: Sequence[int], device: torch.device) -> Tensor:
         """Which cells of a latent of ``cells`` = (F, H, W) this rank's tokens stand for: bool, (F, H, W)."""
         own = torch.zeros(self.tokens, dtype=torch.bool, device=device)
-        own[self.start : self.stop] = True
+        places = slice(self.start, self.stop)
+        own[places if self.order is None else self.order[places].to(device)] = True
         own = own.view([size // step for size, step in zip(cells, patch, strict=True)])
         for dim, step in enumerate(patch):
             own = own.repeat_interleave(step, dim)
@@ -134,14 +137,14 @@ def sharded_attention(
 
     Args:
         q, k, v: (batch, shard.length + text tokens, heads, head_dim): the rank's video tokens, then all text tokens.
-        layout, text_lengths, backend: as for `radial.attention_over`, of the whole sequence; masks that differ by head
-            are those of the rank's own heads.
+        layout, text_lengths, backend: as for `radial.attention_over`, of the whole sequence, whose tokens lie in the
+            order of the layout's blocks; masks that differ by head are those of the rank's own heads.
 
     Returns:
         The output for the same tokens, of the same shape.
     """
     if shard is None:
-        return attention_over(q, k, v, layout, text_lengths=text_lengths, backend=backend)
+        return attention_over(q, k, v, layout, text_lengths=text_lengths, backend=backend, in_order=True)
     text, heads = layout.grid.text_tokens, q.shape[2] // shard.group.size
 
     def to_heads(x: Tensor) -> Tensor:
@@ -149,7 +152,9 @@ def sharded_attention(
         words = x[:, shard.length :].narrow(2, shard.group.rank * heads, heads)
         return torch.cat([video, words], dim=1) if text else video
 
-    out = attention_over(to_heads(q), to_heads(k), to_heads(v), layout, text_lengths=text_lengths, backend=backend)
+    out = attention_over(
+        to_heads(q), to_heads(k), to_heads(v), layout, text_lengths=text_lengths, backend=backend, in_order=True
+    )
     video, words = shard.to_tokens(_cut(out, shard.tokens, 1)), out[:, shard.tokens :]
     return torch.cat([video, all_gather(words, 2, shard.group.group)], dim=1) if text else video
 

@@ -1,13 +1,18 @@
 """Which attention each layer runs in one step: a micro-batch of training, or a sampling step.
 
-Whether a training step is dense as a whole follows from its noise level, in `train.flow`.
+Whether a training step is dense as a whole follows from its noise level, in `train.flow`. Where the pattern's blocks
+are of tokens in an order of their own, the video's tokens lie in this order in all layers, the dense ones too, with
+their positions: they are moved where they enter the layers and where they leave them, not around each attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from radial import BlockLayout, HeadLayout, build_head_layouts
+from radial.reorder import reordered
 from train.attention.sequence import SequenceShard
 
 
@@ -44,6 +49,29 @@ class StepAttention:
         whole = build_head_layouts(layout.pattern, layout.grid, layout.block, layers=layers, heads=heads)
         group = None if self.shard is None else self.shard.group
         return (whole if group is None else whole.part(group.rank, group.size)).layer(layer)
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether `to_layers` changes anything."""
+        return self.shard is not None or (self.pattern_layout.order is not None and not self.all_dense)
+
+    def to_layers(self, x: Tensor, dim: int = 1) -> Tensor:
+        """What the layers get of a tensor that has all video tokens in raster order: this rank's, in their order."""
+        orders = self._orders(x)
+        x = x if orders is None else reordered(x, *orders, dim)
+        return x if self.shard is None else self.shard.slice(x, dim)
+
+    def from_layers(self, x: Tensor) -> Tensor:
+        """The inverse of `to_layers` for (batch, tokens, ...): all video tokens in raster order on every rank."""
+        x = x if self.shard is None else self.shard.gather(x, 1)
+        orders = self._orders(x)
+        return x if orders is None else reordered(x, orders[1], orders[0])
+
+    def _orders(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The order of the video's tokens and its inverse, beside a tensor; None where it is the raster order."""
+        whole = None if self.all_dense else self.pattern_layout.orders(x.device)
+        video = self.pattern_layout.grid.video_tokens  # the text's keep their places behind them
+        return None if whole is None else (whole[0][:video], whole[1][:video])
 
     def backend_of(self, layer: int) -> str | None:
         """The configured backend where the pattern runs; layers kept dense beside it take the fastest dense kernel."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from data.encoders.decoding import TILED
 from radial import VideoGrid
-from train.attention.sequence import SequenceShard
 from train.attention.step import StepAttention
 from train.errors import UserError
 from train.models.conditions import Conditions
@@ -70,8 +69,8 @@ class ModelAdapter(PipelineTraits, ABC):
         """The noise levels that this model is for: from the first up to below the second."""
         self.boundary: float | None = None
         """Of two experts: the noise level from which on the first one runs (`train.models.experts`)."""
-        self._shard: SequenceShard | None = None
-        self._follows_shard = False
+        self._attention: StepAttention | None = None  # of the forward in work
+        self._hooks_tokens = False
         self.install_processors()
 
     def predicted(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
@@ -179,7 +178,7 @@ class ModelAdapter(PipelineTraits, ABC):
         """The token grid of a latent batch, (batch, C, F, H, W)."""
 
     def set_attention(self, attention: StepAttention) -> None:
-        """Gives each self-attention its layout, and everything that follows the sequence its shard.
+        """Gives each self-attention its layout, and everything that follows the sequence its order and its shard.
 
         It holds for the micro-batches that follow, until their backward has run.
         """
@@ -189,25 +188,29 @@ class ModelAdapter(PipelineTraits, ABC):
             processor.layout = attention.own_layout(number, layers, heads)
             processor.backend = attention.backend_of(number)
             processor.shard = attention.shard
-        self._shard = attention.shard
-        if attention.shard is not None and not self._follows_shard:
-            self.follow_shard()  # only now, since a LoRA may have replaced a module
-            self._follows_shard = True
+        self._attention = attention
+        if attention.moves_tokens and not self._hooks_tokens:
+            self.hook_tokens()  # only now, since a LoRA may have replaced a module
+            self._hooks_tokens = True
+
+    def unset_attention(self) -> None:
+        """Leaves the video's tokens in their places, for a model that goes on without our attention."""
+        self._attention = None
 
     @abstractmethod
-    def follow_shard(self) -> None:
-        """Hooks `sliced` and `gathered` to where the video's tokens, and their positions, enter and leave the layers.
+    def hook_tokens(self) -> None:
+        """Hooks `to_layers` and `from_layers` to where the video's tokens, and their positions, enter and leave them.
 
-        Called once, and only where sequences are shared.
+        Called once, and only where ranks share sequences or a pattern has its own order of tokens.
         """
 
-    def sliced(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's stretch of video tokens of a whole tensor; all of it where ranks hold whole samples."""
-        return x if self._shard is None else self._shard.slice(x, dim)
+    def to_layers(self, x: Tensor, dim: int = 1) -> Tensor:
+        """As of `train.attention.step.StepAttention`; ``x`` itself where no attention is set."""
+        return x if self._attention is None else self._attention.to_layers(x, dim)
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """The inverse of `sliced`."""
-        return x if self._shard is None else self._shard.gather(x, 1)
+    def from_layers(self, x: Tensor) -> Tensor:
+        """The inverse of `to_layers`."""
+        return x if self._attention is None else self._attention.from_layers(x)
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

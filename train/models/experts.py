@@ -71,8 +71,8 @@ class TwoExperts(ModelAdapter):
             expert.rope = self.rope
             expert.set_attention(attention)
 
-    def follow_shard(self) -> None:
-        raise AssertionError("each expert follows its shard")
+    def hook_tokens(self) -> None:
+        raise AssertionError("each expert has hooks of its own")
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         assert self.boundary is not None

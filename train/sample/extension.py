@@ -245,6 +245,7 @@ class Extension:
 
         def back(adapter: ModelAdapter = adapter) -> None:
             adapter.rope = TemporalRope()
+            adapter.unset_attention()
             for module, processor in before.items():
                 module.processor = processor
 

@@ -53,7 +53,7 @@ def restated(pattern: Fitted, layer: int, head: int, grid: VideoGrid) -> np.ndar
                 scaled = abs(distance) * (frames - 1) / (grid.frames - 1)
                 distance = int(np.sign(distance)) * math.floor(scaled + 0.5)
             row = 2 * frames - 1 if g == 0 else distance + frames - 1
-            x = (i * side + j // stretch) ^ ((about.seed + 1) * 0x9E3779B1 % 2**32)
+            x = (i // about.rows * side + j // stretch) ^ ((about.seed + 1) * 0x9E3779B1 % 2**32)
             for _ in range(2):
                 x = ((x >> 16) ^ x) * 0x45D9F3B % 2**32
             place_of_pair = ((x >> 16) ^ x) + (j % stretch) * 2**31 // stretch + place * 2**31 // everyone
@@ -65,11 +65,11 @@ def restated(pattern: Fitted, layer: int, head: int, grid: VideoGrid) -> np.ndar
 @hypothesis_settings(max_examples=25)
 @given(
     of=fits, grid=grids, block=st.sampled_from([16, 32]), rate=st.sampled_from([0.0, 0.07, 0.4, 1.0]),
-    seed=st.integers(0, 2**32 - 1), layer=st.sampled_from([2, 5]), head=st.integers(0, 2),
+    seed=st.integers(0, 2**32 - 1), layer=st.sampled_from([2, 5]), head=st.integers(0, 2), rows=st.sampled_from([1, 4]),
 )  # fmt: skip
-@example(of=VideoGrid(2, 2, 3), grid=VideoGrid(6, 1, 1), block=16, rate=1.0, seed=0, layer=2, head=0)
-def test_a_heads_mask_is_its_rule_its_diagonal_and_its_draw(of, grid, block, rate, seed, layer, head):
-    pattern = fitted(of, block, layers=(2, 5), heads=3, rate=rate, seed=seed)
+@example(of=VideoGrid(2, 2, 3), grid=VideoGrid(6, 1, 1), block=16, rate=1.0, seed=0, layer=2, head=0, rows=1)
+def test_a_heads_mask_is_its_rule_its_diagonal_and_its_draw(of, grid, block, rate, seed, layer, head, rows):
+    pattern = fitted(of, block, layers=(2, 5), heads=3, rate=rate, seed=seed, rows=rows)
     grid = VideoGrid(grid.frames, of.height, of.width, grid.text_tokens)
     expected = restated(pattern, layer, head, grid)
     layout = build_head_layouts(pattern, grid, block, layers=6, heads=3).layer(layer)
@@ -118,7 +118,7 @@ def test_heads_are_spread_over_all_places(places):
 @given(of=fits, frames=st.integers(1, 9), heads=st.integers(1, 6), rate=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
 @example(of=VideoGrid(2, 1, 4), frames=8, heads=1, rate=1.0, seed=0)
 def test_every_pair_is_drawn_by_as_many_heads_as_its_rate_gives(of, frames, heads, rate, seed):
-    pattern = fitted(of, 16, heads=heads, rate=rate, seed=seed, bits=0.0)
+    pattern = fitted(of, 16, heads=heads, rate=rate, seed=seed, bits=0.0, rows=1 + seed % 4)
     grid = VideoGrid(frames, of.height, of.width)
     layouts = build_head_layouts(pattern, grid, 16, layers=2, heads=heads)
     masks = torch.cat([layouts.layer(layer).mask() for layer in range(2)])
@@ -201,7 +201,7 @@ def test_from_masses_to_masks(tmp_path):
     decay = decay_file(tmp_path / "decay.safetensors", grid)
     about = fit(decay, file, share=0.4, coverage=0.5, dense_layers=1, seed=7)
     masks = HeadMasks.read(file)
-    assert masks.about == about and about.layers == (1, 2) and about.seed == 7 and about.tiles == 4
+    assert masks.about == about and about.layers == (1, 2) and about.seed == 7 and about.tiles == 4 and about.rows == 4
     assert load_file(file)["bits"].shape == (2, 2, 2 * 5 * 16 / 8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decay.safetensors", "mine.safetensors"]
     # the value of a bit is the mass of a key token, the first frame's apart: in numpy
@@ -317,11 +317,11 @@ def test_what_cannot_be_fitted(tmp_path):
     assert not out.exists()
 
 
-def test_a_file_from_before_separable_masses_is_read(tmp_path):
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
     file, masks = tmp_path / "masks.safetensors", fitted(VideoGrid(3, 4, 8), 16).masks
-    about = {name: value for name, value in vars(masks.about).items() if "separable" not in name}
+    about = {k: v for k, v in vars(masks.about).items() if k not in ("separable", "not_separable", "rows")}
     save_file({"bits": masks.bits}, file, {"radial.masks": json.dumps(about)})
-    assert HeadMasks.read(file).about == masks.about and not masks.about.separable
+    assert HeadMasks.read(file).about == masks.about and not masks.about.separable and masks.about.rows == 1
     del about["seed"]
     save_file({"bits": masks.bits}, file, {"radial.masks": json.dumps(about)})
     with pytest.raises(RadialError, match="is damaged"):

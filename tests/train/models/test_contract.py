@@ -153,8 +153,31 @@ def test_lora_gradients_equal_the_stock_models_with_peft(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sequence_parallel_gradients_are_the_single_processs(family):
-    settings = (family, ODD, "released")
+@torch.no_grad()
+def test_tokens_in_a_patterns_own_order_change_nothing(family):
+    """They lie in it from the first layer to the last, dense ones among them; an oracle has them in raster order."""
+    adapter = build(family)
+    x, sigma, seen = ready(adapter, (3, 6, 9), "tiles", dense_layers=1)
+    assert adapter.self_attention(adapter.layers()[1]).processor.layout.order is not None
+    got = adapter.velocity(x, sigma, seen)
+    again = adapter.velocity(x, sigma, seen)
+    torch.testing.assert_close(again, got, rtol=0, atol=0)
+    adapter.unset_attention()
+    for layer in adapter.layers():
+        processor = adapter.self_attention(layer).processor
+
+        def attend(q, k, v, text_lengths=None, layout=processor.layout):
+            exact = [t.double() for t in (q, k, v)]
+            return masked_softmax(*exact, layout, text_lengths, q.shape[-1] ** -0.5).to(v.dtype)
+
+        processor.attend = attend
+    torch.testing.assert_close(got, adapter.velocity(x, sigma, seen), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["released", "tiles"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequence_parallel_gradients_are_the_single_processs(family, pattern):
+    settings = (family, ODD, pattern)
     ranks = run_ranks(2, family_ranks.gradients, *settings, 2, 2, "none", False)
     expected = family_ranks.gradients(*settings, 1, 2, "none", False)
     for got in ranks:

@@ -119,11 +119,11 @@ class HunyuanAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def follow_shard(self) -> None:
+    def hook_tokens(self) -> None:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(x, dim=0) for x in angles))
-        model.x_embedder.register_forward_hook(lambda _, inputs, tokens: self.sliced(tokens))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
+        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles))
+        model.x_embedder.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens))
+        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         dtype = self.transformer.x_embedder.proj.weight.dtype

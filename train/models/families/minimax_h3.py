@@ -147,7 +147,7 @@ class MiniMaxH3Adapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def follow_shard(self) -> None:
+    def hook_tokens(self) -> None:
         """Nothing: `velocity` packs no more of the video than this rank's own."""
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -165,7 +165,7 @@ class MiniMaxH3Adapter(ModelAdapter):
         (grid, batch), (t, h, w) = (self.grid(x), len(x)), self.patch
         words, lengths = conditions.packed_text("text", self.text_tokens)
         cells = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))
-        video = self.sliced(cells.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, grid.video_tokens, -1))
+        video = self.to_layers(cells.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, grid.video_tokens, -1))
         own = video.shape[1]
         size = own + self.text_tokens  # rows of a sample
         rows = torch.arange(batch * size, device=x.device).view(batch, size)
@@ -173,7 +173,7 @@ class MiniMaxH3Adapter(ModelAdapter):
         valid = count < lengths[:, None]
         self._valid = F.pad(valid, (own, 0), value=True)[:, None, None]
         last_first = torch.where(valid, lengths[:, None] - 1 - count, count)
-        places = torch.cat([self.sliced(self._places(grid, x.device), dim=0), self._places_of_text(x.device)])
+        places = torch.cat([self.to_layers(self._places(grid, x.device), dim=0), self._places_of_text(x.device)])
         out = forward(
             video.flatten(0, 1)[None],
             video.new_zeros(1, 0, self.transformer.config.audio_in_channels),
@@ -187,7 +187,9 @@ class MiniMaxH3Adapter(ModelAdapter):
             text_indices=rows[:, own:].gather(1, last_first).flatten(),
             return_dict=False,
         )[0]
-        cells = self.gathered(out.view(video.shape)).view(batch, *(grid.frames, grid.height, grid.width), -1, t, h, w)
+        cells = self.from_layers(out.view(video.shape)).view(
+            batch, *(grid.frames, grid.height, grid.width), -1, t, h, w
+        )
         return cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(x.shape).float()
 
     def _with_mask(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -98,18 +98,18 @@ class MochiAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def follow_shard(self) -> None:
+    def hook_tokens(self) -> None:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(x, dim=0) for x in angles))
+        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles))
         model.patch_embed.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
+        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
 
     def _own_patches(self, patches: Tensor) -> Tensor:
         """(batch x frames, tokens a frame, dim) -> (batch, own tokens, dim): the model joins frames to samples next."""
-        if self._shard is None:
+        if self._attention is None or not self._attention.moves_tokens:
             return patches
-        frames = self._shard.tokens // patches.shape[1]
-        return self.sliced(patches.unflatten(0, (-1, frames)).flatten(1, 2))
+        frames = self._attention.pattern_layout.grid.frames
+        return self.to_layers(patches.unflatten(0, (-1, frames)).flatten(1, 2))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         dtype = self.transformer.patch_embed.proj.weight.dtype

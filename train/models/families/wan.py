@@ -136,23 +136,23 @@ class WanAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
 
-    def follow_shard(self) -> None:
+    def hook_tokens(self) -> None:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(angle) for angle in angles))
+        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(angle) for angle in angles))
         # (batch, dim, F, H, W) -> (batch, dim, tokens): the model flattens the last dimensions next
         model.patch_embedding.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches))
         model.condition_embedder.register_forward_pre_hook(self._own_timesteps, with_kwargs=True)
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
+        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
 
     def _own_patches(self, patches: Tensor) -> Tensor:
-        return self.sliced(patches.flatten(2), dim=2)
+        return self.to_layers(patches.flatten(2), dim=2)
 
     def _own_timesteps(self, module: Any, inputs: Any, settings: Any) -> tuple[Any, Any]:
         """Timesteps of each token, (batch x tokens,), follow the tokens; those of each sample stay."""
         tokens = settings["timestep_seq_len"]
         if tokens is None:
             return inputs, settings
-        own = self.sliced(inputs[0].unflatten(0, (-1, tokens)))
+        own = self.to_layers(inputs[0].unflatten(0, (-1, tokens)))
         return (own.flatten(), *inputs[1:]), {**settings, "timestep_seq_len": own.shape[1]}
 
     def _extended(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -75,11 +75,11 @@ class MadeUpAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
 
-    def follow_shard(self) -> None:
+    def hook_tokens(self) -> None:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.sliced(x) for x in angles))
-        model.proj_in.register_forward_hook(lambda _, inputs, tokens: self.sliced(tokens))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.gathered(tokens))
+        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x) for x in angles))
+        model.proj_in.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens))
+        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         dtype = self.transformer.proj_in.weight.dtype

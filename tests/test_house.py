@@ -34,9 +34,9 @@ def test_packages_import_only_what_they_may(package):
 
 ROOMS = {  # each package's, in the order in which they are passed: one imports only from those before it
     "radial": (
-        "errors", "whole", "cli", "grid", "bands", "patterns", "fit", "layout", "head_layouts", "share", "backends",
-        "scaled_scores", "attention", "serving", "comfyui", "draw", "sampled_errors", "known_decays", "bench",
-        "bench_layouts", "__main__",
+        "errors", "whole", "cli", "grid", "bands", "reorder", "patterns", "fit", "layout", "head_layouts", "share",
+        "backends", "scaled_scores", "attention", "serving", "comfyui", "draw", "sampled_errors", "known_decays",
+        "bench", "bench_layouts", "__main__",
     ),
     "data": (
         "errors", "colour", "animation", "io", "shards", "text", "encoders", "synth", "sheet", "scan", "index",

@@ -14,6 +14,7 @@ fps, width and height. Nothing is pickled, so shards of strangers can be read sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -58,6 +59,10 @@ class Prompt:
             named[f"text.{name}.mask"] = text.mask
         named.update({f"pooled.{name}": vector for name, vector in self.pooled.items()})
         return named
+
+    def digest(self) -> str:
+        """SHA-256 of the tensors, in hexadecimal digits."""
+        return _digest(self.tensors())
 
     def validate(self, where: str) -> None:
         """Check names, ranks, dtypes and values.
@@ -122,6 +127,10 @@ class Sample:
     def caption(self) -> str:
         """The clip's caption, `meta["caption"]`."""
         return str(self.meta["caption"])
+
+    def digest(self) -> str:
+        """SHA-256 of the tensors, in hexadecimal digits: samples of different folders may have the same key."""
+        return _digest({"latent": self.latent, **Prompt(self.text, self.pooled).tensors(), **self.image})
 
     def first_frames(self, frames: int) -> Sample:
         """The sample with the first so many latent frames, in its latent and in image conditions of the same frames
@@ -244,6 +253,10 @@ def tensors_of(part: bytes | Tensor) -> dict[str, Tensor]:
             content = content.clone()
         tensors[name] = content.view(dtype).view(shape)
     return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def _check_floating(where: str, field: str, name: str, tensor: Tensor, rank: int | None) -> None:

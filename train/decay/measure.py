@@ -25,7 +25,7 @@ from data.io.files import write_bytes
 from data.shards.batch import collate
 from data.shards.manifest import Manifest
 from data.shards.reader import SampleReader
-from data.shards.sample import Prompt, Sample
+from data.shards.sample import Sample
 from data.shards.stages import load_stages
 from radial import VideoGrid
 from train.decay.bins import Geometry, QueryRows
@@ -106,6 +106,7 @@ def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from:
         "rows": job.rows,
         "tile": str(job.tiling),
         "seed": job.config.seed,
+        "guidance": job.config.objective.guidance,
     }
     (job.out / PARTS).mkdir(parents=True, exist_ok=True)
     forwards = 1 + len(job.candidates) * len(job.dense_layers)
@@ -114,7 +115,7 @@ def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from:
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for clip in clips:
             for sigma in job.sigmas:
-                key = json.dumps([about, clip.key, digest(clip), sigma])
+                key = json.dumps([about, clip.key, clip.digest(), sigma])
                 file = job.out / PARTS / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
                 bar.set_description(f"{clip.key}, sigma {sigma:g}")
                 if is_whole(file, "velocity"):
@@ -161,12 +162,6 @@ def _measure(
             bar.update()
     found["velocity"] = torch.tensor(errors).view(len(job.candidates), len(job.dense_layers))
     return found
-
-
-def digest(clip: Sample) -> str:
-    """A digest of the clip's tensors: clips of another folder may have the same keys."""
-    tensors = {"latent": clip.latent, **Prompt(clip.text, clip.pooled).tensors(), **clip.image}
-    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def is_whole(file: Path, name: str) -> bool:

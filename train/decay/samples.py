@@ -18,7 +18,7 @@ from data.io.files import write_bytes
 from data.shards.batch import collate
 from data.shards.sample import Prompt, Sample
 from train.decay.kept import dense_attention
-from train.decay.measure import PARTS, digest, is_whole
+from train.decay.measure import PARTS, is_whole
 from train.decay.settings import Job
 from train.flow import noise_like
 from train.measures.euler import generate, sampled_with
@@ -42,7 +42,7 @@ def own_samples(
     found = []
     for clip in clips:
         about = [made_from, job.frames, job.config.seed, sampled_with(job.config), job.shift(clip)]
-        key = json.dumps([about, clip.key, digest(clip)])
+        key = json.dumps([about, clip.key, clip.digest()])
         file = job.out / PARTS / f"sample-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         if not is_whole(file, "latent"):
             file.parent.mkdir(parents=True, exist_ok=True)

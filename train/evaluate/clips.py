@@ -88,7 +88,7 @@ def make_clip(
         prompt: its conditions; the latent's channels and sides are those of the clip.
         number: of the prompt, from 0.
     """
-    what = f"clip {variant.name} {length.frames} {prompt.caption}"
+    what = f"clip {variant.what} {length.frames} {prompt.caption} {prompt.digest()}"
     file = part_file(job, what, ".safetensors")
     if not file.exists():
         latent = _generate(job, model(), prompt, empty, variant, length)

@@ -1,7 +1,7 @@
 """What is finished of an evaluation, and what it was finished with.
 
     <out>/about.json    what all parts follow from: the model, the weights that were trained, how clips are generated
-    <out>/parts/        a loss of each clip, latents, scores; a part's name is a hash of what it is of
+    <out>/parts/        a loss of each clip, latents, scores; a part's name is a hash of what it is of, tensors included
 
 Rows, lengths and prompts can be added by a later command: what is there already is not made again.
 """
@@ -25,7 +25,7 @@ def open_folder(job: Job, shards: str | None) -> None:
     """Makes the folder of the results, or finds it made by the same model and settings.
 
     Args:
-        shards: the held-out clips, in words.
+        shards: what made the held-out clips, in words.
 
     Raises:
         UserError: it holds results of others, which are named, or cannot be written.

@@ -11,7 +11,6 @@ A signal ends the command at once: every file is written beside and renamed, so 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -171,8 +170,7 @@ class _Evaluation:
     def _fingerprint(self) -> str | None:
         if self.shards is None:
             return None
-        keys = "/".join(sample.key for sample in self.shards.samples)
-        return f"{self.shards.encoder} {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
+        return f"{self.shards.encoder}, empty prompt {self.shards.load_empty_prompt().digest()[:16]}"
 
     def _prompts(self) -> tuple[list[Sample], Prompt | None]:
         """What clips are generated of; no empty prompt where none can be."""
@@ -207,6 +205,11 @@ class _Evaluation:
         job = self.job
         if length.latents < _FEWEST:
             self.notes.append(f"clips at {length.times}x are not measured: {length.latents} latents, {_FEWEST} needed")
+        elif (broken := sum(not clip.latent.isfinite().all() for clip in made)) > 0:
+            self.notes.append(
+                f"clips of {row.name} at {length.times}x are not measured: {broken} of {len(made)} have values that "
+                "are not finite, the model has diverged"
+            )
         else:
             row.measures = [measure_clip(clip.latent, job.native) for clip in made]
         scores = []
@@ -229,7 +232,7 @@ class _Evaluation:
         if not samples:
             return None
         variant = next(one for one in self.job.variants if one.name == row.name)
-        file = part_file(self.job, f"gflops {variant.name} {length.frames}", ".json")
+        file = part_file(self.job, f"gflops {variant.what} {length.frames}", ".json")
         if not file.exists():
             channels, _, *sides = samples[0].latent.shape
             latent = torch.empty(1, channels, length.latents, *sides, device="meta")

@@ -65,6 +65,11 @@ class Variant:
     tuned: bool
     pattern: Pattern | None = None
 
+    @property
+    def what(self) -> str:
+        """What finished parts are found by: two commands may give one name to two patterns."""
+        return f"{self.name} {self.pattern!r}"
+
 
 @dataclass(frozen=True)
 class Length:
@@ -121,7 +126,7 @@ class Job:
         return cls(
             given=given,
             config=config,
-            variants=_variants(config, given.against),
+            variants=variants(config, given.against),
             lengths=_lengths(config, given.lengths),
             native=_lengths(config, "1")[0].latents,
             lora=lora,
@@ -132,7 +137,12 @@ class Job:
         )
 
 
-def _variants(config: RunConfig, against: str | None) -> tuple[Variant, ...]:
+def variants(config: RunConfig, against: str | None) -> tuple[Variant, ...]:
+    """The controls that ``against`` names, each pattern once, then the run's own model.
+
+    Raises:
+        UserError: an unknown pattern.
+    """
     own = config.pattern()
     found: dict[Pattern | None, Variant] = {}
     for word in () if against is None else against.split(","):
@@ -146,7 +156,8 @@ def _variants(config: RunConfig, against: str | None) -> tuple[Variant, ...]:
             except RadialError as error:
                 raise UserError(f"against has {word!r}: {error}, {UltraViCo.name} or {BASE}") from error
             pattern = None if pattern == own else pattern
-        name = config.pattern_in_words() if pattern is None else pattern.name
+        words = config.pattern_in_words()
+        name = words if pattern is None else pattern.name + " as it is by default" * (pattern.name == words)
         found.setdefault(pattern, Variant(f"{BASE}, {name}", False, pattern))
     return (*found.values(), Variant(f"{TUNED}, {config.pattern_in_words()}", True))
 

@@ -70,6 +70,7 @@ def repetition(frames: Tensor, native: int | None = None) -> float:
 
         explained(t) = max over s of max(0, 1 - d(s, t) / median of d(u, t) over s < u < t)
 
+    where the median of an even number is the lower of the two in the middle,
     averaged over the windows that start after frame ``min(native, F // 2)``. Where nothing moves between ``s`` and
     ``t`` the quotient has no meaning and counts as 0: stills are counted by `frozen`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Student's t interval of independent values, two at least."""
+        """Student's t interval of independent values, two at least; not a number where one is not finite."""
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan)
         return cls(fmean(values), student_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
@@ -79,11 +82,12 @@ def clip_losses(
         objective: of the run: its seed, and what its velocity is trained towards.
     """
     device = next(adapter.transformer.parameters()).device
+    stride = next(step for step in itertools.count(7) if math.gcd(step, len(clips)) == 1)
     losses = []
     for index, clip in enumerate(tqdm(clips, desc=label, unit="clip", dynamic_ncols=True)):
         batch = collate([clip], 0).to(device)
-        # a coprime stride, so that level and place in the set are unrelated
-        quantile = ((index * 7) % len(clips) + 0.5) / len(clips)
+        # a coprime stride: each clip has a level of its own, which its place in the set does not tell
+        quantile = ((index * stride) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, objective.seed, "evaluation", clip.key), sigma)
         adapter.set_attention(attention(x, sigma.item()))

@@ -23,6 +23,7 @@ from data.io.files import write_bytes, write_utf8
 from data.shards.batch import collate
 from data.shards.sample import Sample
 from train.attention.step import StepAttention
+from train.errors import UserError
 from train.flow import noise_like
 from train.measures.clip_measures import measure_clip
 from train.measures.euler import generate
@@ -97,6 +98,8 @@ def generate_row(module: LengthExtensionModule | None, of: ClipSet, folder: Path
         if module is not None:
             made = _go_on(module, chosen, of, check)
         check()
+        if not made.isfinite().all():
+            raise UserError("its generated clips have values that are not finite: its model has diverged")
         found = features(of.base, made[:, :, of.given :], min(of.native, made.shape[2] - of.given))
         rows = [of.measure(pixels, clip) for pixels, clip in zip(made, chosen, strict=True)]
         if start == 0:

@@ -6,7 +6,6 @@ remembered (`train.study.truth`): the pixels of the object after it has come bac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -88,10 +87,15 @@ def measure_losses(
     return whole, again
 
 
-def mean_over_sigmas(losses: Mapping[str, Sequence[float | None]]) -> list[float]:
-    """Of each clip, the mean over the noise levels; nan where it has nothing."""
-    columns = zip(*losses.values(), strict=True)
-    return [fmean(v for v in column if v is not None) if None not in column else math.nan for column in columns]
+def mean_over_sigmas(losses: Mapping[str, Sequence[float | None]]) -> list[float | None]:
+    """Of each clip, the mean over the noise levels; None where it has nothing to remember."""
+    return [mean_of_all(column) for column in zip(*losses.values(), strict=True)]
+
+
+def mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean; None where one of them is."""
+    there = [value for value in values if value is not None]
+    return fmean(there) if len(there) == len(values) else None
 
 
 def _mask(clip: Sample, frames: int) -> Tensor | None:

@@ -3,8 +3,8 @@
     <out>/masks-<digest>/decay/                 attention of the base at the study's length (`train.decay`)
     <out>/masks-<digest>/<name>.safetensors     masks of a share of the released mask's blocks (`radial.fit`)
 
-The digest is that of the base's weights: another base gets masks of its own. The clips that they are fitted to are none
-that a row is trained or measured on.
+The digest is that of the base's weights, of the clip's grid and of what the released mask follows from: another base,
+or another share, gets masks of its own. They are fitted to other clips than those that rows are trained or measured on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def masks_file(job: Job, one: Fit) -> Path:
     """Where a mask lies, or will."""
     if job.base is None:
         return job.out / f"{one.name}.safetensors"
-    weights = fingerprints(job.config, None)["weights"]
-    digest = hashlib.sha256(f"{weights} {job.frames}".encode()).hexdigest()[:8]
+    config, attention = job.config, job.config.attention
+    weights = fingerprints(config, None)["weights"]
+    mask = (config.grid(), attention.block, config.rule(), attention.decay)
+    digest = hashlib.sha256(f"{weights} {mask}".encode()).hexdigest()[:8]
     return job.out / f"masks-{digest}" / f"{one.name}.safetensors"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from data.io.files import write_utf8
 from train.measures.losses import Interval
 from train.study.clips import MEASURES
-from train.study.losses import Losses, mean_over_sigmas
+from train.study.losses import Losses, mean_of_all, mean_over_sigmas
 from train.study.rows import CEILING, FLOOR, REFERENCE, Row
 
 
@@ -51,17 +51,17 @@ class RowResult:
     clips: list[dict[str, Any]] = field(default_factory=list)
     frechet: float | None = None
 
-    def per_clip(self, length: str, seeds: Sequence[int], *, again: bool = False) -> list[float]:
-        """Of each clip, the loss, the mean over noise levels and over seeds."""
+    def per_clip(self, length: str, seeds: Sequence[int], *, again: bool = False) -> list[float | None]:
+        """Of each clip, the loss, the mean over noise levels and over seeds; None where it has nothing to remember."""
         of = self.again if again else self.losses
         columns = [mean_over_sigmas(of[seed][length]) for seed in seeds]
-        return [fmean(column) for column in zip(*columns, strict=True)]
+        return [mean_of_all(column) for column in zip(*columns, strict=True)]
 
     def loss(self, length: str, *, again: bool = False) -> float | None:
         """The mean over clips, noise levels and seeds."""
         if not self.losses or length not in next(iter(self.losses.values())):
             return None
-        values = [v for v in self.per_clip(length, list(self.losses), again=again) if not math.isnan(v)]
+        values = [v for v in self.per_clip(length, list(self.losses), again=again) if v is not None]
         return fmean(values) if values else None
 
     def minus(self, other: RowResult, length: str, *, again: bool = False) -> Interval | None:
@@ -73,7 +73,7 @@ class RowResult:
         if not self.row.tuned or not other.row.tuned:
             mine, its = list(self.losses), list(other.losses)
         pairs = zip(self.per_clip(length, mine, again=again), other.per_clip(length, its, again=again), strict=True)
-        values = [a - b for a, b in pairs if not math.isnan(a - b)]
+        values = [a - b for a, b in pairs if a is not None and b is not None]
         return Interval.of(values) if len(values) > 1 else None
 
     def minus_over_seeds(self, other: RowResult, length: str) -> Interval | None:
@@ -81,7 +81,11 @@ class RowResult:
         shared = [seed for seed in self.losses if seed in other.losses]
         if other is self or len(shared) < 2 or not self.row.tuned:
             return None
-        return Interval.of([fmean(self.per_clip(length, [s])) - fmean(other.per_clip(length, [s])) for s in shared])
+        means = [
+            [fmean(loss for loss in row.per_clip(length, [seed]) if loss is not None) for seed in shared]
+            for row in (self, other)
+        ]
+        return Interval.of([mine - its for mine, its in zip(*means, strict=True)])
 
     def measure(self, name: str) -> Interval | None:
         """A measure of the generated clips."""
@@ -95,18 +99,27 @@ class RowResult:
         values = [a - b for a, b in pairs if a is not None and b is not None]
         return Interval.of(values) if len(values) > 1 and other is not self else None
 
-    def steps_to(self, target: float) -> int | None:
-        """The first validated step at which the mean over the seeds is at most the target; None where there is none."""
-        curves = [dict(points) for points in self.validation.values() if points]
-        shared = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
-        return next((int(step) for step in shared if fmean(curve[step] for curve in curves) <= target), None)
+    def steps_to(self, other: RowResult) -> int | None:
+        """The first step at which the validation loss is at most that of the other row's end; None where there is none.
+
+        Means over the seeds of which both have finished: each seed has validation clips of its own.
+        """
+        curves = [
+            (dict(self.validation[seed]), other.validation[seed][-1][1])
+            for seed in self.losses
+            if seed in other.losses and self.validation.get(seed) and other.validation.get(seed)
+        ]
+        if not curves:
+            return None
+        target = fmean(last for _, last in curves)
+        shared = sorted(set.intersection(*(set(curve) for curve, _ in curves)))
+        return next((int(step) for step in shared if fmean(curve[step] for curve, _ in curves) <= target), None)
 
 
 def table(results: Sequence[RowResult], lengths: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """The table as text: its head and its rows. A figure that is not there is an empty cell."""
     last = lengths[-1]
     reference = _named(results, REFERENCE)
-    ends = [] if reference is None else [points[-1][1] for points in reference.validation.values() if points]
     head = [
         "attention and training", "blocks", "attention GFLOPs", "s a step", *(f"loss {name}" for name in lengths),
         f"{last} minus {REFERENCE}, over clips", "over seeds", f"remembered, {last}", f"steps to {REFERENCE}'s loss",
@@ -116,7 +129,7 @@ def table(results: Sequence[RowResult], lengths: Sequence[str]) -> tuple[list[st
     for one in results:
         minus = None if reference is None else one.minus(reference, last)
         over = None if reference is None else one.minus_over_seeds(reference, last)
-        steps = one.steps_to(fmean(ends)) if ends and one.row.tuned else None
+        steps = one.steps_to(reference) if reference is not None and one.row.tuned else None
         seconds = fmean(one.seconds.values()) if one.seconds else None
         rows.append([
             one.row.words, _figure(one.blocks, ".1%"), _figure(one.gflops, ",.0f"), _figure(seconds, ".3g"),
@@ -181,6 +194,8 @@ def _named(results: Sequence[RowResult], name: str) -> RowResult | None:
 
 
 def _beside(difference: Interval) -> str:
+    if not math.isfinite(difference.half):
+        return "not comparable (a value is not finite) with"
     if abs(difference.mean) <= difference.half:
         return f"not distinguishable ({difference}) from"
     return f"{abs(difference.mean):.4f} ± {difference.half:.4f} {'above' if difference.mean > 0 else 'below'}"

@@ -116,7 +116,7 @@ class Study:
         """How far the base is, once it is measured."""
         stored = stored_losses(self.job, base_run(self.job))
         assert stored is not None
-        losses = mean_over_sigmas(stored["losses"]["1x"])
+        losses = [loss for loss in mean_over_sigmas(stored["losses"]["1x"]) if loss is not None]
         native = self.job.lengths["1x"]
         clips = [clip.latent[:, :native] for clip in held_out_clips(self.job, self.job.given.held_out)]
         left = pixels_leave(clips, self.job.sigmas)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -260,6 +261,16 @@ def test_other_weights_are_measured_anew(tmp_path):
     before = results(tmp_path)
     main(words)
     assert results(tmp_path)["velocity"] != before["velocity"]
+
+
+def test_another_weight_of_guidance_is_measured_anew(tmp_path):
+    found = []
+    for weight in (1, 6):
+        main(command(tmp_path, family="hunyuan", clips=1, sigmas=0.6, **{"objective.guidance": weight}))
+        found.append(results(tmp_path)["velocity"])
+        shutil.rmtree(tmp_path / "shards")
+        shutil.rmtree(tmp_path / "model")
+    assert found[0] != found[1]
 
 
 def test_synthetic_clips(tmp_path):

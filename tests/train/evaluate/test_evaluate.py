@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.synth.clips import synthesize
 from radial.patterns.ultravico import UltraViCo
 from train.errors import UserError
 from train.evaluate.alignment import TextAlignment
 from train.evaluate.model import EvaluatedModel
 from train.evaluate.results import Row, cells, tuned_of
 from train.evaluate.run import run_evaluation
-from train.evaluate.settings import Job, Settings
+from train.evaluate.settings import Job, Settings, variants
 from train.loggers.csv_file import read_metrics
 from train.measures.losses import Interval
 from train.storage.run_folder import RunFolder
@@ -113,6 +114,35 @@ def test_what_is_there_is_not_made_again(evaluated, monkeypatch):
     assert run_evaluation(one) == text
     with pytest.raises(UserError, match=r"has results of another evaluation \(seed was 0, now 1\): give another out"):
         run_evaluation(replace(one, given=replace(one.given, seed=1)))
+
+
+def test_clips_of_the_same_keys_are_other_clips(run, tmp_path):
+    """As synthetic clips of another length or seed are: what is finished of one is not taken for the other's."""
+    found = []
+    for seed, out in ((1, "out"), (2, "out"), (2, "fresh")):
+        shards = synthesize(tmp_path / f"seed-{seed}", 3, 16, 32, 32, seed).home
+        one = job(run, tmp_path, against=None, lengths="1", clips=0, shards=str(shards), out=tmp_path / out)
+        run_evaluation(one)
+        found.append(results(one)["rows"][-1]["losses"])
+    assert found[0] != found[1] == found[2]
+
+
+def test_two_patterns_of_one_name_are_two_rows(run, tmp_path):
+    one = job(run, tmp_path, against="base,local")
+    local = replace(one.config.attention, pattern="local", reach=1.0)
+    found = variants(replace(one.config, attention=local), "base,local,dense")
+    names = [variant.name for variant in found]
+    assert names == ["base, local", "base, local as it is by default", "base, dense", "tuned, local"]
+    later = variants(replace(one.config, attention=local), "local")[0], variants(one.config, "local")[0]
+    assert later[0] == found[1] and later[1].what not in {variant.what for variant in found}
+
+
+def test_clips_of_a_model_that_has_diverged_are_not_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.evaluate.clips.generate", lambda *_, **__: torch.full((1, 3, 4, 32, 32), torch.nan))
+    one = job(run, tmp_path, against=None, lengths="1", held_out=2)
+    assert "clips of tuned, released at 1x are not measured: 1 of 1 have values that are not finite" in (
+        run_evaluation(one)
+    )
 
 
 def test_a_control_has_the_base_models_velocity(run, tmp_path):

@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 
+from data.shards.sample import Prompt, Sample, TextTokens
 from radial import Dense, Paper, Released, build_layout
+from tests.helpers.attention import step_attention
+from tests.helpers.sequence_ranks import tiny_adapter
 from train.config.compose import compose_run, finish
-from train.measures.losses import Interval, student_95
+from train.flow import SigmaSchedule
+from train.measures.losses import Interval, clip_losses, student_95
 from train.measures.results import Row, findings, read_results, write_results
+from train.step.objective import Objective
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,27 @@ def test_an_interval_holds_the_mean_in_95_of_100_draws():
     draws = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)).tolist()
     intervals = [Interval.of(values) for values in draws]
     assert 0.94 < sum(abs(i.mean) <= i.half for i in intervals) / len(intervals) < 0.96
+
+
+def test_an_interval_of_a_value_that_is_not_finite_is_none():
+    for bad in (math.nan, math.inf):
+        interval = Interval.of([0.1, bad, 0.3])
+        assert math.isnan(interval.mean) and math.isnan(interval.half)
+
+
+@pytest.mark.parametrize("count", [12, 14, 21])
+def test_every_clip_has_a_noise_level_of_its_own(count):
+    adapter, seen = tiny_adapter(), []
+
+    def attention(x, sigma):
+        seen.append(sigma)
+        return step_attention(Dense(), adapter.grid(x), block=16)
+
+    text, schedule = TextTokens(torch.randn(32, 64), torch.ones(32, dtype=torch.bool)), SigmaSchedule(3.0)
+    clips = [Sample(f"clip-{n}", torch.randn(3, 2, 4, 4), {"text": text}, {}, {}, {}) for n in range(count)]
+    clip_losses(adapter, clips, attention, schedule, Objective(0, Prompt({}, {})), label="")
+    expected = [schedule.at_quantile((n + 0.5) / count) for n in range(count)]
+    assert sorted(seen) == pytest.approx(expected) and seen != sorted(seen)
 
 
 def rows(tuned):

@@ -14,7 +14,9 @@ from train.errors import UserError
 from train.measures.losses import Interval
 from train.study.__main__ import Settings
 from train.study.base import BaseSign, pixels_leave
+from train.study.fits import Fit
 from train.study.frechet import frechet_distance
+from train.study.masks import masks_file
 from train.study.results import RowResult, conclusions, table
 from train.study.rows import RIVALS, Row, released_share, rows_of
 from train.study.settings import Job
@@ -40,7 +42,46 @@ def test_differences_are_paired():
     assert released.minus(released, "4x") is None and result("a", 0, (0,)).minus_over_seeds(released, "4x") is None
     untuned = result("untuned_dense", 0.1, (0,), tuned=False)
     assert untuned.minus(released, "4x").mean == pytest.approx(0.1025 - 0.001)  # beside the mean over the seeds
-    assert worse.steps_to(0.43) == 2 and worse.steps_to(0.35) == 3 and worse.steps_to(0.1) is None
+
+
+def test_steps_to_a_rows_loss_are_of_the_seeds_that_both_have_finished():
+    """Validation clips are a seed's own: its losses say nothing beside another's."""
+    released, dense = result("released", 0.0, (0, 1)), result("dense", -0.15, (0, 1))
+    assert dense.steps_to(released) == 2 and released.steps_to(dense) is None and released.steps_to(released) == 3
+    released.validation[1] = [(step, loss + 9) for step, loss in released.validation[1]]
+    alone = result("dense", -0.15, (0,))
+    assert alone.steps_to(released) == 2 and result("dense", 0.05, (0,)).steps_to(released) is None
+    assert result("dense", -0.15, (2,)).steps_to(released) is None
+    del released.losses[0]  # under way: its last point is not its end
+    assert alone.steps_to(released) is None
+
+
+def test_a_row_that_has_diverged_says_so():
+    released, worse = result("released", 0.0), result("local", 0.02)
+    worse.losses[1]["4x"]["0.5"][2] = math.nan
+    assert math.isnan(worse.loss("4x")) and math.isnan(worse.minus(released, "4x").half)
+    said = conclusions([released, worse], "4x")
+    assert said == [
+        "At 4x the loss of local at 1.00 of its blocks is not comparable (a value is not finite) with that of released."
+    ]
+    _, cells = table([released, worse], ["4x"])
+    assert "nan" in cells[1]
+    worse.again = {seed: {"4x": {"0.5": [0.1, None, 0.3, None, None, None]}} for seed in (0, 1)}
+    assert worse.loss("4x", again=True) == pytest.approx(0.2)  # of the clips that have something to remember
+    worse.again[0]["4x"]["0.5"][0] = math.inf
+    assert worse.loss("4x", again=True) == math.inf
+
+
+def test_another_released_mask_gets_masks_of_its_own(tmp_path):
+    from radial.cli.reader import read_some
+
+    def file(**changes):
+        job = Job.made_of(*read_some(Settings, study_settings(tmp_path, **changes)))
+        return masks_file(job, Fit(0.6))
+
+    own = file()
+    assert own == file(seeds="0,1")
+    assert len({own, file(attention__decay=0.1), file(attention__block=16), file(attention__rule="hunyuan")}) == 4
 
 
 def test_conclusions_follow_the_numbers():

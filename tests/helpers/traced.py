@@ -20,6 +20,7 @@ from train.config.schema import RunConfig
 from train.flow import flow_loss, noised
 from train.lora.layers import inject_lora
 from train.memory.apply import set_memory_policy
+from train.memory.fp8 import Fp8Linear, exchange_linear
 from train.models.families import family_of
 from train.models.weights import settle
 from train.step.objective import DenseTeacher
@@ -63,6 +64,8 @@ def step_memory(config: RunConfig, layers: int) -> float:
         adapter.transformer.forward = functools.partial(_all_text_valid, adapter.transformer)
     inject_lora(adapter.transformer, config.lora.rank, config.lora.alpha, adapter.lora_targets, seed=0)
     settle(adapter.transformer, torch.bfloat16, "meta")
+    if config.trainer.fp8:
+        exchange_linear(adapter.layers(), lambda linear: Fp8Linear(linear, torch.device("meta")))
     set_memory_policy(adapter, config.parallel, compiled=False)
     adapter.transformer.train()
     pattern = make_pattern(config.attention.pattern)

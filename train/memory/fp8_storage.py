@@ -93,7 +93,7 @@ class _Float8(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         ones = torch.ones(1, weight.shape[1], device=grad.device)
-        return multiply(grad.float() * scale.t(), weight.t().contiguous(), ones, None).to(ctx.dtype), None, None, None
+        return multiply(grad * scale.t(), weight.t().contiguous(), ones, None).to(ctx.dtype), None, None, None
 
 
 class _Expanded(torch.autograd.Function):

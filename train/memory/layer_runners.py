@@ -65,11 +65,20 @@ def layer_runner(
     def inner(layer: nn.Module, *inputs: Any) -> Any:
         return checkpoint(functools.partial(call, layer), *inputs, **settings)
 
+    plain = call
     if compiled:
-        inner = compile_call(inner)
-    if offload is None:
-        return inner
+        inner, plain = compile_call(inner), compile_call(call)
+    kept = inner if offload is None else _offloading(inner, offload)
 
+    def run(layer: nn.Module, *inputs: Any) -> Any:
+        # the first layers where a LoRA leaves them out: there is no backward that could take back what is kept
+        learns = any(x.requires_grad for x in _tensors(inputs)) or any(p.requires_grad for p in layer.parameters())
+        return (kept if learns else plain)(layer, *inputs)
+
+    return run
+
+
+def _offloading(inner: _Runner, offload: Offload) -> _Runner:
     def run(layer: nn.Module, hidden: Tensor, *rest: Any) -> Any:
         # what all layers share stays: text, modulation, rotary angles; and so do weights, which compiled layers save
         shared = {x.data_ptr() for x in _tensors(rest)}

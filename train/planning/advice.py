@@ -104,7 +104,8 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
                 break
     stored = _stored(budget, clips_a_step)
     if stored is not None:
-        said.append(f"frozen weights in 8 bits: model.storage=fp8 {stored.words}")
+        keys = _keys(budget.config, stored.budget.config)
+        said.append(f"frozen weights in 8 bits: {' '.join(('model.storage=fp8', *keys))}")
     frames = _longest(budget, clips_a_step)
     if frames is not None:
         said.append(f"a shorter clip: clip.frames={frames} is the longest that fits")
@@ -119,7 +120,7 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
 def _stored(budget: Budget, clips_a_step: float) -> Setting | None:
     """The best setting with the layers' weights in float8; None where none fits, or they cannot be stored so."""
     config = budget.config
-    if config.lora is None or config.model.storage is not None or budget.machine.is_cpu:
+    if config.lora is None or config.lora.dora or config.model.storage is not None or budget.machine.is_cpu:
         return None
     trainer = replace(config.trainer, fp8=False)
     rounded = replace(config, model=replace(config.model, storage="fp8"), trainer=trainer)
@@ -138,8 +139,11 @@ def _settings(budget: Budget, clips_a_step: float, streams: bool) -> Iterator[Se
     """All that keep the global batch, whose layers' weights stream or stay on the GPU."""
     given, machine = budget.config, budget.machine
     strategies = ["ddp"] if machine.is_cpu or machine.world == 1 else ["ddp", "zero2", "zero3"]
-    if (given.trainer.fp8 or given.model.storage is not None or streams) and "zero3" in strategies:
-        strategies.remove("zero3")  # they exclude each other
+    whole = given.trainer.fp8 or given.model.storage is not None or streams or (given.lora and given.lora.dora)
+    if given.model.expert == "both":
+        strategies = ["ddp"]  # a step trains one expert, ZeRO steps on all weights
+    elif whole and "zero3" in strategies:
+        strategies.remove("zero3")  # which takes weights apart
     for sequence in range(1, machine.gpus + 1):
         if machine.gpus % sequence or budget.sizes.heads % sequence:
             continue

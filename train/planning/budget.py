@@ -97,7 +97,13 @@ class Budget:
     @cached_property
     def layer(self) -> LayerMemory:
         """What a layer keeps for its backward, and the working set of that backward."""
-        return LayerMemory(self.config, self.sizes, trains_plainly(self))
+        return LayerMemory(self.config, self.sizes, trains_plainly(self), self.float8)
+
+    @property
+    def float8(self) -> bool:
+        """Whether frozen linear layers multiply in float8; stored in float8, they are expanded where the GPU cannot."""
+        config = self.config
+        return config.trainer.fp8 or (config.model.storage is not None and self.machine.gpu.float8)
 
     @property
     def stage(self) -> int:
@@ -271,6 +277,8 @@ class Budget:
         if self.unshared is not None:
             return self.unshared
         where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
+        if self.config.trainer.fp8 and not self.machine.is_cpu and not self.machine.gpu.float8:
+            return f"trainer.fp8 is true, {where} no float8 products: leave it out (model.storage=fp8 runs there)"
         if self.gpu_memory > self.usable + 1:  # a byte, for rounding
             return f"a step needs {self.gpu_memory / GIB:.1f} GiB a rank, {where} {self.usable / GIB:.1f} GiB for it"
         if self.gpu_encoding > self.usable + 1:

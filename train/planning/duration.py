@@ -145,10 +145,8 @@ class Duration:
         again = sum(name != "none" for name in names) / len(names)
         linear = sizes.linear if frozen else ((2 if budget.config.lora else 3) + again) * sizes.linear
         lora = 0.0 if frozen else (3 + again) * sizes.lora
-        stored = budget.config.model.storage is not None and budget.machine.gpu.float8
-        fp8 = budget.config.trainer.fp8 or stored
-        rate = calibration.LINEAR_FP8 if fp8 else calibration.LINEAR
-        each = budget.layer.costs.passes + fp8 * calibration.FP8_PASSES
+        rate = calibration.LINEAR_FP8 if budget.float8 else calibration.LINEAR
+        each = budget.layer.costs.passes + budget.float8 * calibration.FP8_PASSES
         passes = each * (1 if frozen else 3 + again) * sizes.layers
         return {
             "attention": attention,

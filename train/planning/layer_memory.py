@@ -19,11 +19,13 @@ class LayerMemory:
         config: the run.
         sizes: of its model and clip.
         plain_attention: it trains without a kernel for attention (`train.planning.kernels`).
+        float8: its frozen linear layers multiply in float8.
     """
 
     config: RunConfig
     sizes: Sizes
     plain_attention: bool = False
+    float8: bool = False
 
     @property
     def clips(self) -> int:
@@ -89,6 +91,8 @@ class LayerMemory:
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
+        if self.float8 and not self.config.trainer.compile:  # the middle in float32, before it is rounded
+            middle += 4.0 * self.clips * (self.tokens if chunk is None else chunk) * sizes.wide
         latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
         if self.plain_attention:
             costs += calibration.PLAIN_ATTENTION[sizes.element] * sizes.attended / sizes.width

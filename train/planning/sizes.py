@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ModelConfig, RunConfig
+from train.errors import UserError
 from train.memory.fp8 import fits
 from train.models.base import ModelAdapter
 from train.models.families import family_of
@@ -81,6 +83,9 @@ class Sizes:
         Args:
             precision: ``bf16`` or ``fp32``.
             layers: another number of layers than the model's.
+
+        Raises:
+            UserError: ``lora.targets`` matches nothing.
         """
         model = config.model
         known = model.architecture is not None or model.path is not None
@@ -96,15 +101,22 @@ class Sizes:
         layers, heads, head_dim = adapter.attention_shape
         each = [_bytes(layer) - _saved_by_fp8(layer, config.model.storage) for layer in adapter.layers()]
         outside = _bytes(adapter.transformer) - sum(_bytes(layer) for layer in adapter.layers())
-        trained, targets, dora = sum(p.numel() for p in adapter.transformer.parameters()), None, 0.0
-        if config.lora is not None:
-            targets = config.lora.targets or adapter.targets(text=config.lora.text)
-            rows = _ends(adapter.transformer, targets, "out_features")
-            trained = config.lora.rank * (_ends(adapter.transformer, targets, "in_features") + rows)
-            if config.lora.dora:
-                trained, dora = trained + rows, rows / (layers * heads * head_dim)
-        middle = adapter.feed_forwards()
         experts = 2 if config.model.expert == "both" else 1  # all there, one runs
+        trained, dora = experts * sum(p.numel() for p in adapter.transformer.parameters()), 0.0
+        if config.lora is not None:
+            targets, prefixes = config.lora.targets, ("",) * experts
+            if targets is None:
+                targets = adapter.targets(text=config.lora.text)
+            elif experts == 2:  # names that are given are those of `train.models.experts.Experts`
+                prefixes = ("transformer.", "transformer_2.")
+            rows = _ends(adapter.transformer, targets, prefixes, "out_features")
+            if not rows:
+                begin = f"; names begin with {' or '.join(prefixes)}" if prefixes[0] else ""
+                raise UserError(f"lora.targets {targets!r} matches no linear layer of the model{begin}")
+            trained = config.lora.rank * (_ends(adapter.transformer, targets, prefixes, "in_features") + rows)
+            if config.lora.dora:
+                trained, dora = trained + rows, rows / experts / (layers * heads * head_dim)
+        middle = adapter.feed_forwards()
         return cls(
             layers=layers,
             heads=heads,
@@ -118,10 +130,10 @@ class Sizes:
             layer_weights=max(each),
             layers_weights=experts * sum(each) if lora else 0,
             passed_weights=sum(each),
-            trained=experts * trained,
+            trained=trained,
             dora=dora,
             linear=adapter.linear_flops(grid),
-            lora=2.0 * trained * grid.tokens if lora else 0.0,
+            lora=2.0 * trained / experts * grid.tokens if lora else 0.0,
             density=AttentionRecipe.of(config).density(grid),
             element=2 if precision == "bf16" else 4,
             all_chunked=len(middle) == len(adapter.layers()),
@@ -150,7 +162,11 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _ends(transformer: nn.Module, targets: str, end: str) -> int:
-    """``in_features`` or ``out_features`` of all layers that carry a LoRA: a factor has its rank times as many."""
-    layers = (m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n))
-    return sum(getattr(layer, end) for layer in layers)
+def _ends(transformer: nn.Module, targets: str, prefixes: Sequence[str], end: str) -> int:
+    """``in_features`` or ``out_features`` of all layers that carry a LoRA: a factor has its rank times as many.
+
+    Args:
+        prefixes: what each expert's names begin with.
+    """
+    layers = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return sum(getattr(m, end) for prefix in prefixes for n, m in layers if re.fullmatch(targets, prefix + n))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch._dynamo
+from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -92,10 +93,43 @@ def test_selective_never_computes_attention_again(monkeypatch, prepare, forwards
 
 
 def test_flex_attention_in_plain_layers_is_refused_by_selective():
-    q = torch.randn(1, 1, 16, 16)  # without a gradient, which a CPU cannot give
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained = nn.Parameter(torch.ones(()))
+
+        def forward(self, q):  # without a gradient, which a CPU cannot give
+            return flex_attention(q, q, q)
+
     run = layer_runner("selective")
     with pytest.raises(UserError, match="add trainer.compile=true"):
-        run(lambda q: flex_attention(q, q, q), q)
+        run(Attention(), torch.randn(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_first_layers_that_learn_nothing_keep_nothing(policy, compiled):
+    """A LoRA may leave them out; no backward comes to them, which would take back what goes to CPU memory."""
+    found = []
+    for kept in ("none", policy):
+        torch._dynamo.reset()
+        adapter, offload = tiny_adapter(), Offload(least=0)
+        if kept == "none":
+            set_memory_policy(adapter, ParallelConfig(activations="none"), compiled=False)
+        else:
+            with_offload(kept, offload, compiled=compiled)(adapter)
+        adapter.transformer.train()
+        for name, parameter in adapter.transformer.named_parameters():
+            parameter.requires_grad_(".lora_" in name and name.startswith("blocks.2."))
+        x0, eps, sigma, text = clips(2, (3, 12, 20))
+        x, target = noised(x0, eps, sigma)
+        adapter.set_attention(step_attention(PATTERNS["released"], adapter.grid(x), block=16))
+        for _ in range(2):
+            (adapter.velocity(x, sigma, Conditions({"text": text})) - target).square().mean().backward()
+            assert offload.stored == 0
+        found.append([p.grad for p in adapter.transformer.parameters() if p.requires_grad])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from train.planning.duration import between
 from train.planning.flops import SampleFlops
 from train.planning.full_memory import check_memory
 from train.planning.layer_memory import movable_bytes
+from train.preflight import check_parallel
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
@@ -121,6 +122,14 @@ def test_memory_of_other_families_is_that_of_a_traced_step(run, policy, chunk):
     budget = replace(budget, config=config)
     moments = 12 * budget.sizes.trained
     assert budget.gpu_memory - moments == pytest.approx(step_memory(config, 3), rel=0.15)
+
+
+@pytest.mark.parametrize("policy", ["full", "none"])
+def test_memory_in_float8_is_that_of_a_traced_step(policy):
+    """Products need their input in float32 before it is rounded, a feed-forward's wide middle too."""
+    budget = planned(clip__frames=161, layers=2, parallel__activations=policy, trainer__fp8=True)
+    moments = 12 * budget.sizes.trained
+    assert budget.gpu_memory - moments == pytest.approx(step_memory(budget.config, 2), rel=0.07)
 
 
 @pytest.mark.parametrize("policy", ["none", pytest.param("full", marks=pytest.mark.slow)])
@@ -279,6 +288,42 @@ def test_advice():
     frames = next(int(line.split("clip.frames=")[1].split()[0]) for line in told if "shorter clip" in line)
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames), 8) is not None
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames + 4), 8) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"conf": "wan22_2x"},
+        {"conf": "wan22_2x", "lora__dora": True, "optim__weight_decay": 0},
+        {"conf": "wan_2x", "lora__dora": True, "optim__weight_decay": 0},
+        {"conf": "wan_480p_2x", "trainer__fp8": True},
+    ],
+)
+def test_advice_is_of_runs_that_are_not_refused(words):
+    """Two experts train under DDP alone, DoRA and float8 need whole weights, and not both float8 of the two kinds."""
+    given = {key.replace("__", "."): str(value) for key, value in words.items()}
+    found = [best(planned("rtx5090", gpus=gpus, cpu_gib=512 * gpus, **words), 8) for gpus in (1, 2, 4, 8)]
+    keys = [setting.keys for setting in found if setting is not None]
+    for line in remedies(planned("rtx4090", cpu_gib=48, **words), 8):
+        if line.startswith("frozen weights in 8 bits: "):
+            keys.append(line.partition(": ")[2].split())
+    assert keys
+    for words_of_setting in keys:
+        config = finish(compose_run(given | dict(word.split("=", 1) for word in words_of_setting)))
+        check_parallel(config, elsewhere=True)
+
+
+def test_two_experts_targets_are_counted_by_their_names():
+    sizes = planned(conf="wan22_2x", lora__targets=r"transformer(_2)?\.blocks\.\d+\.attn1\.to_q").sizes
+    one = planned(conf="wan22_2x", lora__targets=r"transformer_2\.blocks\.\d+\.attn1\.to_q").sizes
+    assert sizes.trained == 2 * one.trained == 2 * 40 * sizes.width * 2 * planned(conf="wan22_2x").config.lora.rank
+    with pytest.raises(UserError, match=r"matches no linear layer of the model; names begin with transformer\. or"):
+        planned(conf="wan22_2x", lora__targets=r"blocks\.\d+\.attn1\.to_q")
+
+
+def test_float8_products_need_a_gpu_that_has_them():
+    assert "trainer.fp8 is true, an NVIDIA A100 has no float8 products" in planned("a100", trainer__fp8=True).misfit
+    assert planned("a100", model__storage="fp8", clip__frames=81).misfit is None
 
 
 def test_a_gpu_of_unknown_speed_has_a_plan_without_times():

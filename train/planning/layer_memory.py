@@ -91,8 +91,9 @@ class LayerMemory:
         middle = float(self.clips * self.tokens * sizes.wide * sizes.element)
         if chunk is not None:
             middle = min(middle, 2.0 * self.clips * chunk * sizes.wide * sizes.element)
-        if self.float8 and not self.config.trainer.compile:  # the middle in float32, before it is rounded
-            middle += 4.0 * self.clips * (self.tokens if chunk is None else chunk) * sizes.wide
+        if self.float8 and not self.config.trainer.compile:
+            wide = self.clips * (self.tokens if chunk is None else chunk) * sizes.wide
+            middle += calibration.FP8_MIDDLE * wide
         latents = 24.0 * self.clips * sizes.cells  # clean, noise, noised, target, velocity and its gradient, all fp32
         if self.plain_attention:
             costs += calibration.PLAIN_ATTENTION[sizes.element] * sizes.attended / sizes.width

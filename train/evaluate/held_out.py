@@ -36,7 +36,8 @@ def measure_losses(
     """
     found = []
     for clip in tqdm(clips, desc=f"{variant.name}, {length.times}x", unit="clip", dynamic_ncols=True, leave=False):
-        file = part_file(job, f"loss {variant.what} {length.frames} {clip.digest()} {sorted(levels)}", ".json")
+        what = f"loss {variant.what} {length.frames} {clip.key} {clip.digest()} {sorted(levels)}"
+        file = part_file(job, what, ".json")
         if not file.exists():
             _measure(model(), objective, clip, list(levels), variant, length, file)
         found.append([float(loss) for loss in json.loads(file.read_text(encoding="utf-8"))])

@@ -134,7 +134,7 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
         # transformers draws what is missing at random and goes on, so what was loaded is looked at below.
         how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, name: dtype}
         model, about = loader.from_pretrained(folder, **how)
-        _check_loaded(folder, about)
+        check_loaded(folder, about)
         return model.eval().requires_grad_(False).to(device)
     except DataError:
         raise
@@ -142,8 +142,13 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
         raise DataError(f"{folder}: cannot be loaded as {loader.__name__}: {' '.join(str(error).split())}") from error
 
 
-def _check_loaded(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raise a DataError unless every tensor came out of the files; `about` is what `from_pretrained` returns of it."""
+def check_loaded(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise a DataError unless every tensor of a model came out of its files.
+
+    Args:
+        folder: of the weights.
+        about: what `from_pretrained` returns of them, with `output_loading_info` and `ignore_mismatched_sizes`.
+    """
     lacking, other = sorted(about["missing_keys"]), sorted(key for key, *_ in about["mismatched_keys"])
     for names, what in ((lacking, "missing"), (other, "of another shape")):
         if names:

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.encoders.base import find_device
+from data.encoders.weights import check_loaded
 from data.errors import DataError
 from data.io.files import write_bytes
 from data.prepare import layouts
@@ -131,7 +132,8 @@ class Captioner:
         device, dtype: where and in which numbers it runs.
 
     Raises:
-        DataError: no such model there, or one that takes no questions.
+        DataError: no such model there, one that takes no questions, or weights that lack a tensor or have one in
+            another shape.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,11 +143,15 @@ class Captioner:
             raise DataError(f"{folder}: no such folder; download the caption model and give its folder")
         try:
             self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            # It draws what the weights lack at random and goes on, so what was loaded is looked at.
+            how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **how)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise DataError(f"{folder}: transformers cannot load it to describe images: {error}") from error
         if getattr(self._processor, "chat_template", None) is None:
             raise DataError(f"{folder}: has no chat template; expected a model that answers questions")
+        model, about = loaded
+        check_loaded(folder, about)
         self._model, self._device, self._dtype = model.to(device).eval(), device, dtype
 
     @torch.no_grad()

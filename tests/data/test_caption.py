@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data import caption
@@ -109,3 +111,20 @@ def test_what_cannot_be_described_is_told(tmp_path: Path, model: Path, capsys: p
     ]:
         with pytest.raises(DataError, match=message):
             run(*words)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+def test_a_model_whose_weights_lack_a_tensor_writes_no_captions(tmp_path: Path, model: Path, part: str) -> None:
+    """transformers draws what is missing at random and goes on."""
+    videos, broken = folder_of(tmp_path / "videos", (20, 10)), shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if f"{part}." in name and "layers.1." in name)
+    tensor = tensors.pop(name)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"broken: missing in the weights, by its config.json: .*layers\.1\.") as error:
+        run(videos, broken)
+    assert "\n" not in str(error.value)
+    save_file({**tensors, name: torch.cat([tensor, tensor])}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"broken: of another shape in the weights, .*layers\.1\."):
+        run(videos, broken)
+    assert not (videos / "v1.txt").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from data.errors import DataError
 
@@ -138,7 +139,7 @@ def load_part(loader: Any, folder: Path, device: torch.device, dtype: torch.dtyp
         return model.eval().requires_grad_(False).to(device)
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be loaded as {loader.__name__}: {' '.join(str(error).split())}") from error
 
 

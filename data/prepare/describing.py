@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data.encoders.base import find_device
@@ -63,7 +64,7 @@ def write_captions(folder: Path, asking: Asking, rank: Rank) -> int:
         how many could not be described.
 
     Raises:
-        DataError: as `check_folder`; no video in it, or a model that cannot be loaded or asked.
+        DataError: as `check_folder`; no video in it, or a model that cannot be loaded or asked, or lacks memory.
     """
     check_folder(folder)
     lacking = _lacking(folder)
@@ -84,6 +85,12 @@ def write_captions(folder: Path, asking: Asking, rank: Rank) -> int:
         except DataError as error:
             bad += 1
             tqdm.write(f"bad: {video.path}: {error}", file=sys.stderr)
+        except torch.OutOfMemoryError as error:  # as the next video would: their frames are about as large
+            raise DataError(
+                f"{path}: {asking.frames} frames of at most {asking.side} pixels do not fit into the device's memory "
+                f"beside the model ({_short(error)}); what is written stays. Start again on a device with more "
+                "(device=), or describe the videos by data.caption with a smaller side= or fewer frames="
+            ) from error
     print(f"{folder}: {len(mine) - bad} captions written, {bad} videos could not be described")
     return bad
 
@@ -124,6 +131,10 @@ def spread_frames(path: Path, count: int, side: int) -> list[np.ndarray]:
     return list(clip.frames)
 
 
+def _short(error: Exception) -> str:
+    return str(error).partition(".")[0]
+
+
 class Captioner:
     """A vision-language model that is asked about frames.
 
@@ -132,8 +143,8 @@ class Captioner:
         device, dtype: where and in which numbers it runs.
 
     Raises:
-        DataError: no such model there, one that takes no questions, or weights that lack a tensor or have one in
-            another shape.
+        DataError: no such model there, one that takes no questions, or weights that lack a tensor, have one in another
+            shape, or do not fit into the device's memory.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -146,13 +157,20 @@ class Captioner:
             # It draws what the weights lack at random and goes on, so what was loaded is looked at.
             how = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **how)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise DataError(f"{folder}: transformers cannot load it to describe images: {error}") from error
         if getattr(self._processor, "chat_template", None) is None:
             raise DataError(f"{folder}: has no chat template; expected a model that answers questions")
         model, about = loaded
         check_loaded(folder, about)
-        self._model, self._device, self._dtype = model.to(device).eval(), device, dtype
+        try:
+            self._model = model.to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"{folder}: does not fit into the memory of {device} ({_short(error)}); choose a device with more "
+                "(device=), or a smaller model"
+            ) from error
+        self._device, self._dtype = device, dtype
 
     @torch.no_grad()
     def describe(self, frames: list[np.ndarray], prompt: str, tokens: int) -> str:

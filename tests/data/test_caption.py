@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +129,34 @@ def test_a_model_whose_weights_lack_a_tensor_writes_no_captions(tmp_path: Path, 
     with pytest.raises(DataError, match=r"broken: of another shape in the weights, .*layers\.1\."):
         run(videos, broken)
     assert not (videos / "v1.txt").exists()
+
+
+def test_a_model_whose_weights_are_cut_off_is_a_line(tmp_path: Path, model: Path) -> None:
+    videos, broken = folder_of(tmp_path / "videos", (20, 10)), shutil.copytree(model, tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(DataError, match=r"broken: transformers cannot load it to describe images: .*incomplete"):
+        run(videos, broken)
+
+
+@pytest.mark.parametrize(("method", "told", "written"), [
+    ("to", r"llava\d+: does not fit into the memory of cpu \(out of memory\); choose .*\(device=\)", []),
+    ("generate", r"v2.mp4: 3 frames of at most 448 pixels do not fit .* a smaller side=", ["v1.txt"]),
+])  # fmt: skip
+def test_too_little_memory_is_a_line_and_costs_no_caption(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, method: str, told: str, written: list[str]
+) -> None:
+    """Of three videos the second one does not fit; the next command goes on with it."""
+    videos, real = folder_of(tmp_path / "videos"), getattr(LlavaForConditionalGeneration, method)
+
+    def full(self: LlavaForConditionalGeneration, *words: Any, **named: Any) -> Any:
+        if [path.name for path in videos.glob("v[12].txt")] == written:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 GiB")
+        return real(self, *words, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaForConditionalGeneration, method, full)
+        with pytest.raises(DataError, match=told):
+            run(videos, model)
+    assert [path.name for path in videos.glob("v[12].txt")] == written
+    assert run(videos, model) == 0 and len(list(videos.glob("*.txt"))) == 3

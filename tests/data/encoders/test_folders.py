@@ -74,6 +74,14 @@ def test_weights_that_lack_a_tensor_or_have_it_in_another_shape_are_refused(
         load("wan", broken)
 
 
+def test_weights_that_are_cut_off_are_a_line(tmp_path: Path, folders: dict[str, Path]) -> None:
+    broken = shutil.copytree(folders["wan"], tmp_path / "broken")
+    file = broken / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(DataError, match=r"broken/text_encoder: cannot be loaded as UMT5EncoderModel: .*incomplete"):
+        load("wan", broken)
+
+
 def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"vae: missing, expected this part of a diffusers model folder"):
         fingerprint("wan", tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 import av.error
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data.encoders import load_encoder
@@ -99,7 +101,8 @@ def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
         print(line)
     rows = range(len(chosen.rows)) if everything else _spread(len(chosen.rows), VIDEOS)
     surveys = dict(zip(rows, _surveys(recipe, chosen, rows, None if everything else CLIPS), strict=True))
-    print("\n".join(_estimate(recipe, chosen, surveys, everything)))
+    clips, exact = _clips(chosen, surveys, everything)
+    print("\n".join(_counts(recipe, chosen, surveys, clips, "" if exact else "about ")))
     if everything:
         print("\n".join(_filters(recipe, chosen, surveys)))
     drawn = [(row, surveys[row]) for row in surveys if surveys[row].pictures]
@@ -107,6 +110,10 @@ def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
         shown = [drawn[k] for k in _spread(len(drawn), VIDEOS)]
         sheet_of([row_of(found.pictures, _label(chosen, row, found)) for row, found in shown]).save(sheet)
         print(f"{sheet}: first, middle and last frame of {len(shown)} clips")
+    # Last, as it takes weights, a device and a minute: whatever becomes of it, the rest is there.
+    sys.stdout.flush()
+    if any(found.taken for found in surveys.values()):
+        print(_encoding(recipe, chosen, surveys, clips))
     return 0
 
 
@@ -131,39 +138,54 @@ def _surveys(recipe: Recipe, chosen: ChosenVideos, rows: Sequence[int], most: in
             yield future.result()
 
 
-def _estimate(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], everything: bool) -> list[str]:
-    """How much would come of it."""
+def _clips(chosen: ChosenVideos, surveys: dict[int, Survey], everything: bool) -> tuple[int, bool]:
+    """How many clips would come of it, and whether they were counted, not estimated."""
+    seen = sum(len(found.taken) for found in surveys.values())
+    passed = sum(len(found.left) for found in surveys.values())
+    ended = all(len(found.taken) + len(found.left) < CLIPS for found in surveys.values())
+    if everything or (ended and len(surveys) == len(chosen.rows)):
+        return seen, True
+    promised = sum(row.clips for row in chosen.rows)
+    return round(promised * seen / max(1, seen + passed)), False
+
+
+def _counts(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], clips: int, about: str) -> list[str]:
+    """What was seen, and how much would come of it."""
     seen = sum(len(found.taken) for found in surveys.values())
     passed = sum(len(found.left) for found in surveys.values())
     bad = sum(found.reason is not None for found in surveys.values())
-    ended = all(len(found.taken) + len(found.left) < CLIPS for found in surveys.values())
-    whole = everything or (ended and len(surveys) == len(chosen.rows))
-    promised = sum(row.clips for row in chosen.rows)
-    clips = seen if whole else round(promised * seen / max(1, seen + passed))
     hours = clips * recipe.frames / recipe.fps / 3600
-    about = "" if whole else "about "
-    lines = [
+    return [
         f"{len(chosen.rows)} videos chosen, {chosen.passed} do not qualify, {len(chosen.rejected)} files are bad; "
         f"{len(surveys)} looked at: {seen} clips, {passed} pieces left out, {bad} bad files",
         f"estimate: {about}{clips} clips of {recipe.frames} frames, {hours:.2f} hours of video",
     ]
-    if not seen:
-        return lines
+
+
+def _encoding(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], clips: int) -> str:
+    """How large so many clips would be and how long their encoding would take, or why that is not known."""
+    none = "no estimate of gigabytes and of hours of encoding"
     try:
         sizes, times = _trial(recipe, chosen, _to_try(surveys))
-    except DataError as error:
-        return [*lines, f"no estimate of gigabytes and of hours of encoding: {error}"]
+    except torch.OutOfMemoryError as error:
+        return (
+            f"{none}: clips of {recipe.frames} frames do not fit into the device's memory "
+            f"({str(error).partition('.')[0]}); give a device= with more, vae_dtype=bf16, a smaller size= or fewer "
+            "frames="
+        )
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # a DataError is a ValueError
+        return f"{none}: {' '.join(str(error).split())}"
     size, first = sum(sizes) / len(sizes), times[0]
     seconds = sum(times[1:]) / len(times[1:]) if times[1:] else first
+    seen = sum(len(found.taken) for found in surveys.values())
     decoding = sum(found.seconds for found in surveys.values()) / seen / recipe.workers
     encoding = clips * max(seconds, decoding) / 3600
     tried = f"{len(times)} clips took {sum(times):.1f} s, {first:.1f} of them the first, which does not count"
-    lines.append(
+    return (
         f"estimate: {clips * size / 1e9:.3g} GB of shards, {encoding:.2g} hours of encoding on one device (in a trial "
         f"{tried if times[1:] else f'1 clip took {first:.1f} s'}; decoding takes {decoding:.1f} s a clip in "
         f"{recipe.workers} processes)"
     )
-    return lines
 
 
 def _to_try(surveys: dict[int, Survey]) -> list[tuple[int, float]]:
@@ -183,6 +205,7 @@ def _trial(recipe: Recipe, chosen: ChosenVideos, clips: Sequence[tuple[int, floa
 
     Raises:
         DataError: no encoder, or a clip that cannot be decoded or encoded.
+        torch.OutOfMemoryError: the device has too little memory for a clip.
     """
     settings = EncoderSettings(
         recipe.weights, find_device(recipe.device), recipe.vae_dtype, recipe.text_dtype, recipe.image_to_video

@@ -121,6 +121,35 @@ def test_a_clip_that_cannot_be_decoded_once_more_costs_the_hours_alone(
     assert (tmp_path / "sheet.png").is_file()
 
 
+@pytest.mark.parametrize(("error", "told"), [
+    (torch.OutOfMemoryError("no room. Tried 9 GiB"), r"do not fit .* memory \(no room\); give a device="),
+    (RuntimeError("the device\nis gone"), r"the device is gone"),
+])  # fmt: skip
+def test_a_trial_that_fails_comes_after_the_rest(
+    tmp_path: Path,
+    films: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    told: str,
+) -> None:
+    """Before it everything else is printed, and the sheet lies there."""
+    png, before = tmp_path / "sheet.png", list[str]()
+
+    def fails(*_: object) -> torch.Tensor:
+        assert png.is_file()
+        before.append(capsys.readouterr().out)
+        raise error
+
+    monkeypatch.setattr(PixelEncoder, "encode", fails)
+    assert main([f"source={films}", f"out={tmp_path / 'out'}", *WORDS, f"preview={png}", "--dry-run"]) == 0
+    assert all(
+        part in before[0] for part in ("3 videos chosen", "estimate: 7 clips", "left out: 1 shots", "sheet.png:")
+    )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"no estimate of gigabytes and of hours of encoding: .*{told}.*", line)
+
+
 def test_a_dry_run_shows_what_each_filter_leaves_out(
     tmp_path: Path, films: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,31 +6,24 @@ neither made nor read.
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import av.error
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.errors import DataError
-from data.prepare.bars import WHOLE, find_bars
 from data.prepare.chosen import ChosenVideos
-from data.prepare.clip_places import Passed
-from data.prepare.clip_rules import REASONS, Measures, Rules
+from data.prepare.clip_rules import REASONS, Rules
 from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.run import make_sample
+from data.prepare.surveying import BAD, Job, Survey, survey_all, with_pictures
 from data.prepare.video import Clip, read_clips
 from data.sheet import row_of, sheet_of
 
@@ -42,47 +35,6 @@ TRIAL = 60.0
 
 _STEPS = {"min_motion": (0.1, 0.3, 1.0), "max_black": (0.0, 0.1, 0.5), "max_repeated": (0.1, 0.25, 0.5)}
 """Bounds of which a dry run counts what they leave out."""
-_BAD = (DataError, av.error.FFmpegError, OSError, ValueError)
-"""What decoding a video that is bad raises."""
-
-
-@dataclass
-class Survey:
-    """What decoding a video showed.
-
-    Attributes:
-        taken, left: each clip, or piece that is left out, with its start in seconds.
-        pictures: first, middle and last frame of the first clip that is taken.
-        bars: whether it has black bars.
-        seconds: that it took.
-        reason: why it is bad, where it is.
-    """
-
-    taken: list[tuple[float, Measures | None]] = field(default_factory=list)
-    left: list[Passed] = field(default_factory=list)
-    pictures: list[np.ndarray] = field(default_factory=list)
-    bars: bool = False
-    seconds: float = 0.0
-    reason: str | None = None
-
-
-def survey(path: Path, options: dict[str, Any], most: int | None) -> Survey:
-    """Decode a video, or so much of it as shows `most` clips."""
-    found, began = Survey(), time.monotonic()
-    try:
-        found.bars = find_bars(path) != WHOLE
-        for event in itertools.islice(read_clips(path, measure=True, **options), most):
-            if isinstance(event, Passed):
-                found.left.append(event)
-                continue
-            found.taken.append((event.start, event.measures))
-            if not found.pictures:
-                last = len(event.frames) - 1
-                found.pictures = [event.frames[k].copy() for k in (0, last // 2, last)]
-    except _BAD as error:
-        found.reason = str(error)
-    found.seconds = time.monotonic() - began
-    return found
 
 
 def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
@@ -100,14 +52,15 @@ def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
     for line in chosen.told:
         print(line)
     rows = range(len(chosen.rows)) if everything else _spread(len(chosen.rows), VIDEOS)
-    surveys = dict(zip(rows, _surveys(recipe, chosen, rows, None if everything else CLIPS), strict=True))
+    jobs = _jobs(recipe, chosen, rows, None if everything else CLIPS, sheet is not None)
+    looks = tqdm(survey_all(jobs, recipe.workers), total=len(rows), unit="video", desc="looking")
+    surveys = with_pictures(looks, rows, VIDEOS)
     clips, exact = _clips(chosen, surveys, everything)
     print("\n".join(_counts(recipe, chosen, surveys, clips, "" if exact else "about ")))
     if everything:
         print("\n".join(_filters(recipe, chosen, surveys)))
-    drawn = [(row, surveys[row]) for row in surveys if surveys[row].pictures]
-    if sheet is not None and drawn:
-        shown = [drawn[k] for k in _spread(len(drawn), VIDEOS)]
+    shown = [(row, found) for row, found in surveys.items() if found.pictures]
+    if sheet is not None and shown:
         sheet_of([row_of(found.pictures, _label(chosen, row, found)) for row, found in shown]).save(sheet)
         print(f"{sheet}: first, middle and last frame of {len(shown)} clips")
     # Last, as it takes weights, a device and a minute: whatever becomes of it, the rest is there.
@@ -122,20 +75,11 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / max(1, most - 1)) for k in range(most)}) if count else []
 
 
-def _surveys(recipe: Recipe, chosen: ChosenVideos, rows: Sequence[int], most: int | None) -> Iterator[Survey]:
+def _jobs(recipe: Recipe, chosen: ChosenVideos, rows: Sequence[int], most: int | None, drawn: bool) -> Iterator[Job]:
     options = {"fps": recipe.fps, "frames": recipe.frames, "sizes": recipe.sizes, "rules": recipe.rules}
-    with ProcessPoolExecutor(recipe.workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = [
-            pool.submit(
-                survey,
-                chosen.path(row),
-                {**options, "most": recipe.clips, "start": chosen.rows[row].start, "end": chosen.rows[row].end},
-                most,
-            )
-            for row in rows
-        ]
-        for future in tqdm(waiting, unit="video", desc="looking"):
-            yield future.result()
+    for row in rows:
+        piece = {"most": recipe.clips, "start": chosen.rows[row].start, "end": chosen.rows[row].end}
+        yield Job(row, chosen.path(row), {**options, **piece}, most, drawn)
 
 
 def _clips(chosen: ChosenVideos, surveys: dict[int, Survey], everything: bool) -> tuple[int, bool]:
@@ -233,7 +177,7 @@ def _clip_at(recipe: Recipe, path: Path, start: float) -> Clip:
     pace, frames, sizes = recipe.fps, recipe.frames, recipe.sizes
     try:
         found = next(read_clips(path, fps=pace, frames=frames, sizes=sizes, most=1, rules=rules, start=start), None)
-    except _BAD as error:
+    except BAD as error:
         raise DataError(f"{path}: {error}") from error
     if not isinstance(found, Clip):
         raise DataError(f"{path}: the clip at {start:.2f} s is not there any more; was the file changed?")

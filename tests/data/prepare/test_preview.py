@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import av.error
@@ -16,6 +18,7 @@ from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
 from data.prepare import preview
 from data.prepare.__main__ import main
+from data.prepare.surveying import Job, Survey, survey_all, with_pictures
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from data.sheet import LABEL, PICTURE
@@ -164,6 +167,33 @@ def test_a_dry_run_shows_what_each_filter_leaves_out(
     )
     assert re.search(r"repeated: .* max_repeated=0.1 4, max_repeated=0.25 4, max_repeated=0.5 \d", shown)
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_held_of_the_sheets_rows_alone(films: Path) -> None:
+    """One of each part of the videos, the first that has any, in whichever order they are ready."""
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def ready(rows: list[int]) -> Iterator[tuple[int, Survey]]:
+        for row in rows:
+            frame = np.zeros((2, 2, 3), np.uint8)
+            made.append(weakref.ref(frame))
+            looked = Survey(pictures=[] if row == 0 else [frame])
+            del frame
+            yield row, looked
+            del looked
+            assert sum(kept() is not None for kept in made) <= 5
+
+    for rows in (list(range(40)), list(range(39, -1, -1))):
+        made.clear()
+        surveys = with_pictures(ready(rows), range(40), 4)
+        assert list(surveys) == list(range(40))
+        assert [row for row, found in surveys.items() if found.pictures] == [1, 10, 20, 30]
+
+    options = {"fps": 16, "frames": 10, "sizes": [(HEIGHT, WIDTH)]}
+    for drawn in (True, False):
+        jobs = [Job(7, films / "b_still.mp4", options, None, drawn)]
+        ((row, found),) = survey_all(jobs, 1)
+        assert row == 7 and len(found.taken) == 2 and bool(found.pictures) == drawn
 
 
 def test_a_sheet_that_cannot_be_written_is_refused_first(tmp_path: Path, films: Path) -> None:

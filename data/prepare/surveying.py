@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from data.prepare.video import read_clips
 
 BAD = (DataError, av.error.FFmpegError, OSError, ValueError)
 """What decoding a video that is bad raises."""
+
+DIED = "the process that decodes it died: FFmpeg crashed, or memory ran out"
+"""Why a video is bad that cannot be looked at."""
 
 
 @dataclass
@@ -82,20 +86,41 @@ def survey(job: Job) -> Survey:
 
 
 def survey_all(jobs: Iterable[Job], workers: int) -> Iterator[tuple[int, Survey]]:
-    """Each video's number and survey, in the order in which they are ready; `workers` processes decode."""
-    todo, busy = iter(jobs), dict[Future[Survey], int]()
-    # Spawned, not forked: a fork of a process whose torch has run threads can hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    """Each video's number and survey, in the order in which they are ready; `workers` processes decode.
+
+    One that dies, as FFmpeg crashes or memory runs out, takes its own video with it.
+    """
+    # Each has a pool of its own, which tells whose video it was. Decoders of `data.prepare.decoders` would send all
+    # frames of all clips, and no measures.
+    todo, free = iter(jobs), [_process() for _ in range(workers)]
+    busy: dict[Future[Survey], tuple[int, ProcessPoolExecutor]] = {}
+    try:
         while True:
-            for job in itertools.islice(todo, workers - len(busy)):
-                busy[pool.submit(survey, job)] = job.row
+            for job in itertools.islice(todo, len(free)):
+                pool = free.pop()
+                busy[pool.submit(survey, job)] = job.row, pool
             if not busy:
                 return
             done = wait(busy, return_when=FIRST_COMPLETED).done
             while done:
                 future = done.pop()
-                yield busy.pop(future), future.result()
-                del future  # and its pictures
+                row, pool = busy.pop(future)
+                try:
+                    found = future.result()
+                except BrokenProcessPool:
+                    pool.shutdown()
+                    found, pool = Survey(reason=DIED), _process()
+                free.append(pool)
+                yield row, found
+                del future, found  # and its pictures
+    finally:
+        for pool in (*free, *(pool for _, pool in busy.values())):
+            pool.shutdown()
+
+
+def _process() -> ProcessPoolExecutor:
+    # Spawned, not forked: a fork of a process whose torch has run threads can hang.
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def with_pictures(found: Iterable[tuple[int, Survey]], rows: Sequence[int], most: int) -> dict[int, Survey]:

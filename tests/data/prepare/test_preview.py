@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av.error
 import numpy as np
@@ -16,9 +20,10 @@ from PIL import Image
 
 from data.encoders.pixels import PixelEncoder
 from data.errors import DataError
-from data.prepare import preview
+from data.prepare import preview, surveying
 from data.prepare.__main__ import main
 from data.prepare.surveying import Job, Survey, survey_all, with_pictures
+from data.prepare.video import read_clips
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from data.sheet import LABEL, PICTURE
@@ -194,6 +199,27 @@ def test_pictures_are_held_of_the_sheets_rows_alone(films: Path) -> None:
         jobs = [Job(7, films / "b_still.mp4", options, None, drawn)]
         ((row, found),) = survey_all(jobs, 1)
         assert row == 7 and len(found.taken) == 2 and bool(found.pictures) == drawn
+
+
+def dying(path: Path, **options: Any) -> Any:
+    """`read_clips` in a process that dies at the second video, as a crash in native code would."""
+    if path.stem == "b_still":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_clips(path, **options)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies_takes_one_video_with_it(
+    tmp_path: Path, films: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    fork = multiprocessing.get_context("fork")  # which needs not import a test module
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(surveying, "read_clips", dying)
+    words = [f"source={films}", f"out={tmp_path / 'out'}", *WORDS[:-1], f"workers={workers}", "--dry-run"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "3 looked at: 5 clips, 1 pieces left out, 1 bad files" in shown
+    assert not multiprocessing.active_children()
 
 
 def test_a_sheet_that_cannot_be_written_is_refused_first(tmp_path: Path, films: Path) -> None:

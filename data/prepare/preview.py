@@ -30,6 +30,9 @@ from data.sheet import row_of, sheet_of
 VIDEOS, CLIPS = 16, 8
 """Of a contact sheet: videos spread over the chosen ones, and how much of each is looked at, in clips."""
 
+BAD_SHOWN = 3
+"""Bad files that are named."""
+
 TRIAL = 60.0
 """Seconds of encoding after which the trial, from which hours of encoding are estimated, ends."""
 
@@ -60,7 +63,9 @@ def preview(recipe: Recipe, sheet: Path | None, everything: bool) -> int:
     if everything:
         print("\n".join(_filters(recipe, chosen, surveys)))
     shown = [(row, found) for row, found in surveys.items() if found.pictures]
-    if sheet is not None and shown:
+    if sheet is not None and not shown:
+        print(f"{sheet}: not drawn, as no video that was looked at has a clip")
+    elif sheet is not None:
         sheet_of([row_of(found.pictures, _label(chosen, row, found)) for row, found in shown]).save(sheet)
         print(f"{sheet}: first, middle and last frame of {len(shown)} clips")
     # Last, as it takes weights, a device and a minute: whatever becomes of it, the rest is there.
@@ -102,8 +107,17 @@ def _counts(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], cl
     return [
         f"{len(chosen.rows)} videos chosen, {chosen.passed} do not qualify, {len(chosen.rejected)} files are bad; "
         f"{len(surveys)} looked at: {seen} clips, {passed} pieces left out, {bad} bad files",
+        *_bad(chosen, surveys),
         f"estimate: {about}{clips} clips of {recipe.frames} frames, {hours:.2f} hours of video",
     ]
+
+
+def _bad(chosen: ChosenVideos, surveys: dict[int, Survey]) -> list[str]:
+    """The first bad files of the list, then of those that were looked at, each with the reason."""
+    reasons = [(entry.path, entry.reason) for entry in chosen.rejected]
+    reasons += [(chosen.rows[row].name, found.reason) for row, found in surveys.items() if found.reason is not None]
+    more = [f"bad: {len(reasons) - BAD_SHOWN} more"] if len(reasons) > BAD_SHOWN else []
+    return [f"bad: {path}: {reason}" for path, reason in reasons[:BAD_SHOWN]] + more
 
 
 def _encoding(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], clips: int) -> str:

@@ -19,6 +19,7 @@ from data.errors import DataError
 from data.prepare.bars import WHOLE, find_bars
 from data.prepare.clip_places import Passed
 from data.prepare.clip_rules import Measures
+from data.prepare.scaling import reason_of
 from data.prepare.video import read_clips
 
 BAD = (DataError, av.error.FFmpegError, OSError, ValueError)
@@ -80,7 +81,7 @@ def survey(job: Job) -> Survey:
                 last = len(event.frames) - 1
                 found.pictures = [event.frames[k].copy() for k in (0, last // 2, last)]
     except BAD as error:
-        found.reason = str(error)
+        found.reason = reason_of(error)
     found.seconds = time.monotonic() - began
     return found
 

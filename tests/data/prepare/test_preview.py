@@ -27,7 +27,7 @@ from data.prepare.video import read_clips
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from data.sheet import LABEL, PICTURE
-from tests.helpers.prepared import FAST
+from tests.helpers.prepared import FAST, write_clips
 from tests.helpers.scenes import HEIGHT, WIDTH, barred, cut_together, held, pan, still
 
 WORDS = [*FAST[:2], f"size={HEIGHT}x{WIDTH}", "workers=1"]
@@ -174,6 +174,29 @@ def test_a_dry_run_shows_what_each_filter_leaves_out(
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_files_are_named_and_a_sheet_that_is_not_drawn(
+    tmp_path: Path, films: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those whose headers are bad and those that end too early, three of them, whether or not any clip is left."""
+    png = tmp_path / "sheet.png"
+    words = [f"source={films}", f"out={tmp_path / 'out'}", *WORDS, f"preview={png}"]
+    (films / "c_slow.txt").unlink()
+    whole = write_clips(films, 6, 60, options={"g": "10"}, container={"movflags": "faststart"})
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "bad: c_slow.mp4: no caption, expected c_slow.txt beside it\nbad: v6.mp4: " in shown
+    assert "more\n" not in shown and png.is_file()
+
+    png.unlink()
+    for name in ("a_cut", "b_still", "c_slow", "v6"):
+        (films / f"{name}.mp4").write_bytes(b"no video")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bad: ") == 4 and "bad: a_cut.mp4: " in shown and "bad: 1 more\n" in shown
+    assert f"{png}: not drawn, as no video that was looked at has a clip\n" in shown and not png.exists()
+
+
 def test_pictures_are_held_of_the_sheets_rows_alone(films: Path) -> None:
     """One of each part of the videos, the first that has any, in whichever order they are ready."""
     made: list[weakref.ref[np.ndarray]] = []
@@ -219,6 +242,7 @@ def test_a_process_that_dies_takes_one_video_with_it(
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "3 looked at: 5 clips, 1 pieces left out, 1 bad files" in shown
+    assert "bad: b_still.mp4: the process that decodes it died: FFmpeg crashed, or memory ran out\n" in shown
     assert not multiprocessing.active_children()
 
 

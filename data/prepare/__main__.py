@@ -140,7 +140,7 @@ def run(given: Arguments) -> int:
         shard_seconds=60 * given.shard_minutes,
         bad_share=given.bad_share,
     )
-    if given.caption_model is not None:
+    if given.caption_model is not None and given.source.exists():  # else it is said below what that means
         check_folder(given.source)
     if looks:
         family.check(recipe.frames, recipe.sizes)

@@ -79,11 +79,14 @@ class Recipe:
     def write_captions(self) -> None:
         """Write captions beside the videos that have none, where a model for that is given, as a rank alone.
 
+        A source that is not there has none to describe: reading it says so.
+
         Raises:
             DataError: as `data.prepare.describing.write_captions`.
         """
-        if self.caption_model is not None:
-            write_captions(self.selection["source"], Asking(self.caption_model, device=self.device), Rank())
+        source = self.selection["source"]
+        if self.caption_model is not None and source.exists():
+            write_captions(source, Asking(self.caption_model, device=self.device), Rank())
 
     def arguments(self) -> dict[str, Any]:
         """What decides the folder's contents, as JSON: a folder is only continued with the same."""

@@ -115,3 +115,23 @@ def test_what_cannot_be_described_is_refused(tmp_path: Path, silent: Path, model
         with pytest.raises(DataError, match=message):
             main(more)
     assert {path.name for path in tmp_path.iterdir()} == {"videos", "list.csv"}
+
+
+def test_a_source_that_is_not_there_is_answered_as_without_the_model(
+    tmp_path: Path, videos: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished folder needs it no more; else it was mistyped."""
+    out = tmp_path / "out"
+    words = [f"source={videos}", f"out={out}", *FAST]
+    assert main([*words, f"caption.model={model}"]) == 0
+    shutil.rmtree(videos)
+    capsys.readouterr()
+    for more in ([], [f"caption.model={model}"]):
+        assert main([*words, *more]) == 0
+        assert f"already there; it was not compared with the list of videos, as {videos} is gone" in (
+            capsys.readouterr().out
+        )
+        for asked in ([], [f"preview={tmp_path / 'sheet.png'}"]):
+            with pytest.raises(DataError, match=r"videos: no such folder or table; correct source="):
+                main([words[0], f"out={tmp_path / 'other'}", *FAST, *more, *asked])
+    assert not (tmp_path / "other").exists()

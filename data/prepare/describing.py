@@ -7,6 +7,7 @@ goes on with the next one.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from data.io.files import write_bytes
 from data.prepare import layouts
 from data.prepare.folder import search
 from data.prepare.listed import Video
+from data.prepare.scaling import Size
 from data.prepare.sources import read_source
-from data.prepare.video import Clip, probe, read_clips
+from data.prepare.video import Clip, decoded_seconds, probe, read_clips
 from radial.cli.ranks import Rank
 
 PROMPT = (
@@ -69,30 +71,42 @@ def write_captions(folder: Path, asking: Asking, rank: Rank) -> int:
     check_folder(folder)
     lacking = _lacking(folder)
     # by its place among all videos, so that ranks that start later share the rest in the same way
-    mine = [video for video in lacking if video.place % rank.world == rank.index]
+    mine = [videos for videos in lacking if videos[0].place % rank.world == rank.index]
     if not mine:
         print(f"{folder}: {'none of this rank' if lacking else 'no video'} lacks a caption")
         return 0
     model = Captioner(asking.model, find_device(asking.device, rank.local), asking.dtype)
     bad = 0
-    for video in tqdm(mine, unit="video", desc="captioning", disable=rank.index != 0):
+    for videos in tqdm(mine, unit="video", desc="captioning", disable=rank.index != 0):
+        text = _answer(model, folder, videos, asking)
+        bad += text is None
+        if text is not None:
+            write_bytes((folder / videos[0].path).with_suffix(".txt"), f"{text}\n".encode())
+    print(f"{folder}: {len(mine) - bad} captions written, {bad} videos could not be described")
+    return bad
+
+
+def _answer(model: Captioner, folder: Path, videos: Sequence[Video], asking: Asking) -> str | None:
+    """What the model says of the first video that it can be shown; None where there is none, after the reasons."""
+    for number, video in enumerate(videos):
         path = folder / video.path
         try:
             text = model.describe(spread_frames(path, asking.frames, asking.side), asking.prompt, asking.tokens)
-            if not text:
-                raise DataError("the model's answer is empty")
-            write_bytes(path.with_suffix(".txt"), f"{text}\n".encode())
+            if text:
+                return text
+            reason = "the model's answer is empty"
         except DataError as error:
-            bad += 1
-            tqdm.write(f"bad: {video.path}: {error}", file=sys.stderr)
+            reason = str(error)
         except torch.OutOfMemoryError as error:  # as the next video would: their frames are about as large
             raise DataError(
                 f"{path}: {asking.frames} frames of at most {asking.side} pixels do not fit into the device's memory "
                 f"beside the model ({_short(error)}); what is written stays. Start again on a device with more "
                 "(device=), or describe the videos by data.caption with a smaller side= or fewer frames="
             ) from error
-    print(f"{folder}: {len(mine) - bad} captions written, {bad} videos could not be described")
-    return bad
+        after = videos[number + 1 : number + 2]
+        more = f"; {after[0].path} is described in its place" if after else ""
+        tqdm.write(f"bad: {video.path}: {reason}{more}", file=sys.stderr)
+    return None
 
 
 def check_folder(folder: Path) -> None:
@@ -104,12 +118,12 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _lacking(folder: Path) -> list[Video]:
-    # a.mp4 and a.webm have one a.txt: they are taken for one film, and the first of them is described
-    lacking: dict[Path, Video] = {}
+def _lacking(folder: Path) -> list[list[Video]]:
+    # a.mp4 and a.webm have one a.txt: they are taken for one film, and the first that can be decoded is described
+    lacking: dict[Path, list[Video]] = {}
     for video in read_source(folder).videos():
         if video.uncaptioned:
-            lacking.setdefault(Path(video.path).with_suffix(".txt"), video)
+            lacking.setdefault(Path(video.path).with_suffix(".txt"), []).append(video)
     return list(lacking.values())
 
 
@@ -117,18 +131,27 @@ def spread_frames(path: Path, count: int, side: int) -> list[np.ndarray]:
     """Frames (H, W, 3) uint8 RGB of a video, evenly spread from its first on; the longer of H and W is at most `side`.
 
     Raises:
-        DataError: with the reason alone: it cannot be decoded, or is shorter than its header says.
+        DataError: with the reason alone: it cannot be decoded, or its header has no length.
     """
     info = probe(path)
     if not info.seconds:
         raise DataError("its header has no length, and frames cannot be spread; remux it")
     shrunk = min(1.0, side / max(info.height, info.width))
     size = max(1, round(info.height * shrunk)), max(1, round(info.width * shrunk))
-    found = read_clips(path, fps=count / info.seconds, frames=count, sizes=[size], most=1)
-    clip = next((entry for entry in found if isinstance(entry, Clip)), None)
-    if clip is None:
+    found = _spread(path, count, size, info.seconds)
+    if found is None:  # a header may have the length of the sound
+        seconds = decoded_seconds(path)
+        found = _spread(path, count, size, seconds) if seconds else None
+    if found is None:
         raise DataError("it is shorter than its header says")
-    return list(clip.frames)
+    return found
+
+
+def _spread(path: Path, count: int, size: Size, seconds: float) -> list[np.ndarray] | None:
+    """So many frames of a video of this length; None where it is shorter."""
+    found = read_clips(path, fps=count / seconds, frames=count, sizes=[size], most=1)
+    clip = next((entry for entry in found if isinstance(entry, Clip)), None)
+    return None if clip is None else list(clip.frames)
 
 
 def _short(error: Exception) -> str:

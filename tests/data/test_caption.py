@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from data.prepare.describing import spread_frames
 from data.prepare.sources import read_source
 from tests.helpers.prepared import write_clips
 from tests.helpers.tiny_models import save_llava
-from tests.helpers.videos import number_of, write_sound
+from tests.helpers.videos import number_of, write_sound, write_video
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,31 @@ def test_two_videos_of_one_name_share_the_caption_of_the_first(
 def test_frames_are_spread_over_the_video(tmp_path: Path) -> None:
     frames = spread_frames(write_clips(tmp_path, 0, 40), 4, 448)
     assert [number_of(frame) for frame in frames] == [0, 10, 20, 30]
+
+
+def test_of_two_videos_of_one_name_the_damaged_one_is_passed_over(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = folder_of(tmp_path / "videos", (20, 10))
+    (videos / "v1.avi").write_bytes(b"no video")
+    (videos / "v2.avi").write_bytes(b"no video")
+    assert run(videos, model) == 1
+    shown = capsys.readouterr()
+    assert "1 captions written, 1 videos could not be described" in shown.out
+    assert re.search(r"bad: v1.avi: .*; v1.mp4 is described in its place\n", shown.err)
+    assert re.search(r"bad: v2.avi: [^;]*\n", shown.err)
+    assert (videos / "v1.txt").read_text(encoding="utf-8").strip() == greedy(model, videos, "v1.mp4")
+    assert not (videos / "v2.txt").exists()
+
+
+def test_frames_are_spread_over_the_picture_where_the_sound_is_longer(tmp_path: Path) -> None:
+    """FLV has one length for both, which stands in its header."""
+    path = write_video(tmp_path / "talk.flv", 46, codec="flv1", sound=True)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"duration") + len(b"duration") + 1
+    content[at : at + 8] = struct.pack(">d", 46 / 16 + 2.5)
+    path.write_bytes(content)
+    assert [number_of(frame) for frame in spread_frames(path, 4, 448)] == [0, 11, 23, 34]
 
 
 def test_what_is_there_stays_and_ranks_share_the_rest(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from data.errors import DataError
 
@@ -34,7 +34,7 @@ def fingerprint_of(
         chat_template: captions go through the tokenizers' own template.
 
     Raises:
-        DataError: a subfolder is missing or has no weights.
+        DataError: a subfolder is missing, or has no weights or damaged ones.
     """
     names = {}
     for kind, subfolders in parts.items():
@@ -52,7 +52,7 @@ def count_numbers(folder: Path, parts: tuple[str, ...], left_out: str | None = N
         left_out: regular expression of the names of tensors that do not count.
 
     Raises:
-        DataError: a subfolder has no weights.
+        DataError: a subfolder has no weights, or damaged ones.
     """
     found = [_tensors(folder / part) for part in parts if not _without_weights(part)]
     counted = (e for each in found for n, (_, e, _) in each.items() if not left_out or not re.fullmatch(left_out, n))
@@ -92,6 +92,11 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, dict[str, Any], int]]:
         raise DataError(f"{folder}: has no *.safetensors, is the download complete?")
     tensors: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for path in files:
+        try:
+            with safe_open(path, "pt"):  # which sees whether the file is whole, and does not say where a tensor lies
+                pass
+        except SafetensorError as error:
+            raise DataError(f"{path}: is damaged or cut off ({error}); download it again") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -77,9 +77,13 @@ def test_weights_that_lack_a_tensor_or_have_it_in_another_shape_are_refused(
 def test_weights_that_are_cut_off_are_a_line(tmp_path: Path, folders: dict[str, Path]) -> None:
     broken = shutil.copytree(folders["wan"], tmp_path / "broken")
     file = broken / "text_encoder" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-64])
-    with pytest.raises(DataError, match=r"broken/text_encoder: cannot be loaded as UMT5EncoderModel: .*incomplete"):
-        load("wan", broken)
+    whole = file.read_bytes()
+    for length in (len(whole) - 64, 100, 3):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"broken/text_encoder: cannot be loaded as UMT5EncoderModel: .*header"):
+            load("wan", broken)
+        with pytest.raises(DataError, match=r"model.safetensors: is damaged or cut off \(.*; download it again"):
+            fingerprint("wan", broken)
 
 
 def test_wrong_folders_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -125,6 +125,7 @@ def assemble(
         seed=config.seed,
         device=trainer.strategy.root_device,
         layers_on_cpu=config.parallel.offload_weights or config.model.storage is not None,
+        as_stored=config.model.storage is not None,
     )
     module = build_module(config, adapter, shards)
     if trainer.is_global_zero:

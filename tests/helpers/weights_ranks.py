@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import train.parallel.zero
 from train.config.compose import compose_run, finish
+from train.memory.fp8_storage import store_fp8
 from train.models.loading import load_adapter
 from train.models.weights import stored_dtype
 from train.parallel.zero import spread_weights, zero_config
@@ -89,6 +90,22 @@ def spread_memory(folder: Path) -> dict[str, Any]:
         spread_weights(adapter.transformer, stored_dtype(folder), "cpu", settings)
     own = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in adapter.transformer.parameters())
     return {"most": most.bytes - before, "own": own, "size": size}
+
+
+def rounded_memory(folder: Path) -> dict[str, Any]:
+    """This process's own memory while the layers' weights get from the files into float8: the most of it, and its end.
+
+    ``size`` is that of the layers in float8.
+    """
+    config = finish(compose_run({"model.path": str(folder)})).model
+    _load_libraries()
+    cpu, before = torch.device("cpu"), _anonymous()
+    with Watch() as most:
+        adapter = load_adapter(config, torch.bfloat16, seed=0, layers_on_cpu=True, as_stored=True)
+        adapter.transformer.requires_grad_(False)
+        store_fp8(adapter.layers(), cpu, cpu)
+    size = sum(_bytes(layer) for layer in adapter.layers())
+    return {"most": most.bytes - before, "end": _anonymous() - before, "size": size}
 
 
 class Watch:

@@ -58,7 +58,7 @@ def store_fp8(layers: Sequence[nn.Module], device: torch.device, home: torch.dev
     """Exchanges the frozen linear modules in a model's layers, those under a LoRA too; returns how many.
 
     Args:
-        layers: after the LoRA's injection, their weights anywhere.
+        layers: after the LoRA's injection, their weights anywhere, matrices in any dtype.
         device: where they run.
         home: where all of their weights lie afterwards.
     """

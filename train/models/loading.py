@@ -159,6 +159,7 @@ def load_adapter(
     device: torch.device | str = "cpu",
     *,
     layers_on_cpu: bool = False,
+    as_stored: bool = False,
 ) -> ModelAdapter:
     """The adapter of a run's model.
 
@@ -169,11 +170,12 @@ def load_adapter(
         device: where the weights go.
         layers_on_cpu: those of the layers stay on the CPU, mapped from their files as far as they are stored in
             ``dtype``: for `train.memory.weight_stream`.
+        as_stored: the matrices among those stay mapped in any case: for `train.memory.fp8_storage`.
     """
     adapter = _load_as_stored(config, seed)
     if dtype is not None:
         for transformer in adapter.transformers:
-            settle(transformer, dtype, device, on_cpu=adapter.layers() if layers_on_cpu else ())
+            settle(transformer, dtype, device, on_cpu=adapter.layers() if layers_on_cpu else (), as_stored=as_stored)
     return adapter
 
 

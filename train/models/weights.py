@@ -98,6 +98,7 @@ def settle(
     device: torch.device | str,
     each: Callable[[nn.Module], None] = lambda part: None,
     on_cpu: Collection[nn.Module] = (),
+    as_stored: bool = False,
 ) -> None:
     """Converts and moves the weights, one part of the model (a layer, an embedder) after the other.
 
@@ -107,11 +108,15 @@ def settle(
         device: where to.
         each: called with each part when its weights are there, for instance to spread them over ranks.
         on_cpu: parts whose weights stay on the CPU: layers that `train.memory.weight_stream` brings.
+        as_stored: matrices of those parts stay as they are in the files, mapped: `train.memory.fp8_storage` rounds them
+            one by one, so that no process ever holds all of them in ``dtype``.
     """
     keep = set(transformer._keep_in_fp32_modules or ())
     for name, part in _parts(transformer):
         place = "cpu" if part in on_cpu else device
         for inner, parameter in part.named_parameters(prefix=name):
+            if as_stored and part in on_cpu and parameter.dim() == 2:
+                continue
             exact = ".lora_" in inner or not keep.isdisjoint(inner.split("."))
             parameter.data = parameter.data.to(place, torch.float32 if exact else dtype)
         each(part)

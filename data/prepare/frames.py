@@ -74,7 +74,8 @@ def video_stream(container: Any) -> Any:
 
 def stream_seconds(stream: Any, container: Any = None) -> float | None:
     """The length of the video stream itself; where it has none of its own, as in FLV, that of `container`, if given."""
-    if stream.duration is not None and stream.time_base is not None:
+    files = stream.container.format.name == "asf"  # FFmpeg gives each stream of a WMV the length of the file
+    if stream.duration is not None and stream.time_base is not None and not files:
         return float(stream.duration * stream.time_base)
     start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
     with contextlib.suppress(KeyError, ValueError):

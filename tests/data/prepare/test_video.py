@@ -176,7 +176,10 @@ def test_a_video_that_starts_late_is_as_long_as_its_pictures(tmp_path: Path, nam
 def test_a_tag_of_matroska_is_the_end_or_the_length(tags: dict[str, str], seconds: float) -> None:
     """FFmpeg's and mkvmerge's."""
     metadata = {"DURATION": "00:00:05.000000000", **tags}
-    stream = SimpleNamespace(duration=None, start_time=2000, time_base=Fraction(1, 1000), metadata=metadata)
+    container = SimpleNamespace(format=SimpleNamespace(name="matroska,webm"))
+    stream = SimpleNamespace(
+        duration=None, start_time=2000, time_base=Fraction(1, 1000), metadata=metadata, container=container
+    )
     assert frames.stream_seconds(stream) == seconds
 
 
@@ -193,6 +196,23 @@ def test_an_flv_has_its_file_s_length(tmp_path: Path, sound: bool) -> None:
     else:
         with pytest.raises(DataError, match=r"truncated: ends after 2.19 s, its header says 5.00 s"):
             clips_of(path)
+
+
+def test_a_wmv_whose_sound_is_longer_is_no_truncated_one(tmp_path: Path) -> None:
+    """FFmpeg gives its picture the length of the file."""
+    path = tmp_path / "v.wmv"
+    with av.open(str(path), "w") as file:
+        picture, sound = file.add_stream("wmv2", 24), file.add_stream("wmav2", 44100, layout="mono")
+        picture.width, picture.height, picture.pix_fmt, sound.bit_rate = 96, 64, "yuv420p", 64_000
+        for number in range(48):
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(noisy(number), "rgb24")))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 3 * 44100), np.float32), "fltp", "mono")  # a second more
+        samples.sample_rate, samples.pts, samples.time_base = 44100, 0, Fraction(1, 44100)
+        file.mux(sound.encode(samples))
+        file.mux([*picture.encode(), *sound.encode()])
+    with av.open(str(path)) as file:
+        assert float(file.streams.video[0].duration * file.streams.video[0].time_base) > 2.8
+    assert len(list(read_clips(path, fps=24, frames=16, sizes=[(64, 96)]))) == 3
 
 
 def check_jump(path: Path, reason: str, good: int) -> None:

@@ -46,7 +46,7 @@ def test_the_ranks_of_a_node_load_the_weights_once(large):
 def test_weights_that_are_stored_in_float8_are_never_there_in_16_bits(large):
     """A matrix is rounded from its file, and gone before the next one is: on the way to a small GPU, or to a slab."""
     (memory,) = run_ranks(1, weights_ranks.rounded_memory, large[0])
-    # beside the result some matrices of a model this small, which the allocator keeps; in 16 bits it is four times as much
+    # beside the result some matrices, which the allocator keeps; in 16 bits it is four times as much
     assert memory["size"] < memory["end"] * 1.2 and memory["most"] < 3 * memory["size"], memory
 
 

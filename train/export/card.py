@@ -10,9 +10,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.io.files import write_utf8
+from radial import Dense
 from train.config.schema import RunConfig
 from train.export.formats import WEIGHTS, formats_of
 from train.export.tools import differences, ways
+from train.lora.file_checks import NONE
 from train.measures.results import TEXT
 from train.models.families import family_of
 from train.models.pretrained import public_name
@@ -22,12 +24,13 @@ NAME = "README.md"
 _KNOWN = ("apache-2.0", "mit")  # licences that the hub has a name for
 
 
-def write_card(run: Path, config: RunConfig, out: Path, formats: Sequence[str] | None) -> str:
+def write_card(run: Path, config: RunConfig, step: int, out: Path, formats: Sequence[str] | None) -> str:
     """Writes the card of a run's export, and returns a line.
 
     Args:
         run: the run folder, whose table of results is put into the card where it has one.
         config: of the run.
+        step: the optimizer step of what is exported.
         out: the folder of the export.
         formats: that are in it; None: all that there are for its model.
     """
@@ -46,9 +49,11 @@ def write_card(run: Path, config: RunConfig, out: Path, formats: Sequence[str] |
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {config.conf}: {base or public_name(config.model)} at {config.clip.frames} frames",
-        f"A {_kind(config)} that was trained under a static sparse attention mask (radial attention, arXiv "
+        f"A {_kind(config)} that was trained with dense attention."
+        if isinstance(config.pattern(), Dense)
+        else f"A {_kind(config)} that was trained under a static sparse attention mask (radial attention, arXiv "
         "2506.19852). It belongs to that mask: under another one its clips are worse.",
-        "## Trained with\n\n" + _settings(config),
+        "## Trained with\n\n" + _settings(config, step),
         "" if not table else f"## Held-out losses\n\n```\n{table}\n```",
         "## Running it\n\n" + _running(config, formats),
     ]
@@ -78,7 +83,7 @@ def _licence(config: RunConfig, base: str | None) -> dict[str, Any]:
     return found | ({"license_link": f"https://huggingface.co/{base}/blob/main/LICENSE"} if name and base else {})
 
 
-def _settings(config: RunConfig) -> str:
+def _settings(config: RunConfig, step: int) -> str:
     attention, clip, recipe = config.attention, config.clip, clip_recipe(config)
     dense = f"the first {attention.dense_layers} layers"
     if recipe.attention.dense_sigma is not None:
@@ -87,14 +92,13 @@ def _settings(config: RunConfig) -> str:
     if config.optim.lora_plus != 1:
         rest = "B and the norms" if _is_dora(config) else "B"
         rate += f" of A, {config.optim.lr * config.optim.lora_plus:g} of {rest} (LoRA+)"
-    rows = {
-        "mask": f"`{config.pattern()}`, blocks of {attention.block} tokens",
-        "dense": dense,
+    masked = {"mask": f"`{config.pattern()}`, blocks of {attention.block} tokens", "dense": dense}
+    rows = ({} if isinstance(config.pattern(), Dense) else masked) | {
         "clips": f"{clip.frames} frames of {clip.height} x {clip.width} pixels",
         "temporal positions": config.model.rope,
         "shift of the noise levels": f"{config.shift():g}",
         _kind(config): _lora(config),
-        "steps": f"{config.trainer.steps} of {config.optim.global_batch or config.data.batch_size} clips",
+        "steps": f"{step} of {config.optim.global_batch or config.data.batch_size} clips",
         "learning rate": rate,
     }
     if config.optim.ema is not None:
@@ -103,18 +107,25 @@ def _settings(config: RunConfig) -> str:
 
 
 def _running(config: RunConfig, formats: Sequence[str]) -> str:
-    both = config.model.expert == "both"
+    expert = config.model.expert
+    both = expert == "both"
     folder = "high_noise/" if both else ""
     lines = []
     if not _is_dora(config) and family_of(config.model).pipeline_name is not None:
-        second = f', lora_2="low_noise/{formats[0]}"' if both else ""
+        files = {
+            None: f'"{formats[0]}"',
+            "both": f'"{folder}{formats[0]}", lora_2="low_noise/{formats[0]}"',
+            "high": f'"{formats[0]}", lora_2="{NONE}"',
+            "low": f'"{NONE}", lora_2="{formats[0]}"',
+        }
         lines += [
             "In diffusers, with the attention of the file's header:",
-            f'```python\nfrom train.sample import extend\n\nextend(pipeline, "{folder}{formats[0]}"{second})\n```',
+            f"```python\nfrom train.sample import extend\n\nextend(pipeline, {files[expert]})\n```",
         ]
     elif "diffusers" in formats:
         lines += ["In diffusers, with its own dense attention:", "```python"]
-        for part, place in [("transformer", folder), *([("transformer_2", "low_noise/")] if both else [])]:
+        parts = [("transformer_2" if expert == "low" else "transformer", folder)]
+        for part, place in [*parts, *([("transformer_2", "low_noise/")] if both else [])]:
             lines.append(f'pipeline.{part}.load_lora_adapter("{place}diffusers", weight_name="{WEIGHTS}")')
         lines.append("```")
     if _is_dora(config):

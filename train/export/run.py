@@ -135,7 +135,7 @@ def export_run(
                         shutil.copyfile(config.attention.masks, masks_beside(place))
                     said += [f"merged  with {path}: {note}" for path, lora, _ in others for note in lora.notes]
         if card:
-            said.append(write_card(run, config, temporary, formats))
+            said.append(write_card(run, config, step, temporary, formats))
     return [line if line.startswith("warning: ") else f"{out}/{line}" for line in said]
 
 

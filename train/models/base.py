@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from data.encoders.decoding import TILED
 from radial import VideoGrid
@@ -70,7 +71,7 @@ class ModelAdapter(PipelineTraits, ABC):
         self.boundary: float | None = None
         """Of two experts: the noise level from which on the first one runs (`train.models.experts`)."""
         self._attention: StepAttention | None = None  # of the forward in work
-        self._hooks_tokens = False
+        self._hooks: Sequence[RemovableHandle] = ()
         self.install_processors()
 
     def predicted(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
@@ -188,20 +189,22 @@ class ModelAdapter(PipelineTraits, ABC):
             processor.layout = attention.own_layout(number, layers, heads)
             processor.backend = attention.backend_of(number)
             processor.shard = attention.shard
+        self.unset_attention()
         self._attention = attention
-        if attention.moves_tokens and not self._hooks_tokens:
-            self.hook_tokens()  # only now, since a LoRA may have replaced a module
-            self._hooks_tokens = True
+        if attention.moves_tokens:
+            self._hooks = self.hook_tokens()  # anew: a LoRA that came or went has exchanged modules
 
     def unset_attention(self) -> None:
         """Leaves the video's tokens in their places, for a model that goes on without our attention."""
-        self._attention = None
+        for hook in self._hooks:
+            hook.remove()
+        self._attention, self._hooks = None, ()
 
     @abstractmethod
-    def hook_tokens(self) -> None:
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         """Hooks `to_layers` and `from_layers` to where the video's tokens, and their positions, enter and leave them.
 
-        Called once, and only where ranks share sequences or a pattern has its own order of tokens.
+        Called only where ranks share sequences or a pattern has its own order of tokens.
         """
 
     def to_layers(self, x: Tensor, dim: int = 1) -> Tensor:

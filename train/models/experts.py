@@ -7,10 +7,12 @@ levels (`ModelAdapter.sigma_range`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from radial import VideoGrid
 from train.attention.step import StepAttention
@@ -71,7 +73,11 @@ class TwoExperts(ModelAdapter):
             expert.rope = self.rope
             expert.set_attention(attention)
 
-    def hook_tokens(self) -> None:
+    def unset_attention(self) -> None:
+        for expert in self.experts:
+            expert.unset_attention()
+
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         raise AssertionError("each expert has hooks of its own")
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

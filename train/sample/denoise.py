@@ -24,6 +24,13 @@ from train.errors import UserError
 from train.models.base import ModelAdapter
 from train.sample.ranks import Split
 
+_MARK = "radial_denoiser"
+
+
+def has_denoiser(transformer: Any) -> bool:
+    """Whether a transformer's calls go through a `Denoiser`, of this pipeline or of another one that shares it."""
+    return hasattr(transformer, _MARK)
+
 
 @dataclass
 class Denoiser:
@@ -58,6 +65,7 @@ class Denoiser:
         for adapter in self.adapters:
             transformer = adapter.transformer
             transformer.forward = functools.partial(self._forward, adapter, transformer.forward)
+            setattr(transformer, _MARK, True)
 
     def leave(self) -> None:
         """Gives the transformers their own forward back.
@@ -72,6 +80,7 @@ class Denoiser:
                     "the pipeline was offloaded after it was extended: call pipeline.remove_all_hooks() first"
                 )
         for transformer, forward in self._before:
+            delattr(transformer, _MARK)
             del transformer.forward
             if forward is not None:
                 transformer.forward = forward

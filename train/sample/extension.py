@@ -19,15 +19,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from radial import RadialError
 from train.config.compose import compose_run, group_options
 from train.config.schema import ModelConfig
 from train.errors import UserError
-from train.lora.file_checks import notes
+from train.lora.file_checks import NONE, notes
 from train.models.base import ModelAdapter
 from train.models.families import ADAPTERS, adapter_of, family_of
 from train.models.loading import temporal_rope
 from train.models.rope import TemporalRope
-from train.sample.denoise import Denoiser
+from train.sample.denoise import Denoiser, has_denoiser
 from train.sample.pipeline import load_loras, transformers_of
 from train.sample.ranks import Split
 from train.sample.settings import Settings, complete, recipe_of, slots
@@ -77,11 +78,13 @@ def extend(
         raise UserError(
             "the pipeline is offloaded already: call pipeline.remove_all_hooks(), extend it, and offload it after that"
         )
+    if any(map(has_denoiser, transformers_of(pipeline))):
+        raise UserError("another pipeline that shares this one's transformer is extended: call unextend(it) first")
     config = model if isinstance(model, ModelConfig) else model_of(pipeline, model)
     if family_of(config).pipeline_name is None:
         other = ", but python -m train.sample generates with it" if family_of(config).generates() else ""
         raise UserError(f"{type(pipeline).__name__} is of the family {config.family}, which cannot be extended{other}")
-    first, second = (None if file is None else f"{file}:{strength}" for file in (lora, lora_2))
+    first, second = (file if file in (None, NONE) else f"{file}:{strength}" for file in (lora, lora_2))
     given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)
     extension = Extension(pipeline, complete(given, _with_folder(config, pipeline)), config)
     for line in extension.loaded:
@@ -193,13 +196,20 @@ class Extension:
             self.adapters = [
                 self._adapter(t, replace(model, rope=str(settings.rope))) for t in transformers_of(pipeline)
             ]
+            recipe = recipe_of(settings)
+            for adapter in self.adapters:
+                layers, heads, _ = adapter.attention_shape
+                recipe.check_model(layers, heads)
+        except RadialError as error:
+            self.remove()
+            raise UserError(str(error)) from error
         except BaseException:
             self.remove()
             raise
         self.denoiser = Denoiser(
             pipeline=pipeline,
             adapters=self.adapters,
-            attention=recipe_of(settings),
+            attention=recipe,
             split=split or Split(),
             bring=bring,
         )

@@ -112,7 +112,14 @@ def settled(settings: Settings, others: dict[str, str]) -> tuple[Settings, Model
         raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
     config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **others}).model)
     assert isinstance(config, ModelConfig)
-    return complete(settings, config), config
+    settings = complete(settings, config)
+    recipe = recipe_of(settings)
+    if isinstance(recipe.pattern, Fitted):  # of an extended pipeline only its calls know the size
+        try:
+            recipe.pattern.masks.about.check_grid(grid(settings, config), recipe.block)
+        except RadialError as error:
+            raise UserError(str(error)) from error
+    return settings, config
 
 
 def complete(settings: Settings, model: ModelConfig) -> Settings:

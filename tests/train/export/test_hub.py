@@ -23,7 +23,7 @@ def run_of(conf, **settings):
 def card_of(tmp_path, config, results=""):
     if results:
         (tmp_path / "report.txt").write_text(results, encoding="utf-8")
-    write_card(tmp_path, config, tmp_path, None)
+    write_card(tmp_path, config, 7, tmp_path, None)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
@@ -39,7 +39,7 @@ def test_a_card_has_what_the_run_had(tmp_path):
         "tags": ["lora", "radial-attention", "video", "wan"],
     }
     assert "| mask | `Released(decay=1.0, rule='wan')`, blocks of 128 tokens |" in body
-    assert "| clips | 321 frames of 720 x 1280 pixels |" in body
+    assert "| clips | 321 frames of 720 x 1280 pixels |" in body and "| steps | 7 of 8 clips |" in body
     assert "dense 0.03\nreleased 0.04" in body
     assert 'extend(pipeline, "diffusers")' in body
     assert "- `comfyui/`: ComfyUI runs this attention with the node Load Radial LoRA" in body
@@ -58,8 +58,23 @@ def test_a_card_has_no_command_that_fails(tmp_path):
     """`extend` knows no pipeline of MiniMax-H3; and it reads the format that there is."""
     _, body = card_of(tmp_path, run_of("minimax_h3_4x"))
     assert "extend(" not in body and "pipeline.transformer.load_lora_adapter(" in body
-    write_card(tmp_path, run_of("wan_4x"), tmp_path, ["comfyui"])
+    write_card(tmp_path, run_of("wan_4x"), 7, tmp_path, ["comfyui"])
     assert 'extend(pipeline, "comfyui")' in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_one_experts_lora_names_that_expert(tmp_path):
+    expected = {"high": '"diffusers", lora_2="none"', "low": '"none", lora_2="diffusers"'}
+    for expert, files in expected.items():
+        _, body = card_of(tmp_path, run_of("wan22_2x", **{"model.expert": expert}))
+        assert f"extend(pipeline, {files})" in body
+    dora = {"model.expert": "low", "lora.dora": "true"}
+    assert "pipeline.transformer_2.load_lora_adapter(" in card_of(tmp_path, run_of("wan22_2x", **dora))[1]
+
+
+def test_a_card_of_dense_attention_names_no_mask(tmp_path):
+    _, body = card_of(tmp_path, run_of("wan_4x", attention="dense"))
+    assert "A LoRA that was trained with dense attention." in body
+    assert "mask" not in body.partition("## Running it")[0] and "| dense |" not in body
 
 
 def test_other_licences_and_images(tmp_path):

@@ -94,6 +94,24 @@ def test_an_extended_pipeline_has_the_masks_of_the_command(wan, tmp_path):
         stock(wan, lambda pipeline: extend(pipeline, file, model=model, **given))
 
 
+def test_masks_that_do_not_fit_are_refused_before_the_first_step(wan, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    given, model = {"masks": file, "dense_steps": 1, "block": None}, parse_settings(words(wan))[1]
+    save_masks(file, VideoGrid(9, 2, 4), **of_model(wan))
+    with pytest.raises(UserError, match="masks are fitted to frames of 2 x 4 tokens, the clip's have 2 x 3"):
+        parse_settings(words(wan, **given))
+    save_masks(file, VideoGrid(9, 2, 3), **of_model(wan))
+    with pytest.raises(UserError, match="block is 64: set it to 16"):
+        parse_settings(words(wan, **{**given, "block": 64}))
+    parse_settings(words(wan, **{**given, "dense_layers": 0}))  # which layers there are, only the model tells
+
+    def extended(pipeline):
+        with pytest.raises(UserError, match="layer 0 has none: keep it dense"):
+            extend(pipeline, model=model, masks=file, dense_layers=0, dense_steps=1)
+
+    stock(wan, extended)
+
+
 def run_under(file, **settings):
     """A run of wan_4x, whose frames are of 45 x 80 tokens."""
     given = {"conf": "wan_4x", "attention": "fitted", "attention.masks": str(file)}

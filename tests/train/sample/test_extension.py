@@ -80,6 +80,47 @@ def test_a_second_lora_beside_it(wan, lora, model, tmp_path):
     close(called(pipeline), alone)
 
 
+def test_tokens_find_their_places_when_loras_come_and_go(wan, model, tmp_path):
+    """Under a mask with an order of its own, tokens leave it behind the last projection, which a LoRA may wrap."""
+    pipeline = WanPipeline.from_pretrained(wan)
+    plain, last = called(pipeline), pipeline.transformer.proj_out
+    factors = {"A": torch.randn(4, last.in_features), "B": torch.randn(last.out_features, 4)}
+    style = tmp_path / "style.safetensors"
+    save_file({f"transformer.proj_out.lora_{name}.weight": 0.3 * factor for name, factor in factors.items()}, style)
+    own = {"model": model, "pattern": "temporal", "block": 16, "dense_layers": 1, "dense_steps": 1}
+    extend(pipeline, **own)
+    without = called(pipeline)
+    pipeline.load_lora_weights(style, adapter_name="style")
+    styled = called(pipeline)
+    close(styled, called(extend(WanPipeline.from_pretrained(wan), add=str(style), **own)))
+    assert (styled - without).abs().max() > 0.1
+    pipeline.unload_lora_weights()
+    close(called(pipeline), without)
+    unextend(pipeline)
+    assert torch.equal(called(pipeline), plain)
+
+
+def test_pipelines_that_share_a_transformer(wan, model):
+    own = {"model": model, "decay": 0.4, "block": 16, "dense_layers": 1, "dense_steps": 1}
+    first = extend(WanPipeline.from_pretrained(wan), **own)
+    expected = called(first)
+    second = WanPipeline.from_pipe(first)
+    with pytest.raises(UserError, match="another pipeline that shares this one's transformer is extended"):
+        extend(second, **own)
+    unextend(first)
+    assert torch.equal(called(extend(second, **own)), expected)
+
+
+def test_one_experts_lora(model, tmp_path):
+    folder = save_pipeline("wan_a14b", tmp_path / "a14b")
+    file = save_lora(folder, tmp_path / "mine.safetensors", header=HEADER)
+    both = replace(ModelConfig(**compose_run({"conf": "wan22_2x"}).model), text_tokens=TOKENS)
+    for loras in ((file, "none"), ("none", file)):
+        pipeline = extend(WanPipeline.from_pretrained(folder), loras[0], lora_2=loras[1], model=both, dense_steps=1)
+        for transformer, lora in zip((pipeline.transformer, pipeline.transformer_2), loras, strict=True):
+            assert bool(getattr(transformer, "peft_config", None)) == (lora == file)
+
+
 def test_offloaded_models_run_the_same(wan, lora, model, monkeypatch):
     pipeline = WanPipeline.from_pretrained(wan)
     plain = called(pipeline)

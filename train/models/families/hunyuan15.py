@@ -12,13 +12,14 @@ zeros. It predicts the velocity eps - x0 at timestep 1000 sigma, and is guided b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
@@ -180,11 +181,13 @@ class Hunyuan15Adapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def hook_tokens(self) -> None:
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles))
-        model.x_embedder.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
+        return (
+            model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles)),
+            model.x_embedder.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens)),
+            model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens)),
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         config, batch = self.transformer.config, len(x)

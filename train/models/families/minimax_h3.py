@@ -20,7 +20,7 @@ takes no weight of it as an input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from diffusers import MiniMaxH3Transformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
@@ -147,8 +148,9 @@ class MiniMaxH3Adapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def hook_tokens(self) -> None:
-        """Nothing: `velocity` packs no more of the video than this rank's own."""
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
+        """None: `velocity` packs no more of the video than this rank's own, in the layers' order."""
+        return ()
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return -self._prediction(self.transformer, x, 1 - sigma.float(), conditions)

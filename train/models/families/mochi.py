@@ -7,11 +7,13 @@ learned mixtures of the three axes, other ones in each head. Its sampler takes h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import MochiTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
@@ -98,16 +100,17 @@ class MochiAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch, text_tokens=self.text_tokens)
 
-    def hook_tokens(self) -> None:
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles))
-        model.patch_embed.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
+        return (
+            model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x, dim=0) for x in angles)),
+            model.patch_embed.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches)),
+            model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens)),
+        )
 
     def _own_patches(self, patches: Tensor) -> Tensor:
         """(batch x frames, tokens a frame, dim) -> (batch, own tokens, dim): the model joins frames to samples next."""
-        if self._attention is None or not self._attention.moves_tokens:
-            return patches
+        assert self._attention is not None, "hooked for an attention"
         frames = self._attention.pattern_layout.grid.frames
         return self.to_layers(patches.unflatten(0, (-1, frames)).flatten(1, 2))
 

@@ -11,12 +11,14 @@ the latent of the first frame followed by grey. Wan2.1's also attends to the ima
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
@@ -136,13 +138,15 @@ class WanAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
 
-    def hook_tokens(self) -> None:
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(angle) for angle in angles))
-        # (batch, dim, F, H, W) -> (batch, dim, tokens): the model flattens the last dimensions next
-        model.patch_embedding.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches))
-        model.condition_embedder.register_forward_pre_hook(self._own_timesteps, with_kwargs=True)
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
+        return (
+            model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x) for x in angles)),
+            # (batch, dim, F, H, W) -> (batch, dim, tokens): the model flattens the last dimensions next
+            model.patch_embedding.register_forward_hook(lambda _, inputs, patches: self._own_patches(patches)),
+            model.condition_embedder.register_forward_pre_hook(self._own_timesteps, with_kwargs=True),
+            model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens)),
+        )
 
     def _own_patches(self, patches: Tensor) -> Tensor:
         return self.to_layers(patches.flatten(2), dim=2)

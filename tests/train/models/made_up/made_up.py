@@ -6,11 +6,13 @@ into train/models/families/ of a copy of the project.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from data.shards.sample import TextTokens
 from radial import VideoGrid
@@ -75,11 +77,13 @@ class MadeUpAdapter(ModelAdapter):
     def grid(self, latent: Tensor) -> VideoGrid:
         return VideoGrid.from_latent(*latent.shape[2:], patch=self.patch)
 
-    def hook_tokens(self) -> None:
+    def hook_tokens(self) -> Sequence[RemovableHandle]:
         model = self.transformer
-        model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x) for x in angles))
-        model.proj_in.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens))
-        model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens))
+        return (
+            model.rope.register_forward_hook(lambda _, inputs, angles: tuple(self.to_layers(x) for x in angles)),
+            model.proj_in.register_forward_hook(lambda _, inputs, tokens: self.to_layers(tokens)),
+            model.proj_out.register_forward_hook(lambda _, inputs, tokens: self.from_layers(tokens)),
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         dtype = self.transformer.proj_in.weight.dtype

@@ -19,6 +19,7 @@ from data.shards.order import BatchOrder
 from data.shards.stages import load_stages
 from data.shards.stream import LatentStream
 from radial.cli.ranks import Rank
+from train.attention.recipe import AttentionRecipe
 from train.attention.sequence import check_heads
 from train.callbacks.average import Averaging
 from train.callbacks.bad_steps import BadSteps
@@ -142,8 +143,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
         UserError: dense layers, ranks or an initial LoRA that do not fit the model.
     """
     layers, heads, _ = adapter.attention_shape
-    if config.attention.dense_layers > layers:
-        raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} layers")
+    AttentionRecipe.of(config).check_model(layers, heads)
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
         _add_lora(config, adapter)

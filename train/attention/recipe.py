@@ -10,6 +10,7 @@ from radial.serving import is_dense_step
 from train.attention.sequence import SequenceGroup, SequenceShard
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class AttentionRecipe:
         )
 
     def check_model(self, layers: int, heads: int) -> None:
-        """Raises where the pattern's masks are those of another model.
+        """Raises where more layers are dense than the model has, or the pattern's masks are those of another model.
 
         Raises:
+            UserError: too many dense layers.
             RadialError: it has other layers or heads.
         """
+        if self.dense_layers > layers:
+            raise UserError(f"attention.dense_layers is {self.dense_layers}, the model has {layers} layers")
         if isinstance(self.pattern, Fitted):
             self.pattern.masks.check_model(layers, heads, self.dense_layers)
 

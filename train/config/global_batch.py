@@ -52,7 +52,9 @@ def clips_in_words(config: RunConfig) -> str:
 def _misfit(config: RunConfig, wanted: int, at_once: float) -> str:
     devices, batch = config.trainer.devices, config.data.batch_size
     world = config.trainer.nodes * devices
-    per_clip = [size for size in range(1, devices + 1) if devices % size == 0 and wanted % (batch * world / size) == 0]
+    heads = (config.model.dimensions or {}).get("num_attention_heads", 0)  # those who share a clip share its heads
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0 and heads % size == 0]
+    per_clip = [size for size in sizes if wanted % (batch * world / size) == 0]
     remedies = [f"parallel.sequence={' or '.join(map(str, per_clip))} (GPUs that share a clip)"] * bool(per_clip)
     remedies.append(f"optim.global_batch to a multiple of {at_once:g}")
     return (

@@ -12,7 +12,6 @@ from radial.patterns.ultravico import UltraViCo
 from train.attention.recipe import AttentionRecipe
 from train.attention.step import StepAttention
 from train.config.schema import RunConfig
-from train.errors import UserError
 from train.evaluate.settings import Job, Variant
 from train.lora.layers import inject_lora, load_parameters, lora_parameters
 from train.models.base import ModelAdapter
@@ -41,9 +40,7 @@ class EvaluatedModel:
         self._lora = job.lora is not None or config.lora is not None
         dtype = torch.bfloat16 if self.precision == "bf16" and self._lora else torch.float32
         self.adapter = load_adapter(config.model, dtype, config.seed, self.device)
-        layers = self.adapter.attention_shape[0]
-        if config.attention.dense_layers > layers:
-            raise UserError(f"attention.dense_layers is {config.attention.dense_layers}, the model has {layers} layers")
+        AttentionRecipe.of(config).check_model(*self.adapter.attention_shape[:2])
         transformer = self.adapter.transformer
         self._whole: dict[bool, dict[str, Tensor]] = {}
         if job.lora is not None:

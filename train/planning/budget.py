@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from train.attention.recipe import AttentionRecipe
+from train.attention.sequence import check_heads
 from train.config.global_batch import micro_batches
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -267,6 +268,7 @@ class Budget:
             return f"parallel.sequence is {self.sequence}, expected a divisor of a node's {gpus} GPUs: {sizes}"
         try:
             micro_batches(self.placed)
+            check_heads(self.sequence, self.sizes.heads)
         except UserError as error:
             return str(error)
         return None
@@ -276,6 +278,9 @@ class Budget:
         """Why the run cannot work there, in words; None if it can."""
         if self.unshared is not None:
             return self.unshared
+        dense, layers = self.config.attention.dense_layers, self.sizes.layers
+        if dense > layers:
+            return f"attention.dense_layers is {dense}, the model has {layers} layers"
         where = "the CPU has" if self.machine.is_cpu else f"an {self.machine.gpu.name} has"
         if self.config.trainer.fp8 and not self.machine.is_cpu and not self.machine.gpu.float8:
             return f"trainer.fp8 is true, {where} no float8 products: leave it out (model.storage=fp8 runs there)"

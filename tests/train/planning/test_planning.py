@@ -38,7 +38,7 @@ from train.planning.duration import between
 from train.planning.flops import SampleFlops
 from train.planning.full_memory import check_memory
 from train.planning.layer_memory import movable_bytes
-from train.preflight import check_parallel
+from train.preflight import check_parallel, preflight
 
 
 def planned(gpu="h200", gpus=1, nodes=1, cpu_gib=128, layers=None, **words):
@@ -319,6 +319,20 @@ def test_two_experts_targets_are_counted_by_their_names():
     assert sizes.trained == 2 * one.trained == 2 * 40 * sizes.width * 2 * planned(conf="wan22_2x").config.lora.rank
     with pytest.raises(UserError, match=r"matches no linear layer of the model; names begin with transformer\. or"):
         planned(conf="wan22_2x", lora__targets=r"blocks\.\d+\.attn1\.to_q")
+
+
+def test_more_dense_layers_than_the_model_has_are_refused_before_it_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="attention.dense_layers is 9, the model has 3 layers"):
+        preflight(run_config(tmp_path, attention__dense_layers=9))
+
+
+def test_a_plan_knows_the_models_heads_and_layers():
+    assert (
+        "parallel.sequence is 3, expected a divisor of the model's 40 heads"
+        in planned(gpus=3, parallel__sequence=3).misfit
+    )
+    assert "set optim.global_batch to a multiple of 3" in planned(gpus=3).misfit  # and not parallel.sequence=3
+    assert planned(attention__dense_layers=99).misfit == "attention.dense_layers is 99, the model has 40 layers"
 
 
 def test_float8_products_need_a_gpu_that_has_them():

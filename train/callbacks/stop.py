@@ -1,7 +1,8 @@
 """Signals: a run that is asked to stop ends after its micro-batch, saves a checkpoint and reports whether it goes on.
 
     SIGINT                  stop: checkpoint and exit; a second one, half a second later or more, exits at once
-    SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals)
+    SIGTERM, SIGUSR1        requeue: checkpoint and exit, to be started again (SLURM's signals); rank 0 notes SIGUSR1
+                            in the run's folder, as the job does not start again what had no time for a checkpoint
     SIGHUP                  the same: the terminal has closed; nohup and its like, which ignore it, are let be
 
 Signals reach ranks at different moments, so all ranks agree at the end of every micro-batch whether this one was the
@@ -31,7 +32,7 @@ from train.errors import EXIT_CODES, REQUEUE, STOP, WORDS, Asked
 from train.parallel.control_group import ControlGroup
 from train.parallel.processes import end_now
 from train.storage.checkpoints import how_to_go_on
-from train.storage.run_folder import set_state
+from train.storage.run_folder import TIME_UP, set_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ONE_WISH = 0.5
@@ -56,6 +57,9 @@ class StopSignals(Callback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the signals over, and gives them back."""
+        if self.rank == 0:
+            with suppress(OSError):
+                (self.folder / TIME_UP).unlink(missing_ok=True)  # of an earlier start
         before = {number: signal.getsignal(number) for number in self._taken}
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
@@ -89,6 +93,9 @@ class StopSignals(Callback):
             again = "; again: at once" if number == signal.SIGINT else ""
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint and stopping{again}\n".encode())
+        if number == signal.SIGUSR1 and self.rank == 0:
+            with suppress(OSError):
+                (self.folder / TIME_UP).touch()
         # who asks to stop does not want it started again
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
 

@@ -3,6 +3,7 @@
 config.yaml     the whole config; a resume reads it
 state           first line: starting (by a job), running, requeue, stopped, done, failed or died; then why, in words;
                 none in a new folder
+.time_up        in the run's last start came SIGUSR1, SLURM's signal before the end of the time
 .lock           held by rank 0 while it runs: host, process and SLURM job
 """
 
@@ -31,6 +32,7 @@ from train.config.schema import RunConfig, structured
 from train.errors import UserError
 
 CONFIG, PLAN, STATE, LOCK, LAUNCH = "config.yaml", "plan.json", "state", ".lock", "launch.json"
+TIME_UP = ".time_up"
 _SINCE = "%Y-%m-%d %H:%M:%S"
 _SHARED = "RADIAL_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn the folder
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
 from train.run import resume
 from train.storage.checkpoints import checkpoints_of, load_state
-from train.storage.run_folder import get_state
+from train.storage.run_folder import TIME_UP, get_state
 
 
 def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
@@ -44,6 +44,16 @@ def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
         trainer.global_step = 2
         stop.on_train_batch_end(trainer, None)
     assert (stop.agreed, trainer.should_stop) == (REQUEUE, True)
+
+
+def test_the_signal_before_the_end_of_the_time_is_told_from_a_preemption(tmp_path):
+    # the last start forgets what the one before noted
+    for number, rank, noted in ((signal.SIGUSR1, 1, False), (signal.SIGUSR1, 0, True), (signal.SIGTERM, 0, False)):
+        stop = StopSignals(tmp_path, rank, ControlGroup())
+        with stop.listening():
+            os.kill(os.getpid(), number)
+            wait_until(lambda stop=stop: stop.asked == REQUEUE)
+        assert (tmp_path / TIME_UP).exists() == noted
 
 
 @pytest.mark.parametrize("where", ["clips", "validation"])

@@ -1,0 +1,54 @@
+"""Whether the job's script queues a run again after it has ended, with a SLURM of three shell scripts."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import doctor
+from train.storage.run_folder import TIME_UP, set_state
+
+TEMPLATE = Path(doctor.__file__).with_name("template.sbatch")
+
+
+@pytest.fixture
+def start(folder, tmp_path, monkeypatch):
+    """Runs the script; the run in it is the given line of bash, and what comes back is whether it was queued again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    text = TEMPLATE.read_text(encoding="utf-8").replace("RUN=runs/wan_4x/CHANGE_ME", f"RUN={folder}")
+    (tmp_path / "job.sbatch").write_text(text, encoding="utf-8")
+
+    def started(does: str) -> bool:
+        asked = tmp_path / "requeued"
+        asked.unlink(missing_ok=True)
+        for name, line in (
+            ("scontrol", f'if [ "$1" = requeue ]; then echo "$2" > {asked}; fi'),
+            ("srun", f'case "$*" in *" -m train "*) cd {folder} && {does} ;; esac'),
+        ):
+            (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+        done = subprocess.run(["bash", tmp_path / "job.sbatch"], capture_output=True, encoding="utf-8")
+        assert done.stderr == "" and asked.exists() != ("not queued again" in done.stdout), done.stdout + done.stderr
+        return asked.exists()
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("does", "again"),
+    [
+        ("echo requeue > state", True),
+        (f"touch {TIME_UP}; echo requeue > state", False),
+        (f"touch {TIME_UP}; echo requeue > state; mkdir -p checkpoints/step-000002", True),
+        ("echo running > state", False),
+        ("echo running > state; mkdir -p checkpoints/step-000002", True),
+    ],
+    ids=["preempted", "time up", "time up, saved", "killed", "killed, saved"],
+)
+def test_a_run_without_a_checkpoint_is_queued_again_only_after_a_preemption(folder, start, does, again):
+    set_state(folder, "running")
+    assert start(does) == again

@@ -52,3 +52,11 @@ def start(folder, tmp_path, monkeypatch):
 def test_a_run_without_a_checkpoint_is_queued_again_only_after_a_preemption(folder, start, does, again):
     set_state(folder, "running")
     assert start(does) == again
+
+
+@pytest.mark.parametrize("saves", ["mkdir step-000002", "rmdir step-000003 && mkdir step-000003"])
+def test_a_run_that_went_back_past_a_damaged_checkpoint_has_gone_on_when_it_saves_an_earlier_one(folder, start, saves):
+    for step in (1, 3):
+        (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert not start("echo running > state")
+    assert start(f"echo running > state; cd checkpoints; {saves}")

@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 
 from data.io.files import write_utf8
 from train.callbacks.base import StepCallback
 from train.callbacks.metrics import VALIDATION, StepMetrics
 from train.callbacks.throughput import Throughput
+from train.callbacks.validation import Validation
 from train.errors import UserError
 from train.parallel.control_group import ControlGroup
 from train.step.module import LengthExtensionModule
@@ -104,6 +106,9 @@ class StepCheckpoints(StepCallback):
         """Notes whether the newest checkpoint is the best, and removes those that are neither best nor newest."""
         loss = self.figures.row.get(VALIDATION)
         measured = sorted(key for key in self.figures.row if key.startswith("validation/"))
+        if measured:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            measured += [f"clips {one.digest()}" for one in callbacks if isinstance(one, Validation)]
         best = best_checkpoint(self.folder, measured)
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             try:
@@ -125,8 +130,9 @@ def best_checkpoint(folder: Path, measured: list[str] | None = None) -> tuple[Pa
 
     Args:
         folder: of the run's checkpoints.
-        measured: names of a validation's figures; None too where the loss is not a mean of such, as a resumed run may
-            validate at other noise levels and lengths. Empty or None takes any.
+        measured: names of a validation's figures, and the digest of its clips; None too where the loss is not a mean of
+            such, as a resumed run may validate at other noise levels and lengths, or on other clips. Empty or None
+            takes any.
     """
     try:
         noted = json.loads((folder / BEST).read_text(encoding="utf-8"))

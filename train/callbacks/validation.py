@@ -8,6 +8,7 @@ A shorter clip is the beginning of a longer one: the VAEs are causal in time, so
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,12 @@ class Validation(StepCallback):
             with module.evaluating():
                 self.row = self.measure(trainer, module)
             self.throughput.leave_out(time.perf_counter() - start)
+
+    def digest(self) -> str:
+        """SHA-256 of the keys and tensors of the clips: losses on others do not compare. Empty before the first use."""
+        if not self._clips:
+            return ""
+        return hashlib.sha256("\n".join(f"{clip.key} {clip.digest()}" for clip in self._clips).encode()).hexdigest()
 
     @torch.no_grad()
     def measure(self, trainer: L.Trainer, module: LengthExtensionModule) -> dict[str, float]:

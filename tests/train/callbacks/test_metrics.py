@@ -132,6 +132,18 @@ def test_the_best_checkpoint_stays_beside_the_newest(logged):
     assert set(checkpoints_of(folder / "checkpoints")) == {best[0], folder / "checkpoints" / "step-000008"}
 
 
+def test_the_best_of_other_validation_clips_is_none(tmp_path):
+    """A run that goes on with more clips begins its search anew: their loss is no smaller or larger than the old."""
+    given = {"validation__every": 1, "trainer__checkpoint_every": 1, "trainer__keep": 1}
+    folder = RunFolder.create(run_config(tmp_path, **given)).path
+    best = folder / "checkpoints" / "best.json"
+    for steps, clips, expected in ((1, 1, "step-000001"), (2, 1, "step-000001"), (3, 2, "step-000003")):
+        resume(folder, run_config(tmp_path, **given, trainer__steps=steps, validation__clips=clips))
+        noted = json.loads(best.read_text(encoding="utf-8"))
+        assert noted["checkpoint"] == expected
+        best.write_text(json.dumps({**noted, "loss": 0.0}), encoding="utf-8")  # nothing to come is better
+
+
 def test_validation_disturbs_nothing(logged, tmp_path):
     config, folder, _ = logged
     plain = replace(config, runs=str(tmp_path), validation=replace(config.validation, every=0))

@@ -151,7 +151,7 @@ def test_the_best_checkpoint_is_one_whose_loss_is_a_number(tmp_path, capsys, mon
 
     figures = SimpleNamespace(row={})
     saves = StepCheckpoints(tmp_path, 1, 0, 1, ControlGroup(), figures, Throughput())
-    trainer = SimpleNamespace(print=print, strategy=SimpleNamespace(remove_checkpoint=shutil.rmtree))
+    trainer = SimpleNamespace(print=print, callbacks=[], strategy=SimpleNamespace(remove_checkpoint=shutil.rmtree))
     found = []
     for step, loss in enumerate((math.nan, 2.0, 1.0, 3.0)):
         figures.row = {"validation/loss": loss}

@@ -18,7 +18,7 @@ from typing import Any
 
 from train.errors import EXIT_CODES, REQUEUE, STOP
 from train.report.runs import Run
-from train.storage.run_folder import get_state
+from train.storage.run_folder import get_state, set_state
 from train.storage.sweep_folder import OUTPUT, SweepFolder
 
 
@@ -61,12 +61,15 @@ class LocalRuns:
                 print(self._ending(folder, code, said), flush=True)
                 if not self.asked:
                     self.failed.append(number)
+                    if get_state(folder)[0] == "new":  # it ended before it could say so itself
+                        set_state(folder, "failed", f"{_how(code)}: {said}")
 
     def _run_one(self, folder: Path) -> tuple[int, str]:
         """Runs one to its end.
 
         Returns:
-            The exit code, below 0 the number of the signal that ended it; and the last line that it printed.
+            The exit code, below 0 the number of the signal that ended it; and the last error that it printed, the last
+            line where there is none.
         """
         command = [*self.program, f"resume={folder}"]
         with (folder / OUTPUT).open("ab") as output:
@@ -83,16 +86,16 @@ class LocalRuns:
             self._process = None
         printed = (folder / OUTPUT).read_bytes()[start:].decode(errors="replace")
         lines = [line for line in printed.replace("\r", "\n").split("\n") if line.strip()]
-        return code, lines[-1].strip() if lines else "nothing was printed"
+        lines = [line for line in lines if line.startswith("error: ")] or lines
+        return code, lines[-1].strip().removeprefix("error: ") if lines else "nothing was printed"
 
     def _ending(self, folder: Path, code: int, said: str) -> str:
         """How a run ended that did not finish, in words."""
         if code in EXIT_CODES.values():
             return f"stopped: {get_state(folder)[1]}"
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self.asked:  # before the run listened for signals, or in haste
-            return f"stopped, {how}"
-        return f"failed, {how}: {said.removeprefix('error: ')} ({folder / OUTPUT})"
+            return f"stopped, {_how(code)}"
+        return f"failed, {_how(code)}: {said} ({folder / OUTPUT})"
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -111,3 +114,8 @@ class LocalRuns:
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
         if self._process is not None:
             self._process.send_signal(number)
+
+
+def _how(code: int) -> str:
+    """An exit code, or the name of the signal where it is below 0."""
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -27,7 +27,7 @@ seed = int(next(l for l in (folder / "config.yaml").read_text().splitlines() if 
 if (folder / "mended").exists():
     seed = 0
 if seed == 1:
-    print("error: model.path is nowhere", flush=True)
+    print("error: model.path is nowhere\\nwandb: a last word", flush=True)
     sys.exit(2)
 if seed == 2:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -78,6 +78,8 @@ def test_a_run_that_fails_or_is_killed_ends_alone(tmp_path, program, capsys):
     assert lines[0].startswith("0  trainer.steps=4 seed=0  done in 0.0 min, no step yet")
     assert f"failed, exit code 2: model.path is nowhere ({sweep.run(1) / OUTPUT})" in lines[1]
     assert "failed, ended by SIGKILL: nothing was printed" in lines[2]
+    assert get_state(sweep.run(1)) == ("failed", "exit code 2: model.path is nowhere")
+    assert get_state(sweep.run(2)) == ("failed", "ended by SIGKILL: nothing was printed")
     for number in (1, 2, 4, 5):
         (sweep.run(number) / "mended").touch()
     again = LocalRuns(SweepFolder.read(sweep.path), program)

@@ -38,6 +38,22 @@ def test_a_sweep_is_read_in_hydras_grammar(text, found):
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("1.10,1.20", ["1.10", "1.20"]),
+        ("2024_01, 1e3", ["2024_01", "1e3"]),
+        ("choice(1.10,1.1)", ["1.10", "1.1"]),
+        ("range(1,3)", ["1", "2"]),
+        ("float(1,2)", ["1.0", "2.0"]),
+        ("1.10,a,'b c'", ["1.10", "a", "b c"]),
+        ("1.10,'a, b'", ["1.1", "a, b"]),
+    ],
+)
+def test_a_text_that_looks_like_a_number_stays_as_it_is_typed(text, found):
+    assert values(text, "data.shards") == found
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "64", "", "null", "[a cat, a dog]", "it's a dog, at dawn", "runs/lr=1e-4, often", "{000..009}", '"a, b"',

@@ -16,6 +16,7 @@ from launch.status import standing
 from radial.cli.command import Command
 from radial.cli.settings import at_least, setting
 from train.errors import UserError
+from train.storage.run_folder import holder
 from train.storage.sweep_folder import OUTPUT, SweepFolder, is_sweep
 
 ASK_EVERY = 3.0
@@ -45,11 +46,15 @@ def show(options: Options) -> None:
         return
     job = job_of(folder)
     file = log_file(folder, job)
+    if follow and job and holder(folder) is None and not _output_of(folder, job).exists():
+        file = _output_of(folder, job)  # what is there is of an earlier start
     with contextlib.suppress(KeyboardInterrupt):
         if follow and not file.exists():
             print(f"waiting for {file}{f': job {job} is {slurm_state(job)}' if job else ''}", flush=True)
         while follow and not file.exists() and _goes_on(folder, job):
             time.sleep(ASK_EVERY)
+        if not file.exists():
+            file = log_file(folder, job)
         if not file.exists():
             waits = f": SLURM job {job} has not started" if job else ""
             raise UserError(f"{folder} has no output yet{waits}")
@@ -82,10 +87,24 @@ def has_reader(descriptor: int = 1) -> bool:
 
 
 def log_file(folder: Path, job: str | None) -> Path:
-    """The file with the run's output: what SLURM or a sweep wrote there, else its log."""
-    if job:
-        return folder / f"slurm-{job}.out"
-    return folder / OUTPUT if (folder / OUTPUT).exists() else folder / "log.txt"
+    """The file with the output of the run's last start: that of the job that runs it, else the newest of what SLURM, a
+    sweep or the run itself wrote.
+
+    Args:
+        folder: of the run.
+        job: as `launch.records.job_of`.
+    """
+    own = [folder / OUTPUT, folder / "log.txt"]
+    if holder(folder) is None:
+        own = [*folder.glob("slurm-*.out"), *own]
+    elif job and _output_of(folder, job).exists():
+        return _output_of(folder, job)
+    there = [file for file in own if file.exists()]
+    return max(there, key=lambda file: file.stat().st_mtime) if there else own[-1]
+
+
+def _output_of(folder: Path, job: str) -> Path:
+    return folder / f"slurm-{job}.out"
 
 
 def _show(file: Path, count: int, goes_on: Callable[[], bool] | None) -> None:

@@ -31,10 +31,11 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def job_of(folder: Path) -> str | None:
-    """The SLURM job of a run: that of who runs in the folder, which may have been submitted by hand, or the recorded.
+    """The SLURM job of a run: that of who runs in the folder, which may be another than the recorded, or none.
 
     Raises:
         UserError: not a run folder.
     """
     job: str | None = recorded(folder).get("job")
-    return (holder(folder) or {}).get("job") or job
+    who = holder(folder)
+    return job if who is None else who.get("job")

@@ -3,13 +3,14 @@
 import json
 import os
 import pty
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from launch import cancel, logs, status
 from launch.logs import has_reader
-from launch.records import record
+from launch.records import job_of, record
 from radial.errors import Mistake
 from tests.helpers.tiny import run_config
 from train.errors import UserError
@@ -118,6 +119,23 @@ def test_a_job_that_was_submitted_by_hand_is_known_while_it_runs(folder, monkeyp
         logs.main([str(folder)])
         status.main([str(folder)])
     assert "of job 8\n" in capsys.readouterr().out and asked == ["8"]
+
+
+def test_logs_are_those_of_the_last_start(folder, monkeypatch, capsys):
+    """After its job has ended the run was taken up by hand, in no job and then in another."""
+    record(folder, how="slurm", job="7")
+    for age, name in ((300, "slurm-7.out"), (200, "log.txt"), (100, "slurm-8.out")):
+        (folder / name).write_text(f"of {name}\n", encoding="utf-8")
+        os.utime(folder / name, (time.time() - age,) * 2)
+        logs.main([str(folder)])
+        assert capsys.readouterr().out == f"of {name}\n"
+    with held(folder):
+        logs.main([str(folder)])
+        assert job_of(folder) is None and capsys.readouterr().out == "of log.txt\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with held(folder):
+        logs.main([str(folder)])
+        assert job_of(folder) == "7" and capsys.readouterr().out == "of slurm-7.out\n"
 
 
 def test_cancelling_a_job_that_still_checks_its_nodes_ends_it(folder, monkeypatch, capsys):

@@ -133,7 +133,9 @@ class HeadLayout:
     is_dense: ClassVar[bool] = False
 
     def __init__(self, family: HeadLayouts, index: int) -> None:
-        self.family, self.index, self.layer = family, index, torch.tensor(index)
+        self.family, self.index = family, index
+        with torch.inference_mode(False):  # kept for later calls, whose backward saves it
+            self.layer = torch.tensor(index)
 
     @property
     def pattern(self) -> Pattern:

@@ -239,6 +239,19 @@ def test_compiled_layers_are_one_graph(tiled):
     assert len(graphs) == 1
 
 
+def test_layouts_made_in_inference_serve_training():
+    grid, pattern = VideoGrid(3, 4, 23), ShiftedGroups(0.3)
+    build_head_layouts.cache_clear()
+    q = torch.randn(1, grid.tokens, 2, 8)
+    with torch.inference_mode():
+        plain = radial_attention(q, q, q, grid, pattern, block=16)
+    q.requires_grad_()
+    out = radial_attention(q, q, q, grid, pattern, block=16)
+    torch.testing.assert_close(out, plain)
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_torch_accepts_the_operator():
     layouts = build_head_layouts(ByHead(), VideoGrid(3, 4, 25, 7), 64, layers=2, heads=2)
     shape = (1, layouts.grid.tokens, 2, 16)

@@ -24,6 +24,7 @@ from radial.layout import (
     BlockLayout,
     build_layout,
     check_block,
+    copy_of,
     layout_rows,
     new_handle,
     pair_share,
@@ -79,6 +80,9 @@ class HeadLayouts:
     def __post_init__(self) -> None:
         register(self.handle, self)
         self._derived["layers"] = [HeadLayout(self, index) for index in range(self.layers)]
+
+    def __reduce__(self) -> tuple[Callable[[], HeadLayouts], tuple[()]]:
+        return copy_of(self), ()
 
     @property
     def blocks(self) -> int:
@@ -136,6 +140,9 @@ class HeadLayout:
         self.family, self.index = family, index
         with torch.inference_mode(False):  # kept for later calls, whose backward saves it
             self.layer = torch.tensor(index)
+
+    def __reduce__(self) -> tuple[Callable[[HeadLayouts, int], HeadLayout], tuple[HeadLayouts, int]]:
+        return HeadLayouts.layer, (self.family, self.index)  # a copy is of the copied family's layers
 
     @property
     def pattern(self) -> Pattern:

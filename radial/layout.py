@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from radial.head_layouts import HeadLayouts
 
 _TENSORS = ("row_offsets", "columns", "column_offsets", "rows", "order", "inverse_order")
+_OWN = ("handle", "_derived")  # of one object, so that no copy has them
 _HANDLES = itertools.count()
 _LIVE: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
@@ -71,6 +72,9 @@ class BlockLayout:
 
     def __post_init__(self) -> None:
         register(self.handle, self)
+
+    def __reduce__(self) -> tuple[Callable[[], BlockLayout], tuple[()]]:
+        return copy_of(self), ()
 
     @property
     def blocks(self) -> int:
@@ -152,6 +156,15 @@ def new_handle() -> int:
 def register(handle: int, layout: BlockLayout | HeadLayouts) -> None:
     """Lets `layout_of` find a layout by its handle, for as long as somebody else holds it."""
     _LIVE[handle] = layout
+
+
+def copy_of(layout: BlockLayout | HeadLayouts) -> Callable[[], Any]:
+    """What makes a `BlockLayout` or `HeadLayouts` again, here or in another process: for `copy` and `pickle`.
+
+    The copy has a handle of its own, since this one's may stand for another layout there.
+    """
+    given = {each.name: getattr(layout, each.name) for each in fields(layout) if each.name not in _OWN}
+    return partial(type(layout), **given)
 
 
 def layout_of(handle: int) -> BlockLayout | HeadLayouts:

@@ -1,5 +1,8 @@
 """Masks that differ by head: lists, every backend's view of them, and attention against a float64 softmax."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +24,7 @@ from radial import (
 from radial.backends import AttentionCall, choose_backend
 from radial.backends.flex import block_mask
 from radial.backends.lists import block_lists, masked_counts
+from radial.head_layouts import HeadLayouts
 from tests.helpers.oracles import masked_softmax
 from tests.helpers.patterns import ByHead
 
@@ -237,6 +241,19 @@ def test_compiled_layers_are_one_graph(tiled):
     layers[1].load_state_dict(layers[0].state_dict())
     assert not torch.equal(layers[0](x), layers[1](x))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_is_of_a_family_of_its_own(copied):
+    grid, q = VideoGrid(5, 4, 6), torch.randn(1, 120, 2, 8)
+    own = HeadLayouts(ByHead(), grid, 16, 3, 4, 2, 2).layer(1)
+    expected, mask = attention_over(q, q, q, own, backend="torch"), own.mask()
+    layer = copied(own)
+    assert layer is layer.family.layer(1) and layer.handle != own.handle
+    del own
+    beside = HeadLayouts(ByHead(), grid, 16, 3, 4, 0, 2)
+    assert torch.equal(layer.mask(), mask) and not torch.equal(beside.layer(1).mask(), mask)
+    torch.testing.assert_close(attention_over(q, q, q, layer, backend="torch"), expected, rtol=0, atol=0)
 
 
 def test_layouts_made_in_inference_serve_training():

@@ -1,11 +1,25 @@
 """Block lists: both directions, text, partial blocks, counting."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radial import Dense, LatentTime, Paper, RadialError, Released, VideoGrid, build_layout
+from radial import (
+    Dense,
+    LatentTime,
+    Paper,
+    RadialError,
+    Released,
+    VideoGrid,
+    attention_over,
+    build_layout,
+    make_pattern,
+)
+from radial.layout import layout_of, make_layout
 
 grids = st.builds(
     VideoGrid,
@@ -70,6 +84,28 @@ def test_layouts_are_cached_by_their_arguments():
     assert build_layout(Released(), grid, 64) is build_layout(Released(1.0, "wan"), VideoGrid(5, 8, 16), 64)
     assert build_layout(Released(), grid, 64) is not build_layout(Released(0.5), grid, 64)
     assert build_layout(Released(), grid) is build_layout(Released(), grid, 128)
+
+
+def test_a_pickled_layout_is_none_of_another_process():
+    """Its number may be another's there: a copy has one of its own, and what it is read from."""
+    grid = VideoGrid(5, 8, 16)
+    own, beside = make_layout(Released(), grid, 16), make_layout(Dense(), grid, 16)
+    own.derived("there", lambda: torch.ones(1))
+    loaded = pickle.loads(pickle.dumps(own))
+    assert layout_of(loaded.handle) is loaded and loaded.handle not in (own.handle, beside.handle)
+    assert torch.equal(loaded.mask(), own.mask()) and loaded.filled_rows == own.filled_rows
+    assert loaded.derived("there", lambda: None) is None
+
+
+def test_a_copy_outlives_its_original():
+    grid = VideoGrid(5, 8, 16)
+    own = make_layout(make_pattern("temporal"), grid, 16)
+    copied = copy.deepcopy(own)
+    mask, q = own.mask(), torch.randn(1, grid.tokens, 1, 8)
+    expected = attention_over(q, q, q, own, backend="torch")
+    del own
+    assert torch.equal(copied.mask(), mask)
+    torch.testing.assert_close(attention_over(q, q, q, copied, backend="torch"), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("block", [0, 8, 100])

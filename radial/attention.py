@@ -96,6 +96,9 @@ def attention_over(
             f"text_lengths is {text_lengths.dtype} of shape {tuple(text_lengths.shape)}, "
             f"expected integers of shape ({q.shape[0]},)"
         )
+    if text_lengths is not None:
+        # clamped, since checking the values would wait for the device; int64, since a narrow type cannot count tokens
+        text_lengths = text_lengths.long().clamp(0, grid.text_tokens)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     name = _backend_name(
         layout.handle, str(q.device), q.dtype, q.shape[-1], needs_grad, text_lengths is not None, backend
@@ -113,8 +116,7 @@ def attention_over(
         k,
         v,
         layout,
-        # clamped, since checking the values would wait for the device
-        text_lengths=None if text_lengths is None else text_lengths.clamp(0, grid.text_tokens),
+        text_lengths=text_lengths,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
     return out if orders is None else reordered(out, orders[1], orders[0])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from radial import Dense, Paper, RadialError, Released, VideoGrid, build_layout, make_pattern, radial_attention
 from radial.backends import BACKENDS, AttentionCall, choose_backend
+from radial.patterns.ultravico import UltraViCo
 from tests.helpers.oracles import masked_softmax
 
 
@@ -67,6 +68,33 @@ def test_sdpa_backend_serves_dense(lengths):
     )
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid"), [(torch.int16, VideoGrid(33, 32, 32, 40)), (torch.uint8, VideoGrid(3, 10, 10, 300))]
+)
+def test_text_lengths_of_narrow_types_mask_as_wide_ones(dtype, grid, monkeypatch):
+    masks = []
+
+    def computed(q, k, v, *, attn_mask, scale):
+        masks.append(attn_mask)
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", computed)
+    q = torch.zeros(2, grid.tokens, 1, 1)
+    for kind in (dtype, torch.int64):
+        radial_attention(q, q, q, grid, Dense(), text_lengths=torch.tensor([7, 30], dtype=kind), backend="sdpa")
+    assert torch.equal(*masks)
+    assert masks[0].sum(-1).flatten().tolist() == [grid.video_tokens + 7, grid.video_tokens + 30]
+
+
+def test_text_lengths_are_clamped_where_scores_are_scaled():
+    grid = VideoGrid(3, 4, 4, 5)
+    q = torch.randn(1, grid.tokens, 1, 8)
+    within, beyond = (
+        radial_attention(q, q, q, grid, UltraViCo(2), text_lengths=torch.tensor([length])) for length in (0, -9)
+    )
+    torch.testing.assert_close(beyond, within, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("dim", "spread"), [(64, 1), (128, 1), (128, 3)])

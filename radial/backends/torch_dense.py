@@ -34,4 +34,4 @@ class Sdpa:
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).to(q.dtype)  # which autocast may have changed

@@ -97,6 +97,16 @@ def test_text_lengths_are_clamped_where_scores_are_scaled():
     torch.testing.assert_close(beyond, within, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("pattern", [Dense(), Released()])
+def test_autocast_keeps_the_dtype_of_the_queries(pattern):
+    grid = VideoGrid(3, 4, 4)
+    q = torch.randn(1, grid.tokens, 1, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = radial_attention(q, q, q, grid, pattern, block=16)
+    assert out.dtype == q.dtype
+    out.sum().backward()
+
+
 @pytest.mark.parametrize(("dim", "spread"), [(64, 1), (128, 1), (128, 3)])
 def test_bf16_is_as_exact_as_dense_flash_attention(dim, spread):
     """On the same inputs, the error against float64 is at most 1.2 times that of torch's dense bf16 kernel."""

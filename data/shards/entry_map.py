@@ -200,7 +200,7 @@ def _inside(where: str, field: str, found: Any, place: str) -> Tensor:
         raise DataError(f"{where}: {entry} holds one {type(found).__name__} without names, leave out #{inner}")
     if not isinstance(found, Tensor):
         raise DataError(f"{where}: {place} holds a {type(found).__name__}, expected a tensor")
-    return found
+    return found.detach()  # a parameter, or what was saved with its gradient, is data here
 
 
 def _ranked(field: str, tensor: Tensor) -> Tensor:

@@ -247,5 +247,17 @@ def test_tensors_in_a_file_of_several_have_to_be_named() -> None:
     assert torch.equal(sample.latent, latent(1))
 
 
+def test_a_tensor_that_was_saved_with_its_gradient_is_data() -> None:
+    parts = {
+        "latent.npy": npy(latent(0)),
+        "text.pth": pth({"embeds": tokens(0).requires_grad_(), "mask": torch.ones(len(tokens(0)))}),
+    }
+    places = "latent:latent.npy,text.text:text.pth#embeds,text.text.mask:text.pth#mask"
+    raw = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in parts.items()}
+    sample = EntryMap.parse(places).sample("s0", raw)
+    assert not sample.text["text"].tokens.requires_grad
+    assert torch.equal(sample.text["text"].tokens.float(), tokens(0).float())
+
+
 def test_help_names_every_key() -> None:
     assert all(word in main.usage() for word in ("shards", "family", "weights", "map", "fps", "device"))

@@ -240,7 +240,7 @@ def layout_rows(pattern: Pattern, grid: VideoGrid, block: int) -> tuple[Tensor, 
     complete, blocks = grid.video_tokens // block, -(-grid.tokens // block)
     keys = pattern.video_blocks(grid, block) if complete else torch.empty(0, dtype=torch.int64)
     empty = int((_row_counts(keys, complete) == 0).sum())
-    keys = _fill_empty_rows(keys, complete)
+    keys = fill_empty_rows(keys, complete)
     counts = _row_counts(keys, complete)
     row = torch.repeat_interleave(torch.arange(complete), counts)
     column = keys - row * complete
@@ -271,8 +271,13 @@ def _row_counts(keys: Tensor, side: int) -> Tensor:
     return torch.searchsorted(keys, torch.arange(side + 1) * side).diff()
 
 
-def _fill_empty_rows(keys: Tensor, complete: int) -> Tensor:
-    """``keys`` with key blocks for the complete query blocks that have none: see the module text."""
+def fill_empty_rows(keys: Tensor, complete: int) -> Tensor:
+    """``keys``, as of `Pattern.video_blocks`, with key blocks for query blocks that have none: see the module text.
+
+    Args:
+        keys: ascending numbers of pairs, int64.
+        complete: blocks that hold nothing but video tokens.
+    """
     counts = _row_counts(keys, complete)
     starts = counts.cumsum(0) - counts
     filled = counts.nonzero().flatten()

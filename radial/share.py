@@ -9,6 +9,7 @@ from typing import Any
 
 from radial.errors import RadialError
 from radial.grid import VideoGrid
+from radial.layout import fill_empty_rows
 from radial.patterns import PATTERNS, Fitted, Pattern
 
 _CLOSE = 1e-3  # of the blocks that are wanted; nearer than this nothing better is looked for
@@ -52,8 +53,13 @@ def with_share(pattern: Pattern, grid: VideoGrid, block: int, share: float) -> P
         changes: dict[str, Any] = {field: value}
         return replace(pattern, **changes)  # type: ignore[type-var]  # every pattern is a dataclass
 
-    def kept(value: float) -> int:
-        return len(at(value).video_blocks(grid, block))
+    def kept(value: float) -> float:
+        keys = at(value).video_blocks(grid, block)
+        if len(keys) < complete:
+            # Less than any count: with fewer than one a row, rows that are filled from others make the count fall as
+            # the parameter grows, down from all blocks where the pattern has none.
+            return -math.inf
+        return len(fill_empty_rows(keys, complete))
 
     low, high = pattern.bounds(grid)
     fewest, most = kept(low), kept(high)

@@ -177,6 +177,15 @@ def test_a_share_is_met_as_nearly_as_the_pattern_can(pattern, share):
     assert with_share(pattern, GRID, 32, share) is found
 
 
+@pytest.mark.parametrize(("share", "off"), [(0.02, 0.1), (0.05, 0.07), (0.12, 1e-3), (0.15, 1e-3), (1.0, 0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_share_counts_rows_that_are_filled(share, off, seed):
+    """On few blocks, where a small draw leaves rows empty: nothing drawn would be everything kept."""
+    grid = VideoGrid(33, 9, 16)
+    found = build_layout(with_share(Random(seed=seed), grid, 128, share), grid)
+    assert 1 - found.sparsity == pytest.approx(share, abs=off)
+
+
 def test_more_of_the_parameter_is_more_blocks():
     for pattern in SOLVABLE:
         low, high = pattern.bounds(GRID)

@@ -21,7 +21,7 @@ from radial.fit import fit
 from radial.grid import VideoGrid
 from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import RULES, Fitted, HeadMasks, Released, make_pattern
+from radial.patterns import RULES, Fitted, HeadMasks, Released, SlidingTile, make_pattern
 
 _SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32)
@@ -31,8 +31,10 @@ _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32
 class MaskOptions:
     """Which mask, and what is made of it."""
 
-    tokens_per_frame: int = setting("height x width in tokens")
     frames: int = setting("latent frames")
+    tokens_per_frame: int | None = setting("height x width in tokens; null: give these two", None)
+    height: int | None = setting("of a frame in tokens, which pattern sliding_tile needs; null: unknown", None)
+    width: int | None = setting("of a frame in tokens; null: unknown", None)
     pattern: str = setting("released, paper, fitted, random or dense", "released")
     masks: Path | None = setting(
         "of pattern fitted: the file of python -m radial fit; shown are the blocks that most heads keep, as many "
@@ -122,11 +124,17 @@ def _describe(layout: BlockLayout, seconds: float) -> dict[str, Any]:
 
 def show_mask(arguments: MaskOptions) -> None:
     """Builds the layout, prints its figures, writes and draws it."""
-    height, width = 1, arguments.tokens_per_frame
+    height, width = _frame_of(arguments)
     given = {name: getattr(arguments, name) for name in ("decay", "rule") if getattr(arguments, name) is not None}
     pattern = make_pattern(arguments.pattern, **given, masks=arguments.masks)
-    if isinstance(pattern, Fitted) and pattern.masks.about.height * pattern.masks.about.width == width:
-        height, width = pattern.masks.about.height, pattern.masks.about.width
+    if arguments.height is None:
+        if isinstance(pattern, SlidingTile):
+            raise RadialError(
+                f"height and width are not set, and the tiles of pattern {pattern.name} lie in frames of height x "
+                "width tokens: give both in place of tokens_per_frame"
+            )
+        if isinstance(pattern, Fitted) and pattern.masks.about.height * pattern.masks.about.width == width:
+            height, width = pattern.masks.about.height, pattern.masks.about.width
     grid = VideoGrid(arguments.frames, height, width, arguments.text)
     if given and not isinstance(pattern, Released):
         raise RadialError(f"{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
@@ -156,6 +164,18 @@ def show_mask(arguments: MaskOptions) -> None:
     for path in (arguments.save, arguments.plot):
         if path:
             print(f"  wrote          {path}")
+
+
+def _frame_of(arguments: MaskOptions) -> tuple[int, int]:
+    """Height and width of a frame in tokens; a frame of which the number of tokens alone is known is one row."""
+    tokens, height, width = arguments.tokens_per_frame, arguments.height, arguments.width
+    if tokens is None and height is not None and width is not None:
+        return height, width
+    if tokens is not None and height is None and width is None:
+        return 1, tokens
+    raise RadialError(
+        f"tokens_per_frame is {tokens}, height {height} and width {width}: give tokens_per_frame alone, or both others"
+    )
 
 
 def _check_outputs(*paths: Path | None) -> None:

@@ -7,7 +7,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from radial import HeadMasks, Released, VideoGrid, build_layout
+from radial import HeadMasks, Released, VideoGrid, build_layout, make_pattern
 from radial.__main__ import main
 from radial.backends.flashinfer import FlashInfer
 from radial.bench import Shape
@@ -36,6 +36,14 @@ def test_mask_json_save_and_plot(tmp_path, capsys):
 def _dark_pixels(picture):
     """How much of it is in the colour of a kept block."""
     return int((numpy.asarray(Image.open(picture).convert("RGB"))[..., 0] < 80).sum())
+
+
+def test_tiles_lie_in_the_frames_of_the_clip(capsys):
+    size = ["--height", "8", "--width", "24", "--frames", "8"]
+    main.run(["mask", *size, "--pattern", "sliding_tile", "--block", "32", "--json"])
+    layout = build_layout(make_pattern("sliding_tile"), VideoGrid(8, 8, 24), 32)
+    assert json.loads(capsys.readouterr().out)["kept"] == layout.kept
+    assert layout.kept != build_layout(make_pattern("sliding_tile"), VideoGrid(8, 1, 192), 32).kept
 
 
 def test_mask_for_people(capsys):
@@ -82,6 +90,8 @@ def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
         (["--rule", "ports", "--pattern", "paper"], "rule is of pattern released, paper has none"),
         (["--decay", "0.3", "--pattern", "paper"], "decay is of pattern released"),
         (["--pattern", "spiral"], "pattern is 'spiral'"),
+        (["--pattern", "sliding_tile"], "height and width are not set"),
+        (["--height", "8"], "tokens_per_frame is 64, height 8 and width None"),
         (["--block", "100"], "block is 100"),
         (["--text", "-1"], "text_tokens is -1"),
         (["--save", "mask.txt"], ".npz"),

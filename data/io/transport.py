@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import http
 import http.client
+import os
+import select
+import signal
 import subprocess
 import tempfile
+import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.io.faults import CommandError, client_errors
+from data.io.retry import check_wanted
 
 TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
+_LOOK = 0.5  # seconds between two looks at whether a silent command is still wanted
 _SAID = 4096  # bytes at the end of what a command writes to stderr, of which an error quotes the last line
 
 
@@ -33,11 +39,13 @@ def stream(url: str) -> Iterator[bytes]:
     """A file's bytes from start to end.
 
     Raises:
-        OSError, HTTPException: as the system, the server, the client or the command says.
+        OSError, HTTPException: as the system, the server, the client or the command says; a TimeoutError after
+            `TIMEOUT` seconds without a byte.
+        DataError: a `pipe:` command's output is no longer wanted (`data.io.retry.give_up_on`).
     """
     scheme = scheme_of(url)
     if scheme == "pipe":
-        yield from _output_of(url.removeprefix("pipe:"))
+        yield from _output_of(url)
         return
     with contextlib.ExitStack() as stack:
         source: Any
@@ -54,17 +62,34 @@ def stream(url: str) -> Iterator[bytes]:
             raise http.client.IncompleteRead(b"", source.length)  # reading in pieces does not notice it
 
 
-def _output_of(command: str) -> Iterator[bytes]:
-    """What a shell's command writes to stdout."""
+def _output_of(url: str) -> Iterator[bytes]:
+    """What the shell's command of a `pipe:` address writes to stdout."""
     began = False
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        process = subprocess.Popen(
+            url.removeprefix("pipe:"),
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            start_new_session=True,  # so that all that the shell starts can be ended with it
+        )
         assert process.stdout is not None
+        pipe = process.stdout.fileno()
+        waiting = select.poll()  # select.select takes no more than 1,024 files
+        waiting.register(pipe, select.POLLIN)
         try:
-            while chunk := process.stdout.read(CHUNK):
+            while True:
+                _wait_for(lambda: waiting.poll(_LOOK * 1000), url)
+                chunk = os.read(pipe, CHUNK)
+                if not chunk:
+                    break
                 began = True
                 yield chunk
+            _wait_for(lambda: _has_ended(process), url)
         finally:
+            if process.returncode is None:  # not waited for, so that its number is no other's, even where it has ended
+                os.killpg(process.pid, signal.SIGKILL)
             process.stdout.close()
             status = process.wait()
         if status:
@@ -72,6 +97,27 @@ def _output_of(command: str) -> Iterator[bytes]:
             lines = said.read().decode(errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "")
             raise CommandError(status, last, began)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, or does so before the next look."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LOOK)
+    return process.returncode is not None
+
+
+def _wait_for(look: Callable[[], object], url: str) -> None:
+    """Looks, each time for up to `_LOOK` seconds, until there is something.
+
+    Raises:
+        DataError: it is no longer wanted.
+        TimeoutError: there was nothing for `TIMEOUT` seconds.
+    """
+    end = time.monotonic() + TIMEOUT
+    while not look():
+        check_wanted(url)
+        if time.monotonic() > end:
+            raise TimeoutError(f"the command neither wrote nor ended for {TIMEOUT} s")
 
 
 def request(url: str, offset: int | None = None, size: int = 0) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ftplib
 import socket
+import threading
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import pytest
 
 from data.errors import DataError
 from data.io import retry as patience
+from data.io import transport
 from data.io.faults import ClientError, client_errors, is_lasting
 from data.io.remote import read_all
-from data.io.retry import persistently
+from data.io.retry import give_up_on, persistently
 from data.shards.batch import Batch
 from data.shards.manifest import Manifest
 from data.shards.stream import LatentStream
@@ -183,6 +188,53 @@ def test_a_command_that_may_work_later_is_tried_again(tmp_path: Path, waits: lis
     tries.unlink()
     cut = f"echo x >> {tries}; echo half; [ $(wc -l < {tries}) -gt 3 ]"
     assert read_all(f"pipe:{cut}") == b"half\n"
+
+
+@pytest.mark.parametrize("command", ["sleep 20 & wait", "sleep 20 & true", "printf x; exec >&-; sleep 20 & wait"])
+def test_a_silent_command_is_ended_when_it_is_no_longer_wanted(tmp_path: Path, command: str) -> None:
+    """With all that it started."""
+    number, unwanted, errors = tmp_path / "number", threading.Event(), []
+
+    def reads() -> None:
+        give_up_on(unwanted)
+        try:
+            read_all(f"pipe:echo $$ > {number}; {command}")
+        except DataError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=reads, daemon=True)
+    thread.start()
+    wait_until(lambda: number.exists() and number.read_text(encoding="utf-8"))
+    unwanted.set()
+    thread.join(10)
+    assert len(errors) == 1 and errors[0].endswith("is no longer wanted")
+    wait_until(lambda: not is_running(int(number.read_text(encoding="utf-8"))))
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_running(group: int) -> bool:
+    """Whether a process of the group lives; one that has ended may wait long for its parent."""
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = path.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
+            states += [state] if int(number) == group else []
+    return any(state != "Z" for state in states)
+
+
+def test_a_command_without_a_byte_is_tried_again(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TIMEOUT", 0.1)
+    tries = tmp_path / "tries"
+    assert read_all(f"pipe:echo x >> {tries}; [ $(wc -l < {tries}) -gt 1 ] && echo done || sleep 20") == b"done\n"
+    assert waits == [1]
 
 
 def test_the_status_of_odd_clients_is_no_number() -> None:

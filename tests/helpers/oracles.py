@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from radial import BlockLayout
+
+if TYPE_CHECKING:
+    from train.models.base import ModelAdapter  # takes seconds to import
 
 
 def released_blocks(s: int, frames: int, block: int, decay: float, rule: str) -> Tensor:
@@ -151,3 +156,25 @@ def masked_softmax(
             mask[sample, :, :, layout.grid.video_tokens + length :] = False
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def attend_exactly(adapter: ModelAdapter) -> list[Any]:
+    """Exchanges a model's attention for the float64 oracle over the layouts that it has, of tokens in raster order.
+
+    Returns:
+        The layouts, each as it is used.
+    """
+    layouts: list[Any] = []
+
+    def exact(layout: Any) -> Callable[..., Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+            layouts.append(layout)
+            wide = [t.double() for t in (q, k, v)]
+            return masked_softmax(*wide, layout, text_lengths, q.shape[-1] ** -0.5).to(v.dtype)
+
+        return attend
+
+    for layer in adapter.layers():
+        processor = adapter.self_attention(layer).processor
+        processor.attend = exact(processor.layout)
+    return layouts

@@ -18,7 +18,7 @@ from tests.helpers import family_ranks
 from tests.helpers.attention import step_attention
 from tests.helpers.families import PATTERNS, TEXT, build, conditions, latents, shards, stock
 from tests.helpers.family_steps import config_of, longest_runs, shrunk, step_of_two_layers
-from tests.helpers.oracles import masked_softmax
+from tests.helpers.oracles import attend_exactly
 from tests.helpers.ranks import run_ranks
 from train.config.compose import compose_run, finish
 from train.config.schema import ParallelConfig
@@ -89,16 +89,7 @@ def test_released_equals_a_masked_softmax_model(family, dense_layers):
     adapter = build(family)
     x, sigma, seen = ready(adapter, (12, 8, 8), "released", dense_layers=dense_layers)
     got = adapter.velocity(x, sigma, seen)
-    layouts = []
-    for layer in adapter.layers():
-        processor = adapter.self_attention(layer).processor
-
-        def attend(q, k, v, text_lengths=None, layout=processor.layout):
-            layouts.append(layout)
-            exact = [t.double() for t in (q, k, v)]
-            return masked_softmax(*exact, layout, text_lengths, q.shape[-1] ** -0.5).to(v.dtype)
-
-        processor.attend = attend
+    layouts = attend_exactly(adapter)
     torch.testing.assert_close(got, adapter.velocity(x, sigma, seen), rtol=0, atol=1e-5)
     assert [layout.is_dense for layout in layouts] == [n < dense_layers for n in range(len(layouts))]
     dense = build(family)
@@ -163,14 +154,7 @@ def test_tokens_in_a_patterns_own_order_change_nothing(family):
     again = adapter.velocity(x, sigma, seen)
     torch.testing.assert_close(again, got, rtol=0, atol=0)
     adapter.unset_attention()
-    for layer in adapter.layers():
-        processor = adapter.self_attention(layer).processor
-
-        def attend(q, k, v, text_lengths=None, layout=processor.layout):
-            exact = [t.double() for t in (q, k, v)]
-            return masked_softmax(*exact, layout, text_lengths, q.shape[-1] ** -0.5).to(v.dtype)
-
-        processor.attend = attend
+    attend_exactly(adapter)
     torch.testing.assert_close(got, adapter.velocity(x, sigma, seen), rtol=0, atol=1e-5)
 
 

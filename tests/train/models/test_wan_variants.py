@@ -18,7 +18,7 @@ from tests.helpers import wan_ranks
 from tests.helpers import wan_variants as wan
 from tests.helpers.attention import step_attention
 from tests.helpers.families import Perfect
-from tests.helpers.oracles import masked_softmax
+from tests.helpers.oracles import attend_exactly
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import save_wan, save_wan_5b
 from train.errors import UserError
@@ -85,14 +85,7 @@ def test_released_equals_a_masked_softmax_model(variant):
     adapter = wan.adapter_of(variant)
     x, sigma, seen = ready(adapter, variant, Released(), (12, 8, 8), dense_layers=1)
     got = adapter.velocity(x, sigma, seen)
-    for layer in adapter.layers():
-        processor = adapter.self_attention(layer).processor
-
-        def attend(q, k, v, text_lengths=None, layout=processor.layout):
-            exact = [t.double() for t in (q, k, v)]
-            return masked_softmax(*exact, layout, text_lengths, q.shape[-1] ** -0.5).to(v.dtype)
-
-        processor.attend = attend
+    attend_exactly(adapter)
     torch.testing.assert_close(got, adapter.velocity(x, sigma, seen), rtol=0, atol=1e-5)
     dense = wan.adapter_of(variant)
     assert (got - dense.velocity(*ready(dense, variant, tokens=(12, 8, 8)))).abs().max() > 1e-4

@@ -289,6 +289,7 @@ def test_fa4_allocates_its_outputs_and_its_workspace_only():
     q, k, v, grad = (torch.randn(1, n, heads, dim, device=CUDA, dtype=torch.bfloat16) for _ in range(4))
     inputs = [t.requires_grad_() for t in (q, k, v)]
     tensor, rows = 2 * n * heads * dim, 4 * heads * n
+    rounding = 2**20  # of each: torch splits no block of its cache for less, and counts all of it as allocated
 
     def peak(work) -> tuple[int, object]:
         torch.cuda.reset_peak_memory_stats()
@@ -300,8 +301,8 @@ def test_fa4_allocates_its_outputs_and_its_workspace_only():
     forward, out = peak(lambda: attention_over(*inputs, layout, backend="fa4"))
     backward, _ = peak(lambda: torch.autograd.grad(out, inputs, grad))
     # out and log-sum-exp; three gradients, dq's float32 sum (twice as large), and two numbers a row
-    assert forward <= 1.01 * (tensor + rows)
-    assert backward <= 1.01 * (3 * tensor + 2 * tensor + 2 * rows)
+    assert forward <= tensor + rows + 2 * rounding
+    assert backward <= 3 * tensor + 2 * tensor + 2 * rows + 6 * rounding
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -36,7 +36,8 @@ def _rank(rank: int, world: int, store: Path, target: Callable[..., Any], argume
     try:
         return _plain(target(*arguments))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _plain(item: Any) -> Any:

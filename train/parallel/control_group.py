@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -36,8 +38,39 @@ class ControlGroup:
             return self
         part = ControlGroup()
         part.rank, part.world = self.rank, count
-        part._group = dist.new_group(list(range(count)), backend="gloo", timeout=_PATIENCE)
+        if count > 1:
+            part._group = dist.new_group(list(range(count)), backend="gloo", timeout=_PATIENCE)
         return part
+
+    def close(self, patience: float = 60.0) -> bool:
+        """Ends this and all other process groups while every rank is still there. Every rank must call it; a second
+        call does nothing.
+
+        NCCL's end can wait for ever where a rank comes to it minutes after the others, or not at all, as it would at
+        the exits of the processes: rank 0 alone writes an export and a report.
+
+        Args:
+            patience: seconds for the end.
+
+        Returns:
+            False where it has not come by then, so that nothing may wait for it again.
+        """
+        if self._group is None:
+            return True
+        with suppress(RuntimeError):  # a rank that has been killed since it trained is waited for no longer
+            dist.barrier(group=self._group)
+        self._group = None
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def end() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has its own
+            dist.destroy_process_group()
+
+        thread = threading.Thread(target=end, name="closing", daemon=True)
+        thread.start()
+        thread.join(patience)
+        return not thread.is_alive()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' CPU tensors."""

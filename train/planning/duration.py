@@ -172,7 +172,8 @@ class Duration:
         rows = self._rates[dense]
         assert rows is not None, "there are no times where one is not known"
         forward, backward = (between(rows, self.budget.sizes.tokens, column) for column in (1, 2))
-        return self._faster * forward, self._faster * backward
+        share = calibration.HEAD_MASKS if not dense and self.budget.attention.pattern.by_head else 1.0
+        return share * self._faster * forward, share * self._faster * backward
 
     def _exchanges(self, times: int) -> float:
         """All-to-alls around attention: q, k, v and its output, and their gradients; what runs again sends again."""

@@ -1,6 +1,8 @@
 """Predictions beside measurements: the command, and the plan's own targets on every measured file there is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,15 @@ def test_predictions_hold(file):
     for case in cases(file):
         assert abs(case.memory_off) < 0.15, case
         assert abs(case.seconds_off) < 0.25, case
+
+
+@pytest.mark.parametrize(("of_released", "share"), [("0.6", 0.0978), ("0.4", 0.0652)])
+def test_predictions_hold_for_masks_of_each_head(tmp_path, of_released, share):
+    masks = tmp_path / "masks.safetensors"
+    fit = [sys.executable, "-m", "radial", "fit", "known=wan_4x", "layers=2", f"share={share}", f"out={masks}"]
+    subprocess.run(fit, check=True, capture_output=True)
+    content = (MEASURED[0].parent.with_name("measured_fitted") / f"h200_321_{of_released}.json").read_text("utf-8")
+    file = tmp_path / "measured.json"
+    file.write_text(content.replace("masks.safetensors", str(masks)), encoding="utf-8")
+    (case,) = cases(file)
+    assert abs(case.memory_off) < 0.10 and abs(case.seconds_off) < 0.10, case

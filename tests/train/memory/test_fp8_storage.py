@@ -48,6 +48,16 @@ def test_both_products_are_those_of_the_stored_weight(products, bias):
     assert layer.weight.nbytes == 96 * 208 and layer.scale.nbytes == 4 * 208
 
 
+@needs_products
+def test_compiled_products_are_those_of_the_layer():
+    torch.manual_seed(0)
+    layer = StoredLinear(nn.Linear(96, 208), CPU, CPU, products=True)
+    x, grad = torch.randn(21, 96, requires_grad=True), 1e-5 * torch.randn(21, 208)
+    compiled = torch.compile(layer, fullgraph=True)
+    exact, got = ((out, *torch.autograd.grad(out, x, grad)) for out in (layer(x), compiled(x)))
+    torch.testing.assert_close(got, exact, rtol=1e-2, atol=1e-2 * grad.abs().mean().item())
+
+
 def test_numbers_that_are_float8_already_stay_exact():
     linear = nn.Linear(32, 48)
     with torch.no_grad():

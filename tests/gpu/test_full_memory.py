@@ -32,6 +32,7 @@ def fill():
     return taken
 
 
+@pytest.mark.whole_gpu
 def test_a_full_gpu_ends_the_run_with_remedies_and_costs_no_step(tmp_path):
     command = words(tmp_path, trainer__steps=STEPS, trainer__checkpoint_every=1, trainer__check_memory=False)
     uncached = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each step asks the GPU anew

@@ -11,6 +11,7 @@ from train.models.families import family_of
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("run", sorted(longest_runs().values()))
 def test_a_step_of_two_layers_at_the_real_shapes(run):
     config = config_of(run)

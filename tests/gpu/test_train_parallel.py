@@ -17,10 +17,15 @@ SHARED = {"data__batch_size": 2, "optim__accumulate": 2, "trainer__steps": 3, "t
 COMPILED = {"trainer__compile": True, "parallel__activations": "selective"}
 
 
+def train(*command):
+    """The command, which has to end: ranks that wait for each other at their exits once did not."""
+    return subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8", timeout=300)
+
+
 def run(tmp_path, name, **changes):
     """(loss, gradient norm) of each step, and the trained weights."""
     command = words(tmp_path, runs=tmp_path / name, **{**SHARED, **changes})
-    done = subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8")
+    done = train(*command)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / name / "shapes_4x").iterdir()
     with (folder / "metrics.csv").open(encoding="utf-8") as stream:
@@ -102,7 +107,7 @@ def test_two_gpus_that_share_each_clip(tmp_path, strategy, precision, tolerance)
     got, _, folder = run(tmp_path, "two", **shared, trainer__precision=precision)
     same(got, expected, tolerance)
     resumed = [f"resume={folder}", "trainer.devices=1", "parallel.sequence=1", "parallel.strategy=ddp"]
-    done = subprocess.run([sys.executable, "-m", "train", *resumed], capture_output=True, encoding="utf-8")
+    done = train(*resumed)
     assert done.returncode == 0, done.stderr  # a finished run exports and reports in any layout
 
 

@@ -211,6 +211,8 @@ def test_an_euler_step_with_the_true_velocity_returns_the_clean_latent(variant):
 def test_models_of_the_class_that_are_none_of_these_are_refused():
     for change, message in (
         ({"in_channels": 17}, "takes 17 channels and gives 16: expected Wan's text-to-video, or image-to-video"),
+        ({"in_channels": 48}, "takes 48 channels and gives 16: .*, which takes twice the channels that it gives and 4"),
+        ({"in_channels": 32}, "takes 32 channels and gives 16: "),
         ({"in_channels": 36, "image_dim": 32, "pos_embed_seq_len": 514}, "from first and last frames"),
     ):
         with pytest.raises(UserError, match=message):

@@ -32,6 +32,7 @@ from train.models.rope import geometric
 
 _IMAGE_TEXT_TOKENS = 512  # WanAttnProcessor counts on it
 _IMAGE_TOKENS = 257  # of the image encoder: 16 x 16 patches and the class token
+_MASK_CHANNELS = 4  # of image-to-video: one for each frame of a latent frame
 
 
 class WanSelfAttention(LayoutAttention):
@@ -108,11 +109,13 @@ class WanAdapter(ModelAdapter):
         config = transformer.config
         beside = config.in_channels - self.latent_channels
         self.mask_channels = beside - self.latent_channels if beside else 0
-        if self.mask_channels < 0 or config.pos_embed_seq_len is not None:
+        # others with more channels in take something else there: Wan2.1-Fun-Control a video to follow
+        if self.mask_channels not in (0, _MASK_CHANNELS)[bool(beside) :] or config.pos_embed_seq_len is not None:
             raise UserError(
                 f"the model takes {config.in_channels} channels and gives {self.latent_channels}"
                 + (", from first and last frames" if config.pos_embed_seq_len is not None else "")
-                + ": expected Wan's text-to-video, or image-to-video from the first frame"
+                + ": expected Wan's text-to-video, or image-to-video from the first frame, which takes twice the "
+                f"channels that it gives and {_MASK_CHANNELS}"
             )
         if config.added_kv_proj_dim is not None and text_tokens != _IMAGE_TEXT_TOKENS:
             raise UserError(

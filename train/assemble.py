@@ -44,6 +44,7 @@ from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
 from train.memory.fp8_storage import store_fp8
 from train.models.base import ModelAdapter
+from train.models.families import family_of
 from train.models.loading import load_adapter
 from train.parallel.control_group import ControlGroup
 from train.parallel.strategies import strategy_arguments
@@ -103,7 +104,7 @@ def assemble(
             devices=config.trainer.nodes * config.trainer.devices,
             precision=precision,
             frozen=frozen_dtype,
-            idle=config.model.expert == "both",
+            idle=_leaves_some_alone(config),
             compiled=config.trainer.compile,
         ),
         max_steps=config.trainer.steps,
@@ -134,6 +135,13 @@ def assemble(
         note_once(config, folder.path, loggers)
         _print_run(config, folder, module, precision)
     return trainer, module
+
+
+def _leaves_some_alone(config: RunConfig) -> bool:
+    """Whether a step may give some of what is trained no gradient."""
+    if config.lora is None:
+        return family_of(config.model).idle_weights
+    return config.model.expert == "both" or config.lora.targets is not None  # which may name any layer
 
 
 def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> LengthExtensionModule:

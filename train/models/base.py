@@ -45,6 +45,8 @@ class ModelAdapter(PipelineTraits, ABC):
     """The same of the text's tokens in joint attention, where they have projections of their own."""
     tiny_config: ClassVar[Mapping[str, Any]]
     """A config of the class with every kind of layer, small enough for a test on a CPU; its heads divide by 2."""
+    idle_weights: ClassVar[bool] = False
+    """Whether some of the model's weights never get a gradient, such as what its last layer makes of the text."""
     riflex: ClassVar[int | str] = "which of its frequencies to slow down is not known"
     """RIFLEx's k, counted from 1 (`train.models.rope`); or why ``rope=riflex`` is refused."""
     takes_first_frame: ClassVar[bool] = False

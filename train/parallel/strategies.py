@@ -31,7 +31,7 @@ def strategy_arguments(
     Args:
         precision: ``bf16`` or ``fp32``.
         frozen: dtype of the frozen weights.
-        idle: whether steps leave some of what is trained alone, the same on all ranks (of two experts, one).
+        idle: whether steps may leave some of what is trained alone, the same on all ranks (of two experts, one).
         compiled: whether layers are.
     """
     if parallel.strategy != "ddp":

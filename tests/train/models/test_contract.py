@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -307,6 +309,20 @@ def test_a_run_trains_and_exports(tmp_path, family):
     export_run(folder.path, out=tmp_path / "out", merged=True)
     merged = ADAPTERS[family].load(tmp_path / "out" / "merged", text_tokens=TEXT, dtype=torch.float32)
     assert merged.velocity(*ready(merged)).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "change"), [
+    ("hunyuan15", {"lora.targets": r"transformer_blocks\.\d+\.attn\.(to_q|to_add_out)"}),
+    ("minimax_h3", {"lora": "null"}),
+])  # fmt: skip
+def test_two_processes_train_what_gets_no_gradient_too(tmp_path, family, change):
+    settings = shards(family, tmp_path, ODD) | {"trainer.devices": "2", **change}
+    if "lora" in change:
+        del settings["lora.rank"]
+    words = [f"{key}={value}" for key, value in settings.items()]
+    done = subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

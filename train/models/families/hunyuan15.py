@@ -68,6 +68,7 @@ class Hunyuan15Adapter(ModelAdapter):
     image_pipeline_name = "HunyuanVideo15ImageToVideoPipeline"
     model_class = HunyuanVideo15Transformer3DModel
     processor_class = Hunyuan15Attention
+    idle_weights = True  # of the last layer, those of the text behind its attention
     lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
     text_lora_targets = r"transformer_blocks\.\d+\.attn\.(add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     tiny_config = {  # noqa: RUF012

@@ -72,6 +72,7 @@ class MiniMaxH3Adapter(ModelAdapter):
     family = "minimax_h3"
     model_class = MiniMaxH3Transformer3DModel
     processor_class = MiniMaxH3Attention
+    idle_weights = True  # the head of the sound
     lora_targets = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
     index = "modular_model_index.json"
     files = [index, *(f"{part}/*" for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"))]  # noqa: RUF012

@@ -79,19 +79,19 @@ def clip_losses(
 
     Args:
         attention: gives that of a noised latent at a noise level.
-        objective: of the run: its seed, and what its velocity is trained towards.
+        objective: of the run: its seed, its guidance, and what its velocity is trained towards.
     """
     device = next(adapter.transformer.parameters()).device
     stride = next(step for step in itertools.count(7) if math.gcd(step, len(clips)) == 1)
     losses = []
     for index, clip in enumerate(tqdm(clips, desc=label, unit="clip", dynamic_ncols=True)):
-        batch = collate([clip], 0).to(device)
+        batch = objective.held_out(collate([clip], 0).to(device), clip.latent.shape[1])
         # a coprime stride: each clip has a level of its own, which its place in the set does not tell
         quantile = ((index * stride) % len(clips) + 0.5) / len(clips)
         sigma = torch.tensor([schedule.at_quantile(quantile)], device=device)
         x, target = noised(batch.latent, noise_like(batch.latent, objective.seed, "evaluation", clip.key), sigma)
         adapter.set_attention(attention(x, sigma.item()))
-        conditions = Conditions.of(batch)
+        conditions = Conditions.of(batch, objective.guidance)
         target = objective.target(adapter.transformer, target, batch, functools.partial(adapter.velocity, x, sigma))
         velocity = adapter.velocity(x, sigma, conditions)
         losses.append(flow_loss(velocity, target, None, adapter.patch, adapter.given_frames(conditions)).item())
@@ -116,7 +116,7 @@ def loss_at(
         attention: gives that of a latent at a noise level; of ranks that share the tokens, each gets its share.
         objective: of the run: its seed, its guidance, and what its velocity is trained towards.
     """
-    batch = collate([clip], 0).to(next(adapter.transformer.parameters()).device)
+    batch = objective.held_out(collate([clip], 0).to(next(adapter.transformer.parameters()).device), frames)
     latent = batch.latent[:, :, :frames]
     level = torch.tensor([sigma], device=latent.device)
     x, target = noised(latent, noise_like(latent, objective.seed, "validation", clip.key, frames), level)

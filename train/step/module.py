@@ -136,10 +136,11 @@ class LengthExtensionModule(L.LightningModule):
         attention = own.attention.step(self.adapter.grid(batch.latent), dense=draw.dense, sequence=self.sequence)
         self.adapter.set_attention(attention)
         self.current_attention = attention
+        shown = self.objective.shown(batch)
         target = self.objective.target(
-            self.transformer, target, batch, lambda empty: self.adapter.velocity(x, sigma, empty)
+            self.transformer, target, shown, lambda empty: self.adapter.velocity(x, sigma, empty)
         )
-        conditions = self.objective.drawn(batch)
+        conditions = self.objective.drawn(shown)
         velocity = self.adapter.velocity(x, sigma, conditions)
         given = self.adapter.given_frames(conditions)
         compared, teacher = [(velocity, target, attention.shard)], self.objective.teacher

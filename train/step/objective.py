@@ -133,9 +133,20 @@ class Objective:
             teacher=DenseTeacher.of(config),
         )
 
+    def shown(self, batch: Batch) -> Batch:
+        """The batch of a training step with its first latent frame as a condition, in a share of the micro-batches."""
+        drawn = torch.rand((), generator=generator_for(self.seed, batch.step, "first_frame")) < self.first_frame
+        # of a picture it is all that there is: no loss would be left
+        return _with_first_frame(batch) if drawn and batch.latent.shape[2] > 1 else batch
+
     def drawn(self, batch: Batch) -> Conditions:
-        """The conditions of a training step."""
-        return Conditions.of(self._with_first_frame(self._drop_captions(batch)), self.guidance)
+        """The conditions of a training step; ``batch`` as it is `shown`."""
+        return Conditions.of(self._drop_captions(batch), self.guidance)
+
+    def held_out(self, batch: Batch, frames: int) -> Batch:
+        """A batch whose loss on its first latent ``frames`` is measured: with the first of them where every step of
+        training has it."""
+        return _with_first_frame(batch) if self.first_frame == 1 and frames > 1 else batch
 
     def target(
         self, transformer: Any, target: Tensor, batch: Batch, velocity: Callable[[Conditions], Tensor]
@@ -147,12 +158,12 @@ class Objective:
         Args:
             transformer: with the LoRA, which is off for u.
             target: (batch, C, F, H, W), the data's velocity v.
-            batch: of the step.
+            batch: of the step, as the model is shown it but for the captions.
             velocity: the model's prediction for the step's noised latents, in the step's attention.
         """
         if self.distilled_guidance is None:
             return target
-        empty = self._with_first_frame(batch.with_prompt(list(range(len(batch.keys))), self.empty_prompt))
+        empty = batch.with_prompt(list(range(len(batch.keys))), self.empty_prompt)
         with frozen(transformer):
             unguided = velocity(Conditions.of(empty, self.guidance))
         return unguided + self.distilled_guidance * (target - unguided)
@@ -174,8 +185,6 @@ class Objective:
         ]
         return batch.with_prompt(dropped, self.empty_prompt) if dropped else batch
 
-    def _with_first_frame(self, batch: Batch) -> Batch:
-        """The batch with its first latent frame as a condition, in a share of the micro-batches."""
-        if torch.rand((), generator=generator_for(self.seed, batch.step, "first_frame")) >= self.first_frame:
-            return batch
-        return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})
+
+def _with_first_frame(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, image={**batch.image, "first_frame": batch.latent[:, :, :1]})

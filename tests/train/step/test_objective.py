@@ -9,12 +9,12 @@ from data.shards.batch import Batch, collate
 from data.shards.sample import Prompt, Sample, TextTokens
 from radial import Dense
 from tests.helpers.attention import step_attention
-from tests.helpers.families import build, latents, shards
+from tests.helpers.families import build, conditions, latents, shards
 from train.config.compose import compose_run, finish
 from train.errors import UserError
-from train.flow import flow_loss, noise_like, noised
+from train.flow import SigmaSchedule, flow_loss, noise_like, noised
 from train.lora.layers import inject_lora, lora_parameters
-from train.measures.losses import loss_at
+from train.measures.losses import clip_losses, loss_at
 from train.models.conditions import Conditions
 from train.run import RunFolder, train
 from train.step.objective import Objective
@@ -116,6 +116,53 @@ def test_held_out_losses_are_to_the_target_and_a_lora_that_is_off_stays_off():
     assert off == pytest.approx((base - target).square().mean().item(), rel=1e-4)
     assert loss(WEIGHT) == pytest.approx((tuned - target).square().mean().item(), rel=1e-4)
     assert loss(None) == pytest.approx((tuned - v).square().mean().item(), rel=1e-4)
+
+
+def test_held_out_losses_are_of_what_training_shows_in_every_step():
+    adapter = build("wan22_5b")
+    x0, level = latents(adapter, (3, 2, 2))[:1], torch.tensor([0.6])
+    batch, empty = batch_of(x0.repeat(2, 1, 1, 1, 1))
+    text = {"text": TextTokens(batch.text["text"].tokens[0], batch.text["text"].mask[0])}
+    clip = Sample("a", x0[0], text, {}, {}, {"caption": ""})
+
+    def attention(latent, sigma):
+        return step_attention(Dense(), adapter.grid(latent), block=16)
+
+    def by_hand(image, frames):
+        x, v = noised(x0[:, :, :frames], noise_like(x0[:, :, :frames], 0, "validation", "a", frames), level)
+        adapter.set_attention(attention(x, 0.6))
+        with torch.no_grad():
+            velocity = adapter.velocity(x, level, Conditions({"text": collate([clip], 0).text["text"]}, image=image))
+        return (velocity - v)[:, :, len(image) :].square().mean().item()
+
+    for share, frames, image in ((1.0, 3, {"first_frame": x0[:, :, :1]}), (1.0, 1, {}), (0.5, 3, {}), (0.0, 3, {})):
+        found = loss_at(adapter, clip, frames, 0.6, attention, Objective(0, empty, first_frame=share))
+        assert found == pytest.approx(by_hand(image, frames), rel=1e-4)
+
+
+def test_pictures_among_the_clips_are_no_first_frames():
+    for frames, image in ((2, ["first_frame"]), (1, [])):
+        batch, empty = batch_of(torch.randn(2, 4, frames, 2, 2))
+        assert list(Objective(0, empty, first_frame=1.0).shown(batch).image) == image
+
+
+def test_the_told_weight_holds_in_the_reports_losses_too():
+    adapter = build("hunyuan")
+    x0 = latents(adapter, (2, 2, 2))[:1]
+    told = []
+    own = adapter.velocity
+    adapter.velocity = lambda x, sigma, seen: told.append(seen.guidance) or own(x, sigma, seen)
+    drawn = conditions(adapter, x0)
+    text = {"text": TextTokens(drawn.text["text"].tokens[0], drawn.text["text"].mask[0])}
+    clip = Sample("a", x0[0], text, {"clip": drawn.pooled["clip"][0]}, {}, {"caption": ""})
+
+    def attention(latent, sigma):
+        return step_attention(Dense(), adapter.grid(latent), block=16)
+
+    objective = Objective(0, Prompt({}, {}), guidance=6.0)
+    clip_losses(adapter, [clip], attention, SigmaSchedule(3.0), objective, label="")
+    loss_at(adapter, clip, 2, 0.6, attention, objective)
+    assert told == [6.0, 6.0]
 
 
 def test_what_the_weight_needs_is_asked_for():

@@ -44,6 +44,7 @@ from train.memory.apply import set_memory_policy
 from train.memory.fp8 import use_fp8
 from train.memory.fp8_storage import store_fp8
 from train.models.base import ModelAdapter
+from train.models.conditions import check_guidance
 from train.models.families import family_of
 from train.models.loading import load_adapter
 from train.parallel.control_group import ControlGroup
@@ -152,6 +153,7 @@ def build_module(config: RunConfig, adapter: ModelAdapter, shards: Manifest) -> 
     """
     layers, heads, _ = adapter.attention_shape
     AttentionRecipe.of(config).check_model(layers, heads)
+    check_guidance(config.objective.guidance, adapter.takes_guidance)
     check_heads(config.parallel.sequence, heads)
     if config.lora is not None:
         _add_lora(config, adapter)

@@ -26,7 +26,7 @@ from train.lora.initial import check_initial
 from train.lora.layers import check_saved, inject_lora, lora_parameters
 from train.memory.fp8 import check_fp8
 from train.models.base import ModelAdapter
-from train.models.conditions import Conditions
+from train.models.conditions import Conditions, check_guidance
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, sigma_range, temporal_rope
 from train.planning import Budget, training_backend
@@ -64,6 +64,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
     if adapter is not None:
         check_heads(config.parallel.sequence, adapter.attention_shape[1])
         AttentionRecipe.of(config).check_model(*adapter.attention_shape[:2])
+        check_guidance(config.objective.guidance, adapter.takes_guidance)
     if config.model.expert == "both" and config.lora is None:
         raise UserError("lora=null trains all weights, of one expert at a time: set model.expert=high or low")
     if config.objective.first_frame and not family.takes_first_frame:

@@ -15,6 +15,19 @@ from data.shards.sample import TextTokens
 from train.errors import UserError
 
 
+def check_guidance(weight: float, takes_guidance: bool) -> None:
+    """Looks at ``objective.guidance``.
+
+    Raises:
+        UserError: a weight that the model would not see.
+    """
+    if weight != 1 and not takes_guidance:
+        raise UserError(
+            f"objective.guidance is {weight:g}, but the model takes no weight of guidance as an input, as HunyuanVideo "
+            "does: leave it out (clips are guided by model.guidance, and in training by nothing)"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Conditions:
     """What the model sees beside the noised latent, by the names that shards have (`data.shards.sample`).

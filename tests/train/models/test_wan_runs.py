@@ -70,6 +70,9 @@ def test_shards_that_do_not_fit_the_model_stop_the_run(tmp_path, made):
     wrong = replace(config, objective=replace(config.objective, first_frame=0.5))
     with pytest.raises(UserError, match="objective.first_frame is 0.5, but family wan takes no first frame"):
         preflight(wrong)
+    wrong = replace(config, objective=replace(config.objective, guidance=5.0))
+    with pytest.raises(UserError, match="objective.guidance is 5, but the model takes no weight of guidance as an inp"):
+        preflight(wrong)
     text = (folder / "transformer" / "config.json").read_text(encoding="utf-8")
     mistaken = tmp_path / "mistaken" / "transformer"
     shutil.copytree(folder / "transformer", mistaken)

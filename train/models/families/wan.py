@@ -110,7 +110,8 @@ class WanAdapter(ModelAdapter):
         beside = config.in_channels - self.latent_channels
         self.mask_channels = beside - self.latent_channels if beside else 0
         # others with more channels in take something else there: Wan2.1-Fun-Control a video to follow
-        if self.mask_channels not in (0, _MASK_CHANNELS)[bool(beside) :] or config.pos_embed_seq_len is not None:
+        expected = _MASK_CHANNELS if beside else 0
+        if self.mask_channels != expected or config.pos_embed_seq_len is not None:
             raise UserError(
                 f"the model takes {config.in_channels} channels and gives {self.latent_channels}"
                 + (", from first and last frames" if config.pos_embed_seq_len is not None else "")

@@ -156,9 +156,9 @@ def _item(field: dataclasses.Field[Any], kind: Any, text: str) -> Any:
     name = key_of(field)
     if kind is bool:
         return read_bool(name, text)
+    if not text and (kind is Path or field.metadata["path"]):  # which Path takes for the current folder
+        raise Mistake(f"{name} is empty, expected a path; is a variable of the shell not set?")
     if kind is Path:
-        if not text:  # which Path takes for the current folder
-            raise Mistake(f"{name} is empty, expected a path; is a variable of the shell not set?")
         if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
             raise Mistake(f"{name} is {text}, expected a path on this machine; copy it from or to there by hand")
         return Path(expanded(text))

@@ -177,8 +177,10 @@ def test_mistakes(shards: Manifest) -> None:
         main([])
     with pytest.raises(Mistake, match="clips is 0, expected at least 1"):
         main([shards.home, "clips=0"])
-    with pytest.raises(DataError, match="the path of the shards is empty"):
+    with pytest.raises(Mistake, match="shards is empty, expected a path"):
         main(["shards="])
+    with pytest.raises(DataError, match="the path of the shards is empty"):
+        Manifest.load("")
 
 
 def test_where_a_contact_sheet_cannot_be_made_is_told_before_the_check(

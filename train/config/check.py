@@ -66,7 +66,10 @@ def _check_keys(config: RunConfig | ModelConfig, section: str = "") -> None:
     try:
         for name, key in KEYS.items():
             if name.startswith(section):
-                check_value(name, key.field, value_of(config, name.removeprefix(section)))
+                value = value_of(config, name.removeprefix(section))
+                if key.is_path and "" in (value if isinstance(value, list) else [value]):
+                    raise Mistake(f"{name} is empty, expected a path; is a variable of the shell not set?")
+                check_value(name, key.field, value)
     except Mistake as error:
         raise UserError(str(error)) from None
 
@@ -74,7 +77,7 @@ def _check_keys(config: RunConfig | ModelConfig, section: str = "") -> None:
 def _check_data(config: RunConfig) -> None:
     data, places = config.data, len(config.data.places)
     if data.shards is not None and not places:
-        raise UserError("data.shards is empty, expected a folder or URL of shards; is a variable not set?")
+        raise UserError("data.shards is empty, expected a folder or URL of shards; is a variable of the shell not set?")
     if data.weights and len(data.weights) != places:
         raise UserError(f"data.weights has {len(data.weights)} numbers, expected one for each of {places} data.shards")
     for key, value in (("frames", data.frames), ("holdout", data.holdout)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from radial.cli.reader import expanded, guess, read_bool
+from radial.cli.settings import may_be_none
 from train.config.check import validate
 from train.config.schema import KEYS, RunConfig, literal
 from train.errors import UserError
@@ -131,7 +132,7 @@ def assign(config: DictConfig, key: str, text: str) -> None:
     open_ended = any(".".join(parts[:n]) == "model.architecture" for n in range(1, len(parts)))
     if key not in KEYS and not open_ended:
         inner = [name for name in KEYS if name.startswith(key + ".")]
-        if inner and text != "null":
+        if inner and not (text == "null" and may_be_none(get_type_hints(RunConfig).get(key))):
             raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
         if not inner:
             raise UserError(f"{key} is not a known key{guess(key, list(KEYS))}")

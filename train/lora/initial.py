@@ -20,7 +20,12 @@ def initial_files(init: str, model: ModelConfig) -> list[tuple[Path, str | None]
     Raises:
         UserError: not as many files as the run trains transformers.
     """
-    files = [Path(name).expanduser() for name in split_files(init)]
+    names = split_files(init)
+    if not all(names):  # which Path takes for the current folder
+        raise UserError(
+            f"{_KEY} is {init!r}, expected a file on each side of a comma; is a variable of the shell not set?"
+        )
+    files = [Path(name).expanduser() for name in names]
     experts = ["high", "low"] if model.expert == "both" else [model.expert]
     if len(files) != len(experts):
         wanted = "one file, or a folder with one"

@@ -65,6 +65,7 @@ class Settings:
     kind: str = setting("which", "one", ("one", "two"))
     dry_run: bool = setting("do nothing", False)
     text: str | None = setting("any text", None)
+    files: str | None = setting("paths or addresses", None, path=True)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_keys_of_others_are_handed_back_as_they_were_typed() -> None:
         (["x", "place=y"], "place is given twice"),
         (["x", "share=1", "--share=2"], "share is given twice"),
         (["place="], "place is empty, expected a path; is a variable of the shell not set"),
+        (["place=a", "files="], "files is empty, expected a path; is a variable of the shell not set"),
         (["place=s3://b/x"], "place is s3://b/x, expected a path on this machine"),
         (["x", "conut=1"], r"conut is not a known key; did you mean count\?"),
         (["conut=1"], r"conut is not a known key; did you mean count\?"),

@@ -83,6 +83,7 @@ def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight(
         (["+trainer.stpes=3"], r"\+trainer.stpes is not a known key"),
         (["model=wan_15b"], r"model is 'wan_15b', expected one of .*; did you mean"),
         (["trainer=3"], "trainer is a section, set its keys"),
+        (["optim=null"], "optim is a section, set its keys"),
         (["conf=wan_4x", "clip.frames=320"], "clip.frames is 320, expected 4 x k \\+ 1 .*use 317 or 321"),
         (["conf=wan_4x", "clip.height=721"], "clip.height is 721, expected a multiple of 16"),
         (["attention.pattern=spiral"], "attention.pattern is 'spiral'"),

@@ -5,6 +5,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+from radial.errors import Mistake
 from train.config.changes import change_config
 from train.config.compose import compose_run, finish
 from train.config.schema import KEYS
@@ -28,6 +29,13 @@ def test_paths_of_a_run(home, key):
     run = finish(compose_run({"conf": "shapes_4x"}))
     changed = change_config(run, {key: value}, override=True)
     assert OmegaConf.select(OmegaConf.structured(changed), key) == expected
+
+
+@pytest.mark.parametrize("key", sorted(PATHS))
+def test_an_empty_path_is_refused_and_not_the_current_folder(key):
+    value = '["", a.png]' if key.endswith("images") else ""
+    with pytest.raises(Mistake, match=f"{key} is empty, expected a .*is a variable of the shell not set"):
+        finish(compose_run({"conf": "shapes_4x", key: value}))
 
 
 def test_both_experts_loras_and_addresses(home):

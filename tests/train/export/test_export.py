@@ -215,7 +215,7 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
         (["run={run}", "out={out}", "format=released"], "format released is not there for a WanTransformer3DModel"),
         (["run={run}", "out={out}", "merge=true", "add=/nowhere.safetensors"], "/nowhere.safetensors is missing"),
         (["run={run}", "merge=true", "add=a.safetensors,"], "add is 'a.safetensors,', expected FILE or FILE:STRENGTH"),
-        (["run={run}", "merge=true", "add="], "add is '', expected FILE or FILE:STRENGTH"),
+        (["run={run}", "merge=true", "add="], "add is empty, expected a path; is a variable"),
         (["run={run}", "out=/dev/null/x"], "the export to /dev/null/x failed ("),
         (["run={run}", "out=/proc/x"], "the export to /proc/x failed ("),
     ],

@@ -120,6 +120,8 @@ def test_the_files_of_two_experts_are_told_apart(first, tmp_path):
         check_initial(files[0], model)
     with pytest.raises(UserError, match=r"lora.init is .*, expected one file, or a folder with one"):
         check_initial(",".join(files), config.model)
+    with pytest.raises(UserError, match=r"lora.init is .*, expected a file on each side of a comma; is a variable"):
+        check_initial(f"{files[0]},", model)
 
 
 def test_what_cannot_be_trained_is_refused(first, tmp_path):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from data.io.files import write_utf8
 from radial import Dense
+from train.config.global_batch import clips_a_step
 from train.config.schema import RunConfig
 from train.export.formats import WEIGHTS, formats_of
 from train.export.tools import differences, ways
@@ -28,7 +29,7 @@ def write_card(run: Path, config: RunConfig, step: int, out: Path, formats: Sequ
     """Writes the card of a run's export, and returns a line.
 
     Args:
-        run: the run folder, whose table of results is put into the card where it has one.
+        run: the run folder, whose table of results is put into the card where it has one of this step.
         config: of the run.
         step: the optimizer step of what is exported.
         out: the folder of the export.
@@ -45,7 +46,9 @@ def write_card(run: Path, config: RunConfig, step: int, out: Path, formats: Sequ
         **_licence(config, base),
     )
     results = run / TEXT
-    table = results.read_text(encoding="utf-8").strip() if results.is_file() else ""
+    # they were measured at the run's end: of an earlier checkpoint they say nothing
+    measured = step == config.trainer.steps and results.is_file()
+    table = results.read_text(encoding="utf-8").strip() if measured else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {config.conf}: {base or public_name(config.model)} at {config.clip.frames} frames",
@@ -98,7 +101,7 @@ def _settings(config: RunConfig, step: int) -> str:
         "temporal positions": config.model.rope,
         "shift of the noise levels": f"{config.shift():g}",
         _kind(config): _lora(config),
-        "steps": f"{step} of {config.optim.global_batch or config.data.batch_size} clips",
+        "steps": f"{step} of {clips_a_step(config):g} clips",
         "learning rate": rate,
     }
     if config.optim.ema is not None:

@@ -30,7 +30,7 @@ def card_of(tmp_path, config, results=""):
 
 
 def test_a_card_has_what_the_run_had(tmp_path):
-    front, body = card_of(tmp_path, run_of("wan_4x"), "dense 0.03\nreleased 0.04")
+    front, body = card_of(tmp_path, run_of("wan_4x", **{"trainer.steps": "7"}), "dense 0.03\nreleased 0.04")
     assert front == {
         "base_model": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
         "library_name": "diffusers",
@@ -44,6 +44,16 @@ def test_a_card_has_what_the_run_had(tmp_path):
     assert 'extend(pipeline, "diffusers")' in body
     assert "- `comfyui/`: ComfyUI runs this attention with the node Load Radial LoRA" in body
     assert "- `comfyui/`: WanVideoWrapper runs other attention than the LoRA was trained with: rule ports" in body
+
+
+def test_a_card_counts_the_clips_of_all_gpus_and_micro_batches(tmp_path):
+    several = {"trainer.devices": "2", "data.batch_size": "3", "optim.accumulate": "4"}
+    assert "| steps | 7 of 24 clips |" in card_of(tmp_path, run_of("shapes_4x", **several))[1]
+
+
+def test_a_card_of_an_earlier_step_has_no_losses_of_the_last(tmp_path):
+    _, body = card_of(tmp_path, run_of("wan_4x", **{"trainer.steps": "8"}), "dense 0.03")
+    assert "| steps | 7 of 8 clips |" in body and "Held-out losses" not in body and "0.03" not in body
 
 
 def test_a_doras_card_names_what_there_is_of_it(tmp_path):

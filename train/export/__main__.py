@@ -18,7 +18,7 @@ class Options:
     """What is exported, and how."""
 
     run: Path = setting("the run folder")
-    checkpoint: Path | None = setting("a step-* folder of it; null: the newest", None)
+    checkpoint: Path | None = setting("a step-* folder of it, or its name alone; null: the newest", None)
     format: list[str] | None = setting(
         "some of diffusers, comfyui, kohya, peft, released; null: all that the model has", None
     )

@@ -43,7 +43,7 @@ from train.lora.scaling import factor
 from train.models.loading import load_adapter
 from train.models.pretrained import pipeline_around, public_name, stand_in, transformer_folder
 from train.step.clip_recipe import clip_recipe
-from train.storage.checkpoints import last_checkpoint, load_state, load_weights
+from train.storage.checkpoints import checkpoints_of, last_checkpoint, load_state, load_weights
 from train.storage.inputs import check_masks
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
@@ -73,7 +73,7 @@ def export_run(
     Args:
         run: the run folder.
         out: where to, ``<run>/export`` by default; replaced as a whole when it exists.
-        checkpoint: a step-* folder, the newest by default.
+        checkpoint: a step-* folder, or the name alone of one of the run's; the newest by default.
         formats: adapter formats, by default all that the model has.
         merged: also write the merged model.
         dtype: of all weights, ``fp32`` or ``bf16``; by default fp32 for adapters, and for merged models what the base
@@ -104,7 +104,7 @@ def export_run(
         for file, _ in files:
             check_file(file, config.model, key, expert)
     check_masks(config, run)
-    checkpoint = checkpoint or last_checkpoint(run)
+    checkpoint = last_checkpoint(run) if checkpoint is None else _checkpoint(run, checkpoint)
     out = out or run / "export"
     weights = load_weights(checkpoint)
     with _replaced(out) as temporary:
@@ -137,6 +137,20 @@ def export_run(
         if card:
             said.append(write_card(run, config, step, temporary, formats))
     return [line if line.startswith("warning: ") else f"{out}/{line}" for line in said]
+
+
+def _checkpoint(run: Path, given: Path) -> Path:
+    """A checkpoint's folder: as it is given, or the one of this name among the run's.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given.is_dir():
+        return given
+    own = {path.name: path for path in checkpoints_of(run / "checkpoints")}
+    if str(given) not in own:
+        raise UserError(f"checkpoint {given} is no folder, {run} has {', '.join(own) or 'none'}: give one of these")
+    return own[str(given)]
 
 
 @contextmanager

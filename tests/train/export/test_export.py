@@ -216,14 +216,21 @@ def test_the_command_says_what_was_loaded(trained, tmp_path, capsys):
         (["run={run}", "out={out}", "merge=true", "add=/nowhere.safetensors"], "/nowhere.safetensors is missing"),
         (["run={run}", "merge=true", "add=a.safetensors,"], "add is 'a.safetensors,', expected FILE or FILE:STRENGTH"),
         (["run={run}", "merge=true", "add="], "add is empty, expected a path; is a variable"),
+        (["run={run}", "checkpoint=step-000009"], "checkpoint step-000009 is no folder, {run} has step-"),
         (["run={run}", "out=/dev/null/x"], "the export to /dev/null/x failed ("),
         (["run={run}", "out=/proc/x"], "the export to /proc/x failed ("),
     ],
 )
 def test_command_mistakes(trained, tmp_path, words, message):
-    with pytest.raises(Mistake, match=re.escape(message)):
+    with pytest.raises(Mistake, match=re.escape(message.format(run=trained[1]))):
         main([word.format(run=trained[1], out=tmp_path / "out") for word in words])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_found_by_its_name(trained, tmp_path, capsys):
+    _, run = trained
+    main([f"run={run}", f"out={tmp_path / 'out'}", "checkpoint=step-000003", "format=peft"])
+    assert "24 tensors, all equal" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

@@ -68,7 +68,8 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        inside = sweep is not None and folder.parent == sweep.path
+        # a copy in the sweep's folder is no run of it
+        inside = sweep is not None and folder in map(sweep.run, range(len(sweep.settings)))
         changes = sweep.changes(int(folder.name)) if sweep is not None and inside else None
         name = folder.name if inside else "/".join(folder.resolve().parts[-2:])
         return cls(folder, name, read_config(folder), changes, get_state(folder))
@@ -134,7 +135,7 @@ class Group:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in folders, each of which is a run's, a sweep's, or holds the folders of runs.
+    """The runs in folders, each of which is a run's, a sweep's, or holds the folders of runs; each run once.
 
     Raises:
         UserError: one is none of these.
@@ -152,7 +153,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             if not inside:
                 raise UserError(f"runs: {folder} has no run, expected a sweep's folder or run folders, by commas")
             found += [Run.read(each) for each in inside]
-    return found
+    return list({run.folder.resolve(): run for run in found}.values())
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

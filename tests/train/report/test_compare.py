@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from statistics import fmean, stdev
 
@@ -91,6 +92,21 @@ def test_runs_without_a_sweep_are_told_apart_by_their_config(tmp_path, monkeypat
     assert [run.folder for run in read_runs([tmp_path / "runs" / "shapes_4x"])] == sorted(folders)
     main([f"runs={folders[0]},{folders[2]}"])
     assert "optim.lr" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_is_given_twice_counts_once(sweep):
+    """A second seed with the same losses would make an interval of no width."""
+    runs = read_runs([sweep.run(0), sweep.run(0), sweep.path])
+    assert [run.folder for run in runs] == [sweep.run(number) for number in range(6)]
+
+
+@pytest.mark.parametrize("name", ["0_before", "17"])
+def test_a_copy_of_a_run_in_its_sweeps_folder_can_be_compared(sweep, name):
+    copy = sweep.path / name
+    shutil.copytree(sweep.run(0), copy)
+    first, other = read_runs([sweep.run(0), copy])
+    assert first.changes == {"lora.rank": "4", "seed": "0"} and other.changes is None
+    assert other.name.endswith(f"/{name}") and len(grouped([first, other])[0].runs) == 2
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

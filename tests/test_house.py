@@ -123,6 +123,33 @@ def test_nothing_unpickles():
                 assert not (isinstance(node, ast.Attribute) and node.attr in ("extractall", "unsafe_load")), file
 
 
+READERS = [  # what reads users' files and settings, and what writes files for other tools
+    "radial/cli", "radial/comfyui", "data/io", "data/shards", "train/config", "train/export", "train/sample",
+    "train/storage", "train/lora/reading.py", "train/lora/scaling.py", "train/lora/keys.py", "train/lora/names.py",
+    "train/lora/initial.py", "train/lora/file_checks.py", "train/lora/file_lists.py", "train/lora/masks.py", "launch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", READERS)
+def test_what_a_user_may_get_wrong_is_no_assertion(place):
+    """python -O drops assertions: there they tell the type checker what is known, and check nothing."""
+    files = [ROOT / place] if place.endswith(".py") else list((ROOT / place).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Assert) or _narrows(node.test), f"{file}:{node.lineno}"
+
+
+def _narrows(test: ast.expr) -> bool:
+    """Whether an assertion says no more than that something is there, or of a type."""
+    if isinstance(test, ast.BoolOp):
+        return all(map(_narrows, test.values))
+    if isinstance(test, ast.Compare):
+        return all(isinstance(sign, ast.Is | ast.IsNot) for sign in test.ops)
+    is_instance = isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance"
+    return is_instance or isinstance(test, ast.Name | ast.Attribute)
+
+
 def test_text_is_utf8_whatever_the_locale():
     """Ruff's PLW1514 sees paths whose type it can tell; this sees the other paths, and the output of programs."""
     for package in (*MAY_IMPORT, "tests"):

@@ -102,7 +102,12 @@ class Denoiser:
         return {}
 
     def _forward(self, adapter: ModelAdapter, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert not args and kwargs.get("return_dict") is False, "as diffusers' pipelines call their transformers"
+        if args or kwargs.get("return_dict") is not False:
+            raise UserError(
+                "the transformer of an extended pipeline was called with "
+                f"{'positional arguments' if args else 'return_dict=True'}, expected keywords and return_dict=False, "
+                "as diffusers' pipelines call it: call the pipeline, or take ours out first (train.sample.unextend)"
+            )
         step = self.pipeline.scheduler.step_index or 0  # None before the first step
         now = (step, noise_level(self.pipeline.scheduler, step), kwargs["hidden_states"].shape[2:])
         if now != self._step:

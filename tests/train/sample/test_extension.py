@@ -220,6 +220,16 @@ def test_what_does_not_fit_leaves_the_pipeline_as_it_was(wan, lora, model, tmp_p
         extend(pipeline, lora, model=model)
 
 
+def test_a_transformer_that_is_not_called_as_pipelines_do_says_so(wan, model):
+    """Also under python -O: a program that calls it by itself gets no tuple where it expects an output."""
+    pipeline = extend(WanPipeline.from_pretrained(wan), model=model, decay=0.4, block=16)
+    latent = torch.zeros(1, pipeline.transformer.config.in_channels, 2, 4, 4)
+    with pytest.raises(UserError, match=r"return_dict=True, expected keywords and return_dict=False.*unextend"):
+        pipeline.transformer(hidden_states=latent)
+    with pytest.raises(UserError, match="positional arguments, expected keywords"):
+        pipeline.transformer(latent, return_dict=False)
+
+
 def test_what_was_wrapped_since_is_not_torn_apart(wan, model):
     pipeline = extend(WanPipeline.from_pretrained(wan), model=model, decay=0.4, block=16)
     ours = pipeline.transformer.forward

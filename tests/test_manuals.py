@@ -10,6 +10,7 @@ import pytest
 
 from train.config.compose import compose_run, finish
 from train.planning import GIB, GPUS, Budget, Machine, best, fewest
+from train.step.clip_recipe import clip_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_README, LONGEST_LINE = 220, 120
@@ -93,6 +94,48 @@ PLANNED += [line.strip("| ").split(" | ") for line in text_of(ROOT / "README.md"
 def test_readme_plans_every_run():
     runs = {path.stem for path in (ROOT / "conf").glob("*.yaml") if not path.stem.startswith(("shapes", "study"))}
     assert {row[0].strip("`") for row in PLANNED} == runs
+
+
+@pytest.mark.parametrize("row", PLANNED, ids=lambda row: row[0].strip("`"))
+def test_a_run_files_hours_are_those_of_the_readme(row):
+    """On one H200 and on eight, each to the digits that it prints."""
+    comment = text_of(ROOT / "conf" / f"{row[0].strip('`')}.yaml").splitlines()[1]
+    table = {"one": row[4], "8": row[6]}
+    found = {cards: hours for hours, cards in re.findall(r"([\d.]+) (?:hours )?on (one|8)\b", comment)}
+    assert set(found) == {cards for cards, cell in table.items() if not cell.startswith("no")}, comment
+    for cards, hours in found.items():
+        digits = min(len(text.partition(".")[2]) for text in (hours, table[cards].split()[2]))
+        assert round(float(hours), digits) == round(float(table[cards].split()[2]), digits), (comment, table[cards])
+
+
+RECIPES = {
+    "Wan2.1-14B": "wan_4x", "Wan2.1-14B image-to-video": "wan_i2v_2x", "Wan2.1-1.3B": "wan_1.3b_4x",
+    "Wan2.2-A14B text-to-video": "wan22_2x", "Wan2.2-A14B image-to-video": "wan22_i2v_2x",
+    "Wan2.2-TI2V-5B": "wan22_5b_4x", "HunyuanVideo": "hunyuan_4x", "HunyuanVideo-1.5": "hunyuan15_4x",
+    "MiniMax-H3": "minimax_h3_4x", "Mochi-1": "mochi_4x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_the_manuals_recipe_is_the_runs(family):
+    """Rule, dense layers and steps, their noise level and the shift that it follows from."""
+    lines = text_of(ROOT / "train" / "README.md").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {family} | `")]
+    config = finish(compose_run({"conf": RECIPES[family]}))
+    attention, level = config.attention, clip_recipe(config).attention.dense_sigma
+    shift = "its own levels" if config.model.family == "mochi" else f"shift {config.shift():g}"
+    steps = f"{attention.dense_steps} of {config.model.steps}, {level:.4f} ({shift})"
+    assert f"| {family} | `{config.rule()}` | {attention.dense_layers} of " in line and f"| {steps} |" in line
+
+
+def test_the_manual_says_how_two_experts_share_the_steps():
+    shares = []
+    for run in ("wan22_2x", "wan22_i2v_2x"):
+        config = finish(compose_run({"conf": run}))
+        shares.append(config.trainer.steps * clip_recipe(config).schedule.share_above(config.model.boundary))
+    wanted = f"share {config.trainer.steps:,} steps between both; the one of high noise levels gets "
+    text = " ".join(text_of(ROOT / "train" / "README.md").split())
+    assert wanted + " and ".join(f"{share:,.0f}" for share in shares) in text
 
 
 @pytest.mark.slow

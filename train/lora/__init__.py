@@ -1,7 +1,8 @@
 """LoRAs: their layers in a model, their files in every format, their names and scales.
 
 layers.py          the LoRA in a model: injected, read out, put back
-reading.py         a file of any tool as tensors; keys.py: what tools put before and behind a layer's name
+reading.py         a file of ours or of another tool as tensors; keys.py: what tools put before and behind a layer's
+                   name
 names.py           a layer's name in ComfyUI's files and in the original checkpoint, whose names are in
                    name_tables.py
 layers_by_name.py  what of a model a file may change

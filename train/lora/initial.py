@@ -1,4 +1,7 @@
-"""``lora.init``: the LoRA that training starts from, a file of any tool, or one for each of two experts."""
+"""``lora.init``: the LoRA that training starts from, one file, or one for each of two experts.
+
+`train/README.md` lists the tools whose files are read.
+"""
 
 from __future__ import annotations
 

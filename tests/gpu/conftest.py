@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _room(request, tmp_path_factory):
     """A test marked ``whole_gpu`` has the GPU to itself among the processes of `pytest -n`."""
     wanted = fcntl.LOCK_EX if request.node.get_closest_marker("whole_gpu") else fcntl.LOCK_SH
-    with (tmp_path_factory.getbasetemp().parent / "gpu.lock").open("w") as lock:
+    with (tmp_path_factory.getbasetemp().parent / "gpu.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, wanted)
         yield
         torch.cuda.empty_cache()  # for the tests of the other processes

@@ -100,7 +100,8 @@ def test_predictions_hold_for_masks_of_each_head(tmp_path, of_released, share):
     masks = tmp_path / "masks.safetensors"
     fit = [sys.executable, "-m", "radial", "fit", "known=wan_4x", "layers=2", f"share={share}", f"out={masks}"]
     subprocess.run(fit, check=True, capture_output=True)
-    content = (MEASURED[0].parent.with_name("measured_fitted") / f"h200_321_{of_released}.json").read_text("utf-8")
+    measured = MEASURED[0].parent.with_name("measured_fitted") / f"h200_321_{of_released}.json"
+    content = measured.read_text(encoding="utf-8")
     file = tmp_path / "measured.json"
     file.write_text(content.replace("masks.safetensors", str(masks)), encoding="utf-8")
     (case,) = cases(file)

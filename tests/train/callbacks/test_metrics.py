@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.shards.stream import read_samples
@@ -73,6 +74,36 @@ def test_every_log_has_the_same_keys_and_numbers(logged):
     assert events.Tags()["images"] == ["mask"]
     about = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     assert about["packages"]["torch"] == torch.__version__ and len(about["git"] or "0" * 40) >= 40
+
+
+class Watch(Callback):
+    """The norm of the gradients of each step, by the step's number."""
+
+    def __init__(self):
+        self.norms = {}
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.norms[trainer.global_step] = torch.nn.utils.get_total_norm(gradients).item()
+
+
+def test_a_rows_figures_belong_to_the_step_beside_it(tmp_path, monkeypatch):
+    seen, step = {}, LengthExtensionModule.training_step
+
+    def watched(module, batch, index):
+        loss = step(module, batch, index)
+        seen.setdefault(module.trainer.global_step, []).append(loss.item())
+        return loss
+
+    monkeypatch.setattr(LengthExtensionModule, "training_step", watched)
+    config = run_config(tmp_path, trainer__steps=4, optim__accumulate=2)
+    folder, watch = RunFolder.create(config), Watch()
+    train(config, folder, extra_callbacks=[watch])
+    rows = {int(row["step"]): row for row in read_metrics(folder.path / "metrics.csv")}
+    assert sorted(rows) == [0, 1, 2, 3] and [len(losses) for losses in seen.values()] == [2] * 4
+    for number, row in rows.items():
+        assert float(row["loss"]) == pytest.approx(sum(seen[number]) / 2, rel=1e-5)
+        assert float(row["grad_norm"]) == pytest.approx(watch.norms[number], rel=1e-5)
 
 
 def test_figures_between_the_rows_are_not_lost(tmp_path):

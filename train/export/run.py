@@ -49,7 +49,7 @@ from train.storage.inputs import check_masks
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 _FP8 = (
     "trained beside float8 layers (radial.fp8 in the headers): in bfloat16 the base model gives other numbers than in "
-    "training. Look at a clip; if it disappoints, train on with resume=RUN trainer.fp8=false override=true"
+    "training. Look at a clip; if it disappoints, train on with resume=RUN {key} override=true"
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -122,8 +122,9 @@ def export_run(
                     part, base, pairs, header, formats, DTYPES[dtype or "fp32"], temporary / kind, name, check, norms
                 )
                 said += [str(Path(kind) / line) for line in lines]
-                if config.trainer.fp8:
-                    said.append(str(Path(kind) / _FP8))
+                if _beside_float8(config):
+                    key = "trainer.fp8=false" if config.trainer.fp8 else "model.storage=null"
+                    said.append(str(Path(kind) / _FP8.format(key=key)))
                 if merged:
                     model = stand_in(base)
                     others = [(p, read_lora(p, model), factor) for p, factor in (add_2 if kind == _LOW else add)]
@@ -137,6 +138,11 @@ def export_run(
         if card:
             said.append(write_card(run, config, step, temporary, formats))
     return [line if line.startswith("warning: ") else f"{out}/{line}" for line in said]
+
+
+def _beside_float8(config: RunConfig) -> bool:
+    """Whether the frozen layers computed in float8, or were stored so."""
+    return config.trainer.fp8 or config.model.storage == "fp8"
 
 
 def _checkpoint(run: Path, given: Path) -> Path:
@@ -287,7 +293,7 @@ def header_of(config: RunConfig, step: int) -> dict[str, str]:
         "expert": config.model.expert,
         "rank": config.lora.rank,
         "shift": config.shift(),
-        "fp8": config.trainer.fp8,
+        "fp8": _beside_float8(config),
         "step": step,
         "version": __version__,
     }

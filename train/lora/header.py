@@ -22,7 +22,7 @@ KINDS: dict[str, type] = {
     "rope": str,
     "rank": int,
     "shift": float,
-    "fp8": bool,  # whether the frozen layers beside it were in float8
+    "fp8": bool,  # whether the frozen layers beside it computed in float8, or were stored so
     "step": int,
     "version": str,
     "pattern": str,

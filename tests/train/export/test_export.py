@@ -132,12 +132,15 @@ def test_the_header_says_how_to_run_it(trained):
     }  # fmt: skip
 
 
-def test_an_export_of_fp8_training_says_so(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "back"), [("fp8", "trainer.fp8=false"), ("storage", "model.storage=null")])
+def test_an_export_of_fp8_training_says_so(trained, tmp_path, monkeypatch, key, back):
     config, run = trained
     of_fp8 = replace(config, trainer=replace(config.trainer, fp8=True))
+    if key == "storage":
+        of_fp8 = replace(config, model=replace(config.model, storage="fp8"))
     monkeypatch.setattr("train.export.run.read_config", lambda run: of_fp8)
     said = export_run(run, out=tmp_path / "out", formats=["peft"])
-    assert "trained beside float8 layers" in said[-1]
+    assert "trained beside float8 layers" in said[-1] and f"resume=RUN {back} override=true" in said[-1]
     assert read_header(tmp_path / "out" / "peft")["radial.fp8"] == "True"
 
 

@@ -22,6 +22,7 @@ from data.prepare.records import read_records
 from data.prepare.upload import Upload
 from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
+from radial.errors import Mistake
 from tests.helpers.prepared import FAST, LENGTHS, command, write_clips
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[dev]'")
@@ -162,7 +163,7 @@ def test_a_store_without_a_manifest_is_told_as_one(bucket: str) -> None:
 
 @pytest.mark.parametrize("address", ["", "/", "s3://", "file:///"])
 def test_an_address_that_is_empty_is_refused(tmp_path: Path, videos: Path, address: str) -> None:
-    with pytest.raises(DataError, match=f"^upload is {address or 'empty'}, expected .* variable of the shell not set"):
+    with pytest.raises(Mistake, match=f"^upload is {address or 'empty'}, expected .* variable of the shell not set"):
         main([f"source={videos}", f"out={tmp_path / 'out'}", *FAST, f"upload={address}"])
 
 

@@ -53,7 +53,7 @@ def rows_of(job: Job) -> list[Row]:
     Raises:
         UserError: ``rows=`` names one that there is not, or a file of masks that is none.
     """
-    every = [*_untuned(), *_tuned(job, released_share(job))]
+    every = [*_untuned(job), *_tuned(job, released_share(job))]
     if job.given.rows == "all":
         return every
     by_name = {row.name: row for row in every}
@@ -67,7 +67,7 @@ def rows_of(job: Job) -> list[Row]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _untuned() -> list[Row]:
+def _untuned(job: Job) -> list[Row]:
     dense = {"attention": "dense"}
     return [
         Row("untuned_dense", "untuned, dense, default positions", False, {**dense, "rope": "default"}),
@@ -75,6 +75,8 @@ def _untuned() -> list[Row]:
         Row("untuned_interpolate", "untuned, dense, interpolated positions", False, dense),
         Row("untuned_released", "untuned, released", False, {"attention": "radial"}),
         Row("untuned_random", "untuned, random blocks", False, {"attention": "random"}),
+        Row("untuned_paper", "untuned, the paper's Eq. 4", False, {"attention": "paper"}),
+        *(_untuned_fitted(row) for row in _fitted_rows(job)),
     ]
 
 
@@ -90,14 +92,25 @@ def _tuned(job: Job, share: float) -> list[Row]:
         ),
         Row("paper", "the paper's Eq. 4", True, {"attention": "paper"}),
         *(Row(name, f"{name.replace('_', ' ')}, equal share", True, {"attention": name, **equal}) for name in RIVALS),
-        *(_fitted(job, fit) for fit in job.masks),
-        *(_from_file(file, share) for file in _files(job)),
+        *_fitted_rows(job),
         Row("released_default", "released, default positions", True, {"attention": "radial", "rope": "default"}),
         Row(
             "full", "released, all weights trained", True,
             {"attention": "radial", "lora": "null", "optim.lr": "1e-4"},
         ),
     ]  # fmt: skip
+
+
+def _fitted_rows(job: Job) -> list[Row]:
+    """Tuned rows of the masks that are fitted to the base, or of the user's files."""
+    files = _files(job)
+    share = released_share(job)
+    return [*(_fitted(job, fit) for fit in job.masks), *(_from_file(file, share) for file in files)]
+
+
+def _untuned_fitted(row: Row) -> Row:
+    """The base under a tuned row's masks."""
+    return Row(f"untuned_{row.name}", f"untuned, {row.words}", False, row.settings, row.fit)
 
 
 def _files(job: Job) -> list[Path]:

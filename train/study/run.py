@@ -124,13 +124,14 @@ class Study:
 
     def fit_masks(self) -> None:
         """Fits the masks of the rows that have some; one that cannot be fitted is noted, and the others go on."""
-        rows = {row.fit: row for row in self.rows if row.fit is not None}
 
         def failed(fit: Fit, why: str) -> None:
-            self._fail(rows[fit], why)
+            for row in self.rows:
+                if row.fit == fit:
+                    self._fail(row, why)
 
         self.clock.check()
-        fit_masks(self.job, list(rows), failed)
+        fit_masks(self.job, list(dict.fromkeys(row.fit for row in self.rows if row.fit is not None)), failed)
 
     def measure_rows(self) -> None:
         """Trains and measures every row, seed by seed; a row that cannot be is noted, and the others go on."""

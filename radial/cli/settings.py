@@ -36,8 +36,8 @@ class Bound:
 
 
 def at_least(least: float) -> Bound:
-    """``least`` or more; not a number (nan) is less than anything."""
-    return Bound(f"at least {least:g}", lambda value: bool(value >= least))
+    """``least`` or more, but not infinite; not a number (nan) is less than anything."""
+    return Bound(f"at least {least:g}", lambda value: bool(least <= value < math.inf))
 
 
 def within(low: float, high: float) -> Bound:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from radial import LatentTime, Pattern, VideoGrid, build_layout, with_share
-from radial.cli.settings import POSITIVE, Bound, at_least, each, within
+from radial.cli.settings import POSITIVE, Bound, at_least, within
 from radial.patterns import RULES
 from train.config.keys import Key, key, keys_of, section
 from train.config.output_sections import ExportConfig, LogConfig, ReportConfig, ValidationConfig
@@ -32,6 +32,10 @@ from train.errors import UserError
 
 ROPE_KINDS = ("default", "riflex", "interpolate")
 _SIZES = Bound("three sizes (time, height, width) of at least 1", lambda value: len(value) == 3 and min(value) >= 1)
+_SIDES = Bound("two sizes (height, width) of at least 1", lambda value: len(value) == 2 and min(value) >= 1)
+_GUIDANCE = Bound(
+    "a positive number, or two", lambda value: len(value) in (1, 2) and all(0 < one < math.inf for one in value)
+)
 _CHUNKS = Bound("two lengths, the second shorter", lambda value: len(value) == 2 and 1 <= value[1] < value[0])
 _SHIFTS = Bound("positive numbers", lambda value: all(0 < shift < math.inf for shift in value.values()))
 _BETWEEN = Bound("a noise level between 0 and 1", lambda value: 0 < value < 1)
@@ -81,11 +85,12 @@ class ModelConfig:
     shifts: dict[int, float] = key(
         "its shift of the noise levels, by the clip's short side in pixels from which on it holds", {}, must=_SHIFTS
     )
-    native_size: list[int] | None = key("height and width of what its authors generate", None, unit="pixels")
+    native_size: list[int] | None = key("height and width of what its authors generate", None, unit="pixels",
+                                        must=_SIDES)  # fmt: skip
     steps: int | None = key("denoising steps that its authors generate with", None, must=at_least(1))
     guidance: list[float] | None = key(
         "its authors' weight of guidance; of two experts one each, that of high noise levels first", None,
-        must=each(POSITIVE),
+        must=_GUIDANCE,
     )  # fmt: skip
     caption_dropout: float = key(
         "share of samples that it trains with the empty prompt; 0 for guidance-distilled models, which have no "

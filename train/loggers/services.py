@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def _wandb(config: RunConfig, folder: Path) -> list[Logger]:
         "config": asdict(config),
         "settings": wandb.Settings(init_timeout=PATIENCE, console="off", silent=True),
     }
-    sync = f"afterwards: wandb sync {folder}/wandb/*"
+    sync = f"afterwards: wandb sync {shlex.quote(str(folder))}/wandb/*"
     mode: Any = config.log.wandb
     try:
         run = wandb.init(mode=mode, **options)

@@ -12,6 +12,7 @@
     fits        which masks are fitted to the base, as words and as file names
     masks       the base's own attention, and the masks that are fitted to it
     parts       what one process does at a time: a row's losses, a row's clips
+    gpus        processes that see one GPU each
     pool        the parts, one after the other or several at a time, over the GPUs that there are
     results     table, paired differences, conclusions
     pictures    the picture of cost against loss, the strip of clips

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -14,62 +13,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
 from radial.errors import Mistake
 from train.errors import UserError
 from train.shards import training_shards, validation_shards
+from train.study.gpus import OneGpuEach, gpus_in_turn
 from train.study.parts import Part, held_out_shards
 from train.study.rows import Row
 from train.study.runs import Clock, TimeUp
 from train.study.settings import Job
 
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-
 Done = Callable[[Row, Mistake | None], None]
 """Called after each part with its row; with what is wrong where it could not be done."""
-
-
-class OneGpuEach(SpawnContext):
-    """Starts processes that see one GPU each; a fork of a process that has used a GPU could not use it.
-
-    Args:
-        gpus: of the first process, the second and so on, then from the start; None leaves a process what this one sees.
-    """
-
-    def __init__(self, gpus: list[str | None]) -> None:
-        super().__init__()
-        self._gpus = itertools.cycle(gpus)
-
-    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
-        """A process that is not started yet."""
-        process = _OneGpu(*args, **kwargs)
-        process.gpu = next(self._gpus)
-        return process
-
-
-class _OneGpu(SpawnProcess):
-    """A process whose environment names its GPU from its start: CUDA reads it once, when a library asks for GPUs,
-    which some do while they are imported."""
-
-    gpu: str | None = None
-
-    def start(self) -> None:
-        before = os.environ.get(_VISIBLE)
-        if self.gpu is not None:
-            os.environ[_VISIBLE] = self.gpu
-        try:
-            super().start()
-        finally:
-            if before is None:
-                os.environ.pop(_VISIBLE, None)
-            else:
-                os.environ[_VISIBLE] = before
 
 
 def do_parts(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
@@ -94,14 +53,6 @@ def do_parts(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:
             done(part.row, error)
         else:
             done(part.row, None)
-
-
-def gpus_in_turn(processes: int) -> list[str | None]:
-    """The GPU of each process, by the name that the environment has for it; None where there is none."""
-    visible = os.environ.get(_VISIBLE)
-    count = torch.cuda.device_count()
-    names = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
-    return [names[index % count] if count else None for index in range(processes)]
 
 
 def _in_processes(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> None:

@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
 
 from tests.helpers.studies import study_settings
 from train.config.compose import compose_run, finish
@@ -19,7 +17,6 @@ from train.loggers.csv_file import METRICS, read_metrics
 from train.storage.checkpoints import checkpoints_of
 from train.storage.run_folder import get_state, write_config
 from train.study.__main__ import main
-from train.study.pool import OneGpuEach, gpus_in_turn
 
 
 def losses(folder: Path) -> dict[str, float]:
@@ -54,34 +51,6 @@ def test_rows_at_the_same_time_are_those_one_after_the_other(tmp_path, capsys):
         assert by_name[name]["state"].startswith("failed: share is ")
     for name in ("fitted_0.6", "untuned_fitted_0.6"):
         assert by_name[name]["blocks"] == pytest.approx(0.6 * by_name["released"]["blocks"], rel=0.02)
-
-
-@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("3,5,7", ["3", "5", "3"])])
-def test_processes_take_the_gpus_in_turn(monkeypatch, visible, expected):
-    assert gpus_in_turn(2) == [None, None] or torch.cuda.is_available()
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus_in_turn(3) == expected
-
-
-def gpu_at_the_start(_: int) -> str | None:
-    """What the environment of this process named when it began, before it imported anything."""
-    pairs = Path("/proc/self/environ").read_bytes().decode().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair).get("CUDA_VISIBLE_DEVICES")
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="needs Linux")
-def test_a_process_sees_its_gpu_alone_from_its_start(monkeypatch):
-    """CUDA reads the name once, while libraries are imported: one that is set later is too late."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    with ProcessPoolExecutor(1, OneGpuEach(["3", "5"]), max_tasks_per_child=1) as pool:
-        assert list(pool.map(gpu_at_the_start, range(3))) == ["3", "5", "3"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with ProcessPoolExecutor(1, OneGpuEach([None])) as pool:
-        assert pool.submit(gpu_at_the_start, 0).result() is None
 
 
 @pytest.mark.slow

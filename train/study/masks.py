@@ -10,11 +10,10 @@ or another share, gets masks of its own. They are fitted to other clips than tho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
+from data.io.locks import take
 from radial import Released, build_layout
-from radial.errors import Mistake
 from radial.fit import fit
 from train.storage.inputs import fingerprints
 from train.study.fits import Fit
@@ -41,19 +40,26 @@ def masks_file(job: Job, one: Fit) -> Path:
     return job.out / f"masks-{digest}" / f"{one.name}.safetensors"
 
 
-def fit_masks(job: Job, chosen: list[Fit], failed: Callable[[Fit, str], None]) -> None:
-    """Measures the base's attention and fits what is missing of the chosen masks.
-
-    Args:
-        failed: called with each mask that cannot be fitted, and the reason.
+def fit_mask(job: Job, one: Fit) -> None:
+    """Fits a mask, unless it is there; the first process that wants one measures the base's attention, others wait.
 
     Raises:
         UserError: the attention cannot be measured.
+        RadialError: the mask cannot be fitted.
     """
-    missing = [one for one in chosen if not masks_file(job, one).is_file()]
-    if not missing:
-        return
-    decay = masks_file(job, missing[0]).parent / "decay"
+    file = masks_file(job, one)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / ".lock").open("w", encoding="utf-8") as lock:
+        take(lock, wait=True)
+        if not file.is_file():
+            _measure_attention(job, file.parent / "decay")
+            print(f"fitting {file}", flush=True)
+            share = one.share * released_share(job)
+            fit(file.parent / "decay" / "decay.safetensors", file, share=share, coverage=one.coverage, dense_layers=0)
+
+
+def _measure_attention(job: Job, decay: Path) -> None:
+    """The base's attention, unless it is there."""
     if not (decay / "decay.safetensors").is_file():
         from train.decay.run import run_decay  # takes seconds to import
         from train.decay.settings import Job as DecayJob
@@ -64,11 +70,3 @@ def fit_masks(job: Job, chosen: list[Fit], failed: Callable[[Fit, str], None]) -
             clips=_CLIPS, sigmas=_SIGMAS, frames=job.given.length, decays="1", dense_layers="0", out=decay
         )
         run_decay(DecayJob.made_of(own, {**job.words, "seed": str(_SEED)}))
-    for one in missing:
-        share = one.share * released_share(job)
-        file = masks_file(job, one)
-        print(f"fitting {file}", flush=True)
-        try:
-            fit(decay / "decay.safetensors", file, share=share, coverage=one.coverage, dense_layers=0)
-        except Mistake as error:
-            failed(one, str(error))

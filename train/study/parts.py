@@ -21,6 +21,7 @@ from train.config.schema import ClipConfig
 from train.shards import held_out
 from train.study.clips import ClipSet, generate_row
 from train.study.losses import arithmetic, measure_losses, module_of
+from train.study.masks import fit_mask
 from train.study.rows import BASE, TRUTH, Row
 from train.study.runs import Clock, RowRun
 from train.study.settings import Job
@@ -53,7 +54,7 @@ def stored_losses(job: Job, run: RowRun) -> dict[str, Any] | None:
 
 
 def measure(job: Job, run: RowRun, clock: Clock) -> None:
-    """Measures a run's losses into their file.
+    """Measures a run's losses into their file; those of the base, as it is, at its own length alone.
 
     Raises:
         TimeUp: the time is over.
@@ -62,7 +63,8 @@ def measure(job: Job, run: RowRun, clock: Clock) -> None:
     clips = held_out_clips(job, job.given.held_out)
     module = module_of(run, held_out_shards(job))
     with arithmetic(run):
-        whole, again = measure_losses(module, clips, job.lengths, job.sigmas, clock.check)
+        lengths = {"1x": job.lengths["1x"]} if run.row == BASE else job.lengths
+        whole, again = measure_losses(module, clips, lengths, job.sigmas, clock.check)
     longest = clips[0].latent[None]
     layers, heads, width = module.adapter.attention_shape
     attention = module.attention_at(longest, 0.0)
@@ -79,8 +81,8 @@ def measure(job: Job, run: RowRun, clock: Clock) -> None:
 
 
 def base_run(job: Job) -> RowRun:
-    """The base as a row that has no run."""
-    return RowRun.of(job, BASE, job.seeds[0])
+    """The base as a row that has no run, whichever seeds the rows have."""
+    return RowRun.of(job, BASE, 0)
 
 
 def clips_folder(job: Job, row: Row) -> Path:
@@ -93,7 +95,7 @@ def clips_folder(job: Job, row: Row) -> Path:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """A row with one seed: trained, if it is to be, and its losses measured."""
+    """A row with one seed: its masks fitted, if it has some, trained, if it is to be, and its losses measured."""
 
     row: Row
     seed: int
@@ -116,6 +118,9 @@ class RowLosses:
             UserError: it cannot be trained or measured.
             SystemExit: a signal has stopped it.
         """
+        clock.check()
+        if self.row.fit is not None:
+            fit_mask(job, self.row.fit)
         run = RowRun.of(job, self.row, self.seed)
         if self.row.tuned and not run.done:
             run.train(clock)

@@ -4,13 +4,14 @@
     <out>/runs/                                                       the tuned rows (`train.study.runs`)
     <out>/losses/, <out>/clips/                                       finished parts; they may be deleted
 
-First the base, where none is given, and the masks that are fitted to it; then every row's losses, seed by seed; then
-the clips of the first seed's rows.
+First the base, where none is given; then every row's losses, seed by seed, with masks that are fitted before the first
+row that has them; then the clips of the first seed's rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from statistics import median
 
 from radial.errors import Mistake
@@ -19,10 +20,9 @@ from train.report.runs import series
 from train.storage.run_folder import held
 from train.study.base import BaseSign, pixels_leave
 from train.study.clips import read_row, shown
-from train.study.fits import Fit
 from train.study.frechet import frechet_distance
 from train.study.losses import mean_over_sigmas
-from train.study.masks import fit_masks, masks_file
+from train.study.masks import masks_file
 from train.study.page import write_page
 from train.study.parts import (
     Part,
@@ -64,7 +64,6 @@ def run_study(job: Job, clock: Clock) -> tuple[list[str], bool]:
         whole = True
         try:
             study.check_base()
-            study.fit_masks()
             study.measure_rows()
             study.generate_clips()
         except TimeUp:
@@ -111,7 +110,7 @@ class Study:
             measure(self.job, base, self.clock)
         self.sign.check(self.job.base)
 
-    @property
+    @cached_property
     def sign(self) -> BaseSign:
         """How far the base is, once it is measured."""
         stored = stored_losses(self.job, base_run(self.job))
@@ -121,17 +120,6 @@ class Study:
         clips = [clip.latent[:, :native] for clip in held_out_clips(self.job, self.job.given.held_out)]
         left = pixels_leave(clips, self.job.sigmas)
         return BaseSign(sum(losses) / len(losses), left, self.job.given.enough)
-
-    def fit_masks(self) -> None:
-        """Fits the masks of the rows that have some; one that cannot be fitted is noted, and the others go on."""
-
-        def failed(fit: Fit, why: str) -> None:
-            for row in self.rows:
-                if row.fit == fit:
-                    self._fail(row, why)
-
-        self.clock.check()
-        fit_masks(self.job, list(dict.fromkeys(row.fit for row in self.rows if row.fit is not None)), failed)
 
     def measure_rows(self) -> None:
         """Trains and measures every row, seed by seed; a row that cannot be is noted, and the others go on."""
@@ -152,14 +140,14 @@ class Study:
         job = self.job
         for seed in job.seeds:
             for row in self.rows:
-                if self._lacks(row) or (not row.tuned and seed != job.seeds[0]):
+                if row.name in self.failed or (not row.tuned and seed != job.seeds[0]):
                     continue
                 try:
-                    run = RowRun.of(job, row, seed)
+                    measured = not self._lacks(row) and losses_file(job, RowRun.of(job, row, seed)).is_file()
                 except Mistake as error:
                     self._fail(row, str(error))
                     continue
-                if not losses_file(job, run).is_file():
+                if not measured:
                     yield RowLosses(row, seed)
 
     def _clips(self) -> Iterator[Part]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import functools
 import os
@@ -23,6 +22,7 @@ from data.shards.manifest import Manifest
 from radial.cli.ranks import Rank
 from radial.errors import Mistake
 from train.assemble import Watch, assemble, loader
+from train.callbacks.parting import part, parting
 from train.callbacks.progress import collected
 from train.callbacks.stop import StopSignals
 from train.callbacks.watchdog import Watchdog, patience
@@ -31,7 +31,6 @@ from train.errors import EXIT_CODES, WORDS, Asked, UserError
 from train.export.run import export_run
 from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
-from train.parallel.processes import end_now
 from train.planning import Budget, without_kernel
 from train.planning.full_memory import is_out_of_memory, out_of_memory
 from train.preflight import check_shapes
@@ -146,22 +145,10 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
                 assert folder.checkpoint is not None
                 module.load_trained_weights(load_weights(folder.checkpoint))  # what the export takes, average or not
                 module.position = start.position
-            if not stop.agreed:
-                _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
-            _part(folder.path, stop)
+            with parting(folder.path, stop):
+                if not stop.agreed:
+                    _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
     return stop.agreed
-
-
-def _part(folder: Path, stop: StopSignals) -> None:
-    """All ranks have done what they do together. Where their groups do not end, this process leaves out at its exit
-    what Lightning would do there, which is to wait for that."""
-
-    def leave() -> None:
-        sys.stdout.flush()
-        end_now({"failed": 2, "died": 1}.get(get_state(folder)[0], EXIT_CODES.get(stop.agreed, 0)))
-
-    if not stop.control.close():
-        atexit.register(leave)
 
 
 def warn_where_attention_is_slow(config: RunConfig) -> None:
@@ -211,7 +198,7 @@ def _finish(
     count = sharing if together else 1
     group = stop.control.first(count)
     if count == 1:
-        _part(folder, stop)
+        part(folder, stop)
     if trainer.is_global_zero:
         with suppress(Asked):
             export_run(folder, check=stop.check)

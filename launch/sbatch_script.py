@@ -98,8 +98,9 @@ class Job:
 
 
 def _as_sbatch_reads(word: str) -> str:
-    """An option with its value in quotes where it needs them: ``--comment=a b`` as ``--comment="a b"``."""
-    name, equals, value = word.partition("=")
+    """An option with its value in quotes where it needs them: ``--comment=a b`` as ``--comment="a b"``; a word that is
+    no option, such as the value after ``--comment``, as a whole."""
+    name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     if not re.search(r"""[\s#"'\\]""", value):
         return word
     escaped = re.sub(r'(["\\])', r"\\\1", value)

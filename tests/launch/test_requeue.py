@@ -60,3 +60,9 @@ def test_a_run_that_went_back_past_a_damaged_checkpoint_has_gone_on_when_it_save
         (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     assert not start("echo running > state")
     assert start(f"echo running > state; cd checkpoints; {saves}")
+
+
+def test_the_last_rank_may_write_the_report_for_as_long_as_it_takes(folder, start):
+    """By itself srun takes the cluster's WaitTime, and after that kills what still runs once a first rank has ended."""
+    set_state(folder, "running")
+    assert start('case " $* " in *" --wait=0 "*) mkdir -p checkpoints/step-000002 ;; esac')

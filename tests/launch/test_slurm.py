@@ -46,11 +46,11 @@ def test_the_script_says_what_was_asked_and_bash_can_read_it(tmp_path):
         qos="high",
         partition="h200",
         time="1-00:00:00",
-        sbatch=["--exclusive", "--nice=5", "--comment=a b"],
+        sbatch=["--exclusive", "--nice=5", "--comment=a b", "--reservation", "my own", "-C", "h200"],
     ).script()
     for line in (
         "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--account=lab", "--qos=high",
-        "--partition=h200", "--time=1-00:00:00", "--exclusive", "--nice=5", '--comment="a b"',
+        "--partition=h200", "--time=1-00:00:00", "--exclusive", "--nice=5", '--comment="a b"', '"my own"', "h200",
         "--signal=USR1@300", "--requeue",
     ):  # fmt: skip
         assert f"#SBATCH {line}" in script

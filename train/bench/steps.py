@@ -88,7 +88,8 @@ def case_of(config: RunConfig, pattern: str) -> RunConfig:
     case = replace(config, attention=config.attention.under(pattern))
     if pattern != "dense":
         return case
-    return replace(case, parallel=replace(case.parallel, activations="full", offload_activations=False))
+    parallel = replace(case.parallel, activations="full", offload_activations=False, offload_gib=None)
+    return replace(case, parallel=parallel)
 
 
 def speed_up(dense: Result, other: Result, dense_layers: int, layers: int) -> str:

@@ -12,6 +12,7 @@ from radial.errors import Mistake
 from train.bench.__main__ import main
 from train.bench.case import Result
 from train.bench.steps import case_of, config_of, speed_up
+from train.config.check import validate
 
 TINY = ["model=shapes_random", "frames=5", "clip.height=32", "clip.width=64", "attention.block=16", "steps=1"]
 
@@ -71,8 +72,10 @@ def test_mistakes_stop_before_anything_runs(words, message):
 
 
 def test_the_baseline_is_dense_attention_with_full_checkpointing():
-    config = config_of(["parallel.activations=selective"])
+    moved = ["parallel.offload_activations=true", "parallel.offload_gib=20"]
+    config = config_of(["parallel.activations=selective", *moved])
     dense, released = case_of(config, "dense"), case_of(config, "released")
+    validate(dense), validate(released)
     assert (dense.parallel.activations, released.parallel.activations) == ("full", "selective")
     assert dense.attention.dense_layers == released.attention.dense_layers == 0
     assert config.attention.dense_layers == 2

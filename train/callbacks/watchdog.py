@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -229,7 +229,9 @@ class Watchdog(Callback):
             if self.control.world == 1:
                 why = f"the run hangs in {PLACES[last.place]} after step {last.step}"
         stacks = f"stacks: {self.folder}/stack-rank-*.txt"
-        self.end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", self.rank == speaker)
+        # a store that has just gone may have gone with a first rank that has said why
+        speak = self._is_first() if second else self.rank == speaker and get_state(self.folder)[0] != "died"
+        self.end(f"no step for {self.timeout:g} s (trainer.timeout): {why}; {stacks}", speak)
 
     def _ask_all(self) -> dict[int, Beat]:
         """The ranks' last reports; empty when the store does not answer, for which its own time-outs cannot be used:
@@ -240,14 +242,20 @@ class Watchdog(Callback):
         store = self._store
 
         def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                for rank in range(self.control.world):
-                    found[rank] = Beat(**json.loads(store.get(f"beat-{rank}")))  # every rank beats from its start
+            for rank in range(self.control.world):
+                found[rank] = Beat(**json.loads(store.get(f"beat-{rank}")))  # every rank beats from its start
 
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(5)
+        _for_a_moment(ask)
         return dict(found)
+
+    def _is_first(self) -> bool:
+        """Whether no rank has come to its end before: the others came later to where they wait, and would be ended
+        with this one before they speak."""
+        if self._store is None:
+            return True
+        count, store = [0], self._store
+        _for_a_moment(lambda: count.append(store.add("ended", 1)))
+        return count[-1] == 1
 
     def _kill_parent(self) -> None:
         """A frozen rank 0 that started this rank would stay for ever."""
@@ -257,15 +265,29 @@ class Watchdog(Callback):
     def end(self, why: str, speak: bool) -> None:
         """Ends this process, the ranks that it started, and a rank 0 on this machine that started it.
 
-        Where a rank has ended for a reason of its own, the run's state holds it already: the others follow it.
+        Where a rank has ended for a reason of its own, the run's state holds it already: the others follow it. Of what
+        ranks die of, the state keeps the first.
         """
-        told = get_state(self.folder)[0] in _TOLD
-        if speak and not told:
-            set_state(self.folder, "died", why)
+        word = get_state(self.folder)[0]
+        if speak and word not in _TOLD:
+            if word != "died":
+                set_state(self.folder, "died", why)
             print(f"\nerror: {why}\n{how_to_go_on(self.folder)}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # the one that prints comes first
-        end_now(2 if told else EXIT_CODE)
+        end_now(2 if word in _TOLD else EXIT_CODE)
+
+
+def _for_a_moment(ask: Callable[[], Any]) -> None:
+    """Asks a store, and waits no longer than for a few seconds."""
+
+    def asked() -> None:
+        with contextlib.suppress(RuntimeError):
+            ask()
+
+    thread = threading.Thread(target=asked, daemon=True)
+    thread.start()
+    thread.join(5)
 
 
 def relieve_observer() -> None:

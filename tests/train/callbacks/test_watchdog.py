@@ -11,7 +11,9 @@ import pytest
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+from tests.helpers import watching_ranks
 from tests.helpers.faults import Run, at_step, damage, gone, losses, only_run, poisoned, run
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import run_config, words
 from tests.helpers.two_ranks import STEPS, same_as, start_two
 from train.callbacks.watchdog import Watchdog, patience, relieve_observer
@@ -61,6 +63,15 @@ def test_a_watchdog_that_breaks_ends_the_run(tmp_path, monkeypatch, capsys):
     dog.end("rank 0 was killed", speak=True)
     assert codes == [1, 2] and get_state(tmp_path) == ("failed", "sample x is damaged")
     assert capsys.readouterr().err == ""
+
+
+def test_the_rank_that_finds_first_that_all_stand_still_says_so_for_good(tmp_path):
+    """Ranks come seconds apart to where they hang: the first to give up ends before the others would have spoken."""
+    set_state(tmp_path, "running")
+    first, second = run_ranks(2, watching_ranks.stand_still, tmp_path)
+    assert first["codes"] == second["codes"] == [1]
+    assert second["found"] == first["last"] and first["last"][0] == "died"
+    assert "no step for 1 s (trainer.timeout): every rank hangs in reading data after step 3" in first["last"][1]
 
 
 @pytest.mark.slow

@@ -106,9 +106,10 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
     if stored is not None:
         keys = _keys(budget.config, stored.budget.config)
         said.append(f"frozen weights in 8 bits: {' '.join(('model.storage=fp8', *keys))}")
-    frames = _longest(budget, clips_a_step)
-    if frames is not None:
-        said.append(f"a shorter clip: clip.frames={frames} is the longest that fits")
+    longest = _longest(budget, clips_a_step)
+    if longest is not None:
+        frames = longest.budget.config.clip.frames
+        said.append(f"a shorter clip, the longest that fits: {' '.join((f'clip.frames={frames}', *longest.keys))}")
     if not machine.is_cpu:
         wider = replace(budget, machine=replace(machine, cpu_memory=8 * machine.cpu_memory))
         other = best(wider, clips_a_step)
@@ -185,17 +186,20 @@ def _keys(given: RunConfig, config: RunConfig) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _longest(budget: Budget, clips_a_step: float) -> int | None:
-    """The most frames with which some setting fits the machine; None if not even the shortest clip does."""
+def _longest(budget: Budget, clips_a_step: float) -> Setting | None:
+    """The best setting with the most frames with which some fits the machine; None if even the shortest clip does not
+    fit. Its keys are beside ``clip.frames``."""
     time = budget.config.model.time
 
-    def fits(steps: int) -> bool:
+    def fitting(steps: int) -> Setting | None:
         clip = replace(budget.config.clip, frames=steps * time.step + time.rest)
         shorter = Budget.of(replace(budget.config, clip=clip), budget.machine)
-        return shorter is not None and best(shorter, clips_a_step) is not None
+        return None if shorter is None else best(shorter, clips_a_step)
 
+    found = None
     low, high = -1, (budget.config.clip.frames - time.rest) // time.step
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * time.step + time.rest if low >= 0 else None
+        setting = fitting(middle)
+        low, high, found = (low, middle, found) if setting is None else (middle, high, setting)
+    return found

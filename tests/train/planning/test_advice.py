@@ -25,7 +25,10 @@ def test_advice():
     told = remedies(small, 8)
     assert any("GPUs of this kind" in line for line in told)
     assert any("a larger GPU" in line for line in told)
-    frames = next(int(line.split("clip.frames=")[1].split()[0]) for line in told if "shorter clip" in line)
+    (keys,) = (line.partition(": ")[2].split() for line in told if "shorter clip" in line)
+    frames = int(keys[0].removeprefix("clip.frames="))
+    given = dict(word.replace(".", "__").split("=", 1) for word in keys)
+    assert planned("rtx5090", gpus=2, cpu_gib=64, **given).misfit is None
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames), 8) is not None
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames + 4), 8) is None
 

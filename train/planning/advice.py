@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from train.config.schema import RunConfig
 from train.planning.budget import GIB, Budget
+from train.planning.calibration import CPU_SPARE
 from train.planning.duration import Duration
 from train.planning.hardware import GPUS
 from train.planning.kernels import serves
@@ -114,7 +116,8 @@ def remedies(budget: Budget, clips_a_step: float) -> list[str]:
         wider = replace(budget, machine=replace(machine, cpu_memory=8 * machine.cpu_memory))
         other = best(wider, clips_a_step)
         if other is not None:
-            said.append(f"more CPU memory, {other.budget.cpu_memory / GIB:.0f} GiB a node: {other.words}")
+            whole = math.ceil(other.budget.cpu_memory / (1 - CPU_SPARE) / GIB)  # with what stays free
+            said.append(f"more CPU memory, {whole} GiB a node: {other.words}")
     return said
 
 

@@ -33,6 +33,14 @@ def test_advice():
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames + 4), 8) is None
 
 
+@pytest.mark.parametrize(("gpu", "gpus", "cpu_gib"), [("rtx5090", 2, 64), ("h100", 1, 48)])
+def test_the_cpu_memory_that_is_advised_is_a_nodes_and_not_what_a_run_takes_of_it(gpu, gpus, cpu_gib):
+    told = (line for line in remedies(planned(gpu, gpus=gpus, cpu_gib=cpu_gib), 8) if "more CPU memory" in line)
+    memory, _, keys = next(told).removeprefix("more CPU memory, ").partition(" GiB a node: ")
+    given = dict(word.replace(".", "__").split("=", 1) for word in keys.split())
+    assert planned(gpu, gpus=gpus, cpu_gib=int(memory), **given).misfit is None
+
+
 @pytest.mark.parametrize(
     "words",
     [

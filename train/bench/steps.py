@@ -49,6 +49,14 @@ def measure(options: Options, settings: dict[str, str]) -> None:
         raise UserError(f"conf={config.conf} trains all weights (lora=null), a benchmark measures a LoRA step")
     if config.parallel.strategy != "ddp":
         raise UserError(f"parallel={config.parallel.strategy}: leave it out, steps are measured without DeepSpeed")
+    for key, found, expected in (
+        ("data.batch_size", config.data.batch_size, 1),
+        ("objective.dense_teacher", config.objective.dense_teacher, 0),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{key} is {found:g}, expected {expected}: steps of one clip are measured, without a teacher"
+            )
     if config.model.dimensions is None and config.model.architecture is None:
         model = settings.get("model", config.conf)
         raise UserError(f"model={model} has no dimensions in its file, which a benchmark needs")
@@ -76,10 +84,10 @@ def config_of(words: Sequence[str]) -> RunConfig:
 
 
 def bench_config(options: Options, settings: dict[str, str]) -> RunConfig:
-    """The run whose steps are measured, at noise levels where the pattern runs: it has no dense ones."""
+    """The run whose steps are measured, of one clip, at noise levels where the pattern runs: it has no dense ones."""
     model = {} if "conf" in settings else _MODEL
     frames = {} if options.frames is None else {"clip.frames": str(options.frames)}
-    fixed = {"parallel.activations": "full", "attention.dense_steps": "0"}
+    fixed = {"parallel.activations": "full", "attention.dense_steps": "0", "data.batch_size": "1"}
     return finish(compose_run({**fixed, **model, **settings, **frames}))
 
 

@@ -62,6 +62,8 @@ def test_the_figures_of_a_step(tmp_path):
         (["model=shapes"], "model=shapes has no dimensions"),
         (["conf=shapes_base"], "conf=shapes_base trains all weights"),
         (["parallel=zero3"], "parallel=zero3: leave it out"),
+        (["data.batch_size=2"], "data.batch_size is 2, expected 1: steps of one clip"),
+        (["objective.dense_teacher=0.1"], "objective.dense_teacher is 0.1, expected 0"),
         (["--json"], "--json needs a value"),
         (["pattern=spiral", *TINY], "attention.pattern is 'spiral'"),
     ],
@@ -79,6 +81,10 @@ def test_the_baseline_is_dense_attention_with_full_checkpointing():
     assert (dense.parallel.activations, released.parallel.activations) == ("full", "selective")
     assert dense.attention.dense_layers == released.attention.dense_layers == 0
     assert config.attention.dense_layers == 2
+
+
+def test_the_plan_beside_a_measured_step_is_of_one_clip_too():
+    assert config_of(["conf=study_4x"]).data.batch_size == 1
 
 
 def test_the_recipes_speed_up():

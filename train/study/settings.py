@@ -13,6 +13,10 @@ from train.study.base import find_base
 from train.study.fits import Fit, fits_of
 
 RUN = "study_4x"
+_OWN = (
+    "attention", "attention.pattern", "attention.reach", "attention.share", "attention.per_head", "attention.masks",
+    "rope", "model.rope", "seed", "model.path", "clip.frames", "resume",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Job:
         Raises:
             UserError: a value that is not possible, or what ``base=`` names is no base model.
         """
-        for key in ("attention", "rope", "seed", "model.path", "clip.frames", "resume"):
+        for key in _OWN:
             if key in others:
                 raise UserError(f"{key} is set by the study, row by row: leave it out, and choose rows with rows=")
         words = {"conf": RUN, **others}
@@ -105,6 +109,12 @@ class Job:
         config = finish(compose_run({**words, "seed": str(int(seeds[0]))}))
         if config.data.synthetic_scenes != "memory":
             raise UserError("data.synthetic_scenes is sunrise, the study measures the truth of memory: leave it out")
+        for key in ("devices", "nodes"):
+            if (count := getattr(config.trainer, key)) > 1:
+                raise UserError(
+                    f"trainer.{key} is {count}, and each row is trained by one process: leave it out; with processes= "
+                    "several rows are trained at the same time, on all GPUs of a machine"
+                )
         name = "base" if base is None else base.parent.parent.name if base.name == "model" else base.name
         return cls(
             given=given,

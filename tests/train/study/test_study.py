@@ -66,6 +66,10 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
     ("changes", "expected"),
     [
         ({"rope": "default"}, "rope is set by the study"),
+        ({"model__rope": "default"}, "model.rope is set by the study"),
+        ({"attention__share": "0.1"}, "attention.share is set by the study"),  # released would not be released
+        ({"attention__pattern": "dense"}, "attention.pattern is set by the study"),
+        ({"trainer__devices": "2"}, "trainer.devices is 2, and each row is trained by one process"),
         ({"seeds": "0,0"}, "seeds is '0,0'"),
         ({"sigmas": "1"}, "sigmas is '1'"),
         ({"length": "3x"}, "length is '3x', expected one of 2x, 4x"),

@@ -53,8 +53,10 @@ def fit(
         seed: of the draw.
 
     Raises:
-        RadialError: a file that is none or has other tiles, or a share that is smaller than one block a row.
+        RadialError: a file that is none or has other tiles, or a share that is smaller than one block a row or above 1.
     """
+    if not share <= 1:
+        raise RadialError(f"share is {share:g}, expected at most 1: all of the blocks")
     from safetensors import SafetensorError, safe_open
 
     made = "expected decay.safetensors of python -m train.decay"

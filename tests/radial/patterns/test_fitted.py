@@ -297,6 +297,8 @@ def test_what_cannot_be_fitted(tmp_path):
     decay = decay_file(tmp_path / "decay.safetensors", grid)
     with pytest.raises(RadialError, match="share is 0.01, expected at least 0.17"):
         fit(decay, out, share=0.01, dense_layers=0)
+    with pytest.raises(RadialError, match="share is 2, expected at most 1"):
+        fit(decay, out, share=2, dense_layers=0)
     with pytest.raises(RadialError, match=r"layers \[0, 1, 2\], dense_layers=3 leaves none"):
         fit(decay, out, share=0.4, dense_layers=3)
     with pytest.raises(RadialError, match="tiles 8x16, expected strips or patches .* tile=patch"):

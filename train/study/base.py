@@ -56,7 +56,7 @@ class BaseSign:
         Raises:
             UserError: in words.
         """
-        if self.share > self.enough:
+        if not self.share <= self.enough:  # a loss may be no number
             raise UserError(
                 f"base {base} is not trained enough to judge masks: {self}. Masks keep structure that such a model "
                 "does not have yet; train it for more steps, or set enough= to measure all the same"

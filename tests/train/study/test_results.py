@@ -113,6 +113,8 @@ def test_a_base_that_is_not_trained_enough_is_refused(tmp_path):
     BaseSign(loss=0.02, pixels=0.5, enough=0.05).check(tmp_path)
     with pytest.raises(UserError, match=r"not trained enough.*loss 0.0300 .* 6.0% of the 0.500.*at most 5.0%"):
         BaseSign(loss=0.03, pixels=0.5, enough=0.05).check(tmp_path)
+    with pytest.raises(UserError, match="held-out loss nan"):
+        BaseSign(loss=math.nan, pixels=0.5, enough=0.05).check(tmp_path)
 
 
 def test_rows(tmp_path):

@@ -37,7 +37,12 @@ def cost_figure(results: Sequence[RowResult], last: str) -> Figure | None:
 
 
 def draw(results: Sequence[RowResult], last: str, panels: dict[str, Tensor], title: str, out: Path) -> str:
-    """Writes the pictures that there are figures for; returns the first as SVG for the page, "" without one."""
+    """Writes the pictures that there are figures for; returns the first as SVG for the page, "" without one.
+
+    Those of a command with other settings are removed: they show other rows.
+    """
+    for name in (COST, STRIP):
+        (out / name).unlink(missing_ok=True)
     if len(panels) > 1:
         with beside(out / STRIP) as fresh, fresh.open("wb") as file:
             film_strip(panels, title, file)

@@ -84,6 +84,7 @@ class Study:
         self.job, self.clock = job, clock
         self.rows = rows_of(job)
         self.failed: dict[str, str] = {}
+        self._sound: set[str] = set()
 
     def _runs(self, row: Row) -> list[RowRun]:
         """A row's runs; an untuned one has one for all seeds."""
@@ -96,6 +97,13 @@ class Study:
             return f"failed: {self.failed[row.name]}"
         if row.fit is not None and not masks_file(self.job, row.fit).is_file():
             return "its masks are not fitted yet"
+        if row.name not in self._sound:
+            try:
+                self._runs(row)
+            except Mistake as error:
+                self._fail(row, str(error))
+                return self._lacks(row)
+            self._sound.add(row.name)
         return None
 
     def check_base(self) -> None:
@@ -140,14 +148,12 @@ class Study:
         job = self.job
         for seed in job.seeds:
             for row in self.rows:
-                if row.name in self.failed or (not row.tuned and seed != job.seeds[0]):
+                if not row.tuned and seed != job.seeds[0]:
                     continue
-                try:
-                    measured = not self._lacks(row) and losses_file(job, RowRun.of(job, row, seed)).is_file()
-                except Mistake as error:
-                    self._fail(row, str(error))
+                lacks = self._lacks(row)  # which sees whether its settings make a run
+                if row.name in self.failed:
                     continue
-                if not measured:
+                if lacks or not losses_file(job, RowRun.of(job, row, seed)).is_file():
                     yield RowLosses(row, seed)
 
     def _clips(self) -> Iterator[Part]:

@@ -1,0 +1,39 @@
+"""The study's files while rows are missing, and beside those of other settings."""
+
+import json
+
+import torch
+
+from radial import HeadMasks
+from radial.cli.reader import read_some
+from radial.patterns.head_masks import About, write
+from tests.helpers.studies import study_settings
+from train.study.pictures import draw
+from train.study.run import Study
+from train.study.runs import Clock
+from train.study.settings import Job, Settings
+
+
+def test_masks_of_another_size_fail_their_row_alone(tmp_path, capsys):
+    about = About("patches", 32, 4, 16, 16, (0, 1), 0.5, 0.5, 0.1, 0)
+    (tmp_path / "masks").mkdir()
+    write(torch.zeros(2, 2, about.entries, dtype=torch.bool), about, tmp_path / "masks" / "other.safetensors")
+    assert HeadMasks.read(tmp_path / "masks" / "other.safetensors").about == about
+    words = study_settings(tmp_path, rows="fitted_other,released", masks=tmp_path / "masks")
+    job = Job.made_of(*read_some(Settings, words))
+    job.out.mkdir()
+    study = Study(job, Clock(0))
+    study.write()
+    rows = json.loads((job.out / "results.json").read_text(encoding="utf-8"))["rows"]
+    states = {row["row"]["name"]: row["state"] for row in rows}
+    assert states["fitted_other"].startswith("failed: attention.masks are fitted to frames of 16 x 16 tokens")
+    assert states["released"] == "0 of 1 seeds"
+    assert [part.row.name for part in study._losses()] == ["released"]
+    assert capsys.readouterr().out.count("warning: ") == 1
+
+
+def test_pictures_of_other_settings_do_not_stay(tmp_path):
+    for name in ("cost.png", "clips.png"):
+        (tmp_path / name).write_bytes(b"of another base")
+    assert draw([], "4x", {}, "first 8 frames given", tmp_path) == ""
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ Each file is written beside and renamed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -78,9 +79,8 @@ def run_decay(job: Job) -> list[str]:
     adapter = load_adapter(job.config.model, dtype, job.config.seed, device)
     _check_layers(job, adapter)
     adapter.transformer.eval()
-    model = job.config.model
-    made_from = {**fingerprints(job.config, None), "architecture": model.architecture, "rope": model.rope}
-    made_from["expert"] = model.expert
+    model = dataclasses.asdict(job.config.model)  # but for where it lies
+    made_from = {**fingerprints(job.config, None), **{key: model[key] for key in model if key != "path"}}
     try:
         if job.own_samples:
             clips = own_samples(job, adapter, clips, shards.load_empty_prompt(), made_from)

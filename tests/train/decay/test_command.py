@@ -193,6 +193,16 @@ def test_the_models_own_samples(tmp_path, monkeypatch):
     assert results(tmp_path) == found
 
 
+def test_positions_of_another_native_length_are_measured_anew(tmp_path):
+    """Parts of interpolated positions follow from the length that these are interpolated to."""
+    words = command(tmp_path, clips=1, sigmas=0.6, layers=0, attention="radial", dense_layers=0, rope="interpolate")
+    first = []
+    for native in (2, 3):
+        main([*words, f"model.native_frames={native}"])
+        first.append(results(tmp_path)["heads"][0]["alpha"])
+    assert first[0] != first[1] and len(list((tmp_path / "decay" / "parts").iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_a_stopped_command_goes_on(tmp_path, monkeypatch):
     """Finished parts are not measured again, also when clips are added, damaged ones are; results are the same."""

@@ -158,6 +158,9 @@ def _decoded(job: Job, encoder: Encoder, latent: Tensor) -> Iterator[np.ndarray]
 
 
 def write_prompt_file(folder: Path, made: Sequence[Made]) -> None:
-    """Writes the prompts of a folder's videos beside it."""
-    prompts = {clip.video.name: clip.prompt for clip in made}
-    write_utf8(folder.with_suffix(".json"), json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")
+    """Writes the prompts of a folder's videos beside it, also of those that earlier commands have left there."""
+    file = folder.with_suffix(".json")
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    prompts = {name: prompt for name, prompt in before.items() if (folder / name).exists()}
+    prompts |= {clip.video.name: clip.prompt for clip in made}
+    write_utf8(file, json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")

@@ -43,6 +43,7 @@ from train.models.loading import encoder_of
 from train.planning.full_memory import is_out_of_memory
 from train.shards import held_out
 from train.step.objective import Objective
+from train.storage.inputs import check_masks
 
 _FEWEST = 4  # latents of a clip that can be measured
 
@@ -120,6 +121,7 @@ class _Evaluation:
 
     def run(self) -> str:
         job = self.job
+        check_masks(job.config, job.given.run)
         open_folder(job, self._fingerprint())
         prompts, empty = self._prompts()
         rows: list[Row] = []

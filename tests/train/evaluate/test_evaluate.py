@@ -190,6 +190,24 @@ def test_prompts_of_a_file_and_a_length_that_no_held_out_clip_has(run, tmp_path)
     run_evaluation(one)
     prompts = json.loads((one.out / "clips" / "tuned-released-1x.json").read_text(encoding="utf-8"))
     assert prompts == {"0001-a-red-ball.mp4": "a red ball", "0002-a-blue-star-it-s-here.mp4": "a blue star, it's here"}
+    file.write_text("a green box\n", encoding="utf-8")
+    run_evaluation(job(run, tmp_path, prompts=file, against=None, lengths="1", shards=None))
+    folder = one.out / "clips" / "tuned-released-1x"
+    prompts = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
+    assert sorted(prompts) == sorted(video.name for video in folder.iterdir())  # VBench wants a prompt for each
+    assert len(prompts) == 3 and prompts["0001-a-green-box.mp4"] == "a green box"
+
+
+def test_masks_that_were_replaced_since_the_training_are_refused(run, tmp_path):
+    inputs = run / "inputs.json"
+    before = inputs.read_text(encoding="utf-8") if inputs.exists() else None
+    inputs.write_text(json.dumps({**json.loads(before or "{}"), "masks": "0123"}), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match="the run trained under 0123: put it back"):
+            run_evaluation(job(run, tmp_path))
+    finally:
+        inputs.write_text(before or "{}", encoding="utf-8")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 import json
 
+import pytest
 import torch
 
 from radial import HeadMasks
 from radial.cli.reader import read_some
 from radial.patterns.head_masks import About, write
 from tests.helpers.studies import study_settings
+from train.study import parts
 from train.study.pictures import draw
+from train.study.pool import do_parts
+from train.study.rows import Row
 from train.study.run import Study
 from train.study.runs import Clock
 from train.study.settings import Job, Settings
@@ -37,3 +41,23 @@ def test_pictures_of_other_settings_do_not_stay(tmp_path):
         (tmp_path / name).write_bytes(b"of another base")
     assert draw([], "4x", {}, "first 8 frames given", tmp_path) == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["losses", "clips"])
+def test_a_row_whose_measurement_finds_memory_full_fails_alone(tmp_path, monkeypatch, part):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(parts, "measure", full)
+    monkeypatch.setattr(parts, "held_out_shards", full)
+    job = Job.made_of(*read_some(Settings, study_settings(tmp_path)))
+    row = Row("untuned_released", "untuned, released", False, {"attention": "radial"})
+    failed = []
+    do_parts(
+        job,
+        iter([parts.RowLosses(row, 0) if part == "losses" else parts.RowClips(row)]),
+        Clock(0),
+        lambda row, error: failed.append((row.name, str(error))),
+    )
+    ((name, why),) = failed
+    assert name == "untuned_released" and why.startswith("memory is full: give fewer processes=")

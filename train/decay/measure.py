@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,14 @@ def pick_clips(job: Job, shards: Manifest) -> list[Sample]:
     return clips
 
 
-def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from: dict[str, Any]) -> list[Part]:
+def measure(
+    job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from: dict[str, Any], check: Callable[[], None]
+) -> list[Part]:
     """Measures what is not measured yet.
 
     Args:
         made_from: what beside the job decides over the figures: the model's weights.
+        check: called before each part.
     """
     grid = adapter.grid(clips[0].latent[None, :, : job.frames])
     layers, _, _ = adapter.attention_shape
@@ -121,6 +124,7 @@ def measure(job: Job, adapter: ModelAdapter, clips: Sequence[Sample], made_from:
                 if is_whole(file, "velocity"):
                     bar.update(len(wanted) + forwards)
                 else:
+                    check()
                     tensors = _measure(job, adapter, clip, sigma, grid, wanted, bar)
                     write_bytes(file, safetensors.torch.save(tensors))
                 parts.append(Part(clip.key, sigma, file))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import safetensors.torch
 import torch
@@ -42,8 +42,11 @@ from train.storage.inputs import fingerprints
 _SAMPLER_STEPS = 50  # where the model has none of its own
 
 
-def run_decay(job: Job) -> list[str]:
+def run_decay(job: Job, check: Callable[[], None] = lambda: None) -> list[str]:
     """Measures, writes, and returns the advice.
+
+    Args:
+        check: called before each clip and noise level; what it raises ends the work, and finished parts stay.
 
     Raises:
         UserError, DataError: weights or shards are missing or do not suit each other, or memory is full.
@@ -84,7 +87,7 @@ def run_decay(job: Job) -> list[str]:
     try:
         if job.own_samples:
             clips = own_samples(job, adapter, clips, shards.load_empty_prompt(), made_from)
-        parts = measure(job, adapter, clips, made_from)
+        parts = measure(job, adapter, clips, made_from, check)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         if not is_out_of_memory(error):
             raise

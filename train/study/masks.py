@@ -10,6 +10,7 @@ or another share, gets masks of its own. They are fitted to other clips than tho
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from data.io.locks import take
@@ -40,8 +41,11 @@ def masks_file(job: Job, one: Fit) -> Path:
     return job.out / f"masks-{digest}" / f"{one.name}.safetensors"
 
 
-def fit_mask(job: Job, one: Fit) -> None:
+def fit_mask(job: Job, one: Fit, check: Callable[[], None]) -> None:
     """Fits a mask, unless it is there; the first process that wants one measures the base's attention, others wait.
+
+    Args:
+        check: called before each part of the work; what it raises ends it, and finished parts stay.
 
     Raises:
         UserError: the attention cannot be measured.
@@ -52,13 +56,14 @@ def fit_mask(job: Job, one: Fit) -> None:
     with (file.parent / ".lock").open("w", encoding="utf-8") as lock:
         take(lock, wait=True)
         if not file.is_file():
-            _measure_attention(job, file.parent / "decay")
+            _measure_attention(job, file.parent / "decay", check)
+            check()
             print(f"fitting {file}", flush=True)
             share = one.share * released_share(job)
             fit(file.parent / "decay" / "decay.safetensors", file, share=share, coverage=one.coverage, dense_layers=0)
 
 
-def _measure_attention(job: Job, decay: Path) -> None:
+def _measure_attention(job: Job, decay: Path, check: Callable[[], None]) -> None:
     """The base's attention, unless it is there."""
     if not (decay / "decay.safetensors").is_file():
         from train.decay.run import run_decay  # takes seconds to import
@@ -69,4 +74,4 @@ def _measure_attention(job: Job, decay: Path) -> None:
         own = DecaySettings(
             clips=_CLIPS, sigmas=_SIGMAS, frames=job.given.length, decays="1", dense_layers="0", out=decay
         )
-        run_decay(DecayJob.made_of(own, {**job.words, "seed": str(_SEED)}))
+        run_decay(DecayJob.made_of(own, {**job.words, "seed": str(_SEED)}), check)

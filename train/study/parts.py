@@ -126,7 +126,7 @@ class RowLosses:
         """
         clock.check()
         if self.row.fit is not None:
-            fit_mask(job, self.row.fit)
+            fit_mask(job, self.row.fit, clock.check)
         run = RowRun.of(job, self.row, self.seed)
         if self.row.tuned and not run.done:
             run.train(clock)

@@ -10,11 +10,13 @@ from radial.cli.reader import read_some
 from radial.patterns.head_masks import About, write
 from tests.helpers.studies import study_settings
 from train.study import parts
+from train.study.fits import Fit
+from train.study.masks import fit_mask, masks_file
 from train.study.pictures import draw
 from train.study.pool import do_parts
 from train.study.rows import Row
 from train.study.run import Study
-from train.study.runs import Clock
+from train.study.runs import Clock, TimeUp
 from train.study.settings import Job, Settings
 
 
@@ -61,3 +63,17 @@ def test_a_row_whose_measurement_finds_memory_full_fails_alone(tmp_path, monkeyp
     )
     ((name, why),) = failed
     assert name == "untuned_released" and why.startswith("memory is full: give fewer processes=")
+
+
+def test_the_end_of_the_time_is_heeded_while_masks_are_fitted(tmp_path):
+    job = Job.made_of(*read_some(Settings, study_settings(tmp_path)))
+    time_left = iter([True])
+
+    def check():
+        if not next(time_left, False):
+            raise TimeUp
+
+    with pytest.raises(TimeUp):
+        fit_mask(job, Fit(0.6), check)
+    folder = masks_file(job, Fit(0.6)).parent / "decay"
+    assert len(list((folder / "parts").iterdir())) == 1 and not (folder / "decay.safetensors").exists()

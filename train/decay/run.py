@@ -82,8 +82,8 @@ def run_decay(job: Job, check: Callable[[], None] = lambda: None) -> list[str]:
     adapter = load_adapter(job.config.model, dtype, job.config.seed, device)
     _check_layers(job, adapter)
     adapter.transformer.eval()
-    model = dataclasses.asdict(job.config.model)  # but for where it lies
-    made_from = {**fingerprints(job.config, None), **{key: model[key] for key in model if key != "path"}}
+    model = dataclasses.replace(job.config.model, path=None)  # wherever it lies
+    made_from = {**fingerprints(job.config, None), "model": dataclasses.asdict(model)}
     try:
         if job.own_samples:
             clips = own_samples(job, adapter, clips, shards.load_empty_prompt(), made_from)

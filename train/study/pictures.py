@@ -41,13 +41,14 @@ def draw(results: Sequence[RowResult], last: str, panels: dict[str, Tensor], tit
 
     Those of a command with other settings are removed: they show other rows.
     """
-    for name in (COST, STRIP):
-        (out / name).unlink(missing_ok=True)
-    if len(panels) > 1:
+    if len(panels) < 2:
+        (out / STRIP).unlink(missing_ok=True)
+    else:
         with beside(out / STRIP) as fresh, fresh.open("wb") as file:
             film_strip(panels, title, file)
     figure = cost_figure(results, last)
     if figure is None:
+        (out / COST).unlink(missing_ok=True)
         return ""
     with beside(out / COST) as fresh:
         figure.savefig(fresh, dpi=130, format="png")

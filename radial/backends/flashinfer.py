@@ -2,7 +2,8 @@
 
 Its key blocks are pages, and the number of keys must be a multiple of the page, so a page here is the largest power of
 two that divides both the layout's block and the tokens: a partial last block is some whole pages. A layout is planned
-once for each number of heads; plans share one workspace. The kernels are compiled on first use, which takes a minute.
+once for each number of heads; plans share one workspace. The kernels are compiled on first use, which takes a minute or
+two: for few tokens `choose_backend` takes another.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def test_the_readme_says_what_is_taken(gpu, monkeypatch):
     for module in (fa4, flashinfer, flex_flash):
         monkeypatch.setattr(module, "import_problem", lambda *_: None)
     monkeypatch.setattr(flex_flash, "why_unproven", lambda *_: None)
-    grid = VideoGrid(9, 16, 16, 64)
+    grid = VideoGrid(65, 16, 16, 64)
     by_head = build_head_layouts(ByHead(), grid, 128, layers=2, heads=2)
     whole, half = build_layout(Released(), grid, 128), build_layout(Released(), grid, 64)
 

@@ -109,6 +109,8 @@ class Job:
         config = finish(compose_run({**words, "seed": str(int(seeds[0]))}))
         if config.data.synthetic_scenes != "memory":
             raise UserError("data.synthetic_scenes is sunrise, the study measures the truth of memory: leave it out")
+        if config.data.places:
+            raise UserError("data.shards is given, the study needs clips whose truth it knows, its own: leave it out")
         for key in ("devices", "nodes"):
             if (count := getattr(config.trainer, key)) > 1:
                 raise UserError(

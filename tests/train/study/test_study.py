@@ -81,6 +81,7 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
         ({"fitted": "half"}, "fitted is 'half', expected shares"),
         ({"processes": "0"}, "processes is 0"),
         ({"data__synthetic_scenes": "sunrise"}, "data.synthetic_scenes is sunrise"),
+        ({"data__shards": "shards"}, "data.shards is given"),
         ({"enough": "0"}, "enough is 0"),
     ],
 )

@@ -63,12 +63,19 @@ def train(config: RunConfig, folder: RunFolder, *, extra_callbacks: Sequence[Cal
             than 0, something that the user can mend, which is printed once.
     """
     rank = Rank.here().index
-    with held(folder.path) if rank == 0 else nullcontext(), collected(folder.path, rank), wandb_closed():
+    stop = StopSignals(folder.path, rank, ControlGroup())
+    # A signal may come again: until the state says what the first one asked for it must not end the process.
+    with (
+        held(folder.path) if rank == 0 else nullcontext(),
+        collected(folder.path, rank),
+        wandb_closed(),
+        stop.listening(),
+    ):
         if rank == 0:
             set_state(folder.path, "running")
         try:
             with _room(folder.path):
-                asked = _train(config, folder, rank, extra_callbacks)
+                _train(config, folder, stop, extra_callbacks)
         except Mistake as error:
             if rank and _has_failed(folder.path, rank, str(error)):
                 raise SystemExit(2) from None
@@ -83,11 +90,11 @@ def train(config: RunConfig, folder: RunFolder, *, extra_callbacks: Sequence[Cal
             raise
         if rank:
             return
-        if asked:
+        if stop.agreed:
             why = how_to_go_on(folder.path)
-            set_state(folder.path, WORDS[asked], why)
+            set_state(folder.path, WORDS[stop.agreed], why)
             print(f"\nstopped; {why}")
-            raise SystemExit(EXIT_CODES[asked])
+            raise SystemExit(EXIT_CODES[stop.agreed])
         set_state(folder.path, "done")
         with _room(folder.path):
             write_page(folder.path)  # which shows how the run stands
@@ -117,20 +124,19 @@ def _has_failed(folder: Path, rank: int, why: str = "") -> bool:
     return word == "failed" and why.strip() in ("", said)
 
 
-def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Sequence[Callback]) -> int:
-    """Returns what a signal asked for, 0 when the run is finished."""
+def _train(config: RunConfig, folder: RunFolder, stop: StopSignals, extra_callbacks: Sequence[Callback]) -> None:
+    """Trains and finishes, or stops where ``stop.agreed`` says so."""
     if gpus_given(folder.path) and not torch.cuda.is_available():
         raise UserError(
             f"SLURM gave this job {gpus_given(folder.path)} GPUs a node, but torch sees none on "
             f"{socket.gethostname()}: python -m launch doctor there says why, sbatch's --exclude leaves the node out"
         )
-    control = ControlGroup()
-    stop = StopSignals(folder.path, rank, control)
-    watchdog = Watchdog(folder.path, patience(config), control)
-    watch = Watch(control=control, stop=stop, watchdog=watchdog)
+    rank = stop.rank
+    watchdog = Watchdog(folder.path, patience(config), stop.control)
+    watch = Watch(control=stop.control, stop=stop, watchdog=watchdog)
     if rank == 0:
         warn_where_attention_is_slow(config)
-    with stop.listening(), _in_words(config, folder.path, watchdog, rank):
+    with _in_words(config, folder.path, watchdog, rank):
         L.seed_everything(config.seed, workers=True, verbose=False)
         shards = training_shards(config)
         check_shapes(config, shards)
@@ -148,7 +154,6 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, extra_callbacks: Seq
             with parting(folder.path, stop):
                 if not stop.agreed:
                     _finish(config, folder.path, trainer, module, shards, stop, together=unfinished)
-    return stop.agreed
 
 
 def warn_where_attention_is_slow(config: RunConfig) -> None:

@@ -105,8 +105,16 @@ class Slurm:
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
         """Waits until the job is in one of the states and returns it."""
-        wait_until(lambda: self.state(job) in states, lambda: f"job {job} is {self.state(job)}, not {states}", seconds)
+        wait_until(lambda: self.state(job) in states, lambda: f"{self._about(job)}, expected one of {states}", seconds)
         return self.state(job)
+
+    def _about(self, job: str) -> str:
+        """State, reason and output of a job, and what the controller wrote last, for a failing test."""
+        shown = self.run("scontrol", "show", "job", job)
+        path = next((word.partition("=")[2] for word in shown.split() if word.startswith("StdOut=")), "")
+        said = Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
+        log = (self.folder / "slurmctld.log").read_text(encoding="utf-8").splitlines()[-40:]
+        return "\n".join([f"job {job} is {self.state(job)}", shown, said, *log])
 
     def stop(self) -> None:
         """Ends the daemons and what still runs under them."""

@@ -32,7 +32,7 @@ from train.errors import EXIT_CODES, REQUEUE, STOP, WORDS, Asked
 from train.parallel.control_group import ControlGroup
 from train.parallel.processes import end_now
 from train.storage.checkpoints import how_to_go_on
-from train.storage.run_folder import TIME_UP, set_state
+from train.storage.run_folder import TIME_UP, get_state, set_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ONE_WISH = 0.5
@@ -100,7 +100,7 @@ class StopSignals(Callback):
         self.asked = STOP if number == signal.SIGINT or self.asked == STOP else REQUEUE
 
     def _exit_now(self) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and get_state(self.folder)[0] == "running":
             set_state(self.folder, WORDS[STOP], f"interrupted twice; {how_to_go_on(self.folder)}")
         end_now(EXIT_CODES[STOP])
 

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+import train.run
 from radial.cli import command as commands
-from tests.helpers.faults import Run, equal_checkpoints, gone, losses, only_run, run
+from tests.helpers.faults import Run, at_step, equal_checkpoints, gone, losses, only_run, run
 from tests.helpers.slurm import wait_until
 from tests.helpers.tiny import run_config, words
 from tests.helpers.two_ranks import same_as, start_two
@@ -25,7 +26,7 @@ from train.loggers.services import wandb_closed
 from train.parallel.control_group import ControlGroup
 from train.run import resume
 from train.storage.checkpoints import checkpoints_of, load_state
-from train.storage.run_folder import TIME_UP, get_state
+from train.storage.run_folder import TIME_UP, get_state, set_state
 
 
 def test_a_signal_while_the_ranks_agree_counts_for_the_next_step(tmp_path):
@@ -215,6 +216,37 @@ def test_an_interrupt_that_arrives_twice_within_a_moment_is_one_wish(tmp_path, m
             wait_until(lambda times=times: len(asked_the_time) == times)
             assert stop.asked == STOP
     assert ended == [130]
+
+
+def test_an_interrupt_that_comes_again_while_the_state_is_written_changes_nothing(tmp_path, monkeypatch):
+    """A run whose state stays "running" would be queued again, though its user wants the end."""
+    ended, real = [], train.run.how_to_go_on
+
+    def again(folder):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # Python's own handler would raise in here
+        return real(folder)
+
+    monkeypatch.setattr("train.callbacks.stop.end_now", ended.append)  # it may come too late to be the same wish
+    monkeypatch.setattr("train.run.how_to_go_on", again)
+    with pytest.raises(SystemExit) as end:
+        run(run_config(tmp_path), at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert end.value.code == 130 and ended in ([], [130])
+    assert get_state(only_run(tmp_path / "runs"))[0] == "stopped"
+
+
+def test_a_late_second_interrupt_leaves_the_state_of_a_run_that_is_done(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr("train.callbacks.stop.end_now", ended.append)
+    monkeypatch.setattr("train.callbacks.stop._ONE_WISH", -1.0)
+    set_state(tmp_path, "done")
+    stop = StopSignals(tmp_path, 0, ControlGroup())
+    with stop.listening():
+        for count in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: stop.asked == STOP)
+            wait_until(lambda count=count: len(ended) == count)
+    assert get_state(tmp_path)[0] == "done"
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.errors import DataError
 from data.prepare.conditions import Condition, no_column, number, parse_conditions, split_conditions
@@ -62,19 +64,18 @@ def select(
     ranking = Ranking(sort, found.columns) if sort is not None else None
     asked = [condition.column for condition in own] + (ranking.names if ranking else [])
     matching = CandidateList()
-    captions, scores = array("q"), array("d")  # a million of them take 8 MB
+    names, captions, scores = array("q"), array("q"), array("d")  # a million of them take 8 MB
     listed = 0
     for video in found.videos(asked):
         listed += 1
         if all(condition.holds(video.columns) for condition in own):
             matching.append(Candidate(video.path, video.problem, video.span, video.place))
+            names.append(hash(name_of(video)))
             captions.append(hash(video.caption))
             if ranking is not None:
                 scores.append(ranking.score(video.columns))
-    order: Iterable[int] = range(len(matching))
-    if ranking is not None:
-        order = sorted(order, key=scores.__getitem__, reverse=True)
-    kept, told = _once(matching, order, captions, source)
+    order = np.arange(len(matching)) if ranking is None else np.argsort(-np.asarray(scores), kind="stable")
+    kept, told = _once(matching, order, np.asarray(names), captions, source)
     root = (videos or (source if source.is_dir() else source.parent)).absolute()
     about = f"{source} with where={where}" if where else str(source)
     return Candidates(found, about, str(root), listed, kept, probed, [*found.told, *told])
@@ -113,29 +114,31 @@ class Ranking:
 
 
 def _once(
-    videos: CandidateList, order: Iterable[int], captions: Sequence[int], source: Path
+    videos: CandidateList, order: np.ndarray, names: np.ndarray, captions: array[int], source: Path
 ) -> tuple[CandidateList, list[str]]:
     """The videos in this order, each path once, as it comes first, and what to say of the others.
 
     Args:
-        captions: a hash of the caption of each video.
+        names, captions: a hash of each video's name and of its caption: a dict of a million names takes 200 MB.
     """
-    first: dict[str, int] = {}
-    kept = array("q")
+    _, first, group = np.unique(names[order], return_index=True, return_inverse=True)
+    before = first[group]  # for each place of the order the first one of the same hash
+    left_out: list[int] = []
     again: list[str] = []
     other: list[str] = []
-    for place in order:
-        video = videos[place]
+    for late in np.flatnonzero(before != np.arange(len(order))).tolist():
+        number, earlier = int(order[late]), int(order[before[late]])
+        video = videos[number]
         name = name_of(video)
-        before = first.setdefault(name, place) if video.path else place
-        if before == place:
-            kept.append(place)
+        if not video.path or name != name_of(videos[earlier]):  # different names may have one hash
             continue
+        left_out.append(late)
         again.append(name)
-        if captions[before] != captions[place]:
+        if captions[earlier] != captions[number]:
             other.append(name)
+    kept = videos.picked(np.delete(order, left_out))
     if not again:
-        return videos.picked(kept), []
+        return kept, []
     another = f" ({len(other)} with another caption, such as {other[0]})" if other else ""
     rows = f"rows whose video an earlier row names: {len(again)}, such as {again[0]}{another}"
-    return videos.picked(kept), [f"{source}: {rows}; the first of each counts"]
+    return kept, [f"{source}: {rows}; the first of each counts"]

@@ -227,6 +227,14 @@ def test_a_large_table_is_not_held_and_captions_are_those_of_the_chosen(tmp_path
     assert most < 10e6, most
 
 
+def test_videos_whose_names_have_one_hash_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "list.csv"
+    source.write_text("path,caption\na.mp4,a\nb.mp4,b\n", encoding="utf-8")
+    monkeypatch.setattr("data.prepare.selection.hash", lambda text: 0, raising=False)
+    found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
+    assert [video.path for video in found.matching] == ["a.mp4", "b.mp4"] and not found.told
+
+
 def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     source = tmp_path / "list.csv"
     source.write_text("path,caption\na.mp4,a\nb.mp4,b\n", encoding="utf-8")

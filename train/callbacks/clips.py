@@ -126,7 +126,7 @@ class PromptClips(StepCallback):
     def _latent(self, trainer: L.Trainer, module: LengthExtensionModule, clip: Sample, number: int) -> Tensor:
         """The clip of a prompt, (C, f, h, w)."""
         batch = collate([clip], 0).to(module.device)
-        steps, guidance = sampled_with(self.config)
+        steps, guidance, low = sampled_with(self.config)
         distilled = module.adapter.takes_guidance
         conditions, empty = module.objective.both(batch, guidance if distilled else None)
         shape = batch.latent
@@ -147,6 +147,7 @@ class PromptClips(StepCallback):
             steps=steps,
             shift=self.config.shift(),
             guidance=1.0 if distilled else guidance,
+            guidance_low=1.0 if distilled else low,
             label=f"Sample {number + 1}",
             quiet=self.control.rank > 0,
         )

@@ -54,7 +54,7 @@ def own_samples(
 def _generated(job: Job, adapter: ModelAdapter, clip: Sample, empty: Prompt) -> Tensor:
     """(C, frames, H, W) float32, on the CPU."""
     batch = collate([clip], 0).to(next(adapter.transformer.parameters()).device)
-    steps, guidance = sampled_with(job.config)
+    steps, guidance, low = sampled_with(job.config)
     distilled = adapter.takes_guidance
     conditions = Objective.of(job.config, empty).both(batch, guidance if distilled else None)
     given, without = (one.first_frames(job.frames) for one in conditions)
@@ -69,5 +69,6 @@ def _generated(job: Job, adapter: ModelAdapter, clip: Sample, empty: Prompt) -> 
         steps=steps,
         shift=job.shift(clip),
         guidance=1.0 if distilled else guidance,
+        guidance_low=1.0 if distilled else low,
         label=f"Sampling {clip.key}",
     )[0].cpu()

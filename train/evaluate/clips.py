@@ -110,7 +110,7 @@ def _generate(
     shape = batch.latent.new_zeros(1, channels, length.latents, *sides)
     distilled = adapter.takes_guidance
     objective = Objective(config.seed, empty, guidance=config.objective.guidance)
-    conditions = objective.both(batch, job.guidance if distilled else None)
+    conditions = objective.both(batch, job.guidance[0] if distilled else None)
     given, without = (one.first_frames(length.latents) for one in conditions)
     size = replace(config.clip, frames=length.frames)
     with model.precisely():
@@ -122,7 +122,8 @@ def _generate(
             functools.partial(model.attention, variant, shape),
             steps=job.steps,
             shift=config.shift(size),
-            guidance=1.0 if distilled else job.guidance,
+            guidance=1.0 if distilled else job.guidance[0],
+            guidance_low=1.0 if distilled else job.guidance[-1],
             label=f"{variant.name}, {length.times}x",
         )[0].cpu()
 

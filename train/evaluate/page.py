@@ -49,7 +49,7 @@ def write_page(
                 ("LoRA", "the run's own" if job.lora is None else f"{job.lora[0].name} at {job.lora[1]:g}"),
                 ("temporal positions in every row", job.config.model.rope),
                 ("steps", str(job.steps)),
-                ("guidance", f"{job.guidance:g}"),
+                ("guidance", ", ".join(f"{weight:g}" for weight in job.guidance)),
                 ("± is half of a 95 % interval", "over clips"),
             ]
         ),

@@ -63,7 +63,7 @@ def _about(job: Job, shards: str | None) -> dict[str, Any]:
         "config": settings,
         "shards": shards,
         "steps": job.steps,
-        "guidance": job.guidance,
+        "guidance": list(job.guidance),
         "seed": job.given.seed,
     }
 

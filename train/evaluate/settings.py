@@ -15,6 +15,7 @@ from train.config.schema import RunConfig
 from train.config.sections import AttentionConfig
 from train.errors import UserError
 from train.lora.file_lists import files_with_strengths
+from train.measures.euler import guidance_of_experts
 from train.models.families import family_of
 
 TIMES = (1, 2, 4)
@@ -92,6 +93,7 @@ class Job:
         native: latent frames of the model's own length.
         lora: a LoRA file with its strength instead of the run's own.
         prompts: texts; empty: captions of held-out clips are taken.
+        guidance: its weight; of two experts one each, that of high noise levels first.
     """
 
     given: Settings
@@ -102,7 +104,7 @@ class Job:
     lora: tuple[Path, float] | None
     prompts: tuple[str, ...]
     steps: int
-    guidance: float
+    guidance: tuple[float, ...]
     out: Path
 
     @classmethod
@@ -122,7 +124,7 @@ class Job:
             raise UserError("lora is one transformer's, the run's model has two: leave it out, the run's own is taken")
         model, report = config.model, config.report
         family_of(model).check_guidance("guidance", given.guidance)
-        guidance = given.guidance or (model.guidance[0] if model.guidance else report.guidance)
+        own = guidance_of_experts(config, model.guidance or [report.guidance])
         return cls(
             given=given,
             config=config,
@@ -132,7 +134,7 @@ class Job:
             lora=lora,
             prompts=() if given.prompts is None else _prompts(given.prompts),
             steps=given.steps or model.steps or report.sampling_steps,
-            guidance=guidance,
+            guidance=(given.guidance,) if given.guidance else tuple(own),
             out=given.out or given.run / "evaluation",
         )
 

@@ -45,6 +45,7 @@ from train.models.pretrained import pipeline_around, public_name, stand_in, tran
 from train.step.clip_recipe import clip_recipe
 from train.storage.checkpoints import checkpoints_of, last_checkpoint, load_state, load_weights
 from train.storage.inputs import check_masks
+from train.storage.run_folder import CONFIG
 
 _HIGH, _LOW = "high_noise", "low_noise"  # folders of two experts
 _FP8 = (
@@ -149,9 +150,12 @@ def _checkpoint(run: Path, given: Path) -> Path:
     """A checkpoint's folder: as it is given, or the one of this name among the run's.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it lies in another run's folder.
     """
     if given.is_dir():
+        home = given.resolve().parent.parent
+        if (home / CONFIG).exists() and home != run.resolve():
+            raise UserError(f"checkpoint {given} is of the run {home}, not of {run}: give run={home}")
         return given
     own = {path.name: path for path in checkpoints_of(run / "checkpoints")}
     if str(given) not in own:

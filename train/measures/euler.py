@@ -20,11 +20,18 @@ from train.models.families import family_of
 _STEPS, _GUIDANCE = 30, 5.0  # of a model that has none of its own
 
 
-def sampled_with(config: RunConfig) -> tuple[int, float]:
-    """Denoising steps and the weight of guidance of a run's generated clips: the run's, else the model's own."""
+def sampled_with(config: RunConfig) -> tuple[int, float, float]:
+    """Denoising steps of a run's generated clips, and the weights of guidance of its experts for high and for low noise
+    levels, of one transformer the same twice: the run's, else the model's own."""
     own = config.model.guidance or [1.0 if family_of(config.model).distilled else _GUIDANCE]
-    guidance = config.validation.samples_guidance or own[-1 if config.model.expert == "low" else 0]
-    return config.validation.samples_steps or config.model.steps or _STEPS, guidance
+    given = config.validation.samples_guidance
+    weights = [given] if given else guidance_of_experts(config, own)
+    return config.validation.samples_steps or config.model.steps or _STEPS, weights[0], weights[-1]
+
+
+def guidance_of_experts(config: RunConfig, guidance: list[float]) -> list[float]:
+    """Of a model's weights of guidance, that of high noise levels first, those of the experts that a run has."""
+    return {"both": guidance, "low": guidance[-1:]}.get(config.model.expert or "", guidance[:1])
 
 
 @torch.no_grad()
@@ -38,6 +45,7 @@ def generate(
     steps: int,
     shift: float,
     guidance: float,
+    guidance_low: float | None = None,
     label: str = "Sampling",
     quiet: bool = False,
     start: Tensor | None = None,
@@ -52,6 +60,7 @@ def generate(
         steps: Euler steps.
         shift: the family's shift of the noise levels.
         guidance: classifier-free guidance weight; 1 is off and costs half.
+        guidance_low: that of the expert for low noise levels; None is ``guidance``. One transformer has no use for it.
         label: of the progress bar.
         quiet: no progress bar.
         start: (batch, C, f, H, W) clean first frames that the clip goes on from: at each noise level the model sees
@@ -76,10 +85,12 @@ def generate(
             x[:, :, :given] = (1 - level) * start + level * noise[:, :, :given]
         adapter.set_attention(attention(level.item()))
         velocity = adapter.velocity(x, sigma, conditions)
-        if guidance != 1.0:
+        low = adapter.boundary is not None and level.item() < adapter.boundary
+        weight = guidance_low if low and guidance_low is not None else guidance
+        if weight != 1.0:
             assert empty is not None, "guidance needs the empty prompt"
             unconditional = adapter.velocity(x, sigma, empty)
-            velocity = unconditional + guidance * (velocity - unconditional)
+            velocity = unconditional + weight * (velocity - unconditional)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
     if start is not None:
         x[:, :, : start.shape[2]] = start

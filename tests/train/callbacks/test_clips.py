@@ -86,6 +86,7 @@ def test_clips_are_made_as_the_models_own_unless_the_run_says_how():
 
     model = finish(compose_run({"conf": "wan22_2x", "model.path": "x", "data.shards": "y"})).model
     assert model.guidance[0] != model.guidance[1]
-    assert of() == (model.steps, model.guidance[0])
-    assert of(model__expert="low") == (model.steps, model.guidance[1])
-    assert of(validation__samples_steps=7, validation__samples_guidance=2.5) == (7, 2.5)
+    assert of() == (model.steps, *model.guidance)
+    assert of(model__expert="low") == (model.steps, model.guidance[1], model.guidance[1])
+    assert of(model__expert="high") == (model.steps, model.guidance[0], model.guidance[0])
+    assert of(validation__samples_steps=7, validation__samples_guidance=2.5) == (7, 2.5, 2.5)

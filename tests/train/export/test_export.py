@@ -236,6 +236,20 @@ def test_a_checkpoint_is_found_by_its_name(trained, tmp_path, capsys):
     assert "24 tensors, all equal" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_run_is_refused(trained, tmp_path):
+    """Its names and shapes may fit, and the header and card would be of the wrong run; a copy elsewhere is taken."""
+    _, run = trained
+    checkpoint = last_checkpoint(run)
+    for name in ("other", "copy"):
+        shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / checkpoint.name)
+    shutil.copyfile(run / "config.yaml", tmp_path / "other" / "config.yaml")
+    with pytest.raises(UserError, match=f"is of the run {tmp_path}/other, not of {run}: give run={tmp_path}/other"):
+        export_run(run, out=tmp_path / "out", checkpoint=tmp_path / "other" / "checkpoints" / checkpoint.name)
+    assert not (tmp_path / "out").exists()
+    export_run(run, out=tmp_path / "out", checkpoint=tmp_path / "copy" / "checkpoints" / checkpoint.name)
+    assert (tmp_path / "out").is_dir()
+
+
 def test_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "-m", "train.export"], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

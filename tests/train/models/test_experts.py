@@ -1,6 +1,7 @@
 """Two experts (Wan2.2-A14B): which of them a step trains; runs of both and of one, from a folder to their LoRAs."""
 
 import csv
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from radial import Dense
+from tests.helpers.attention import step_attention
 from tests.helpers.tiny import run_config, save_model, words
 from train.assemble import build_module
 from train.errors import UserError
@@ -221,6 +224,26 @@ def test_prompts_clips_are_both_experts(tmp_path):
         tmp_path, **two(tmp_path), trainer__steps=1, **{f"validation__{key}": value for key, value in given.items()}
     )
     assert (run(config) / "samples/step-000001/00-a-red-ball.mp4").stat().st_size > 0
+
+
+def test_each_expert_has_its_own_weight_of_guidance(tmp_path):
+    adapter = load_adapter(run_config(tmp_path, **two(tmp_path)).model, torch.float32, 0)
+    noise = torch.randn(1, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    given, empty = (adapter.random_conditions(noise) for _ in range(2))
+    attention = step_attention(Dense(), adapter.grid(noise), block=16)
+    got = generate(
+        adapter, noise, given, empty, lambda _: attention, steps=4, shift=5.0, guidance=4.0, guidance_low=1.5
+    )
+    x, levels = noise.clone(), [*adapter.noise_levels(4, 5.0), 0.0]
+    assert levels[1] > BOUNDARY > levels[2]
+    adapter.set_attention(attention)
+    with torch.no_grad():
+        for level, after in itertools.pairwise(levels):
+            sigma = torch.tensor([level], dtype=torch.float32)
+            with_text, without = (adapter.velocity(x, sigma, of) for of in (given, empty))
+            weight = 4.0 if level > BOUNDARY else 1.5
+            x = x + (after - level) * (without + weight * (with_text - without))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

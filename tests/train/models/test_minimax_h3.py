@@ -224,7 +224,7 @@ def test_clips_of_prompts_take_one_pass_whatever_is_left_unset(settings):
     for guidance in ("[1.0]", "null"):
         config = finish(compose_run({**settings, "model.guidance": guidance}))
         preflight(config)
-        assert sampled_with(config) == (2, 1.0)
+        assert sampled_with(config) == (2, 1.0, 1.0)
     preflight(finish(compose_run({**settings, "validation.samples_guidance": "1"})))
 
 

@@ -190,7 +190,7 @@ def test_a_sweep_is_a_job_array_whose_runs_stand_alone(slurm, tmp_path, monkeypa
         wait_for_step(slurm, run, job, 7, seconds=400)
     cancel.main([str(runs[1])])
     assert f"job {jobs[1]} saves a checkpoint and ends" in capsys.readouterr().out
-    slurm.wait(jobs[1], "COMPLETED", "FAILED", seconds=90)
+    slurm.wait(jobs[1], "COMPLETED", "FAILED", seconds=240)  # it stays so when SLURM starts it again, two minutes later
     assert slurm.state(jobs[1]) == "COMPLETED" and "stopped, newest checkpoint: step-" in output(runs[1])
     assert slurm.state(jobs[0]) in ("RUNNING", "COMPLETED") and "SIGINT" not in output(runs[0])
     slurm.run("scancel", array)

@@ -1,6 +1,7 @@
 """Whether the job's script queues a run again after it has ended, with a SLURM of three shell scripts."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def start(folder, tmp_path, monkeypatch):
             (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n", encoding="utf-8")
             (tmp_path / name).chmod(0o755)
         done = subprocess.run(["bash", tmp_path / "job.sbatch"], capture_output=True, encoding="utf-8")
-        assert done.stderr == "" and asked.exists() != ("not queued again" in done.stdout), done.stdout + done.stderr
+        told = re.search("not queued again|it had ended before: |(done|stopped), newest checkpoint", done.stdout)
+        assert done.stderr == "" and asked.exists() != bool(told), done.stdout + done.stderr
         return asked.exists()
 
     return started
@@ -60,6 +62,21 @@ def test_a_run_that_went_back_past_a_damaged_checkpoint_has_gone_on_when_it_save
         (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     assert not start("echo running > state")
     assert start(f"echo running > state; cd checkpoints; {saves}")
+
+
+@pytest.mark.parametrize("state", ["done", "stopped"])
+def test_a_job_that_had_ended_does_nothing_when_slurm_starts_it_again(folder, start, monkeypatch, state):
+    """SLURM does so when it loses the node in that moment; a later job of the same run is another matter."""
+    (folder / ".ended-7").write_text(f"{state}\n", encoding="utf-8")
+    for step, (job, count, runs) in enumerate((("7", "1", False), ("8", "1", True), ("7", "0", True))):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        assert start(f"echo running > state; mkdir -p checkpoints/step-{step:06d}") == runs
+
+
+def test_a_job_that_ends_leaves_word_of_it(folder, start):
+    assert not start("echo stopped > state; mkdir -p checkpoints/step-000002")
+    assert (folder / ".ended-7").read_text(encoding="utf-8") == "stopped\n"
 
 
 def test_the_last_rank_may_write_the_report_for_as_long_as_it_takes(folder, start):

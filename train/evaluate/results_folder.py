@@ -19,6 +19,7 @@ from train.errors import UserError
 from train.evaluate.settings import Job
 from train.lora.reading import find_file
 from train.storage.checkpoints import WEIGHTS, last_checkpoint
+from train.storage.inputs import fingerprints
 
 
 def open_folder(job: Job, shards: str | None) -> None:
@@ -39,7 +40,8 @@ def open_folder(job: Job, shards: str | None) -> None:
     except OSError as error:
         raise UserError(f"out {job.out} cannot be written ({error.strerror}): give another out") from error
     there = json.loads(file.read_text(encoding="utf-8"))
-    other = [f"{name} was {there.get(name)}, now {said}" for name, said in about.items() if there.get(name) != said]
+    # weights of the hub that are not here yet have no name: what was begun before they came has none either
+    other = [f"{name} was {there[name]}, now {said}" for name, said in about.items() if there.get(name, said) != said]
     if other:
         raise UserError(f"out {job.out} has results of another evaluation ({'; '.join(other)}): give another out")
 
@@ -58,7 +60,9 @@ def _about(job: Job, shards: str | None) -> dict[str, Any]:
         weights = f"{_digest(find_file(job.lora[0])[0])} at {job.lora[1]:g}"
     parts = {name: asdict(getattr(config, name)) for name in ("model", "attention", "objective", "clip")}
     settings = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    base = fingerprints(config, None).get("weights")
     return {
+        **({} if base is None else {"base": base}),
         "weights": weights,
         "config": settings,
         "shards": shards,

@@ -3,6 +3,7 @@
 config.yaml     the whole config; a resume reads it
 state           first line: starting (by a job), running, requeue, stopped, done, failed or died; then why, in words;
                 none in a new folder
+.ended-<job>    how the run stood when that job of SLURM ended, done or stopped (launch/template.sbatch)
 .time_up        in the run's last start came SIGUSR1, SLURM's signal before the end of the time
 .lock           held by rank 0 while it runs: host, process and SLURM job
 """

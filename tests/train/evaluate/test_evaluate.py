@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save_file
 
 from data.synth.clips import synthesize
 from radial.patterns.ultravico import UltraViCo
@@ -114,6 +116,18 @@ def test_what_is_there_is_not_made_again(evaluated, monkeypatch):
     assert run_evaluation(one) == text
     with pytest.raises(UserError, match=r"has results of another evaluation \(seed was 0, now 1\): give another out"):
         run_evaluation(replace(one, given=replace(one.given, seed=1)))
+
+
+def test_another_base_is_another_evaluation(evaluated):
+    one, _ = evaluated
+    file = Path(one.config.model.path) / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    try:
+        save_file({name: -tensor for name, tensor in load(before).items()}, file)
+        with pytest.raises(UserError, match=r"has results of another evaluation \(base was 1 files .*, now 1 files"):
+            run_evaluation(one)
+    finally:
+        file.write_bytes(before)
 
 
 def test_clips_of_the_same_keys_are_other_clips(run, tmp_path):

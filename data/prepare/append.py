@@ -20,7 +20,7 @@ from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
 from data.prepare.rows import Row, Rows
 from data.shards.manifest import REJECTED, Manifest
-from data.shards.origins import LIST
+from data.shards.origins import LIST, numbers_of
 
 
 def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Manifest | None:
@@ -52,7 +52,7 @@ def revisit(recipe: Recipe, arguments: Mapping[str, Any], say: Callable[[str], N
             say(f"{there}; it was not compared with the list of videos, as {why}")
             underway.remove(out)
             return manifest
-        added, changed, gone = _differences(before, now)
+        added, changed, gone = _differences(before, now, manifest)
         _check_appendable(recipe, before, added, changed, gone)
         if not added:
             note = f"; {len(gone)} of its videos are no longer listed, such as {gone[0]}" if gone else ""
@@ -89,11 +89,14 @@ def _list_now(recipe: Recipe, before: ChosenVideos | None) -> tuple[ChosenVideos
         return None, str(error)
 
 
-def _differences(before: ChosenVideos, now: ChosenVideos) -> tuple[list[Row], list[str], list[str]]:
-    """Added rows, the paths of those with another caption, and of those that are no longer chosen."""
+def _differences(before: ChosenVideos, now: ChosenVideos, manifest: Manifest) -> tuple[list[Row], list[str], list[str]]:
+    """Added rows, the paths of those whose clips have another caption, and of those that are no longer chosen."""
     old, new = ({row.name: row for row in chosen.rows} for chosen in (before, now))
     added = [row for path, row in new.items() if path not in old]
-    changed = [path for path, row in new.items() if path in old and row.caption != old[path].caption]
+    # Of a video that no clip came from no caption was encoded, and data.recaption gives it none.
+    encoded = {numbers[0] for sample in manifest.samples if (numbers := numbers_of(sample.key)) is not None}
+    captions = {row.name: row.caption for number, row in enumerate(before.rows) if number in encoded}
+    changed = [path for path, caption in captions.items() if path in new and new[path].caption != caption]
     return added, changed, [path for path in old if path not in new]
 
 

@@ -19,6 +19,7 @@ from data.shards.manifest import Manifest
 from data.shards.stream import read_samples
 from tests.helpers.prepared import FAST, write_clips
 from tests.helpers.tiny_models import save_wan
+from tests.helpers.videos import numbered, write_video
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,19 @@ def test_data_prepare_appends_to_the_new_folder(tmp_path: Path) -> None:
     new = tmp_path / "old-recaptioned"
     assert not prepare([f"source={videos}", f"out={new}", *FAST])
     assert [sample.caption for sample in read_samples(new)] == ["corrected", "clip of video 1"]
+
+
+def test_a_video_without_clips_does_not_keep_the_new_folder_from_growing(tmp_path: Path) -> None:
+    videos, words = write_clips(tmp_path / "videos", 0, 10).parent, [*FAST, "min_motion=0.3"]
+    write_video(videos / "v1.mp4", 10, picture=lambda _: numbered(170), caption="it stands still")
+    assert prepare([f"source={videos}", f"out={tmp_path}/old", *words]) == 0
+    for number in (0, 1):
+        (videos / f"v{number}.txt").write_text(f"corrected {number}", encoding="utf-8")
+    assert recaption.main([f"{tmp_path}/old", f"captions={videos}"]) == 0
+    write_clips(videos, 2, 10)
+    new = tmp_path / "old-recaptioned"
+    assert prepare([f"source={videos}", f"out={new}", *words]) == 0
+    assert [sample.caption for sample in read_samples(new)] == ["corrected 0", "clip of video 2"]
 
 
 def test_ranks_share_the_shards(

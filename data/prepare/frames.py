@@ -123,25 +123,38 @@ def between(container: Any, stream: Any, start: float, end: float | None) -> Ite
     if start == 0 and end is None:
         yield from decoded(container, stream)
         return
-    origin = _seek(container, stream, start)
-    waiting: Timed | None = None
-    for timed in decoded(container, stream):
-        if timed.time is None:
-            raise DataError("its frames have no times, so that start and end cannot be found")
-        origin = timed.time if origin is None else origin
-        time = timed.time - origin - start
-        if end is not None and time >= end - start - _TICK:
-            break
-        here = Timed(timed.frame, time, timed.seconds, timed.damaged)
-        if time < _TICK:  # shown at the start, unless another one comes before it
-            waiting = Timed(here.frame, 0.0, max(0.0, time + here.seconds), here.damaged)
-            continue
-        if waiting is not None:
-            yield _until(waiting, start, end)
-            waiting = None
-        yield _until(here, start, end)
-    if waiting is not None and waiting.seconds > _TICK:
-        yield _until(waiting, start, end)
+    origin, usual = _seek(container, stream, start), 1 / float(stream.average_rate) if stream.average_rate else 0.0
+    last: Timed | None = None  # held back until it is known how long it is shown
+    after: float | None = None  # where it ends
+    failure: Exception | None = None
+    try:
+        for timed in decoded(container, stream):
+            origin = timed.time if origin is None else origin
+            if timed.time is not None and origin is not None:
+                time = timed.time - origin - start
+            elif after is not None:  # as the last frames of an AVI
+                time = after
+            else:
+                raise DataError("its frames have no times, so that start and end cannot be found")
+            if end is not None and time >= end - start - _TICK:
+                if (
+                    last is not None and last.time is not None
+                ):  # it is shown until this one comes, whatever the file says
+                    last = Timed(last.frame, last.time, end - start - last.time, last.damaged)
+                break
+            if last is not None and (last.time or time >= _TICK):  # of those before the start the last is shown there
+                yield _until(last, start, end)
+            after = time + (timed.seconds or usual)
+            early = time < _TICK
+            last = Timed(
+                timed.frame, 0.0 if early else time, max(0.0, after) if early else timed.seconds, timed.damaged
+            )
+    except av.error.FFmpegError as error:
+        failure = error
+    if last is not None and (last.time or last.seconds > _TICK):
+        yield _until(last, start, end)
+    if failure is not None:
+        raise failure
 
 
 def _until(timed: Timed, start: float, end: float | None) -> Timed:

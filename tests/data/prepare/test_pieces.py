@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av.error
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from data.errors import DataError
 from data.prepare.__main__ import main
+from data.prepare.frames import Timed, decoded
 from data.prepare.listed import name_of
 from data.prepare.sources import Columns, read_source
 from data.prepare.spans import Span, seconds_of, spans_of, texts_of
@@ -56,12 +60,12 @@ def test_what_is_no_time_is_named(row: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "options"), [
     ("v.mp4", {"g": "12", "bf": "2"}), ("v.mp4", {"g": "250"}), ("v.mkv", {"g": "7"}), ("v.ts", {"g": "12", "bf": "2"}),
-    ("v.avi", {"g": "12"}),
+    ("v.avi", {"g": "12"}), ("v.avi", {"g": "12", "bf": "2"}),
 ])  # fmt: skip
 def test_a_piece_holds_the_frames_of_its_time(tmp_path: Path, name: str, options: dict[str, str]) -> None:
     """Exactly those that the same places of the whole video have, whatever key frames lie around."""
     codec = "mpeg4" if name.endswith("avi") else "libx264"
-    path = write_video(tmp_path / name, 120, codec=codec, options=options if codec == "libx264" else {"g": "12"})
+    path = write_video(tmp_path / name, 120, codec=codec, options=options)
     for start, end in ((0, 40), (1, 21), (30, 60), (47, 90), (100, 120), (101, None)):
         until = None if end is None else end / 16
         pieces = list(read_clips(path, fps=16, frames=10, sizes=[(64, 96)], start=start / 16, end=until))
@@ -72,6 +76,35 @@ def test_a_piece_holds_the_frames_of_its_time(tmp_path: Path, name: str, options
             assert [number_of(frame) for frame in clip.frames] == [round(clip.start * 16) + k for k in range(10)]
     with pytest.raises(DataError, match="no frame can be decoded"):
         list(read_clips(path, fps=16, frames=10, sizes=[(64, 96)], start=60, end=70))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_the_last_picture_of_a_piece_stays_until_its_end(tmp_path: Path, name: str) -> None:
+    """Also where the rate varies, and the file says less of how long each is shown than the times of the next do."""
+    times = [k / 16 for k in range(32)] + [2 + k * 0.4 for k in range(20)]
+    path = write_video(tmp_path / name, len(times), times=times)
+    (whole,) = read_clips(path, fps=16, frames=140, sizes=[(64, 96)])
+    assert isinstance(whole, Clip)
+    for start, end in ((0, 45), (20, 60), (43, 63), (71, 74), (80, 138)):
+        (clip,) = read_clips(path, fps=16, frames=end - start, sizes=[(64, 96)], start=start / 16, end=end / 16)
+        assert isinstance(clip, Clip)
+        assert [number_of(frame) for frame in clip.frames] == [number_of(frame) for frame in whole.frames[start:end]]
+
+
+def test_the_last_picture_before_damage_counts_in_a_piece_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "v.mp4", 60)
+
+    def damaged(container: Any, stream: Any) -> Iterator[Timed]:
+        for number, timed in enumerate(decoded(container, stream)):
+            if number == 30:
+                raise av.error.InvalidDataError(0, "damaged")
+            yield timed
+
+    monkeypatch.setattr("data.prepare.frames.decoded", damaged)
+    found = read_clips(path, fps=16, frames=10, sizes=[(64, 96)], start=10 / 16, end=50 / 16)
+    assert [clip.start * 16 for clip in itertools.islice(found, 2) if isinstance(clip, Clip)] == [10, 20]
+    with pytest.raises(DataError, match="damaged"):
+        next(found)
 
 
 def test_a_piece_at_another_pace_starts_on_its_time(tmp_path: Path) -> None:

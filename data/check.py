@@ -31,6 +31,7 @@ from data.rebuild import rebuild
 from data.shards.manifest import REJECTED, Manifest, locate
 from data.shards.order import BatchOrder
 from data.shards.reader import SampleReader, decode
+from data.shards.sample import Sample
 from data.shards.shard_info import ShardInfo
 from data.sheet import row_of, sheet_of
 from radial.cli.command import Command
@@ -159,12 +160,17 @@ def contact_sheet(
             sample = reader.read(*order.shard_of(numbers[place]))
             frames = encoder.decode(sample.latent)
             chosen = sorted({round(i * (len(frames) - 1) / max(1, pictures - 1)) for i in range(pictures)})
-            place_of = (
-                f"{sample.meta['source']} at {sample.meta['clip_start']:.2f} s  " if "source" in sample.meta else ""
-            )
-            label = f"{sample.key}  {place_of}{list(sample.latent.shape)}  {sample.caption}"
+            label = f"{sample.key}  {_place(sample)}{list(sample.latent.shape)}  {sample.caption}"
             rows.append(row_of([frames[i] for i in chosen], label))
     return sheet_of(rows)
+
+
+def _place(sample: Sample) -> str:
+    """The video that a clip is from and where it starts there, as far as its maker says: others' may be anything."""
+    source, start = sample.meta.get("source"), sample.meta.get("clip_start")
+    if not isinstance(source, str):
+        return ""
+    return f"{source} at {start:.2f} s  " if isinstance(start, int | float) else f"{source}  "
 
 
 def decoder_of(manifest: Manifest, weights: Path | None, device: str | None) -> Encoder:

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
 from data.check import check, main
-from data.encoders import check_encoder, fingerprint
+from data.encoders import check_encoder, fingerprint, load_encoder
+from data.encoders.base import EncoderSettings
 from data.errors import DataError
 from data.prepare.__main__ import main as prepare
 from data.shards.manifest import EMPTY_PROMPT, FILE, Manifest
+from data.shards.sample import Sample
 from data.shards.writer import ShardWriter
 from data.sheet import row_of
 from radial.errors import Mistake
@@ -216,6 +219,23 @@ def test_the_contact_sheet_shows_the_clips(tmp_path: Path, shards: Manifest, mon
         assert label.startswith(f"{sample.key}  {place}  "), "source and time"
     frame = np.zeros((32, 64, 3), np.uint8)
     assert row_of([frame], "one\ntwo") == row_of([frame], "one two"), "a label is one line"
+
+
+@pytest.mark.parametrize(("meta", "place"), [
+    ({"source": "pexels"}, "pexels  "), ({"source": "a.mp4", "clip_start": None}, "a.mp4  "), ({"source": 7}, ""),
+])  # fmt: skip
+def test_the_contact_sheet_takes_what_others_say_of_their_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta: dict[str, Any], place: str
+) -> None:
+    encoder = load_encoder("pixels", EncoderSettings(None, torch.device("cpu"), torch.float32, torch.float32))
+    prompt, latent = encoder.prompt("a ball"), encoder.encode(np.zeros((8, 16, 32, 3), np.uint8))
+    about: dict[str, Any] = {"fps": 16.0, "encoder": fingerprint("pixels", None), "latent": "l", "text": "t"}
+    with ShardWriter(tmp_path / "out", **about, arguments={}, empty_prompt=encoder.prompt("")) as writer:
+        writer.write(Sample("clip", latent, prompt.text, prompt.pooled, {}, {"caption": "a ball", **meta}))
+    labels: list[str] = []
+    monkeypatch.setattr("data.check.row_of", lambda frames, label: labels.append(label) or row_of(frames, label))
+    assert main([str(tmp_path / "out"), "--contact-sheet", f"png={tmp_path / 'sheet.png'}"]) == 0
+    assert labels == [f"clip  {place}{list(latent.shape)}  a ball"]
 
 
 def test_the_contact_sheet_of_a_damaged_folder_shows_what_is_whole(

@@ -57,6 +57,8 @@ class Arguments:
     weights: Path | None = setting("the model's diffusers folder; not needed for pixels", None)
     path_column: str | None = setting("the table's column of paths; null: path, video, file, ...", None)
     caption_column: str | None = setting("the table's column of captions; null: caption, text, prompt", None)
+    start_column: str | None = setting("the table's column of when a piece begins; null: start, start_time, ...", None)
+    end_column: str | None = setting("the table's column of when a piece ends; null: end, end_time, ...", None)
     missing: str = setting(
         "samples whose video has no new caption: refuse them, or keep the old one", "refuse", ("refuse", "keep")
     )
@@ -135,7 +137,8 @@ def _exclusively(out: Path) -> Iterator[None]:
 
 def _captions(given: Arguments, manifest: Manifest) -> list[str | None]:
     """The new caption of each sample; None keeps the old one."""
-    listed = read_source(given.captions, Columns(given.path_column, given.caption_column))
+    columns = Columns(given.path_column, given.caption_column, given.start_column, given.end_column)
+    listed = read_source(given.captions, columns)
     names = _names(manifest)
     there, found = set(names), dict[str, str]()
     for video in listed.videos(()):

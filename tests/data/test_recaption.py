@@ -153,6 +153,16 @@ def test_a_video_without_clips_does_not_keep_the_new_folder_from_growing(tmp_pat
     assert [sample.caption for sample in read_samples(new)] == ["corrected 0", "clip of video 2"]
 
 
+def test_pieces_are_found_by_columns_of_other_names(tmp_path: Path) -> None:
+    videos, table = write_clips(tmp_path / "videos", 0, 40).parent, tmp_path / "list.csv"
+    columns = ["start_column=from", "end_column=to"]
+    table.write_text("path,text,from,to\nv0.mp4,old,0,1\nv0.mp4,older,1,2\n", encoding="utf-8")
+    assert prepare([f"source={table}", f"videos={videos}", f"out={tmp_path}/old", *FAST, *columns]) == 0
+    table.write_text("path,text,from,to\nv0.mp4,new,0:00,0:01\nv0.mp4,newer,0:01,0:02\n", encoding="utf-8")
+    assert recaption.main([f"{tmp_path}/old", f"captions={table}", *columns]) == 0
+    assert [sample.caption for sample in read_samples(tmp_path / "old-recaptioned")] == ["new", "newer"]
+
+
 def test_ranks_share_the_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

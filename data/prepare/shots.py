@@ -54,6 +54,9 @@ class Cuts:
             except Exception as error:  # StopIteration among them
                 failure = error
                 break
+            if not self._count:
+                for _ in range(_WINDOW):  # the picture stood still before, so that the first frames are judged too
+                    self._add(look)
             held.append((item, look))
             self._add(look)
             if len(held) > _WINDOW:

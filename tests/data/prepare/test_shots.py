@@ -76,6 +76,15 @@ def test_no_clip_crosses_a_fade(tmp_path: Path) -> None:
     assert [(p.start * 16, p.why) for p in passed] == [(30, "short")], "the black part"
 
 
+def test_the_first_frames_are_judged_too(tmp_path: Path) -> None:
+    """A piece of a long video may begin a frame before a cut, and the detector compares with two before."""
+    for first in (1, 2):
+        path = cut_together(tmp_path / "v.mp4", [(pan(0, 1), first), (pan(1, 1), 30)])
+        clips, passed = lay(path, 10, cuts="split")
+        assert starts(clips) == [first, first + 10, first + 20]
+        assert [(p.start, p.why) for p in passed] == [(0, "short")]
+
+
 def test_the_last_frames_are_judged_too(tmp_path: Path) -> None:
     """A detector that looks ahead has nothing behind them to compare with."""
     path = cut_together(tmp_path / "v.mp4", [(pan(0, 1), 29), (pan(1, 1), 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import av
 import av.error
 import numpy as np
 
-from data.prepare.frames import opened, video_stream
+from data.prepare.frames import decoded, opened, video_stream
 
 _PLACES = 9  # frames that are looked at, spread over the video
 _DARK = 24  # levels of 255: the brightest that a pixel of a bar may be, compression's ringing aside
@@ -61,8 +62,9 @@ def _inner(lit: np.ndarray) -> tuple[float, float]:
 
 
 def _pictures(path: str | Path) -> list[np.ndarray]:
-    """The brightness (H, W) of frames at key frames spread over a video, of the first ones where it cannot seek."""
-    pictures = []
+    """The brightness (H, W) of frames at key frames spread over a video, of the first ones where it has no length; of
+    frames between key frames too where there are few of these, as in most clips of some seconds."""
+    pictures: dict[tuple[int | None, int], np.ndarray] = {}  # by time: two places may have one key frame
     with opened(path) as container:
         stream = video_stream(container)
         stream.thread_count = 1
@@ -77,5 +79,23 @@ def _pictures(path: str | Path) -> list[np.ndarray]:
             frame: Any = next(container.decode(stream), None)
             if frame is None:
                 break
-            pictures.append(frame.to_ndarray(format="gray"))
+            time = frame.dts if frame.pts is None else frame.pts
+            pictures[time, place if time is None else 0] = frame.to_ndarray(format="gray")
+    few = seconds > 0 and len(pictures) <= _PLACES // 2
+    return (_between_key_frames(path, seconds) if few else []) or list(pictures.values())
+
+
+def _between_key_frames(path: str | Path, seconds: float) -> list[np.ndarray]:
+    """The brightness of frames spread over a video of this length, all of which is decoded, up to where it is
+    damaged."""
+    pictures: list[np.ndarray] = []
+    first: float | None = None
+    with opened(path) as container, contextlib.suppress(av.error.FFmpegError):
+        stream = video_stream(container)
+        stream.thread_count = 1
+        for timed in decoded(container, stream):
+            if timed.time is not None:
+                first = timed.time if first is None else first
+                if timed.time - first >= len(pictures) / _PLACES * seconds:
+                    pictures.append(timed.frame.to_ndarray(format="gray"))
     return pictures

@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.prepare.__main__ import main
 from data.prepare.bars import WHOLE, find_bars
 from data.prepare.clip_rules import Rules
+from data.prepare.frames import opened
 from data.prepare.video import Clip, Passed, read_clips
 from data.shards.stream import read_samples
 from radial.errors import Mistake
@@ -66,6 +67,17 @@ def test_dark_and_whole_pictures_have_no_bars(tmp_path: Path) -> None:
     night = lit(pan(7, 1), lambda k: 0.02 if k < 20 else 1.0)
     for name, scene in {"whole": pan(8, 1), "black": DARK, "night": night}.items():
         assert find_bars(cut_together(tmp_path / f"{name}.mp4", [(scene, 40)], fps=16)) == WHOLE, name
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_a_title_on_black_before_the_first_key_frame_but_one_makes_no_bars(tmp_path: Path, name: str) -> None:
+    """A clip of some seconds may have one key frame alone, whose picture is not all there is of it."""
+    path = cut_together(tmp_path / name, [(barred(still(1), 40), 10), (pan(2, 1), 60)])
+    with opened(path) as container:
+        assert sum(frame.key_frame for frame in container.decode(video=0)) == 1
+    assert find_bars(path) == WHOLE
+    path = cut_together(tmp_path / name, [(barred(pan(1, 1), 16), 30), (barred(pan(2, 1), 16), 30)])
+    assert find_bars(path) != WHOLE
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

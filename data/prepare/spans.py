@@ -1,14 +1,15 @@
 """Pieces of long videos: from when to when, as tables of them write it.
 
-A time is a number of seconds, or a text such as `12.5`, `1:02.5` and `0:01:02.500`; in columns with `frame` in their
-names it is the number of a frame. A cell may hold several pieces, as a list or as the text of one, with a list of
-captions beside it.
+A time is a number of seconds, or a text such as `12.5`, `1:02.5` and `0:01:02.500`; in columns that have the word frame
+in their names, such as `start_frame`, it is the number of a frame. A cell may hold several pieces, as a list or as the
+text of one, with a list of captions beside it.
 """
 
 from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ STARTS = ("start", "start_time", "start_sec", "start_seconds", "start_frame", "f
 ENDS = ("end", "end_time", "end_sec", "end_seconds", "end_frame", "frame_end")
 BOTH = ("timestamp", "timestamps", "segment", "segments", "span", "time_range", "frame_range")
 """The usual names of the columns of starts, of ends, and of both."""
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_FRAMES = frozenset(f"{place}frame{end}" for place in ("", "start", "end") for end in ("", "s", "stamp", "stamps"))
 
 
 @dataclass(frozen=True, slots=True)  # there may be a million
@@ -66,8 +70,13 @@ def spans_of(row: Mapping[str, Any], start: str | None, end: str | None) -> list
         ends = last if last is not None else [None] * len(starts)
         if len(starts) != len(ends):
             raise DataError(f"{start} holds {len(starts)} times and {end} {len(ends)}, expected as many")
-    frames = (start or end or "").replace("_range", "").strip("_").split("_")
-    return [_span(one, other, "frame" in frames or "frames" in frames) for one, other in zip(starts, ends, strict=True)]
+    frames = _counts_frames(start or end or "")
+    return [_span(one, other, frames) for one, other in zip(starts, ends, strict=True)]
+
+
+def _counts_frames(column: str) -> bool:
+    """Whether a column holds numbers of frames, by a word of its name: `start_frame`, `endFrame`, `framestamp`."""
+    return not _FRAMES.isdisjoint(word.lower() for word in _WORD.findall(column))
 
 
 def _span(start: Any, end: Any, frames: bool) -> Span:

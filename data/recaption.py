@@ -268,7 +268,8 @@ def _finish(
     loaded: Encoder,
 ) -> None:
     """The lists beside the shards, the empty prompt and the manifest."""
-    changed = {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch.")}
+    # The new shards lie here, wherever the old ones were moved to: what is appended must not go there.
+    changed = {"text_dtype": str(_DTYPES[given.text_dtype]).removeprefix("torch."), "upload": None}
     if (manifest.folder / REJECTED).exists():
         write_bytes(out / REJECTED, (manifest.folder / REJECTED).read_bytes())
     chosen = ChosenVideos.load(manifest.folder, LIST)

@@ -153,6 +153,21 @@ def test_a_video_without_clips_does_not_keep_the_new_folder_from_growing(tmp_pat
     assert [sample.caption for sample in read_samples(new)] == ["corrected 0", "clip of video 2"]
 
 
+def test_what_is_appended_does_not_go_where_the_old_shards_were_moved_to(tmp_path: Path) -> None:
+    videos = write_clips(tmp_path / "videos", 0, 10).parent
+    there, new = tmp_path / "there", tmp_path / "there-recaptioned"
+    assert prepare([f"source={videos}", f"out={tmp_path}/out", f"upload={there}", *FAST]) == 0
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    (videos / "v0.txt").write_text("corrected", encoding="utf-8")
+    assert recaption.main([str(there), f"captions={videos}"]) == 0
+    write_clips(videos, 1, 10)
+    with pytest.raises(recaption.DataError, match=r"was begun with upload=None \(asked: .*there\)"):
+        prepare([f"source={videos}", f"out={new}", f"upload={there}", *FAST])
+    assert prepare([f"source={videos}", f"out={new}", *FAST]) == 0
+    assert [sample.caption for sample in read_samples(new)] == ["corrected", "clip of video 1"]
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+
+
 def test_pieces_are_found_by_columns_of_other_names(tmp_path: Path) -> None:
     videos, table = write_clips(tmp_path / "videos", 0, 40).parent, tmp_path / "list.csv"
     columns = ["start_column=from", "end_column=to"]

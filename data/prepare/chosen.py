@@ -23,6 +23,9 @@ class Rejected:
     reason: str
     kept: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" if self.path else self.reason  # which names the line without a path
+
 
 @dataclass(frozen=True)
 class ChosenVideos:

@@ -85,7 +85,7 @@ def _nothing(recipe: Recipe, chosen: ChosenVideos, rejected: list[Rejected], lef
     """Why no clip came out."""
     if rejected:
         bad = f"{len(rejected)} files are bad" if left else f"all {len(rejected)} files are bad"
-        why = f"{bad}, such as {rejected[0].path}: {rejected[0].reason}"
+        why = f"{bad}, such as {rejected[0]}"
     else:
         why = f"of {len(chosen.rows)} videos"
     passed = f"; {chosen.passed} more did not qualify" if chosen.passed else ""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.encoders import load_encoder
 from data.encoders.base import EncoderSettings, find_device
 from data.errors import DataError
-from data.prepare.chosen import ChosenVideos
+from data.prepare.chosen import ChosenVideos, Rejected
 from data.prepare.clip_rules import REASONS, Rules
 from data.prepare.qualifying import choose_videos
 from data.prepare.recipe import Recipe
@@ -114,10 +114,10 @@ def _counts(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], cl
 
 def _bad(chosen: ChosenVideos, surveys: dict[int, Survey]) -> list[str]:
     """The first bad files of the list, then of those that were looked at, each with the reason."""
-    reasons = [(entry.path, entry.reason) for entry in chosen.rejected]
-    reasons += [(chosen.rows[row].name, found.reason) for row, found in surveys.items() if found.reason is not None]
-    more = [f"bad: {len(reasons) - BAD_SHOWN} more"] if len(reasons) > BAD_SHOWN else []
-    return [f"bad: {path}: {reason}" for path, reason in reasons[:BAD_SHOWN]] + more
+    found = [(row, looked.reason) for row, looked in surveys.items() if looked.reason is not None]
+    bad = [*chosen.rejected, *(Rejected(chosen.rows[row].name, reason) for row, reason in found)]
+    more = [f"bad: {len(bad) - BAD_SHOWN} more"] if len(bad) > BAD_SHOWN else []
+    return [f"bad: {entry}" for entry in bad[:BAD_SHOWN]] + more
 
 
 def _encoding(recipe: Recipe, chosen: ChosenVideos, surveys: dict[int, Survey], clips: int) -> str:

@@ -294,3 +294,13 @@ def test_pieces_of_one_row_get_their_own_captions(tmp_path: Path) -> None:
     source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     found = select(source=source, videos=None, columns=Columns(), where=None, sort=None)
     assert list(found.found.captions(found.matching[::-1])) == ["whole", "second", "first"]
+
+
+def test_a_row_without_a_path_is_told_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("path,caption\n,a caption\n", encoding="utf-8")
+    words = [f"source={table}", f"out={tmp_path / 'out'}", *FAST]
+    assert main(words) == 1
+    assert "all 1 files are bad, such as line 2 has no path in the column path; see" in capsys.readouterr().err
+    assert main([*words, "--dry-run"]) == 0
+    assert "bad: line 2 has no path in the column path\n" in capsys.readouterr().out

@@ -109,7 +109,10 @@ class StepCheckpoints(StepCallback):
         if measured:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             measured += [f"clips {one.digest()}" for one in callbacks if isinstance(one, Validation)]
-        best = best_checkpoint(self.folder, measured)
+        best, every = best_checkpoint(self.folder, measured), checkpoints_of(self.folder)
+        older = every[: every.index(newest)]
+        if best is not None and best[0] not in older:
+            best = None  # of steps from before which the run has gone on anew
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[1]):
             try:
                 about = {"checkpoint": newest.name, "loss": loss, "measured": measured}
@@ -119,8 +122,7 @@ class StepCheckpoints(StepCallback):
             else:
                 best = (newest, loss)
         # one of a later step is what a resumed run went back from, damaged: it is none of those to keep
-        every = checkpoints_of(self.folder)
-        for old in every[: every.index(newest) + 1][: -self.keep]:
+        for old in [*older, newest][: -self.keep]:
             if best is None or old != best[0]:
                 trainer.strategy.remove_checkpoint(old)
 

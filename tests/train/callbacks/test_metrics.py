@@ -175,6 +175,21 @@ def test_the_best_of_other_validation_clips_is_none(tmp_path):
         best.write_text(json.dumps({**noted, "loss": 0.0}), encoding="utf-8")  # nothing to come is better
 
 
+def test_the_best_is_none_of_what_a_run_went_back_from(tmp_path):
+    """From step 3 back to step 1, of whose loss nothing to come is better, and on by other steps."""
+    given = {"validation__every": 1, "validation__clips": 1, "trainer__checkpoint_every": 1, "trainer__keep": 3}
+    folder = RunFolder.create(run_config(tmp_path, **given)).path / "checkpoints"
+    resume(folder.parent, run_config(tmp_path, **given, trainer__steps=3))
+    for step in (2, 3):
+        shutil.rmtree(folder / f"step-{step:06d}")
+    (folder / "best.json").write_text(json.dumps({"checkpoint": "step-000003", "loss": 0.0}), encoding="utf-8")
+    resume(folder.parent, run_config(tmp_path, **given, trainer__steps=3, optim__lr=1e-2))
+    rows = read_metrics(folder.parent / "metrics.csv")[1:]
+    found = {folder / f"step-{int(row['step']) + 1:06d}": float(row["validation/loss"]) for row in rows}
+    best = best_checkpoint(folder)
+    assert best is not None and best == min(found.items(), key=lambda each: each[1])
+
+
 def test_validation_disturbs_nothing(logged, tmp_path):
     config, folder, _ = logged
     plain = replace(config, runs=str(tmp_path), validation=replace(config.validation, every=0))

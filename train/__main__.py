@@ -66,13 +66,14 @@ def _resume(folder: Path, settings: dict[str, str], override: bool, show: bool) 
         return
     from train.preflight import preflight_resume
     from train.run import resume
-    from train.storage.run_folder import held, write_config
+    from train.storage.run_folder import PLAN, held, write_config
 
     config = preflight_resume(changed, folder, override=override)
     changes = differences(before, changed)
     if changes and Rank.here().index == 0:
         with held(folder):
             write_config(changed, folder)
+            (folder / PLAN).unlink(missing_ok=True)  # of the old settings: the run makes one of its own
         print("\n".join(["changed since the run was started:", *(f"  {line}" for line in changes.values())]))
     resume(folder, config)
 

@@ -24,11 +24,13 @@ from train.errors import UserError
 from train.loggers.csv_file import read_metrics
 from train.lora.layers import inject_lora, lora_parameters
 from train.models.loading import describe_model
+from train.planning import Budget, plan_table
 from train.run import resume
 from train.shards import training_shards
 from train.step.module import LengthExtensionModule
 from train.storage.checkpoints import load_state, load_weights
 from train.storage.run_folder import get_state, write_config
+from train.storage.stored_plan import stored_plan
 
 ON_CPU = HELPERS / "zero_on_cpu.py"
 CHANGES = {
@@ -235,6 +237,14 @@ def test_data_that_end_before_the_training_are_an_error(whole, tmp_path, monkeyp
     monkeypatch.undo()
     resume(folder, whole[0])
     assert losses(folder) == losses(whole[1])
+
+
+def test_a_resume_plans_what_it_changes(whole, tmp_path):
+    """The report sets the plan beside what is measured, which is no plan of other settings."""
+    folder = copy_until(whole, 2, tmp_path)
+    before = stored_plan(folder)["table"]
+    main([f"resume={folder}", "data.batch_size=1", "optim.accumulate=4"])
+    assert stored_plan(folder)["table"] == plan_table(Budget.here(read_config(folder))) != before
 
 
 def without_clips(folder):

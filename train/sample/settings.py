@@ -27,6 +27,7 @@ from train.sample import noise_levels
 _UNTRAINED = AttentionConfig()
 """What attention has where neither the user nor a LoRA's header says so."""
 _SEEDS = Bound("at least 0 and less than 2 to the 64th", lambda value: 0 <= value < 2**64)
+_OF_ONE_PATTERN = ("reach", "per_head")  # a header's are of its own pattern, and mean nothing for another
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
 
@@ -147,6 +148,8 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model
     )
     pattern = settings.pattern or trained.get("pattern") or (Fitted.name if settings.masks else _UNTRAINED.pattern)
+    if loras.header_settings(found, ["pattern"], model).get("pattern") != pattern:
+        trained = {name: value for name, value in trained.items() if name not in _OF_ONE_PATTERN}
     if pattern == Fitted.name:
         settings = replace(settings, masks=loras.masks_of(found, model, settings.masks))
     from train.models.families import family_of  # takes seconds to import

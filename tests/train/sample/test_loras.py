@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from radial import Random, Released, Spatial
+from radial import Dense, Random, Released, Spatial
 from tests.helpers.generating import close, generator, latent, stock
 from tests.helpers.stock_models import TARGETS, random_lora
 from tests.helpers.tiny_pipelines import HEADER, save_lora, save_pipeline, words
@@ -88,6 +88,15 @@ def test_a_headers_pattern_is_the_one_that_was_trained(wan, tmp_path):
     like = Released(settings.decay, settings.rule)
     assert recipe_of(settings).pattern == Random(like, reach=0.25, per_head=True)
     assert recipe_of(replace(settings, pattern="spatial", per_head=False)).pattern == Spatial(0.25)
+
+
+def test_another_pattern_than_the_headers_has_none_of_its_numbers(wan, tmp_path):
+    header = {**HEADER, "radial.pattern": "random", "radial.reach": "0.25", "radial.per_head": "True"}
+    file = save_lora(wan, tmp_path / "mine.safetensors", header=header)
+    for pattern, expected in (("dense", Dense()), ("released", Released(0.4)), ("spatial", Spatial())):
+        assert recipe_of(parse_settings(words(wan, lora=file, pattern=pattern))[0]).pattern == expected
+    assert recipe_of(parse_settings(words(wan, lora=file, pattern="spatial", reach=0.1))[0]).pattern == Spatial(0.1)
+    assert recipe_of(parse_settings(words(wan, lora=file, pattern="random"))[0]).pattern.reach == 0.25
 
 
 def test_the_rule_is_the_models_own():

@@ -35,6 +35,11 @@ from train.sample.settings import Settings, complete, recipe_of, slots
 
 # what belongs to a pipeline or a transformer is kept in it, to be freed with it
 _EXTENSION, _ADAPTER = "radial_extension", "radial_adapter"
+_SETTINGS = (
+    *("pattern", "masks", "rule", "decay", "reach", "per_head", "block", "dense_layers", "dense_steps", "dense_sigma"),
+    *("rope", "shift", "backend", "height", "width", "add_2"),
+)
+"""Those of `train.sample.settings.Settings` that `extend` takes; for the others the pipeline's call has arguments."""
 
 
 def extend(
@@ -60,17 +65,23 @@ def extend(
         lora_2: that of the expert for low noise levels (Wan2.2-A14B), unless ``lora`` is a folder with both.
         add: further LoRAs, as ``add=`` of ``python -m train.sample``.
         model: one of conf/model, where the pipeline fits several or none.
-        settings: instead of the header's: ``pattern``, ``masks``, ``rule``, ``decay``, ``block``, ``dense_layers``,
-            ``dense_steps``, ``dense_sigma``, ``rope``, ``shift``, ``backend``; ``height`` and ``width`` where the clips
-            have another size than the LoRA was trained on, which decides the noise shift of some models.
+        settings: instead of the header's: ``pattern``, ``masks``, ``rule``, ``decay``, ``reach``, ``per_head``,
+            ``block``, ``dense_layers``, ``dense_steps``, ``dense_sigma``, ``rope``, ``shift``, ``backend``; ``height``
+            and ``width`` where the clips have another size than the LoRA was trained on, which decides the noise shift
+            of some models; ``add_2`` for the expert for low noise levels.
 
     Returns:
         The pipeline.
 
     Raises:
-        UserError: it is extended or offloaded already, is of no known model, or the LoRA does not fit it; the pipeline
-            is then as it was.
+        UserError: it is extended or offloaded already, is of no known model, or the LoRA does not fit it; or a setting
+            that is none of these. The pipeline is then as it was.
     """
+    for name in settings.keys() - set(_SETTINGS):
+        raise UserError(
+            f"extend takes no {name}, expected some of {', '.join(_SETTINGS)}: frames, steps, guidance and prompts are "
+            "arguments of the pipeline's own call"
+        )
     if hasattr(pipeline, _EXTENSION):
         raise UserError("the pipeline is extended already: call unextend(pipeline) first")
     if any(hasattr(transformer, "_hf_hook") for transformer in transformers_of(pipeline)):

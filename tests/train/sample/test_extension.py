@@ -220,6 +220,15 @@ def test_what_does_not_fit_leaves_the_pipeline_as_it_was(wan, lora, model, tmp_p
         extend(pipeline, lora, model=model)
 
 
+@pytest.mark.parametrize("name", ["frames", "guidance", "steps", "compile", "offload", "dtype", "negative", "decoy"])
+def test_a_setting_that_would_not_count_is_refused(wan, model, name):
+    """They are the command's, or nobody's: the pipeline's call would go on without them."""
+    pipeline = WanPipeline.from_pretrained(wan)
+    with pytest.raises(UserError, match=f"extend takes no {name}, expected some of pattern, .* own call"):
+        extend(pipeline, model=model, **{name: 1})
+    extend(pipeline, model=model)  # it is as it was
+
+
 def test_a_transformer_that_is_not_called_as_pipelines_do_says_so(wan, model):
     """Also under python -O: a program that calls it by itself gets no tuple where it expects an output."""
     pipeline = extend(WanPipeline.from_pretrained(wan), model=model, decay=0.4, block=16)

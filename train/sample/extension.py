@@ -96,6 +96,8 @@ def extend(
         other = ", but python -m train.sample generates with it" if family_of(config).generates() else ""
         raise UserError(f"{type(pipeline).__name__} is of the family {config.family}, which cannot be extended{other}")
     first, second = (file if file in (None, NONE) else f"{file}:{strength}" for file in (lora, lora_2))
+    if settings.get("masks") is not None:
+        settings["masks"] = Path(settings["masks"]).expanduser()
     given = Settings(prompt="", lora=first, lora_2=second, add=add, **settings)
     extension = Extension(pipeline, complete(given, _with_folder(config, pipeline)), config)
     for line in extension.loaded:

@@ -86,10 +86,10 @@ def test_an_extended_pipeline_has_the_masks_of_the_command(wan, tmp_path):
         stock(wan, lambda pipeline: extend(pipeline, file, model=model, **given)), expected, atol=1e-5
     )
     shutil.move(tmp_path / "mine.masks.safetensors", tmp_path / "moved.safetensors")
-    moved = {**given, "masks": tmp_path / "moved.safetensors"}
-    assert torch.allclose(
-        stock(wan, lambda pipeline: extend(pipeline, file, model=model, **moved)), expected, atol=1e-5
-    )
+    for masks_file in (tmp_path / "moved.safetensors", str(tmp_path / "moved.safetensors")):
+        moved = {**given, "masks": masks_file}
+        got = stock(wan, lambda pipeline, moved=moved: extend(pipeline, file, model=model, **moved))
+        assert torch.allclose(got, expected, atol=1e-5)
     with pytest.raises(UserError, match="mine.masks.safetensors is missing"):
         stock(wan, lambda pipeline: extend(pipeline, file, model=model, **given))
 

@@ -117,6 +117,29 @@ def header_settings(slots: Sequence[Slot], names: Sequence[str], model: ModelCon
     return {name: typed(header[name], name, file) for name in names if name in header}
 
 
+def check_alike(slots: Sequence[Slot], names: Sequence[str]) -> None:
+    """Holds the header of the second expert's LoRA to that of the first, whose settings a clip has for both.
+
+    Args:
+        names: of the settings that have to be the same.
+
+    Raises:
+        UserError: one is not.
+    """
+    files = [slot.files()[0][0] for slot in slots if slot.lora]
+    if len(files) < 2:
+        return
+    first, second = (read_values(file) for file in files)
+    for name in names:
+        if name in first and name in second:
+            one, other = (typed(header[name], name, file) for header, file in zip((first, second), files, strict=True))
+            if one != other:
+                raise UserError(
+                    f"{files[0]} was trained with {name} {one}, {files[1]} with {other}, and a clip has one for both "
+                    f"experts: give {name}=... yourself"
+                )
+
+
 def header_file(slots: Sequence[Slot], model: ModelConfig) -> Path | None:
     """The file whose header tells how the weights were trained: the first LoRA, or a merged model's first file."""
     files = [slot.files()[0][0] for slot in slots if slot.lora] or _weights(model)
@@ -138,7 +161,8 @@ def masks_of(slots: Sequence[Slot], model: ModelConfig, given: Path | None) -> P
         find_file(file)[0] if any(slot.lora for slot in slots) else Path(str(model.path)).expanduser()
     )
     masks = given or beside
-    check_masks(masks, file)
+    for trained in [slot.files()[0][0] for slot in slots if slot.lora] or [file]:
+        check_masks(masks, trained)
     return masks if masks.is_file() else given
 
 

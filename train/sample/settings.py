@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from radial import PATTERNS, Fitted, HeadMasks, RadialError, VideoGrid
+from radial import PATTERNS, Fitted, HeadMasks, RadialError, Random, Released, VideoGrid
 from radial.backends import BACKENDS
 from radial.cli.reader import guess, read_some
 from radial.cli.settings import POSITIVE, POWER_OF_TWO, Bound, at_least, check_value, setting, text_of
@@ -28,6 +28,7 @@ _UNTRAINED = AttentionConfig()
 """What attention has where neither the user nor a LoRA's header says so."""
 _SEEDS = Bound("at least 0 and less than 2 to the 64th", lambda value: 0 <= value < 2**64)
 _OF_ONE_PATTERN = ("reach", "per_head")  # a header's are of its own pattern, and mean nothing for another
+_DECAYING = (Released.name, Random.name)  # what rule and decay count for
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
 
@@ -144,12 +145,15 @@ def complete(settings: Settings, model: ModelConfig) -> Settings:
         settings = replace(settings, lora=lora, lora_2=lora_2)
     found = slots(settings, model)
     loras.check(found, model)
-    trained = loras.header_settings(
-        found, [f.name for f in fields(Settings) if getattr(settings, f.name) is None], model
-    )
+    unset = [f.name for f in fields(Settings) if getattr(settings, f.name) is None]
+    trained = loras.header_settings(found, unset, model)
     pattern = settings.pattern or trained.get("pattern") or (Fitted.name if settings.masks else _UNTRAINED.pattern)
-    if loras.header_settings(found, ["pattern"], model).get("pattern") != pattern:
+    alike = ["pattern", "block", "dense_layers", "rope", *(("rule", "decay") if pattern in _DECAYING else ())]
+    if loras.header_settings(found, ["pattern"], model).get("pattern") == pattern:
+        alike += _OF_ONE_PATTERN
+    else:
         trained = {name: value for name, value in trained.items() if name not in _OF_ONE_PATTERN}
+    loras.check_alike(found, [name for name in alike if name in unset])
     if pattern == Fitted.name:
         settings = replace(settings, masks=loras.masks_of(found, model, settings.masks))
     from train.models.families import family_of  # takes seconds to import

@@ -61,6 +61,19 @@ def test_sampling_finds_the_masks_beside_the_lora(wan, tmp_path):
     assert recipe_of(parse_settings(words(wan, lora=file, pattern="released"))[0]).pattern == Released(0.4)
 
 
+def test_both_experts_loras_are_of_the_same_masks(tmp_path):
+    two = save_pipeline("wan_a14b", tmp_path / "two")
+    given, loras = {"model": "wan22_t2v_a14b"}, {}
+    for key, seed in (("lora", 0), ("lora_2", 1)):
+        masks = save_masks(tmp_path / f"{key}.masks.safetensors", VideoGrid(9, 2, 3), seed=seed, **of_model(two))
+        header = {**HEADER, "radial.family": "wan", "radial.pattern": "fitted", "radial.masks_sha256": masks.digest}
+        loras[key] = save_lora(two, tmp_path / f"{key}.safetensors", header=header)
+    with pytest.raises(UserError, match=r"masks .*lora.masks.safetensors are not those that .*lora_2.safetensors was"):
+        parse_settings(words(two, **given, **loras))
+    parse_settings(words(two, **given, lora=loras["lora"], lora_2="none"))
+    parse_settings(words(two, **given, lora="none", lora_2=loras["lora_2"]))
+
+
 def test_masks_alone_sample_an_untuned_model(wan, tmp_path):
     masks = save_masks(tmp_path / "mine.safetensors", VideoGrid(9, 2, 3), rate=0.0, bits=0.1, **of_model(wan))
     given = {"masks": tmp_path / "mine.safetensors", "dense_steps": 0, "dense_layers": 1, "block": None}

@@ -244,6 +244,24 @@ def test_loras_of_the_wrong_expert_or_family(two, tmp_path, given, header, messa
         parse_settings(words(two, **TWO, **{key: file if value == 1 else value for key, value in given.items()}))
 
 
+def test_two_experts_loras_of_different_trainings_are_told(two, tmp_path):
+    """A clip has one attention for both: the second's would be another than it was trained under."""
+    high = save_lora(two, tmp_path / "high.safetensors", header=expert_header("high"))
+
+    def settings(changes, **given):
+        header = expert_header("low", **{f"radial.{key}": value for key, value in changes.items()})
+        low = save_lora(two, tmp_path / "low.safetensors", header=header)
+        return parse_settings(words(two, **{**TWO, "block": None, "lora": high, "lora_2": low, **given}))[0]
+
+    for key, value in (("decay", "0.5"), ("pattern", "dense"), ("block", "32"), ("dense_layers", "2")):
+        message = f"high.safetensors was trained with {key} .*low.safetensors with {value}, .*: give {key}=... yourself"
+        with pytest.raises(UserError, match=message):
+            settings({key: value})
+        assert str(getattr(settings({key: value}, **{key: value}), key)) == value
+    assert settings({"frames": "17", "dense_sigma": "0.95"}).frames == 33
+    assert settings({"decay": "0.5", "rule": "ports"}, pattern="dense").decay == 0.4  # which counts for nothing
+
+
 def test_an_experts_lora_is_not_for_a_model_of_one(wan, tmp_path):
     file = save_lora(wan, tmp_path / "mine.safetensors", header=expert_header("high"))
     with pytest.raises(UserError, match="its expert for high noise levels; the model has one transformer"):

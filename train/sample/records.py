@@ -2,7 +2,8 @@
 
 ``clip.json`` is written after ``clip.mp4``: where both are, and it holds the settings that are asked for, nothing
 is left to do. While they are written, ``.clip.json`` holds their settings: a video without its record is made again
-where that was the same one, and otherwise is not ours to replace.
+where that was the same one, and otherwise is not ours to replace. Nor is what lies where ``compare=dense`` writes, or a
+``clip.json`` that is no record.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         known: the job's `identity`, from before it was made.
     """
     record, file, mark = dict(known), _record_file(job), _mark(job)
+    videos = (job.out, dense_file(job), both_file(job))
+    before = {file for file in videos[1:] if file.exists()}
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps(record), encoding="utf-8")
@@ -80,7 +83,7 @@ def record_of(job: Job, known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         write_utf8(file, json.dumps(record, indent=1, ensure_ascii=False))
         mark.unlink()
     except BaseException:
-        if not job.out.exists():
+        if before.issuperset(file for file in videos if file.exists()):
             mark.unlink(missing_ok=True)
         raise
 
@@ -124,12 +127,17 @@ def is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
     Raises:
         UserError: another one is.
     """
-    if not job.out.exists() and not _record_file(job).exists():
+    record, compared = _record_file(job), [dense_file(job), both_file(job)] if settings.compare else []
+    there = [file for file in (job.out, *compared) if file.exists()]
+    if not there and not record.exists():
         return False
-    old, new = _read(_record_file(job)), identity(job, settings, model)
+    old, new = _read(record), identity(job, settings, model)
+    begun = _read(_mark(job)) == new
     if not old:
-        if job.out.exists() and _read(_mark(job)) != new:
-            raise UserError(f"out {job.out} is there, and no video of these settings: give another out")
+        if there and not begun:
+            raise UserError(f"out {there[0]} is there, and no video of these settings: give another out")
+        if record.exists() and not begun:
+            raise UserError(f"out {record} is there, and no record of a video: give another out")
         return False
     was, now = old["settings"], new["settings"]
     different = [
@@ -140,8 +148,10 @@ def is_done(job: Job, settings: Settings, model: ModelConfig) -> bool:
     different += [f"another {what}" for key, what in _FILES.items() if old.get(key) != new[key]]
     if different:
         raise UserError(f"out {job.out} is there, of other settings ({', '.join(different[:3])}): give another out")
-    wanted = [job.out] + ([dense_file(job), both_file(job)] if settings.compare else [])
-    return all(file.exists() for file in wanted)
+    others = [file for file in there if file != job.out]
+    if others and not begun and not old.get("execution", {}).get("compare"):
+        raise UserError(f"out {others[0]} is there, and not of compare={settings.compare}: give another out")
+    return len(there) == 1 + len(compared)
 
 
 def _loras(settings: Settings, model: ModelConfig) -> dict[str, str]:

@@ -180,6 +180,48 @@ def test_a_batch_goes_on_that_was_killed_before_a_record(wan, tmp_path, monkeypa
         main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip_dense.mp4", "clip_dense.mp4 is there, and no video of these settings: give another out"),
+        ("clip_both.mp4", "clip_both.mp4 is there, and no video of these settings: give another out"),
+        ("clip.json", "clip.json is there, and no record of a video: give another out"),
+    ],
+)
+def test_what_others_wrote_is_not_replaced(wan, tmp_path, name, message):
+    """Such as a clip that was made with pattern=dense before, or a workflow of the clip's name."""
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1)
+    with pytest.raises(UserError, match=message):
+        main([*arguments, "compare=dense"])
+    if name != "clip.json":
+        main(arguments)
+        with pytest.raises(UserError, match=f"{name} is there, and not of compare=dense: give another out"):
+            main([*arguments, "compare=dense"])
+    assert (tmp_path / name).read_text(encoding="utf-8") == "{}"
+
+
+def test_a_comparison_goes_on_that_wrote_only_some_of_its_videos(wan, tmp_path, monkeypatch):
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1, compare="dense", decay=0.4)
+
+    def lost(source, path):
+        if path.name == "clip.mp4":
+            raise KeyboardInterrupt
+        source.replace(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data.io.files.rename", lost)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"clip_dense.mp4", "clip_both.mp4"}
+    main(arguments)
+    whole = ["clip.json", "clip.mp4", "clip_both.mp4", "clip_dense.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == whole
+    (tmp_path / "clip_both.mp4").unlink()
+    main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == whole
+
+
 def test_files_of_prompts(tmp_path):
     def prompts(data, **changes):
         (tmp_path / "prompts.txt").write_bytes(data)

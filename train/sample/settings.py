@@ -29,6 +29,7 @@ _UNTRAINED = AttentionConfig()
 _SEEDS = Bound("at least 0 and less than 2 to the 64th", lambda value: 0 <= value < 2**64)
 _OF_ONE_PATTERN = ("reach", "per_head")  # a header's are of its own pattern, and mean nothing for another
 _DECAYING = (Released.name, Random.name)  # what rule and decay count for
+_OF_THE_MODEL = ("rope", "rule")  # which a LoRA's header has too: what is typed goes before it
 _EXPERTS = ("lora_2", "add_2", "guidance_2")  # what only a model of two experts has
 
 
@@ -114,6 +115,9 @@ def settled(settings: Settings, others: dict[str, str]) -> tuple[Settings, Model
         raise UserError("model is not set, give one of conf/model such as model=wan_14b, and model.path=<folder>")
     config = OmegaConf.to_object(compose_run({"conf": "wan_4x", **others}).model)
     assert isinstance(config, ModelConfig)
+    for name in _OF_THE_MODEL:
+        if f"model.{name}" in others and getattr(settings, name) is None:
+            settings = replace(settings, **{name: getattr(config, name)})
     settings = complete(settings, config)
     recipe = recipe_of(settings)
     if isinstance(recipe.pattern, Fitted):  # of an extended pipeline only its calls know the size

@@ -90,6 +90,18 @@ def test_a_headers_pattern_is_the_one_that_was_trained(wan, tmp_path):
     assert recipe_of(replace(settings, pattern="spatial", per_head=False)).pattern == Spatial(0.25)
 
 
+def test_what_is_typed_of_the_model_goes_before_the_header(wan, tmp_path):
+    header = {**HEADER, "radial.rope": "interpolate"}
+    given = {"lora": save_lora(wan, tmp_path / "mine.safetensors", header=header)}
+    typed = {"model.rope": "riflex", "model.rule": "ports"}
+    found = [parse_settings(words(wan, **given, **more))[0] for more in ({}, typed, {**typed, "rope": "default"})]
+    assert [(each.rope, each.rule) for each in found] == [
+        ("interpolate", "wan"),
+        ("riflex", "ports"),
+        ("default", "ports"),
+    ]
+
+
 def test_another_pattern_than_the_headers_has_none_of_its_numbers(wan, tmp_path):
     header = {**HEADER, "radial.pattern": "random", "radial.reach": "0.25", "radial.per_head": "True"}
     file = save_lora(wan, tmp_path / "mine.safetensors", header=header)

@@ -39,6 +39,11 @@ def jobs(settings: Settings) -> list[Job]:
         if settings.out.suffix.lower() != ".mp4":
             raise UserError(f"out is {settings.out}, expected a video's name that ends in .mp4")
         return [Job(settings.prompt, settings.negative, settings.image, settings.out)]
+    kind = settings.prompts.suffix.lower()
+    if kind == ".json":  # whose brackets and braces would be prompts
+        raise UserError(
+            f"prompts is {settings.prompts}, expected text with a prompt a line, or .jsonl, an object a line"
+        )
     try:
         text = read_utf8(settings.prompts)
     except OSError as error:
@@ -53,7 +58,7 @@ def jobs(settings: Settings) -> list[Job]:
     found = []
     for number, (place, line) in enumerate(lines, 1):
         given: Mapping[str, Any] = {"prompt": line}
-        if settings.prompts.suffix == ".jsonl":
+        if kind == ".jsonl":
             given = _json_line(line, f"{settings.prompts}:{place}")
             for key, text in given.items():
                 _check_whole(text, f"{settings.prompts}:{place}: {key}")

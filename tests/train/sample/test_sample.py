@@ -250,6 +250,13 @@ def test_files_of_prompts(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(UserError, match="prompts.jsonl: some have an image and some have none"):
         prompts(b"", prompts=tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.JSONL").write_text('{"prompt": "a ball"}', encoding="utf-8")
+    assert prompts(b"", prompts=tmp_path / "prompts.JSONL")[0].prompt == "a ball"
+    (tmp_path / "prompts.json").write_text('[\n{"prompt": "a ball"}\n]', encoding="utf-8")
+    with pytest.raises(
+        UserError, match="prompts.json, expected text with a prompt a line, or .jsonl, an object a line"
+    ):
+        prompts(b"", prompts=tmp_path / "prompts.json")
     with pytest.raises(UserError, match="clips.mp4, expected a folder for the videos of many prompts"):
         prompts(b"a", out="clips.mp4")
 

@@ -47,7 +47,9 @@ def _recorded(settings: Settings, model: ModelConfig, job: Job) -> dict[str, Any
     own |= {"prompt": job.prompt, "negative": job.negative, "image": job.image}
     if settings.masks is not None:
         own["masks"] = _digest(settings.masks)
-    own |= {"model": model.family, "model_path": model.path}
+    own |= {"model": model.family, "model_path": model.path, "text_tokens": model.text_tokens}
+    if settings.rope != "default":  # from where on the positions are others
+        own["native_frames"] = model.native_frames
     return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
 
 

@@ -119,6 +119,16 @@ def test_the_command_writes_a_video_and_its_settings(wan, tmp_path, capsys):
         main(words(wan, out=out, dense_steps=1, seed=8))
 
 
+def test_a_clip_of_other_numbers_of_the_model_is_another(wan, tmp_path):
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1, rope="interpolate", **{"model.native_frames": 17})
+    main(arguments)
+    for key, was, now in (("text_tokens", 24, 32), ("native_frames", 17, 21)):
+        message = rf"clip.mp4 is there, of other settings \({key} {was}, not {now}\): give another out"
+        with pytest.raises(UserError, match=message):
+            main([word.replace(f"model.{key}={was}", f"model.{key}={now}") for word in arguments])
+    main(arguments)
+
+
 def test_many_prompts_go_on_where_they_stopped(wan, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a red ball"}, {"prompt": "the bar, moving", "negative": "a video"}, {"prompt": "a red ball"}]

@@ -137,18 +137,16 @@ def between(container: Any, stream: Any, start: float, end: float | None) -> Ite
             else:
                 raise DataError("its frames have no times, so that start and end cannot be found")
             if end is not None and time >= end - start - _TICK:
-                if (
-                    last is not None and last.time is not None
-                ):  # it is shown until this one comes, whatever the file says
+                if last is not None and last.time is not None:
+                    # it is shown until this one comes, whatever the file says
                     last = Timed(last.frame, last.time, end - start - last.time, last.damaged)
                 break
             if last is not None and (last.time or time >= _TICK):  # of those before the start the last is shown there
                 yield _until(last, start, end)
             after = time + (timed.seconds or usual)
             early = time < _TICK
-            last = Timed(
-                timed.frame, 0.0 if early else time, max(0.0, after) if early else timed.seconds, timed.damaged
-            )
+            shown = max(0.0, after) if early else timed.seconds
+            last = Timed(timed.frame, 0.0 if early else time, shown, timed.damaged)
     except av.error.FFmpegError as error:
         failure = error
     if last is not None and (last.time or last.seconds > _TICK):

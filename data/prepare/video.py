@@ -25,7 +25,7 @@ from data.prepare.clip_rules import ALL, Measures, Rules
 from data.prepare.frames import between, opened, stream_seconds, video_stream
 from data.prepare.scaling import Scaler, Size, reason_of, shown_size
 
-DECODING = 3
+DECODING = 4
 """Counts up when the same video gives other frames: part of what a folder of shards is continued by."""
 
 _TICK = 0.002  # seconds by which a timestamp may be off: Matroska counts milliseconds

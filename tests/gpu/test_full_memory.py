@@ -62,3 +62,12 @@ def test_a_full_gpu_ends_the_run_with_remedies_and_costs_no_step(tmp_path):
     again = subprocess.run([sys.executable, "-m", "train", f"resume={folder}"], capture_output=True, encoding="utf-8")
     assert again.returncode == 0, again.stderr
     assert len(rows(folder)) == STEPS
+
+
+def test_a_benchmark_on_too_small_a_gpu_says_so_in_one_line():
+    command = ["model=shapes_random", "frames=64", "clip.height=32", "clip.width=64", "pattern=released", "layers=all"]
+    done = subprocess.run(
+        [sys.executable, "-m", "train.bench", *command, "memory_limit=0.05"], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "out of memory: " in done.stderr and "Traceback" not in done.stderr

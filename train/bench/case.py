@@ -33,6 +33,7 @@ from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import chosen_policies, resolve_precision
 from train.planning.flops import SampleFlops, peak_rate
+from train.planning.full_memory import memory_in_words
 from train.planning.sizes import Sizes
 from train.step.objective import frozen
 
@@ -81,7 +82,8 @@ def run_case(config: RunConfig, sp: int, layers: int | None, steps: int, limit: 
         limit: GiB that torch may allocate on each GPU; None: all.
 
     Raises:
-        UserError: fewer GPUs than ``sp``, heads that it does not divide, or numbers that are not finite.
+        UserError: fewer GPUs than ``sp``, heads that it does not divide, numbers that are not finite, or memory that
+            is full.
     """
     if config.attention.pattern == "dense":
         layers = min(layers_of(config) if layers is None else layers, _MOST_DENSE)
@@ -91,7 +93,12 @@ def run_case(config: RunConfig, sp: int, layers: int | None, steps: int, limit: 
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(sp, mp_context=context) as pool:
         store = f"file://{folder}/store"
         tasks = [pool.submit(_rank, config, rank, sp, store, layers, steps, limit) for rank in range(sp)]
-        results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
+        with memory_in_words(
+            f"It was pattern={config.attention.pattern} sp={sp}: parallel.ffn_chunk=, "
+            "parallel.offload_activations=true, parallel.offload_weights=true, fewer layers= or frames= take less; "
+            f"python -m launch plan conf={config.conf} says what fits"
+        ):
+            results = [task.result() for task in tasks]  # of all, so that no rank's failure is lost
     return results[0]
 
 

@@ -35,7 +35,7 @@ from train.models.base import ModelAdapter
 from train.models.conditions import Conditions
 from train.models.families import family_of
 from train.models.loading import describe_model, encoder_of, load_adapter, sigma_range
-from train.planning.full_memory import is_out_of_memory
+from train.planning.full_memory import memory_in_words
 from train.shards import held_out, training_shards
 from train.storage.inputs import fingerprints
 
@@ -79,19 +79,15 @@ def run_decay(job: Job, check: Callable[[], None] = lambda: None) -> list[str]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if described is not None:
         _check_clip(described, clips[0])
-    adapter = load_adapter(job.config.model, dtype, job.config.seed, device)
-    _check_layers(job, adapter)
-    adapter.transformer.eval()
     model = dataclasses.replace(job.config.model, path=None)  # wherever it lies
     made_from = {**fingerprints(job.config, None), "model": dataclasses.asdict(model)}
-    try:
+    with memory_in_words("Give fewer frames, or rows=2; finished clips and noise levels stay"):
+        adapter = load_adapter(job.config.model, dtype, job.config.seed, device)
+        _check_layers(job, adapter)
+        adapter.transformer.eval()
         if job.own_samples:
             clips = own_samples(job, adapter, clips, shards.load_empty_prompt(), made_from)
         parts = measure(job, adapter, clips, made_from, check)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError("memory is full: give fewer frames, or rows=2; finished clips and noise levels stay") from error
     geometry = Geometry(adapter.grid(clips[0].latent[None, :, : job.frames]), job.tiling)
     layers, heads, _ = adapter.attention_shape
     chosen = range(layers) if job.layers is None else job.layers

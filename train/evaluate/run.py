@@ -40,7 +40,7 @@ from train.measures.decoding import encoder_for
 from train.measures.levels import validation_levels
 from train.models.conditions import Conditions
 from train.models.loading import encoder_of
-from train.planning.full_memory import is_out_of_memory
+from train.planning.full_memory import memory_in_words
 from train.shards import held_out
 from train.step.objective import Objective
 from train.storage.inputs import check_masks
@@ -54,13 +54,8 @@ def run_evaluation(job: Job) -> str:
     Raises:
         UserError, DataError: weights or shards that are missing or do not suit each other, or memory is full.
     """
-    with Stopping():
-        try:
-            return _Evaluation(job).run()
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError("memory is full: give lower lengths; what is finished stays") from error
+    with Stopping(), memory_in_words("Give lower lengths=; what is finished stays"):
+        return _Evaluation(job).run()
 
 
 class _Evaluation:

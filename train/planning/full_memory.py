@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -52,10 +54,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(config: RunConfig, error: BaseException, rank: int) -> str:
     """The message of a full memory: on which rank, how much was asked for, and the plan's three cheapest remedies."""
+    return f"rank {rank}: {asked_for(error)}. Cheapest first: {'; '.join(cheapest(config))}"
+
+
+@contextmanager
+def memory_in_words(remedy: str) -> Iterator[None]:
+    """Puts a full memory into words: how much was asked for, and what to do.
+
+    Raises:
+        UserError: memory was full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{asked_for(error)}. {remedy}") from error
+
+
+def asked_for(error: BaseException) -> str:
+    """A full memory in one line, with how much was asked for."""
     text = str(error)
     line = next((line for line in text.splitlines() if _FULL in line), text)
-    asked = line.split(". GPU")[0].rstrip(".")
-    return f"rank {rank}: out of memory: {asked}. Cheapest first: {'; '.join(cheapest(config))}"
+    return f"out of memory: {line.split('. GPU')[0].rstrip('.')}"
 
 
 def cheapest(config: RunConfig) -> list[str]:

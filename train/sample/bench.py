@@ -30,6 +30,7 @@ from train.memory.compiler import compile_layers
 from train.models.loading import benchmark_adapter
 from train.models.weights import settle
 from train.planning import resolve_precision
+from train.planning.full_memory import memory_in_words
 
 _MODEL = {"conf": "wan_4x", "model": "wan_14b"}
 _FRAMES = (161, 321)
@@ -68,7 +69,8 @@ class Options:
 def measure(options: Options, settings: dict[str, str]) -> None:
     """Runs the cases and prints a line for each."""
     runs = bench_runs(options.frames, settings)
-    bench = Bench(runs[0], options.layers)
+    with memory_in_words("fewer layers= take less"):
+        bench = Bench(runs[0], options.layers)
     results: list[Result] = []
     print(f"{bench.name}, {bench.layers} layers, {bench.dtype}; {bench.passes} forward passes a step")
     print(f"{'frames':>6} {'tokens':>9} {'pattern':<10} {'dense layers':>12} {'s/forward':>10} {'s/step':>9}   GiB")
@@ -79,7 +81,8 @@ def measure(options: Options, settings: dict[str, str]) -> None:
         if options.dense:
             cases.append(replace(run, attention=replace(run.attention.under("dense"), backend=None)))
         for case in cases:
-            results.append(bench.measure(case, options.steps))
+            with memory_in_words("fewer frames= or layers= take less"):
+                results.append(bench.measure(case, options.steps))
             print(_line(results[-1]), flush=True)
             if options.json is not None:  # after each, since a job may reach its time limit
                 table = {**about, "results": [asdict(result) for result in results]}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from train.errors import UserError
 from train.memory.apply import stream_models
 from train.memory.compiler import compile_layers
 from train.models.families import family_of
+from train.planning.full_memory import memory_in_words
 from train.sample.compare import write_both
 from train.sample.extension import Extension
 from train.sample.jobs import Job, jobs
+from train.sample.latents import Clip, drop_clips, keep_clips, kept_clips
 from train.sample.pipeline import (
     check_transformers,
     encode_prompts,
@@ -44,39 +45,18 @@ from train.sample.records import check_writable, execution, identity, is_done, r
 from train.sample.settings import Settings, size_of
 from train.sample.video import video_file
 
-
-@dataclass
-class Clip:
-    """A generated latent, (1, C, f, h, w), and what it took."""
-
-    latent: Tensor
-    seconds: list[float]
-    dense: list[bool]
-
-    def medians(self) -> dict[str, float]:
-        """Seconds of a step of each kind there is; the first one builds and compiles, so that a mean would mislead."""
-        kinds = {
-            kind: [s for s, dense in zip(self.seconds, self.dense, strict=True) if dense == wanted]
-            for kind, wanted in (("dense", True), ("sparse", False))
-        }
-        return {kind: statistics.median(found) for kind, found in kinds.items() if found}
-
-    def steady(self) -> float:
-        """Seconds of all steps, each taken as its kind's median: what a further clip takes."""
-        medians = self.medians()
-        return sum(medians["dense" if dense else "sparse"] for dense in self.dense)
-
-    def measured(self) -> dict[str, Any]:
-        """The measured seconds, as the clip's JSON has them."""
-        steps = {f"seconds_a_{kind}_step": seconds for kind, seconds in self.medians().items()}
-        return {"seconds": sum(self.seconds), "steady_seconds": self.steady(), "seconds_a_step": self.seconds, **steps}
+_LESS = (
+    "offload=model or offload=layer takes less, tiled=true where frames are decoded, and fewer frames= or a smaller "
+    "size. The same command goes on: a clip whose steps are done is only decoded"
+)
 
 
 def generate(settings: Settings, model: ModelConfig) -> list[Path]:
     """Makes the videos that are not there yet, and returns all of them.
 
     Raises:
-        UserError: something is missing or does not fit; nothing that is finished is lost.
+        UserError: something is missing or does not fit, or memory is full; nothing that is finished is lost, nor the
+            steps of a clip whose frames are not written yet.
     """
     for text in ("`torch_dtype` is deprecated.*", "Already found a `peft_config`.*"):  # of the libraries to each other
         warnings.filterwarnings("ignore", message=text)
@@ -101,7 +81,8 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
                 if job.image is not None:
                     first_frame(job.image, *size_of(settings))
         cls = pipeline_class(folder, todo[0].image is not None)
-        Generator(settings, model, folder, cls, ranks, todo).run()
+        with memory_in_words(_LESS):
+            Generator(settings, model, folder, cls, ranks, todo).run()
     return [job.out for job in found]
 
 
@@ -170,16 +151,24 @@ class Generator:
             if self.ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             known = identity(job, self.settings, self.model)  # now: files may be gone when the clip is there
-            clips = {self.attention.pattern.name: self.denoise(job, prompt, self.attention)}
+            wanted = {self.attention.pattern.name: self.attention}
             if self.settings.compare is not None:
-                dense = self.attention.dense()
-                clips["dense"] = self.denoise(job, prompt, dense)
+                wanted["dense"] = self.attention.dense()
+            kept = kept_clips(job, known) if self.ranks.rank == 0 else {}
+            there = self.ranks.share(sorted(wanted.keys() & kept.keys()))
+            if there:
+                self._say(f"{job.out}: denoised before ({', '.join(there)})")
+            made = {name: self.denoise(job, prompt, wanted[name]) for name in wanted if name not in there}
             if self.ranks.rank == 0:
+                clips = {name: (made if name in made else kept)[name] for name in wanted}
                 if self.settings.offload == "model":
                     self._bring(None)
                     release(self.ranks.device)
                 try:
+                    if made:
+                        keep_clips(job, known, clips)
                     self.write(job, known, clips)
+                    drop_clips(job)
                 except OSError as error:
                     place = self._rescue(job, known, clips)
                     raise UserError(f"out {job.out} cannot be written ({error}): {place}") from error

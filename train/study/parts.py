@@ -9,21 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data.io.files import write_utf8
 from data.shards.manifest import Manifest
 from data.shards.sample import Sample
 from data.shards.stream import read_samples
 from train.config.schema import ClipConfig
-from train.errors import UserError
-from train.planning.full_memory import is_out_of_memory
+from train.planning.full_memory import memory_in_words
 from train.shards import held_out
 from train.study.clips import ClipSet, generate_row
 from train.study.losses import arithmetic, measure_losses, module_of
@@ -130,7 +125,7 @@ class RowLosses:
         run = RowRun.of(job, self.row, self.seed)
         if self.row.tuned and not run.done:
             run.train(clock)
-        with _memory_in_words():
+        with memory_in_words(_LESS):
             measure(job, run, clock)
 
 
@@ -162,7 +157,7 @@ class RowClips:
             TimeUp: the time is over; finished clips stay.
             UserError: they cannot be generated.
         """
-        with _memory_in_words():
+        with memory_in_words(_LESS):
             self._generate(job, clock)
 
     def _generate(self, job: Job, clock: Clock) -> None:
@@ -184,16 +179,7 @@ class RowClips:
             generate_row(module, of, clips_folder(job, self.row), clock.check)
 
 
-@contextmanager
-def _memory_in_words() -> Iterator[None]:
-    """Memory that is full in what is measured fails the row, as in its training, and the others go on."""
-    try:
-        yield
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError("memory is full: give fewer processes= or at_once=; what is finished stays") from error
-
+_LESS = "Give fewer processes= or at_once=; what is finished stays"  # it fails the row, and the others go on
 
 Part = RowLosses | RowClips
 """What one process does at a time."""

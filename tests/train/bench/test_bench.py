@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from radial.errors import Mistake
+from train.bench import case as cases
 from train.bench.__main__ import main
 from train.bench.case import Result
 from train.bench.steps import case_of, config_of, speed_up
@@ -71,6 +74,19 @@ def test_the_figures_of_a_step(tmp_path):
 def test_mistakes_stop_before_anything_runs(words, message):
     with pytest.raises(Mistake, match=message):
         main(words)
+
+
+def test_a_full_memory_is_one_line(monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22.77 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(cases, "_rank", fill)
+    monkeypatch.setattr(cases, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    said = (
+        r"^out of memory: .* Tried to allocate 22\.77 GiB\. It was pattern=released sp=1: parallel\.ffn_chunk=.* fits$"
+    )
+    with pytest.raises(Mistake, match=said):
+        main([*TINY, "pattern=released"])
 
 
 def test_the_baseline_is_dense_attention_with_full_checkpointing():

@@ -3,7 +3,9 @@
 The masses are means over the file's noise levels. What a rule's bit is worth is the mass of its pairs in the mean, per
 token of the key tile; what it costs is the number of its block pairs in a clip of the measured length. The bits of all
 layers and heads together are taken from the most valuable down, until the part of the share that is fitted is used up.
-So heads get as many blocks as their attention is wide. The rest of the share is drawn (`radial.patterns.fitted`).
+So heads get as many blocks as their attention is wide. Bits of pairs that only clips of other lengths have, such as the
+same tile of neighbouring frames at a scaled distance of 0, cost nothing and are taken down to the same value. The rest
+of the share is drawn (`radial.patterns.fitted`).
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float
     bits = bit_of_pairs(about, grid, torch.device("cpu")).view(complete, complete)
     off_diagonal = ~torch.eye(complete, dtype=torch.bool)
     cost = torch.bincount(bits[off_diagonal], minlength=about.entries)
-    worth = torch.where(cost > 0, values, 0.0).view(torch.int32)  # floats from 0 up are in the order of their bits
+    worth = values.view(torch.int32)  # floats from 0 up are in the order of their bits
 
     def spent(least: int) -> int:
         return sum(int(((layer >= least) * cost).sum()) for layer in worth)
@@ -129,7 +131,7 @@ def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float
     used = spent(high)
     others = heads * (complete**2 - complete) - used
     rate = (free * heads - used) / others if others else 0.0
-    return worth >= high, rate
+    return (worth >= high) & (used > 0), rate  # where all is drawn, other lengths get no fitted pairs either
 
 
 def nearest_separable(values: Tensor, about: About) -> tuple[Tensor, Tensor]:

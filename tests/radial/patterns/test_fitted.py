@@ -176,6 +176,20 @@ def test_the_heaviest_bits_and_a_rate_that_reach_the_share(of, text, share, cove
         assert not len(left) or not len(taken) or left.max() <= taken.min()
 
 
+@pytest.mark.parametrize("coverage", [0.0, 1.0])
+def test_a_longer_clip_keeps_the_same_place_of_neighbouring_frames(coverage):
+    """Its scaled distance is 0, where the measured clip has nothing but the diagonal, which every mask keeps."""
+    of = VideoGrid(4, 4, 8)
+    about = About("raster", 16, 4, 4, 8, (0,), 0.4, coverage, 0.0, 0)
+    mass = torch.exp(-torch.arange(-3, 4).abs()[:, None, None] - 0.1 * (1 - torch.eye(2)))
+    rules, _ = chosen(torch.cat([mass, torch.zeros(1, 2, 2)]).flatten()[None, None], about, of)
+    pattern = Fitted(HeadMasks(packed(rules), about, f"longer {coverage}")).of_head(0, 0, 1)
+    kept = torch.zeros(20, 20, dtype=torch.bool)
+    kept.view(-1)[pattern.video_blocks(VideoGrid(10, 4, 8), 16)] = True
+    neighbours = kept.diagonal(2)[2:]  # of later frames than the first
+    assert neighbours.all() if coverage == 0 else not neighbours.any()
+
+
 def decay_file(path, grid, layers=3, heads=2, block=16, tile=None, seed=0):
     """What python -m train.decay writes."""
     generator = torch.Generator().manual_seed(seed)

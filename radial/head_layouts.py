@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from radial.errors import RadialError
 from radial.grid import VideoGrid
 from radial.layout import (
     BlockLayout,
@@ -95,7 +96,13 @@ class HeadLayouts:
         return self.grid.video_tokens // self.block
 
     def layer(self, index: int) -> HeadLayout:
-        """The layout of one layer; its lists are built at their first use."""
+        """The layout of one layer; its lists are built at their first use.
+
+        Raises:
+            RadialError: the model has no such layer.
+        """
+        if not 0 <= index < self.layers:
+            raise RadialError(f"layer is {index}, expected one of the model's {self.layers} layers, from 0 on")
         layers: list[HeadLayout] = self._derived["layers"]
         return layers[index]
 

@@ -56,7 +56,7 @@ def attention_for(
 
     Raises:
         RadialError: no such header, a value in it that is none, masks that are missing or others than the header's, or
-            neither ``sigma`` nor ``step`` where one counts.
+            neither ``sigma`` nor ``step`` where one counts; when it is called, a layer that has no masks.
     """
     dense = is_dense(header, layer=layer, step=step, sigma=sigma)
     pattern: Pattern = Dense() if dense else pattern_of(header, masks)
@@ -65,7 +65,7 @@ def attention_for(
         layout = build_layout(pattern, grid, block)
         return functools.partial(attention_over, layout=layout, backend=None if dense else backend)
     if layers is None and isinstance(pattern, Fitted):
-        layers = pattern.masks.about.layers[-1] + 1
+        layers = max(layer, pattern.masks.about.layers[-1]) + 1
     if layers is None:
         raise RadialError(f"the header's pattern {pattern.name} differs by layer and head: give layers")
     count = layers

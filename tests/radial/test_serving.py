@@ -90,6 +90,12 @@ def test_masks_that_differ_by_head_are_those_beside_the_lora():
     torch.testing.assert_close(got, radial_attention(q, k, v, GRID, pattern, block=16, layer=2))
     other = attention_for(header, GRID, layer=1, sigma=0.1, masks=pattern.masks)(q, k, v)
     assert not torch.allclose(got, other)
+    with pytest.raises(RadialError, match="masks are fitted for layers 1 to 2, layer 3 has none"):
+        attention_for(header, GRID, layer=3, sigma=0.1, masks=pattern.masks)(q, k, v)
+    with pytest.raises(RadialError, match="layer is 3, expected one of the model's 3 layers, from 0 on"):
+        attention_for(header, GRID, layer=3, layers=3, sigma=0.1, masks=pattern.masks)(q, k, v)
+    with pytest.raises(RadialError, match="layer is -1"):
+        radial_attention(q, k, v, GRID, pattern, block=16, layer=-1)
     with pytest.raises(RadialError, match="masks is not set, pattern fitted needs the file"):
         attention_for(header, GRID, layer=2, sigma=0.1)
     with pytest.raises(RadialError, match="the masks' SHA-256 is"):

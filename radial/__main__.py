@@ -17,7 +17,7 @@ from radial.cli.command import Command, Commands
 from radial.cli.settings import Bound, at_least, each, setting, within
 from radial.draw import check_picture, draw_layout
 from radial.errors import RadialError
-from radial.fit import fit
+from radial.fit import fit, measured_clip
 from radial.grid import VideoGrid
 from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
@@ -207,10 +207,12 @@ def fit_masks(arguments: FitOptions) -> None:
             dense_layers=2 if arguments.dense_layers is None else arguments.dense_layers,
             seed=arguments.seed,
         )
+        grid = measured_clip(arguments.decay)
     else:
         shape = SHAPES[str(arguments.known)]
+        grid = shape.grid
         fit_known(
-            shape.grid,
+            grid,
             arguments.out,
             heads=shape.heads,
             layers=arguments.layers or 2,
@@ -220,10 +222,12 @@ def fit_masks(arguments: FitOptions) -> None:
         )
     masks = HeadMasks.read(arguments.out)
     about = masks.about
-    layout = build_layout(Fitted(masks), VideoGrid(about.frames, about.height, about.width), about.block)
+    layout = build_layout(Fitted(masks), grid, about.block)
     heads = masks.heads * len(about.layers)
     print(f"masks of {masks.heads} heads in layers {about.layers[0]} to {about.layers[-1]}")
-    print(f"  fitted to      {about.frames} frames of {about.height} x {about.width} tokens, blocks of {about.block}")
+    text = f" and {grid.text_tokens} of text" if grid.text_tokens else ""
+    size = f"{about.frames} frames of {about.height} x {about.width} tokens{text}"
+    print(f"  fitted to      {size}, blocks of {about.block}")
     print(f"  order          {about.order}")
     if about.separable:
         others = ", ".join(f"layer {layer} head {head}" for layer, head in about.not_separable)

@@ -64,7 +64,7 @@ def fit(
     made = "expected decay.safetensors of python -m train.decay"
     try:
         with safe_open(decay, "pt") as file:
-            facts = json.loads((file.metadata() or {})["about"])
+            facts = _facts(file)
             grid = VideoGrid(**facts["grid"])
             layers = tuple(layer for layer in facts["layers"] if layer >= dense_layers)
             order, block = _order(facts["tile"], decay)
@@ -90,6 +90,14 @@ def fit(
     about = replace(about, rate=rate)
     write(rules, about, out)
     return about
+
+
+def measured_clip(decay: Path) -> VideoGrid:
+    """The grid of the clips that such a file's masses were measured on, their text included."""
+    from safetensors import safe_open
+
+    with safe_open(decay, "pt") as file:
+        return VideoGrid(**_facts(file)["grid"])
 
 
 def chosen(values: Tensor, about: About, grid: VideoGrid) -> tuple[Tensor, float]:
@@ -179,6 +187,11 @@ def tile_distances(about: About) -> Tensor:
     middles = torch.zeros(about.tiles, 2, dtype=torch.float64).index_add_(0, tile, middles)
     middles /= torch.bincount(tile)[:, None]
     return torch.cdist(middles, middles)
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((file.metadata() or {})["about"])
+    return found
 
 
 def _values(file: Any, sigmas: list[float], layer: int, grid: VideoGrid, block: int) -> Tensor:

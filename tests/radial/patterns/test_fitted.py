@@ -244,6 +244,14 @@ def test_from_masses_to_masks(tmp_path):
     assert make_pattern("fitted", masks=file) != pattern
 
 
+def test_the_command_says_which_share_of_clips_with_text_is_kept(tmp_path, capsys):
+    decay = decay_file(tmp_path / "decay.safetensors", VideoGrid(5, 6, 9, 120))
+    main.run(["fit", str(decay), "share=0.7", "dense_layers=0", f"out={tmp_path / 'masks.safetensors'}"])
+    said = capsys.readouterr().out
+    assert "5 frames of 6 x 9 tokens and 120 of text, blocks of 16\n" in said
+    assert float(said.split("  blocks")[1].split()[0]) == pytest.approx(0.7, abs=0.002)
+
+
 @pytest.mark.parametrize("order", ["raster", "patches"])
 def test_separable_masses_are_the_nearest(order):
     """Masses that are such come back; of others the residuals' sums over pairs are zero, and so with each distance."""

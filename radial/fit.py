@@ -55,10 +55,13 @@ def fit(
         seed: of the draw.
 
     Raises:
-        RadialError: a file that is none or has other tiles, or a share that is smaller than one block a row or above 1.
+        RadialError: a file that is none or has other tiles, one that the masks would overwrite, or a share that is
+            smaller than one block a row or above 1.
     """
     if not share <= 1:
         raise RadialError(f"share is {share:g}, expected at most 1: all of the blocks")
+    if out.resolve() == decay.resolve():
+        raise RadialError(f"out is {out}, the measured masses themselves: give the masks another name")
     from safetensors import SafetensorError, safe_open
 
     made = "expected decay.safetensors of python -m train.decay"

@@ -325,6 +325,8 @@ def test_what_cannot_be_fitted(tmp_path):
         fit(decay, out, share=0.4, dense_layers=3)
     with pytest.raises(RadialError, match="tiles 8x16, expected strips or patches .* tile=patch"):
         fit(decay_file(tmp_path / "tiled.safetensors", grid, tile="8x16"), out, share=0.4)
+    with pytest.raises(RadialError, match="the measured masses themselves: give the masks another name"):
+        fit(decay, tmp_path / "." / "decay.safetensors", share=0.4, dense_layers=0)
     with pytest.raises(RadialError, match="cannot be read"):
         fit(tmp_path / "none.safetensors", out, share=0.4)
     with safe_open(decay, "pt") as file:

@@ -22,6 +22,7 @@ from radial.grid import VideoGrid
 from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
 from radial.patterns import RULES, Fitted, HeadMasks, Released, SlidingTile, make_pattern
+from radial.whole import written
 
 _SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32)
@@ -149,7 +150,8 @@ def show_mask(arguments: MaskOptions) -> None:
     if arguments.save:
         import numpy
 
-        numpy.savez_compressed(arguments.save, mask=layout.mask().numpy())
+        with written(arguments.save) as fresh:
+            numpy.savez_compressed(fresh, mask=layout.mask().numpy())
     if arguments.plot:
         draw_layout(layout, arguments.plot)
     if arguments.json:

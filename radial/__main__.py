@@ -21,7 +21,7 @@ from radial.fit import fit, measured_clip
 from radial.grid import VideoGrid
 from radial.known_decays import fit_known
 from radial.layout import BlockLayout, build_layout
-from radial.patterns import RULES, Fitted, HeadMasks, Released, SlidingTile, make_pattern
+from radial.patterns import PATTERNS, RULES, Fitted, HeadMasks, Random, Released, SlidingTile, make_pattern
 from radial.whole import written
 
 _SHARE = Bound("a share of dense attention's blocks, above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -32,19 +32,23 @@ _SEEDS = Bound("at least 0 and less than 2^32", lambda value: 0 <= value < 2**32
 class MaskOptions:
     """Which mask, and what is made of it."""
 
-    frames: int = setting("latent frames")
-    tokens_per_frame: int | None = setting("height x width in tokens; null: give these two", None)
-    height: int | None = setting("of a frame in tokens, which pattern sliding_tile needs; null: unknown", None)
-    width: int | None = setting("of a frame in tokens; null: unknown", None)
-    pattern: str = setting("released, paper, fitted, random or dense", "released")
+    frames: int = setting("latent frames", must=at_least(1))
+    tokens_per_frame: int | None = setting("height x width in tokens; null: give these two", None, must=at_least(1))
+    height: int | None = setting(
+        "of a frame in tokens, which pattern sliding_tile needs; null: unknown", None, must=at_least(1)
+    )
+    width: int | None = setting("of a frame in tokens; null: unknown", None, must=at_least(1))
+    pattern: str = setting("which one", "released", tuple(PATTERNS))
     masks: Path | None = setting(
         "of pattern fitted: the file of python -m radial fit; shown are the blocks that most heads keep, as many "
         "as a head keeps in the mean", None,
     )  # fmt: skip
-    rule: str | None = setting("variant of the released mask; null: wan", None, RULES)
-    decay: float | None = setting("of the released mask: below 1 is sparser; null: 1.0", None)
+    rule: str | None = setting(
+        "of the released mask, or of that which random has as many blocks as; null: wan", None, RULES
+    )
+    decay: float | None = setting("of the same: below 1 is sparser; null: 1.0", None)
     block: int = setting("side of a block", 128, unit="tokens")
-    text: int = setting("text tokens after the video", 0)
+    text: int = setting("text tokens after the video", 0, must=at_least(0))
     json: bool = setting("print one JSON object and nothing else", False)
     save: Path | None = setting("write the boolean block mask as array 'mask' of this .npz file", None)
     plot: Path | None = setting("draw the mask with frame boundaries into this .png file", None)
@@ -137,8 +141,10 @@ def show_mask(arguments: MaskOptions) -> None:
         if isinstance(pattern, Fitted) and pattern.masks.about.height * pattern.masks.about.width == width:
             height, width = pattern.masks.about.height, pattern.masks.about.width
     grid = VideoGrid(arguments.frames, height, width, arguments.text)
-    if given and not isinstance(pattern, Released):
-        raise RadialError(f"{next(iter(given))} is of pattern released, {pattern.name} has none: leave it out")
+    if given and not isinstance(pattern, Released | Random):
+        raise RadialError(
+            f"{next(iter(given))} is of pattern released or random, {pattern.name} has none: leave it out"
+        )
     if arguments.save and arguments.save.suffix != ".npz":
         raise RadialError(f"save is {arguments.save}, expected a file that ends in .npz")
     _check_outputs(arguments.save, arguments.plot)
@@ -157,7 +163,8 @@ def show_mask(arguments: MaskOptions) -> None:
     if arguments.json:
         print(json.dumps(about))
         return
-    settings = f" (rule {pattern.rule}, decay {pattern.decay:g})" if isinstance(pattern, Released) else ""
+    released = pattern.like if isinstance(pattern, Random) else pattern
+    settings = f" (rule {released.rule}, decay {released.decay:g})" if isinstance(released, Released) else ""
     print(f"{pattern.name}{settings}: {grid.frames} frames x {grid.tokens_per_frame} tokens = {grid.tokens:,} tokens")
     print(f"  blocks         {layout.kept:,} of {layout.blocks:,} x {layout.blocks:,} survive (block {layout.block})")
     print(f"  sparsity       {layout.sparsity:.4f}   ({layout.video_sparsity:.4f} among complete video blocks)")

@@ -46,6 +46,15 @@ def test_tiles_lie_in_the_frames_of_the_clip(capsys):
     assert layout.kept != build_layout(make_pattern("sliding_tile"), VideoGrid(8, 1, 192), 32).kept
 
 
+def test_a_random_mask_has_as_many_blocks_as_the_released_one_that_is_asked_for(capsys):
+    size = ["mask", "frames=9", "tokens_per_frame=200", "block=64"]
+    main.run([*size, "rule=hunyuan", "decay=0.2", "json=true"])
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    main.run([*size, "pattern=random", "rule=hunyuan", "decay=0.2"])
+    said = capsys.readouterr().out
+    assert said.startswith("random (rule hunyuan, decay 0.2): ") and f"  blocks         {kept} of 29 x 29" in said
+
+
 def test_mask_for_people(capsys):
     main.run(["mask", "--tokens-per-frame", "3600", "--frames", "4", "--pattern", "paper"])
     out = capsys.readouterr().out
@@ -87,13 +96,14 @@ def test_layouts_are_timed(monkeypatch, tmp_path, capsys):
         (["--decay", "-1"], "decay is -1.0"),
         (["--decay", "nan"], "decay is 'nan', expected a number"),
         (["--rule", "wann"], "rule is 'wann'"),
-        (["--rule", "ports", "--pattern", "paper"], "rule is of pattern released, paper has none"),
+        (["--rule", "ports", "--pattern", "paper"], "rule is of pattern released or random, paper has none"),
         (["--decay", "0.3", "--pattern", "paper"], "decay is of pattern released"),
         (["--pattern", "spiral"], "pattern is 'spiral'"),
+        (["--tokens-per-frame", "0"], "tokens_per_frame is 0, expected at least 1"),
         (["--pattern", "sliding_tile"], "height and width are not set"),
         (["--height", "8"], "tokens_per_frame is 64, height 8 and width None"),
         (["--block", "100"], "block is 100"),
-        (["--text", "-1"], "text_tokens is -1"),
+        (["--text", "-1"], "text is -1, expected at least 0"),
         (["--save", "mask.txt"], ".npz"),
         (["--plot", "no/such/folder/mask.png"], "does not exist"),
         (["--plot", "mask.xyz"], "cannot draw"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from radial.backends import BACKENDS, AttentionCall
+from radial.backends.flex_flash import FlexFlash
 from radial.backends.self_check import DTYPES, LIMIT, check
 from radial.cli.settings import at_least, setting
 from radial.errors import RadialError
@@ -32,6 +33,9 @@ def show_backends(arguments: BackendsOptions) -> None:
     if arguments.check:
         _check_backends(arguments)
         return
+    for name in ("backend", "dtype"):
+        if getattr(arguments, name) is not None:
+            raise RadialError(f"{name} is of check=true: give that too, or leave {name} out")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     sparse = build_layout(Released(), VideoGrid(8, 16, 16))
     dense = build_layout(Dense(), VideoGrid(8, 16, 16))
@@ -58,8 +62,10 @@ def _check_backends(arguments: BackendsOptions) -> None:
     call = AttentionCall(device, dtype, arguments.head_dim, True, True, layout)
     wrong = []
     for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
-        # one that is named is tried whatever it says: it may ask for this very check
-        reason = backend.why_not(call) if name is None else None
+        # flex_flash asks for this very check where it is not known yet
+        reason = None if name == FlexFlash.name else backend.why_not(call)
+        if reason is not None and name is not None:
+            raise RadialError(f"backend {name} cannot be checked here: {reason}")
         if reason is not None:
             print(f"{backend.name:<12} not checked: {reason}")
             continue

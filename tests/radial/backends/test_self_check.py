@@ -96,3 +96,20 @@ def test_the_command_names_what_is_wrong(name, said, capsys):
         main.run(["backends", "--check", f"backend={name}", "head_dim=32"])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--check", "backend=sdpa"], "backend sdpa cannot be checked here: it computes all blocks"),
+        (["--check", "backend=fa4"], "backend fa4 cannot be checked here: "),
+        (["backend=torch"], "backend is of check=true"),
+        (["dtype=float16"], "dtype is of check=true"),
+    ],
+)
+def test_what_cannot_be_checked_is_not_called_wrong(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.run(["backends", "head_dim=32", *words])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {said}") and not captured.out

@@ -1,8 +1,9 @@
-"""What the ranks of tests/train/callbacks/test_watchdog.py do that stand still at different moments."""
+"""What the ranks of tests/train/callbacks/test_watchdog.py do that stand still, or wait for each other."""
 
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,3 +41,22 @@ def stand_still(folder: Path) -> dict[str, Any]:
             follower.join(10)
         control.gather(None)  # the first rank holds the store
     return {"codes": codes, "found": found, "last": get_state(folder)}
+
+
+def wait_for_the_first(folder: Path) -> list[int]:
+    """The first rank moves on by itself, and the second one waits for it for several times its patience; the codes that
+    its watchdog would have ended it with."""
+    control, rank, codes = ControlGroup(), dist.get_rank(), []
+    dog = watchdog.Watchdog(folder, 1.0, control)
+    dog.rank = rank
+    trainer: Any = SimpleNamespace(global_rank=rank, world_size=2, global_step=3)
+    with patch.object(watchdog, "end_now", codes.append):
+        dog.on_fit_start(trainer, None)  # type: ignore[arg-type]
+        threading.Thread(target=dog.watch, daemon=True).start()
+        began = time.monotonic()
+        while rank == 0 and time.monotonic() - began < 8:
+            dog.progress()
+            time.sleep(0.2)
+        control.gather(None)
+        dog.on_train_end()
+    return codes

@@ -1,7 +1,8 @@
 """No rank waits for ever: one that makes no step for too long ends the run, which names each rank's place.
 
 A thread of every rank writes into a store where its rank is. The rank that hangs is the one whose thread is silent (a
-frozen process, a dead node), or else the one that is furthest behind: the others wait for it in a collective. The first
+frozen process, a dead node), or else the one that is furthest behind: the others wait for it in a collective. While a
+rank moves on, such as one that encodes prompts or decodes a clip alone, those that wait for it do not hang. The first
 rank's thread also looks after the processes that it started, from before they load until the run ends.
 """
 
@@ -62,6 +63,7 @@ class Beat:
     step: int  # finished
     place: int  # in the one after that, of PLACES
     count: int  # beats so far
+    still: float  # seconds at that place
 
     def words(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -186,7 +188,7 @@ class Watchdog(Callback):
 
     def _beat(self, count: int) -> None:
         host, pid = socket.gethostname(), os.getpid()
-        self._mine = mine = Beat(self.rank, host, pid, self._step, self._place, count)
+        self._mine = mine = Beat(self.rank, host, pid, self._step, self._place, count, time.monotonic() - self._moved)
         if self._store is None:
             return
         try:
@@ -214,6 +216,8 @@ class Watchdog(Callback):
                 return
             second = self._ask_all()
             silent = [rank for rank in range(self.control.world) if not _alive(first.get(rank), second.get(rank))]
+            if not silent and min(beat.still for beat in second.values()) < self.timeout:
+                return  # somebody moves, whom the others wait for
         alive = (rank for rank in range(self.control.world) if rank not in silent)
         speaker = min(alive, default=self.rank)
         if silent:
@@ -299,7 +303,7 @@ def relieve_observer() -> None:
 
 
 def _alive(first: Beat | None, second: Beat | None) -> bool:
-    return first is not None and second is not None and second.count > first.count
+    return first is not None and second is not None and second.count != first.count
 
 
 def _how_it_ended(code: int) -> str:

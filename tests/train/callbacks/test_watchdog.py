@@ -74,6 +74,13 @@ def test_the_rank_that_finds_first_that_all_stand_still_says_so_for_good(tmp_pat
     assert "no step for 1 s (trainer.timeout): every rank hangs in reading data after step 3" in first["last"][1]
 
 
+def test_ranks_that_wait_for_one_that_works_alone_do_not_hang(tmp_path):
+    """The first rank encodes prompts, or decodes a clip, for longer than trainer.timeout in all."""
+    set_state(tmp_path, "running")
+    assert run_ranks(2, watching_ranks.wait_for_the_first, tmp_path) == [[], []]
+    assert get_state(tmp_path)[0] == "running"
+
+
 @pytest.mark.slow
 def test_a_mistake_of_one_rank_or_of_all_is_said_once(tmp_path):
     """A damaged sample, which one of the ranks reads; and a sample too large, for which all end."""

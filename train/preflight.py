@@ -65,8 +65,6 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
         check_heads(config.parallel.sequence, adapter.attention_shape[1])
         AttentionRecipe.of(config).check_model(*adapter.attention_shape[:2])
         check_guidance(config.objective.guidance, adapter.takes_guidance)
-    if config.model.expert == "both" and config.lora is None:
-        raise UserError("lora=null trains all weights, of one expert at a time: set model.expert=high or low")
     if config.objective.first_frame and not family.takes_first_frame:
         raise UserError(
             f"objective.first_frame is {config.objective.first_frame}, but family {config.model.family} takes no first "
@@ -288,11 +286,6 @@ def check_parallel(config: RunConfig, elsewhere: bool) -> None:
             f"parallel.sequence is {parallel.sequence}, expected a divisor of trainer.devices={devices}: {sizes}"
         )
     micro_batches(config)
-    if config.model.expert == "both" and parallel.strategy != "ddp":
-        raise UserError(
-            f"parallel.strategy is {parallel.strategy}, which steps on all weights, but model.expert=both leaves one "
-            "expert alone: set parallel=ddp, or train them in two runs, model.expert=high and model.expert=low"
-        )
     if parallel.strategy != "ddp" and not elsewhere and not torch.cuda.is_available():
         raise UserError(
             f"parallel.strategy is {parallel.strategy}, but DeepSpeed trains on NVIDIA GPUs only and none is here: "

@@ -140,6 +140,13 @@ def _check_attention(config: RunConfig) -> None:
 
 def _check_parallel(config: RunConfig) -> None:
     parallel = config.parallel
+    if config.model.expert == "both" and parallel.strategy != "ddp":
+        raise UserError(
+            f"parallel.strategy is {parallel.strategy}, which steps on all weights, but model.expert=both leaves one "
+            "expert alone: set parallel=ddp, or train them in two runs, model.expert=high and model.expert=low"
+        )
+    if config.model.expert == "both" and config.lora is None:
+        raise UserError("lora=null trains all weights, of one expert at a time: set model.expert=high or low")
     for key, allowed in (
         ("offload_optimizer", ("zero1", "zero2", "zero3")),
         ("offload_parameters", ("zero3",)),

@@ -124,6 +124,8 @@ def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight(
         (["parallel.offload_activations=true"], "parallel.offload_activations needs .*=full or selective, it is none"),
         (["parallel.offload_gib=8"], "parallel.offload_gib is 8.0, it needs parallel.offload_activations=true"),
         (["parallel=zero2", "parallel.offload_parameters=true"], "parallel.offload_parameters needs .*=zero3, it is"),
+        (["conf=wan22_2x", "parallel=zero2"], "parallel.strategy is zero2, which steps on .*model.expert=both leaves"),
+        (["conf=wan22_2x", "lora=null"], "lora=null trains all weights, of one expert at a time: set model.expert="),
         (["attention.backend=fast"], "attention.backend is 'fast', expected one of"),
         (
             ["model.architecture.num_layers=3"],

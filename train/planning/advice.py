@@ -78,20 +78,26 @@ def fewest(budget: Budget, clips_a_step: float, most: int, above: int = 0) -> Se
 
     CPU memory goes with the GPUs, in the proportion of the budget's machine.
     """
-    for count in (count for count in _counts(most) if count > above):
-        gpus = min(count, max(_NODE, budget.machine.gpus))
-        share = budget.machine.cpu_memory * gpus / budget.machine.gpus
-        machine = replace(budget.machine, gpus=gpus, nodes=count // gpus, cpu_memory=share)
-        setting = best(replace(budget, machine=machine), clips_a_step)
-        if setting is not None:
-            return setting
-    return None
+    counts = (count for count in _counts(most) if count > above)
+    return next((found for count in counts if (found := best(_on(budget, count), clips_a_step))), None)
+
+
+def _on(budget: Budget, count: int) -> Budget:
+    """The run on so many GPUs at most: of the nodes that there are, or of more and larger ones where these are few."""
+    machine = budget.machine
+    gpus = min(count, machine.gpus if count <= machine.world else max(_NODE, machine.gpus))
+    share = machine.cpu_memory * gpus / machine.gpus
+    return replace(budget, machine=replace(machine, gpus=gpus, nodes=count // gpus, cpu_memory=share))
 
 
 def remedies(budget: Budget, clips_a_step: float) -> list[str]:
     """What to change, in words, when nothing fits the machine: the cheapest first."""
     machine = budget.machine
     said = []
+    counts = [] if machine.is_cpu else [count for count in _counts(machine.world) if count < machine.world]
+    fewer = next((found for count in reversed(counts) if (found := best(_on(budget, count), clips_a_step))), None)
+    if fewer is not None:  # which share the clips of a step where all of them cannot
+        said.append(f"{fewer.budget.machine.world} of these GPUs: {fewer.words}")
     more = None if machine.is_cpu else fewest(budget, clips_a_step, 64, machine.world)
     if more is not None:
         where = more.budget.machine

@@ -33,6 +33,15 @@ def test_advice():
     assert best(planned("rtx5090", gpus=2, cpu_gib=64, clip__frames=frames + 4), 8) is None
 
 
+def test_advised_gpus_are_those_of_the_nodes_that_there_are():
+    """Six GPUs cannot share eight clips a step, nor the heads of Wan-14B, and four of them can; nodes of one GPU
+    have no two."""
+    told = remedies(planned(gpus=6, cpu_gib=768), 8)
+    assert told[0].startswith("4 of these GPUs: trainer.devices=4 ") and told[1].startswith("8 GPUs of this kind: ")
+    few = fewest(planned("h100", nodes=4), 8, 4)
+    assert few.budget.machine.gpus == 1 and few.budget.misfit is None
+
+
 @pytest.mark.parametrize(("gpu", "gpus", "cpu_gib"), [("rtx5090", 2, 64), ("h100", 1, 48)])
 def test_the_cpu_memory_that_is_advised_is_a_nodes_and_not_what_a_run_takes_of_it(gpu, gpus, cpu_gib):
     told = (line for line in remedies(planned(gpu, gpus=gpus, cpu_gib=cpu_gib), 8) if "more CPU memory" in line)

@@ -133,10 +133,10 @@ def _launch_run(settings: dict[str, str], options: Asked) -> None:
     )
     budget = show_plan(folder.path, config, options.machine)
     path = folder.path.resolve()
-    script = _write_script(path, config, options, seconds_before_end(options.given.grace, options.seconds, budget))
+    script = _write_script(path, [config], options, seconds_before_end(options.given.grace, options.seconds, budget))
     record(path, how="slurm", gpus=options.gpus)  # also of a job that is refused or submitted by hand
     if options.given.dry_run:
-        _print_unseen(config)
+        _print_unseen([config])
         print(f"submit it  sbatch {shlex.quote(str(script))}")
         return
     job = submit(script, command("launch slurm resume=", folder.path))
@@ -151,6 +151,7 @@ def _launch_sweep(settings: dict[str, str], options: Asked) -> None:
         settings |= {"trainer.nodes": str(options.nodes), "trainer.devices": str(options.tasks)}
     sweep = prepare_sweep(settings, lambda config: preflight(config, elsewhere=True, offline=options.given.dry_run))
     numbers: list[int] = []
+    configs: list[RunConfig] = []
     graces: list[int] = []
     for number in sweep.unfinished():
         folder = sweep.run(number)
@@ -164,15 +165,16 @@ def _launch_sweep(settings: dict[str, str], options: Asked) -> None:
         budget = show_plan(folder, config, options.machine, quiet=bool(numbers))
         graces.append(seconds_before_end(options.given.grace, options.seconds, budget))
         numbers.append(number)
+        configs.append(config)
         print(f"run {number:<4} {sweep.label(number)}")
     if not numbers:
         raise UserError(f"{sweep.path} has nothing left to submit: every run is done or in the queue")
     path = sweep.path.resolve()
-    script = _write_script(path, config, options, max(graces), _array(numbers, options.given.at_once))
+    script = _write_script(path, configs, options, max(graces), _array(numbers, options.given.at_once))
     for number in numbers:
         record(sweep.run(number), how="slurm", gpus=options.gpus)
     if options.given.dry_run:
-        _print_unseen(config)
+        _print_unseen(configs)
         print(f"submit it  sbatch {shlex.quote(str(script))}")
         return
     job = submit(script, command("launch slurm -m resume=", sweep.path))
@@ -189,19 +191,21 @@ def _array(numbers: Sequence[int], at_once: int | None) -> str:
     return text if at_once is None else f"{text}%{at_once}"
 
 
-def _write_script(path: Path, config: RunConfig, options: Asked, grace: int, array: str | None = None) -> Path:
+def _write_script(
+    path: Path, configs: Sequence[RunConfig], options: Asked, grace: int, array: str | None = None
+) -> Path:
     job = Job(
-        name=config.conf,
+        name=configs[0].conf,
         folder=path,
         nodes=options.nodes,
         tasks=options.tasks,
         gpus=options.gpus,
-        cpus=options.given.cpus or config.data.workers + 2,
+        cpus=options.given.cpus or max(config.data.workers for config in configs) + 2,
         grace=grace,
         array=array,
         time=options.given.time,
         sbatch=options.sbatch,
-        mounts=mounts(options.given.mounts, config) if "container" in options.words else (),
+        mounts=mounts(options.given.mounts, configs) if "container" in options.words else (),
         modules=options.given.modules.replace(",", " ").split(),
         **options.words,
     )
@@ -211,8 +215,8 @@ def _write_script(path: Path, config: RunConfig, options: Asked, grace: int, arr
     return script
 
 
-def _print_unseen(config: RunConfig) -> None:
-    for key, url in remote_shards(config).items():
+def _print_unseen(configs: Sequence[RunConfig]) -> None:
+    for key, url in dict.fromkeys(item for config in configs for item in remote_shards(config).items()):
         print(f"not seen   {key} {url}: the job looks at it before it starts")
 
 
@@ -224,10 +228,11 @@ def _print_next(job: str, folder: Path, *follow: str) -> None:
     print(f"stop it    {command('launch cancel ', folder)}")
 
 
-def mounts(given: str | None, config: RunConfig) -> list[str | Path]:
-    """What the container sees beside the current folder: of the run's keys, and as it was asked for."""
-    found, absent = folders_of(config)
-    for key, text in absent.items():
+def mounts(given: str | None, configs: Sequence[RunConfig]) -> list[str | Path]:
+    """What the container sees beside the current folder: of the keys of all runs, and as it was asked for."""
+    places = [folders_of(config) for config in configs]
+    found = dict.fromkeys(path for paths, _ in places for path in paths)
+    for key, text in dict.fromkeys(item for _, absent in places for item in absent.items()):
         print(f"warning: {key} is {text}, which is not on this machine: if it is on the nodes, add it to mounts=")
     return [*found, *(each for each in (given or "").split(",") if each)]
 

@@ -102,7 +102,9 @@ def test_a_container_sees_what_the_run_reads_and_writes(tmp_path, monkeypatch, c
     found, absent = folders_of(config)
     assert found == [away / name for name in ("blobs", "runs", "weights")]
     assert absent == {"data.cache": "/nowhere/cache"}
-    assert mounts("/data", config) == [*found, "/data"]
+    assert mounts("/data", [config]) == [*found, "/data"]
+    other = finish(compose_run({"conf": "wan_4x", "data.shards": str(away / "blobs"), "model.path": "weights"}))
+    assert mounts(None, [other, config]) == [away / name for name in ("blobs", "weights", "runs")]  # of a sweep
     assert "data.cache is /nowhere/cache, which is not on this machine" in capsys.readouterr().out
     script = job(container="image.sif", mounts=found).script()
     assert f"--bind {here}:{here},{away}/blobs:{away}/blobs,{away}/runs:{away}/runs," in script

@@ -15,7 +15,7 @@ from launch.prepare import RunOptions, layout, prepare
 from launch.records import job_of, record, recorded
 from launch.sbatch_script import Job
 from launch.signal_time import seconds_before_end
-from launch.slurm_jobs import queued, seconds_of, submit
+from launch.slurm_jobs import bytes_of, queued, seconds_of, submit
 from radial.cli.command import Command
 from radial.cli.settings import at_least, setting
 from train.config.compose import read_config, run_names
@@ -95,7 +95,10 @@ class Asked:
         if given.gpus is not None and given.processes is not None:
             raise UserError("gpus and processes are both set, expected one: processes is for clusters without GPUs")
         nodes, tasks, gpus = _layout(given, settings)
-        machine = Machine(GPUS[given.gpu], gpus, nodes, gpus * CPU_GIB * GIB) if gpus else this_machine(tasks, nodes)
+        memory = None if given.memory is None else bytes_of(given.memory)
+        machine = Machine(GPUS[given.gpu], gpus, nodes, memory or gpus * CPU_GIB * GIB)
+        if not gpus:
+            machine = this_machine(tasks, nodes)
         if given.time is not None:
             seconds_of(given.time)  # refuses what sbatch would not read
         words = {key: getattr(given, key) for key in _WORDS if getattr(given, key) is not None}
@@ -112,8 +115,8 @@ class Asked:
 
     @property
     def seconds(self) -> int | None:
-        """The time limit."""
-        return None if self.given.time is None else seconds_of(self.given.time)
+        """The time limit; None where there is none, which is sbatch's 0 too."""
+        return None if self.given.time is None else seconds_of(self.given.time) or None
 
 
 def launch(options: SlurmOptions, settings: dict[str, str]) -> None:

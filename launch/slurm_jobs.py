@@ -129,6 +129,18 @@ def _cluster() -> str:
     return f"This cluster's partitions: {', '.join(said)}".replace("(null)", "no GPUs")
 
 
+def bytes_of(memory: str) -> float | None:
+    """A size as sbatch's ``--mem`` takes it, in MiB where it has no unit; None for all of a node's, which is 0.
+
+    Raises:
+        UserError: something else.
+    """
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", memory, re.IGNORECASE)
+    if found is None:
+        raise UserError(f"memory is {memory!r}, expected a node's, such as 512G or 500000 (MiB); 0 is all there is")
+    return float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper() or "M")) or None
+
+
 def seconds_of(time: str) -> int:
     """A time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 

@@ -12,7 +12,7 @@ from launch.records import record
 from launch.sbatch_script import Job
 from launch.signal_time import seconds_before_end
 from launch.slurm import main, mounts
-from launch.slurm_jobs import seconds_of
+from launch.slurm_jobs import bytes_of, seconds_of
 from radial.errors import Mistake
 from tests.helpers.tiny import words
 from train.config.compose import compose_run, finish
@@ -33,6 +33,15 @@ def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
 def test_another_time_limit_is_refused(time):
     with pytest.raises(UserError, match="time is .*, expected one such as"):
         seconds_of(time)
+
+
+def test_the_plan_counts_the_memory_that_is_asked_for(tmp_path, capsys):
+    main(["gpus=2", "memory=96G", "time=0", "dry_run=true", *words(tmp_path)])
+    said = capsys.readouterr().out
+    assert "2 x NVIDIA H200, 96 GiB of CPU memory a node" in said and "warning: the signal" not in said
+    (folder,) = (tmp_path / "runs" / "shapes_4x").iterdir()
+    assert "#SBATCH --signal=USR1@600" in (folder / "job.sbatch").read_text(encoding="utf-8")  # 0 is no limit
+    assert [bytes_of(text) for text in ("2048", "2gb", "1T", "0")] == [2 * GIB, 2 * GIB, 1024 * GIB, None]
 
 
 def job(**changes) -> Job:
@@ -157,6 +166,7 @@ def test_a_plan_without_times_asks_for_ten_minutes(capsys):
         (["gpus=1", "dry_run=1"], "dry_run is '1', expected true or false"),
         (["gpus=1", "mounts=/data"], "mounts is /data, it needs container=IMAGE"),
         (["gpus=1", "time=soon"], "time is 'soon'"),
+        (["gpus=1", "memory=much"], "memory is 'much', expected a node's, such as 512G"),
         (["gpus=1", "sbatch=--comment='a"], "expected options as a shell takes them: No closing quotation"),
         (["gpus=1", "account=a\nb"], "account is 'a\\nb', expected no line break"),
         (["gpus=1", "trainer.devices=2"], "gpus is 1 and trainer.devices is 2, expected the same number"),

@@ -116,7 +116,7 @@ class PromptClips(StepCallback):
                 words = re.sub(r"\W+", "-", clip.caption.lower()).strip("-")[:40].strip("-")
                 file = self.folder / FOLDER / f"step-{trainer.global_step:06d}" / f"{number:02d}-{words}.mp4"
                 self._write(latent, file)
-                files.append(file)
+                files += [file] if file.exists() else []
             self.watchdog.progress()
         found = sorted(file for files in self.control.gather(files) for file in files)
         for logger in trainer.loggers:
@@ -162,10 +162,12 @@ class PromptClips(StepCallback):
                     video.add(encoder.decode(latent.float().cpu()))
                     return
                 vae = encoder.vae.to(latent.device)
-                for frames in decode_frames(vae, latent[None], tiled=family_of(self.config.model).decodes_tiled):
-                    video.add(frames)
-                    self.watchdog.progress()
-                vae.to("cpu")
+                try:
+                    for frames in decode_frames(vae, latent[None], tiled=family_of(self.config.model).decodes_tiled):
+                        video.add(frames)
+                        self.watchdog.progress()
+                finally:
+                    vae.to("cpu")  # where there is no room for the video too: training needs the GPU's memory
         except OSError as error:
             print(f"warning: {file} is not written ({error}); training goes on", flush=True)
 

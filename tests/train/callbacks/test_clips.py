@@ -1,5 +1,7 @@
 """Clips of fixed prompts while training: they are there, they are the LoRA's, and training does not notice them."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from tests.helpers.videos import frames_of
 from tests.helpers.wan_runs import FRAMES, config_of, make_shards, model_folder
 from train.config.compose import compose_run, finish
 from train.errors import UserError
+from train.measures.decoding import encoder_for
 from train.measures.euler import sampled_with
 from train.preflight import preflight
 from train.run import train
@@ -63,6 +66,31 @@ def test_models_that_take_a_first_frame_start_from_it(tmp_path, conf, variant, i
     if image:
         with pytest.raises(UserError, match="the model starts from a picture: give one for each prompt"):
             preflight(config_of(tmp_path, conf, folder, shards, size, **{**given, "validation__images": "[]"}))
+
+
+def test_a_disk_that_is_full_leaves_the_gpu_to_training(tmp_path, monkeypatch, capsys):
+    moved = []
+
+    def watched(*arguments, **options):
+        encoder = encoder_for(*arguments, **options)
+        if options.get("vae_only"):
+            to = encoder.vae.to
+            encoder.vae.to = lambda where: moved.append(str(where)) or to(where)
+        return encoder
+
+    class Full:
+        def add(self, frames):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.callbacks.clips.encoder_for", watched)
+    monkeypatch.setattr("train.callbacks.clips.video_file", lambda *_: nullcontext(Full()))
+    folder = model_folder(tmp_path, "5b")
+    shards = make_shards(tmp_path / "shards", folder, "5b", False)
+    given = {"samples_every": 1, "samples_steps": 1, "prompts": "[a red ball]"}
+    given = {"trainer__steps": 1, **{f"validation__{key}": value for key, value in given.items()}}
+    run(config_of(tmp_path, "wan22_5b_4x", folder, shards, (64, 96), **given))
+    assert "00-a-red-ball.mp4 is not written" in capsys.readouterr().out
+    assert moved and moved[-1] == "cpu" and len(moved) == 2
 
 
 def test_mistakes_are_told_before_anything_is_loaded(tmp_path):

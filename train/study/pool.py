@@ -68,7 +68,7 @@ def _in_processes(job: Job, parts: Iterator[Part], clock: Clock, done: Done) -> 
     threads = max(1, torch.get_num_threads() // job.given.processes)
     spawn = OneGpuEach(gpus_in_turn(job.given.processes))
     executor = ProcessPoolExecutor(job.given.processes, spawn, torch.set_num_threads, (threads,))
-    with _signals_reach_all(), executor as pool:
+    with signals_reach_all(), executor as pool:
         while True:
             while not late and len(running) < job.given.processes and (part := next(parts, None)) is not None:
                 log = job.out / "logs" / f"{part.name}.log"
@@ -108,8 +108,9 @@ def _logged(job: Job, part: Part, clock: Clock, log: Path) -> None:
 
 
 @contextmanager
-def _signals_reach_all() -> Iterator[None]:
-    """A signal that ends this process goes to the others first, which save their checkpoints."""
+def signals_reach_all() -> Iterator[None]:
+    """A signal that ends this process goes to the others first, which save their checkpoints; nohup and its like, which
+    ignore SIGHUP, are let be."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
         for child in multiprocessing.active_children():
@@ -117,7 +118,9 @@ def _signals_reach_all() -> Iterator[None]:
                 os.kill(child.pid, number)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    taken = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in taken}
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from train.loggers.csv_file import METRICS, read_metrics
 from train.storage.checkpoints import checkpoints_of
 from train.storage.run_folder import get_state, write_config
 from train.study.__main__ import main
+from train.study.pool import signals_reach_all
 
 
 def losses(folder: Path) -> dict[str, float]:
@@ -77,6 +78,15 @@ def test_a_signal_saves_every_row_that_is_trained(tmp_path):
         newest = checkpoints_of(run / "checkpoints")[-1]
         assert newest.name == f"step-{int(read_metrics(run / METRICS)[-1]['step']) + 1:06d}"
     assert "0 of 1 seeds" in (tmp_path / "study" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_terminal_that_closes_ends_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_reach_all():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def settings(
             errors = {
                 v.sigma: v.mean for v in velocities if (v.pattern, v.dense_layers) == (candidate.name, dense_layers)
             }
-            over = [sigma for sigma, error in errors.items() if error > job.error]
+            over = [sigma for sigma, error in errors.items() if not error <= job.error]  # it may be no number
             bad, good = min(over, default=None), max(errors)
             if bad is not None:
                 under = [sigma for sigma in errors if sigma < bad]

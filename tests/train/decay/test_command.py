@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -16,15 +17,17 @@ from data.shards.manifest import Manifest
 from data.shards.origins import held_out
 from data.shards.stream import read_samples
 from data.shards.writer import ShardWriter
-from radial import Dense, RadialError, Released, build_layout
+from radial import Dense, RadialError, Released, VideoGrid, build_layout
 from radial.fit import fit
 from tests.helpers.families import shards
 from tests.helpers.tiny import save_model
 from train.attention.recipe import AttentionRecipe
 from train.decay import measure as measuring
 from train.decay.__main__ import main
+from train.decay.advice import settings
 from train.decay.capture import observed
 from train.decay.kept import dense_attention, output_errors
+from train.decay.results import Velocity
 from train.decay.settings import Job
 from train.errors import UserError
 from train.flow import noise_like, noised
@@ -281,6 +284,20 @@ def test_another_weight_of_guidance_is_measured_anew(tmp_path):
         shutil.rmtree(tmp_path / "shards")
         shutil.rmtree(tmp_path / "model")
     assert found[0] != found[1]
+
+
+def test_a_velocity_that_is_no_number_is_not_near_dense_attentions(tmp_path):
+    job = Job.of(command(tmp_path, attention="radial", dense_layers=0))
+
+    def found(*errors):
+        measured = [
+            Velocity("radial, decay 1", 0, sigma, [error]) for sigma, error in zip(job.sigmas, errors, strict=True)
+        ]
+        return settings(job, measured, VideoGrid(*TOKENS), (3, 2, 8), 1.0, [0.9, 0.5, 0.1])
+
+    (one,) = found(0.01, math.nan)
+    assert (one.dense_sigma, one.error) == (pytest.approx(0.6), 0.01)
+    assert found(math.nan, math.nan) == []
 
 
 def test_synthetic_clips(tmp_path):

@@ -21,6 +21,7 @@ from train.errors import UserError
 T = TypeVar("T", int, float)
 _ERROR = Bound("a number between 0 and 1, such as 0.1", lambda value: 0 < value < 1)
 LONGER = ("2x", "4x")
+_FEWEST = 4  # frames: without the first one their distances are 0, 1 and 2, the three points of a fit
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,10 @@ def _latent_frames(config: RunConfig, length: str) -> int:
         if length not in config.model.longer:
             raise UserError(f"frames is {length}, and the model has no such length (model.longer): give a number")
         return config.model.time.latents(config.model.longer[length])
-    if not length.isdigit() or int(length) < 3:
-        raise UserError(f"frames is {length!r}, expected native, {', '.join(LONGER)}, or 3 latent frames or more")
+    if not length.isdigit() or int(length) < _FEWEST:
+        raise UserError(
+            f"frames is {length!r}, expected native, {', '.join(LONGER)}, or {_FEWEST} latent frames or more"
+        )
     return int(length)
 
 

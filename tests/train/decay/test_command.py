@@ -315,7 +315,7 @@ def test_synthetic_clips(tmp_path):
     [
         ({"clips": 9}, "4 clips of one size have 4 latent frames or more"),
         ({"frames": 7}, "the longest has 4"),
-        ({"frames": 2}, "frames is '2'"),
+        ({"frames": 3}, "frames is '3', expected native, 2x, 4x, or 4 latent frames or more"),  # no curve to fit to
         ({"frames": "3x"}, "frames is '3x'"),
         ({"layers": "0,3"}, "layers has 3, the model's are 0 to 2"),
         ({"layers": "first"}, "layers is 'first'"),

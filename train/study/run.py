@@ -92,18 +92,19 @@ class Study:
         return [RowRun.of(self.job, row, seed) for seed in seeds]
 
     def _lacks(self, row: Row) -> str | None:
-        """Why a row has no runs; None where it has."""
+        """Why a row has no runs; None where it has, whether or not they failed."""
+        if row.name in self._sound:
+            return None
         if row.name in self.failed:
             return f"failed: {self.failed[row.name]}"
         if row.fit is not None and not masks_file(self.job, row.fit).is_file():
             return "its masks are not fitted yet"
-        if row.name not in self._sound:
-            try:
-                self._runs(row)
-            except Mistake as error:
-                self._fail(row, str(error))
-                return self._lacks(row)
-            self._sound.add(row.name)
+        try:
+            self._runs(row)
+        except Mistake as error:
+            self._fail(row, str(error))
+            return self._lacks(row)
+        self._sound.add(row.name)
         return None
 
     def check_base(self) -> None:
@@ -159,7 +160,9 @@ class Study:
     def _clips(self) -> Iterator[Part]:
         """What is to be generated."""
         for row in (TRUTH, *self.rows):
-            if not self._lacks(row) and not (part := RowClips(row)).there(self.job):
+            if row.name in self.failed or self._lacks(row):
+                continue
+            if not (part := RowClips(row)).there(self.job):
                 yield part
 
     def _fail(self, row: Row, why: str) -> None:
@@ -219,6 +222,8 @@ class Study:
                 if steps:
                     result.seconds[run.seed] = median(steps)
                 result.validation[run.seed] = series(metrics, "validation/loss")
-        if len(result.losses) < len(runs):
+        if row.name in self.failed:
+            result.state = f"failed: {self.failed[row.name]}"
+        elif len(result.losses) < len(runs):
             result.state = f"{len(result.losses)} of {len(runs)} seeds"
         return result

@@ -9,14 +9,16 @@ from radial import HeadMasks
 from radial.cli.reader import read_some
 from radial.patterns.head_masks import About, write
 from tests.helpers.studies import study_settings
+from train.errors import UserError
 from train.study import parts
 from train.study.fits import Fit
 from train.study.masks import fit_mask, masks_file
+from train.study.parts import RowClips
 from train.study.pictures import draw
 from train.study.pool import do_parts
 from train.study.rows import Row
 from train.study.run import Study
-from train.study.runs import Clock, TimeUp
+from train.study.runs import Clock, RowRun, TimeUp
 from train.study.settings import Job, Settings
 
 
@@ -63,6 +65,37 @@ def test_a_row_whose_measurement_finds_memory_full_fails_alone(tmp_path, monkeyp
     )
     ((name, why),) = failed
     assert name == "untuned_released" and "out of memory" in why and "Give fewer processes=" in why
+
+
+def test_what_is_measured_of_a_row_that_fails_later_stays_in_the_results(tmp_path, monkeypatch):
+    words = study_settings(tmp_path, rows="released,untuned_released", seeds="0,1")
+    job = Job.made_of(*read_some(Settings, words))
+    levels = {name: {"0.6": [0.1, 0.2, 0.3, 0.4]} for name in job.lengths}
+
+    def measured(job, run, clock):
+        if run.seed == 1:
+            raise UserError("loss is not finite at step 3")
+        file = parts.losses_file(job, run)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        again = {"losses": levels, "again": levels, "gflops": 1.0, "blocks": 0.5}
+        file.write_text(json.dumps(again), encoding="utf-8")
+
+    monkeypatch.setattr(parts, "measure", measured)
+    monkeypatch.setattr(RowRun, "train", lambda self, clock: None)
+    study = Study(job, Clock(0))
+    study.measure_rows()
+    monkeypatch.setattr(RowClips, "do", lambda self, job, clock: _raise(UserError("memory is full")))
+    study.generate_clips()
+    results = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
+    rows = {row["row"]["name"]: row for row in results["rows"]}
+    assert rows["released"]["state"] == "failed: loss is not finite at step 3"
+    assert rows["untuned_released"]["state"] == "failed: memory is full"
+    assert list(rows["released"]["losses"]) == list(rows["untuned_released"]["losses"]) == ["0"]
+    assert len(results["conclusions"]) == 1  # of the two rows' losses
+
+
+def _raise(error):
+    raise error
 
 
 def test_the_end_of_the_time_is_heeded_while_masks_are_fitted(tmp_path):

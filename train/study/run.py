@@ -96,7 +96,7 @@ class Study:
         if row.name in self._sound:
             return None
         if row.name in self.failed:
-            return f"failed: {self.failed[row.name]}"
+            return self._state(row)
         if row.fit is not None and not masks_file(self.job, row.fit).is_file():
             return "its masks are not fitted yet"
         try:
@@ -194,7 +194,10 @@ class Study:
             if made is not None and true is not None and len(made) == len(true) and len(made) > 1:
                 one.frechet = frechet_distance(made, true)
         if clips:
-            results.append(RowResult(TRUTH, clips=clips))
+            results.append(RowResult(TRUTH, self._state(TRUTH), clips=clips))
+        for one in results:
+            if one.state == "done" and len(one.clips) < job.given.clips:
+                one.state = f"{len(one.clips)} of {job.given.clips} clips"
         sentences = write_results(results, names, about, job.out)
         panels = {"truth": shown(truth_folder)}
         for row in self.rows:
@@ -209,7 +212,7 @@ class Study:
         lacks = self._lacks(row)
         if lacks:
             return RowResult(row, lacks)
-        result = RowResult(row)
+        result = RowResult(row, self._state(row))
         runs = self._runs(row)
         for run in runs:
             stored = stored_losses(self.job, run)
@@ -222,8 +225,10 @@ class Study:
                 if steps:
                     result.seconds[run.seed] = median(steps)
                 result.validation[run.seed] = series(metrics, "validation/loss")
-        if row.name in self.failed:
-            result.state = f"failed: {self.failed[row.name]}"
-        elif len(result.losses) < len(runs):
+        if result.state == "done" and len(result.losses) < len(runs):
             result.state = f"{len(result.losses)} of {len(runs)} seeds"
         return result
+
+    def _state(self, row: Row) -> str:
+        """How a row stands whose figures are all there, but for what failed."""
+        return f"failed: {self.failed[row.name]}" if row.name in self.failed else "done"

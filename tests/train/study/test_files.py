@@ -11,12 +11,13 @@ from radial.patterns.head_masks import About, write
 from tests.helpers.studies import study_settings
 from train.errors import UserError
 from train.study import parts
+from train.study.clips import MEASURES
 from train.study.fits import Fit
 from train.study.masks import fit_mask, masks_file
 from train.study.parts import RowClips
 from train.study.pictures import draw
 from train.study.pool import do_parts
-from train.study.rows import Row
+from train.study.rows import TRUTH, Row
 from train.study.run import Study
 from train.study.runs import Clock, RowRun, TimeUp
 from train.study.settings import Job, Settings
@@ -32,10 +33,9 @@ def test_masks_of_another_size_fail_their_row_alone(tmp_path, capsys):
     job.out.mkdir()
     study = Study(job, Clock(0))
     study.write()
-    rows = json.loads((job.out / "results.json").read_text(encoding="utf-8"))["rows"]
-    states = {row["row"]["name"]: row["state"] for row in rows}
-    assert states["fitted_other"].startswith("failed: attention.masks are fitted to frames of 16 x 16 tokens")
-    assert states["released"] == "0 of 1 seeds"
+    found = states(job)
+    assert found["fitted_other"].startswith("failed: attention.masks are fitted to frames of 16 x 16 tokens")
+    assert found["released"] == "0 of 1 seeds"
     assert [part.row.name for part in study._losses()] == ["released"]
     assert capsys.readouterr().out.count("warning: ") == 1
 
@@ -67,20 +67,47 @@ def test_a_row_whose_measurement_finds_memory_full_fails_alone(tmp_path, monkeyp
     assert name == "untuned_released" and "out of memory" in why and "Give fewer processes=" in why
 
 
+def measured(job, run, clock):
+    """In place of `parts.measure`: losses of every length, without a model."""
+    levels = {name: {"0.6": [0.1, 0.2, 0.3, 0.4]} for name in job.lengths}
+    file = parts.losses_file(job, run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"losses": levels, "again": levels, "gflops": 1.0, "blocks": 0.5}), encoding="utf-8")
+
+
+def states(job):
+    rows = json.loads((job.out / "results.json").read_text(encoding="utf-8"))["rows"]
+    return {row["row"]["name"]: row["state"] for row in rows}
+
+
+def test_a_row_is_not_done_before_its_clips_are(tmp_path, monkeypatch):
+    job = Job.made_of(*read_some(Settings, study_settings(tmp_path, rows="untuned_released", clips=4)))
+    monkeypatch.setattr(parts, "measure", measured)
+    study = Study(job, Clock(0))
+    study.measure_rows()
+    assert states(job) == {"untuned_released": "0 of 4 clips"}
+    for row in (TRUTH, *study.rows):
+        folder = parts.clips_folder(job, row)
+        folder.mkdir(parents=True)
+        clip = dict.fromkeys(MEASURES, 0.5)
+        two = {"clips": [{**clip, "clip": f"clip-{n}"} for n in range(2)], "features": [[0.1], [0.2]]}
+        for part in ("0000", "0002"):
+            (folder / f"{part}.json").write_text(json.dumps(two), encoding="utf-8")
+    (folder / "0002.json").unlink()
+    study.write()
+    assert states(job) == {"untuned_released": "2 of 4 clips", "truth": "done"}
+
+
 def test_what_is_measured_of_a_row_that_fails_later_stays_in_the_results(tmp_path, monkeypatch):
     words = study_settings(tmp_path, rows="released,untuned_released", seeds="0,1")
     job = Job.made_of(*read_some(Settings, words))
-    levels = {name: {"0.6": [0.1, 0.2, 0.3, 0.4]} for name in job.lengths}
 
-    def measured(job, run, clock):
+    def diverged(job, run, clock):
         if run.seed == 1:
             raise UserError("loss is not finite at step 3")
-        file = parts.losses_file(job, run)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        again = {"losses": levels, "again": levels, "gflops": 1.0, "blocks": 0.5}
-        file.write_text(json.dumps(again), encoding="utf-8")
+        measured(job, run, clock)
 
-    monkeypatch.setattr(parts, "measure", measured)
+    monkeypatch.setattr(parts, "measure", diverged)
     monkeypatch.setattr(RowRun, "train", lambda self, clock: None)
     study = Study(job, Clock(0))
     study.measure_rows()
@@ -88,8 +115,10 @@ def test_what_is_measured_of_a_row_that_fails_later_stays_in_the_results(tmp_pat
     study.generate_clips()
     results = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
     rows = {row["row"]["name"]: row for row in results["rows"]}
-    assert rows["released"]["state"] == "failed: loss is not finite at step 3"
-    assert rows["untuned_released"]["state"] == "failed: memory is full"
+    assert states(job) == {
+        "released": "failed: loss is not finite at step 3",
+        "untuned_released": "failed: memory is full",
+    }
     assert list(rows["released"]["losses"]) == list(rows["untuned_released"]["losses"]) == ["0"]
     assert len(results["conclusions"]) == 1  # of the two rows' losses
 

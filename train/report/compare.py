@@ -77,7 +77,7 @@ def _results(groups: Sequence[Group]) -> str:
         row[0] = _key(number) + row[0]
     several = any(len(group.runs) > 1 for group in groups)
     text = (
-        "<p>Runs that differ by their seed alone are one row: the mean over the runs that have the figure, and "
+        "<p>Runs that differ by their seed alone are one row: the mean over the seeds that have the figure, and "
         "Student's 95 % interval; differences are paired over seeds.</p>"
     )
     return table([html.escape(cell) for cell in head], cells) + (text if several else "")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from train.config.compose import read_config
@@ -120,18 +120,24 @@ class Group:
 
     def figure(self, name: str) -> Interval | float | None:
         """The mean of a figure over the seeds that have it, with its 95 % interval where they are several."""
-        values = [run.figures[name] for run in self.runs if name in run.figures]
+        values = list(self._by_seed(name).values())
         if not values:
             return None
         return values[0] if len(values) == 1 else Interval.of(values)
 
     def minus(self, other: Group, name: str) -> Interval | None:
         """The difference of a figure to another group's, paired over seeds; None with fewer than two pairs."""
-        mine, its = (
-            {run.config.seed: run.figures[name] for run in group.runs if name in run.figures} for group in (self, other)
-        )
+        mine, its = self._by_seed(name), other._by_seed(name)
         pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
         return Interval.of(pairs) if len(pairs) > 1 and other is not self else None
+
+    def _by_seed(self, name: str) -> dict[int, float]:
+        """A figure of each seed that has it, the mean where a seed was run more than once."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            if name in run.figures:
+                found.setdefault(run.config.seed, []).append(run.figures[name])
+        return {seed: fmean(values) for seed, values in found.items()}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

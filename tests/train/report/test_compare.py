@@ -106,7 +106,9 @@ def test_a_copy_of_a_run_in_its_sweeps_folder_can_be_compared(sweep, name):
     shutil.copytree(sweep.run(0), copy)
     first, other = read_runs([sweep.run(0), copy])
     assert first.changes == {"lora.rank": "4", "seed": "0"} and other.changes is None
-    assert other.name.endswith(f"/{name}") and len(grouped([first, other])[0].runs) == 2
+    (group,) = grouped([first, other])
+    assert other.name.endswith(f"/{name}") and len(group.runs) == 2
+    assert group.figure("held-out loss") == 1.0  # of one seed: no interval
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 def _beside(row: Row, other: Row) -> str:
     difference = row.minus(other)
+    if difference is not None and not math.isfinite(difference.half):
+        return "not comparable (a value is not finite) with"
     if difference is None or abs(difference.mean) <= difference.half:
         return f"not distinguishable ({difference}) from"
     return f"{abs(difference.mean):.4f} ± {difference.half:.4f} {'above' if difference.mean > 0 else 'below'}"

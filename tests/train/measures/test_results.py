@@ -68,6 +68,10 @@ def test_the_sentences_follow_the_figures():
         "Tuned, the loss of released + LoRA is 0.1100 ± 0.0000 below that of base, released.",
     ]
     assert "not distinguishable (+0.0000 ± 0.0000) from that of base, dense" in same[1]
+    assert findings(rows(math.nan))[1:] == [
+        f"Tuned, the loss of released + LoRA is not comparable (a value is not finite) with that of base, {mask}."
+        for mask in ("dense", "released")
+    ]
 
 
 def test_what_is_written_is_read_back(tmp_path, capsys):

@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """The `FIGURES` that it has: the last losses, the median of a step's seconds, the peak of memory."""
+        """The `FIGURES` that it has: the last losses, finite or not, a step's median seconds, the peak of memory."""
         found: dict[str, float] = {}
         trained = next(reversed(read_results(self.folder)), None)
         if trained is not None:
@@ -92,8 +92,7 @@ class Run:
             ("seconds a step", "step_seconds", lambda points: median(value for _, value in points)),
             ("peak GiB", "memory_gib", lambda points: max(value for _, value in points)),
         )
-        found |= {name: figure(points) for name, key, figure in columns if (points := series(self.rows, key))}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return found | {name: figure(points) for name, key, figure in columns if (points := series(self.rows, key))}
 
     @property
     def result(self) -> str:

@@ -1,6 +1,7 @@
 """Several runs on one page: rows of seeds with their intervals, what differs, curves over each other."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -58,6 +59,14 @@ def test_seeds_are_one_row_with_students_interval(sweep):
     assert head[:3] == ["settings", "runs done", "held-out loss"] and head[-1] == "held-out loss minus the first row's"
     assert rows[0][:3] == ["lora.rank=4", "3 of 3", "1.1333 ± 0.3795"] and rows[0][-1] == ""
     assert rows[1][:2] == ["lora.rank=8", "2 of 3"] and rows[1][-1] == "+1.0500 ± 0.6353"
+
+
+def test_a_seed_that_has_diverged_is_not_left_out_of_the_mean(sweep):
+    held_out(sweep.run(2), math.nan)
+    groups = grouped(read_runs([sweep.path]))
+    assert groups[0].runs[2].result == "held-out loss nan"
+    _, rows = comparison(groups)
+    assert rows[0][:3] == ["lora.rank=4", "3 of 3", "nan ± nan"]
 
 
 def test_a_single_run_has_no_interval(tmp_path):

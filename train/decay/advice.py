@@ -15,6 +15,7 @@ from radial import VideoGrid
 from train.decay.kept import attention_of, dense_attention
 from train.decay.results import LayerFigures, Velocity
 from train.decay.settings import Job
+from train.models.loading import sigma_range
 
 GOOD_FIT = 0.9
 """R² from which on a curve counts as an exponential decay; the paper reports 0.985 and more for HunyuanVideo."""
@@ -27,9 +28,10 @@ class Setting:
 
     Attributes:
         dense_sigma: the noise level from which on all layers are dense; None: nowhere.
-        dense_steps: of the model's sampler, at and above that level; None: the model has no sampling steps of its own.
+        dense_steps: of the model's sampler, at and above that level, of both experts; None: the model has no sampling
+            steps of its own.
         error: the largest mean error of the velocity at a measured noise level that is not dense.
-        attention: FLOPs of self-attention in a forward, the mean over the sampler's steps.
+        attention: FLOPs of self-attention in a forward, the mean over the sampler's steps, of an expert over its own.
         attention_share, share: of dense attention's FLOPs, and of a dense forward's.
     """
 
@@ -59,8 +61,10 @@ def settings(
     Args:
         shape: layers, heads and head_dim of self-attention.
         linear_flops: of a forward outside self-attention.
-        levels: of the sampler's steps; or of the measured ones, where the model has no sampler of its own.
+        levels: of the sampler's steps.
     """
+    low, high = sigma_range(job.config.model)
+    own_levels = [level for level in levels if low <= level and (level < high or high == 1)] or levels
     dense = dense_attention(grid).attention_flops(*shape)
     found = []
     for candidate in job.candidates:
@@ -76,8 +80,8 @@ def settings(
                     continue
                 good = max(under)
             dense_sigma = None if bad is None else (good + bad) / 2
-            noisy = sum(map(replace(candidate.recipe, dense_sigma=dense_sigma).is_dense, levels))
-            part = noisy / len(levels)
+            is_dense = replace(candidate.recipe, dense_sigma=dense_sigma).is_dense
+            part = sum(map(is_dense, own_levels)) / len(own_levels)
             own = attention_of(candidate, grid, dense_layers).attention_flops(*shape)
             attention = part * dense + (1 - part) * own
             found.append(
@@ -85,7 +89,7 @@ def settings(
                     candidate.name,
                     dense_layers,
                     dense_sigma,
-                    None if job.config.model.steps is None else noisy,
+                    None if job.config.model.steps is None else sum(map(is_dense, levels)),
                     max(error for sigma, error in errors.items() if sigma <= good),
                     attention,
                     attention / dense,

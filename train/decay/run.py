@@ -74,7 +74,7 @@ def run_decay(job: Job, check: Callable[[], None] = lambda: None) -> list[str]:
         _check_layers(job, described)
     shards = _shards(job)
     clips = pick_clips(job, shards)
-    levels = _sampler_levels(job, clips[0])
+    levels = sampler_levels(job, clips[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if described is not None:
@@ -141,9 +141,7 @@ def _check_clip(adapter: ModelAdapter, clip: Sample) -> None:
     adapter.check(batch.latent, Conditions.of(batch))
 
 
-def _sampler_levels(job: Job, clip: Sample) -> Sequence[float]:
+def sampler_levels(job: Job, clip: Sample) -> Sequence[float]:
     """The noise levels of the model's sampler for clips of this size."""
     model = job.config.model
-    levels = family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.shift(clip))
-    low, high = sigma_range(model)
-    return [level for level in levels if low <= level < high] or levels
+    return family_of(model).noise_levels(model.steps or _SAMPLER_STEPS, job.shift(clip))

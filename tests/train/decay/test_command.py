@@ -26,8 +26,9 @@ from train.decay import measure as measuring
 from train.decay.__main__ import main
 from train.decay.advice import settings
 from train.decay.capture import observed
-from train.decay.kept import dense_attention, output_errors
+from train.decay.kept import attention_of, dense_attention, output_errors
 from train.decay.results import Velocity
+from train.decay.run import sampler_levels
 from train.decay.settings import Job
 from train.errors import UserError
 from train.flow import noise_like, noised
@@ -298,6 +299,24 @@ def test_a_velocity_that_is_no_number_is_not_near_dense_attentions(tmp_path):
     (one,) = found(0.01, math.nan)
     assert (one.dense_sigma, one.error) == (pytest.approx(0.6), 0.01)
     assert found(math.nan, math.nan) == []
+
+
+@pytest.mark.parametrize(("expert", "noisy"), [("null", 5), ("high", 3), ("low", 2)])
+def test_dense_steps_are_those_of_the_whole_sampler(tmp_path, expert, noisy):
+    """The first, at pure noise, too; and those of the expert for high noise levels where the other is measured."""
+    given = {"model.steps": 10, "model.expert": expert, "model.boundary": "null" if expert == "null" else 0.85}
+    job = Job.of(command(tmp_path, attention="radial", dense_layers=0, sigmas="0.6,0.8", **given))
+    measured = [Velocity("radial, decay 1", 0, sigma, [error]) for sigma, error in ((0.6, 0.01), (0.8, 0.5))]
+    levels = [1.0, 0.95, 0.9, 0.8, 0.75, 0.65, 0.5, 0.4, 0.2, 0.1]
+    grid = VideoGrid(*TOKENS)
+    (one,) = settings(job, measured, grid, (3, 2, 8), 1.0, levels)
+    assert one.dense_steps == 5 and one.dense_sigma == pytest.approx(0.7)
+    (clip,) = read_samples(Manifest.load(job.config.data.shards), 1)
+    assert len(sampler_levels(job, clip)) == 10
+    dense = dense_attention(grid).attention_flops(3, 2, 8)
+    sparse = attention_of(job.candidates[0], grid).attention_flops(3, 2, 8)
+    part = noisy / {"null": 10, "high": 3, "low": 7}[expert]
+    assert one.attention == pytest.approx(part * dense + (1 - part) * sparse)
 
 
 def test_synthetic_clips(tmp_path):

@@ -119,18 +119,18 @@ class Group:
 
     def figure(self, name: str) -> Interval | float | None:
         """The mean of a figure over the seeds that have it, with its 95 % interval where they are several."""
-        values = list(self._by_seed(name).values())
+        values = list(self.by_seed(name).values())
         if not values:
             return None
         return values[0] if len(values) == 1 else Interval.of(values)
 
     def minus(self, other: Group, name: str) -> Interval | None:
         """The difference of a figure to another group's, paired over seeds; None with fewer than two pairs."""
-        mine, its = self._by_seed(name), other._by_seed(name)
+        mine, its = self.by_seed(name), other.by_seed(name)
         pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
         return Interval.of(pairs) if len(pairs) > 1 and other is not self else None
 
-    def _by_seed(self, name: str) -> dict[int, float]:
+    def by_seed(self, name: str) -> dict[int, float]:
         """A figure of each seed that has it, the mean where a seed was run more than once."""
         found: dict[int, list[float]] = {}
         for run in self.runs:

@@ -96,8 +96,9 @@ class Asked:
             raise UserError("gpus and processes are both set, expected one: processes is for clusters without GPUs")
         nodes, tasks, gpus = _layout(given, settings)
         memory = None if given.memory is None else bytes_of(given.memory)
-        machine = Machine(GPUS[given.gpu], gpus, nodes, memory or gpus * CPU_GIB * GIB)
-        if not gpus:
+        if gpus:
+            machine = Machine(GPUS[given.gpu], gpus, nodes, memory or gpus * CPU_GIB * GIB)
+        else:
             machine = this_machine(tasks, nodes)
         if given.time is not None:
             seconds_of(given.time)  # refuses what sbatch would not read

@@ -63,7 +63,7 @@ def settings(
         linear_flops: of a forward outside self-attention.
         levels: of the sampler's steps.
     """
-    low, high = sigma_range(job.config.model)
+    low, high = sigma_range(job.config.model)  # without its upper end, unless that is pure noise
     own_levels = [level for level in levels if low <= level and (level < high or high == 1)] or levels
     dense = dense_attention(grid).attention_flops(*shape)
     found = []

@@ -68,9 +68,12 @@ def generate(settings: Settings, model: ModelConfig) -> list[Path]:
     folder = pipeline_folder(model)
     found = jobs(settings)
     _check_negatives(found, settings, model)
-    todo = [job for job in found if not is_done(job, settings, model)]
-    if len(todo) < len(found) and Rank.here().index == 0:
-        print(f"{len(found) - len(todo)} of {len(found)} videos are there already")
+    done = [job for job in found if is_done(job, settings, model)]
+    todo = [job for job in found if job not in done]
+    if done and Rank.here().index == 0:
+        print(f"{len(done)} of {len(found)} videos are there already")
+        for job in done:  # which a kill, or another place for the video, may have left
+            drop_clips(job)
     if todo:
         ranks = Ranks.join()
         if ranks.rank == 0:

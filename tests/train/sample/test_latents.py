@@ -72,6 +72,21 @@ def test_latents_of_other_settings_or_damaged_ones_are_not_taken(wan, tmp_path, 
     assert not kept(tmp_path)
 
 
+def test_latents_that_a_kill_left_beside_a_finished_video_go(wan, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    arguments = words(wan, out=tmp_path / "clip.mp4", steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("train.sample.generate.drop_clips", kill)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert kept(tmp_path) and (tmp_path / "clip.json").exists()
+    monkeypatch.setattr(Generator, "denoise", never)
+    main(arguments)
+    assert not kept(tmp_path)
+
+
 def test_memory_that_is_full_while_denoising_is_said_in_words(wan, tmp_path, monkeypatch):
     monkeypatch.setattr(Generator, "denoise", full)
     with pytest.raises(UserError, match=r"out of memory: .*9\.50 GiB\. offload=model or offload=layer takes less"):

@@ -19,7 +19,7 @@ COMPILED = {"trainer__compile": True, "parallel__activations": "selective"}
 
 def train(*command):
     """The command, which has to end: ranks that wait for each other at their exits once did not."""
-    return subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8", timeout=300)
+    return subprocess.run([sys.executable, "-m", "train", *command], capture_output=True, encoding="utf-8", timeout=900)
 
 
 def run(tmp_path, name, **changes):

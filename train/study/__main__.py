@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from radial.cli.command import Command
 from train.study.settings import Job, Settings
 
 
-def study(settings: Settings, others: dict[str, str]) -> None:
-    """Runs what is missing of the study and prints what the numbers show."""
+def study(settings: Settings, others: dict[str, str]) -> int:
+    """Runs what is missing of the study and prints what the numbers show; the exit code is 1 where rows failed."""
     job = Job.made_of(settings, others)
     from train.study.rows import rows_of  # these take seconds to import
     from train.study.run import run_study
@@ -20,13 +22,16 @@ def study(settings: Settings, others: dict[str, str]) -> None:
             train_base(job.config.runs, clock)
         except TimeUp:
             print("\nthe base is not trained to its end yet, and the same command goes on")
-            return
+            return 0
         job = Job.made_of(settings, others)
-    sentences, whole = run_study(job, clock)
+    sentences, whole, failed = run_study(job, clock)
     print()
     for sentence in sentences:
         print(f"* {sentence}")
     print(f"\nEverything is in {job.out}{'' if whole else '; rows are missing, and the same command goes on'}")
+    if failed:
+        print(f"failed: {', '.join(failed)}; results.md has the reasons", file=sys.stderr)
+    return 1 if failed else 0
 
 
 main = Command(

@@ -45,7 +45,7 @@ from train.study.settings import Job
 _STRIP = {"untuned_dense": "untuned, dense", "released": "released LoRA", "dense": "dense LoRA"}
 
 
-def run_study(job: Job, clock: Clock) -> tuple[list[str], bool]:
+def run_study(job: Job, clock: Clock) -> tuple[list[str], bool, list[str]]:
     """Runs what is missing, within the time.
 
     Args:
@@ -53,7 +53,7 @@ def run_study(job: Job, clock: Clock) -> tuple[list[str], bool]:
         clock: the time that the command has.
 
     Returns:
-        The conclusions, and whether everything is done.
+        The conclusions, whether everything is done, and the names of rows that failed.
 
     Raises:
         UserError: rows or a base that do not serve, or the folder is in use.
@@ -70,7 +70,7 @@ def run_study(job: Job, clock: Clock) -> tuple[list[str], bool]:
             whole = False
         finally:
             sentences = study.write()
-    return sentences, whole and not study.failed
+    return sentences, whole and not study.failed, list(study.failed)
 
 
 class Study:

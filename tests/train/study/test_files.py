@@ -11,6 +11,7 @@ from radial.patterns.head_masks import About, write
 from tests.helpers.studies import study_settings
 from train.errors import UserError
 from train.study import parts
+from train.study.__main__ import main
 from train.study.clips import MEASURES
 from train.study.fits import Fit
 from train.study.masks import fit_mask, masks_file
@@ -38,6 +39,8 @@ def test_masks_of_another_size_fail_their_row_alone(tmp_path, capsys):
     assert found["released"] == "0 of 1 seeds"
     assert [part.row.name for part in study._losses()] == ["released"]
     assert capsys.readouterr().out.count("warning: ") == 1
+    assert main(study_settings(tmp_path, rows="fitted_other", masks=tmp_path / "masks", clips=0)) == 1
+    assert "failed: fitted_other; results.md has the reasons" in capsys.readouterr().err
 
 
 def test_pictures_of_other_settings_do_not_stay(tmp_path):

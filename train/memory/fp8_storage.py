@@ -51,7 +51,7 @@ class StoredLinear(nn.Module):
             rows = x.flatten(0, -2).to(dtype)
             product = _Float8 if self.products else _Expanded
             out: Tensor = product.apply(rows, self.weight, self.scale, self.bias)
-        return out.unflatten(0, x.shape[:-1])
+        return out.to(dtype).unflatten(0, x.shape[:-1])
 
 
 def store_fp8(layers: Sequence[nn.Module], device: torch.device, home: torch.device) -> int:
@@ -87,24 +87,15 @@ class _Float8(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         ctx.dtype = x.dtype
         narrow = None if bias is None else bias.to(torch.bfloat16)
-        return multiply(x, weight, scale.t().contiguous(), narrow).to(x.dtype)
+        # as it is: of a result that went through an operation without effect, such as .to of its own dtype, torch
+        # 2.11's compiler loses the gradient
+        return multiply(x, weight, scale.t().contiguous(), narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return _gradient(grad, weight, scale).to(ctx.dtype), None, None, None
-
-
-# an operator of its own: torch 2.11's compiler made other gradients of it on an H200, a quarter off in their norm
-@torch.library.custom_op("radial_train::stored_float8_gradient", mutates_args=())
-def _gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    ones = torch.ones(1, weight.shape[1], device=grad.device)
-    return multiply(grad * scale.t(), weight.t().contiguous(), ones, None)
-
-
-@_gradient.register_fake
-def _(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return grad.new_empty((grad.shape[0], weight.shape[1]), dtype=torch.bfloat16)
+        ones = torch.ones(1, weight.shape[1], device=grad.device)
+        return multiply(grad * scale.t(), weight.t().contiguous(), ones, None).to(ctx.dtype), None, None, None
 
 
 class _Expanded(torch.autograd.Function):

@@ -68,6 +68,7 @@ def restated(pattern: Fitted, layer: int, head: int, grid: VideoGrid) -> np.ndar
     seed=st.integers(0, 2**32 - 1), layer=st.sampled_from([2, 5]), head=st.integers(0, 2), rows=st.sampled_from([1, 4]),
 )  # fmt: skip
 @example(of=VideoGrid(2, 2, 3), grid=VideoGrid(6, 1, 1), block=16, rate=1.0, seed=0, layer=2, head=0, rows=1)
+@example(of=VideoGrid(4, 5, 5), grid=VideoGrid(7, 1, 1), block=16, rate=0.0, seed=3, layer=5, head=1, rows=1)
 def test_a_heads_mask_is_its_rule_its_diagonal_and_its_draw(of, grid, block, rate, seed, layer, head, rows):
     pattern = fitted(of, block, layers=(2, 5), heads=3, rate=rate, seed=seed, rows=rows)
     grid = VideoGrid(grid.frames, of.height, of.width, grid.text_tokens)

@@ -29,6 +29,18 @@ def test_an_interval_holds_the_mean_in_95_of_100_draws():
     assert 0.94 < sum(abs(i.mean) <= i.half for i in intervals) / len(intervals) < 0.96
 
 
+@pytest.mark.parametrize(
+    ("values", "quantile"), [([0.5, 2.0], 12.7062), ([1.0, -2.0, 7.0], 4.30265), ([0.1, 0.4, 0.2, 0.9], 3.18245)]
+)
+def test_an_intervals_half_width_is_that_of_the_textbook(values, quantile):
+    """t with n - 1 degrees of freedom, s with n - 1, over the root of n."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    interval = Interval.of(values)
+    assert interval.mean == pytest.approx(mean)
+    assert interval.half == pytest.approx(quantile * spread / math.sqrt(len(values)), rel=1e-5)
+
+
 def test_an_interval_of_a_value_that_is_not_finite_is_none():
     for bad in (math.nan, math.inf):
         interval = Interval.of([0.1, bad, 0.3])

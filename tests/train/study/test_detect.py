@@ -94,6 +94,48 @@ def test_what_is_remembered():
     assert all(remembered(make_world(21, index, 16, *SIZE)[1], 16, 8) is None for index in (2, 3))
 
 
+def again_of(meta, given):
+    """The frames that show what the given ones have shown, restated world by world; none where nothing comes back."""
+    actors = {actor.role: actor for actor in actors_of(meta, FRAMES)}
+    passing = next((actors[role] for role in PASSING if role in actors), None)
+    if passing is not None:
+        hidden = [seen == HIDDEN for seen in passing.seen]
+        for start in range(1, FRAMES):
+            if hidden[start] and not hidden[start - 1] and 2 in passing.seen[:given]:
+                back = [t for t in range(start, FRAMES) if not hidden[t]]
+                if 2 in passing.seen[:start] and all(hidden[start : given + 1]):
+                    return [t for t in back if t >= given]
+        return []
+    lamp = actors["lamp"].colours
+    if "signal" in actors:
+        return [t for t in range(given, FRAMES) if lamp[t] and 28 <= t < given + 28]
+    rounds = [n for n in range(21, 31) if all(lamp[t] == lamp[t + n] for t in range(FRAMES - n))]
+    return list(range(given, FRAMES)) if rounds[0] <= given else []
+
+
+def test_what_is_remembered_follows_what_was_given():
+    """For every number of given frames, those too in which something goes or comes back just there."""
+    shown = {}
+    for index in range(8):
+        meta = make_world(21, index, FRAMES, *SIZE)[1]
+        for given in range(4, FRAMES - 1):
+            found, expected = remembered(meta, FRAMES, given), again_of(meta, given)
+            assert (found.frames if found else []) == expected, (meta["world"], index, given)
+            shown.setdefault((meta["world"], bool(expected)), given)
+    assert len(shown) == 8  # each world with something to remember, and with nothing
+
+
+def test_an_object_far_from_its_place_counts_half_of_the_height_at_most():
+    pixels, meta = make_world(4, 0, FRAMES, *SIZE)
+    resident = actors_of(meta, FRAMES)[0]
+    corner = (torch.tensor(meta["ground"]) * 2 - 1)[:, None, None, None].repeat(1, *pixels.shape[1:])
+    corner[:, :, :12, :12] = torch.tensor(PALETTE[resident.colours[0]])[:, None, None, None] * 2 - 1
+    apart = [math.dist((6, 6), resident.positions[t].tolist()) for t in range(GIVEN, FRAMES) if resident.seen[t] == 2]
+    assert min(apart) < SIZE[0] / 2 < max(apart)
+    expected = fmean(min(distance, SIZE[0] / 2) for distance in apart)
+    assert trajectory_error(corner, meta, GIVEN) == pytest.approx(expected)
+
+
 def test_trajectories():
     """A true clip has an error below a pixel; one that stands still, another; none of it is half a height."""
     exact, still = [], []

@@ -16,6 +16,7 @@ from train.study.__main__ import Settings
 from train.study.base import BaseSign, pixels_leave
 from train.study.fits import Fit
 from train.study.frechet import frechet_distance
+from train.study.losses import mean_over_sigmas
 from train.study.masks import masks_file
 from train.study.results import RowResult, conclusions, table
 from train.study.rows import RIVALS, Row, released_share, rows_of
@@ -42,6 +43,26 @@ def test_differences_are_paired():
     assert released.minus(released, "4x") is None and result("a", 0, (0,)).minus_over_seeds(released, "4x") is None
     untuned = result("untuned_dense", 0.1, (0,), tuned=False)
     assert untuned.minus(released, "4x").mean == pytest.approx(0.1025 - 0.001)  # beside the mean over the seeds
+    others = result("local", 0.02, (1, 2)).minus(released, "4x")  # seed 1 alone: seeds differ by what masks do not
+    assert others.mean == pytest.approx(0.0205) and others.half == pytest.approx(minus.half)
+
+
+def test_measures_of_generated_clips_are_paired_by_the_clip():
+    released, local = result("released", 0.0), result("local", 0.0)
+    released.clips = [{"clip": f"c{i}", "permanence": 0.1 * i**2} for i in range(5)]
+    local.clips = [{"clip": f"c{i}", "permanence": 0.1 * i**2 - 0.01 * i} for i in (4, 2, 0, 3)]
+    local.clips.append({"clip": "c1", "permanence": None})  # shows too little to be judged
+    minus = local.measure_minus(released, "permanence")
+    expected = Interval.of([-0.04, -0.02, 0.0, -0.03])
+    assert (minus.mean, minus.half) == pytest.approx((expected.mean, expected.half))
+    assert local.measure("permanence").mean == pytest.approx((1.6 + 0.4 + 0.9 - 0.09) / 4)
+    assert released.measure_minus(released, "permanence") is None
+    local.clips = local.clips[-2:]
+    assert local.measure_minus(released, "permanence") is None and local.measure("permanence") is None
+
+
+def test_a_clip_without_one_of_its_losses_has_none():
+    assert mean_over_sigmas({"0.3": [0.1, None, 0.4], "0.6": [0.3, 0.2, None]}) == [pytest.approx(0.2), None, None]
 
 
 def test_steps_to_a_rows_loss_are_of_the_seeds_that_both_have_finished():
@@ -91,6 +112,11 @@ def test_conclusions_follow_the_numbers():
     assert "below that of released" in said[1] and len(said) == 2
     rows[1] = result("random", -0.001)
     assert conclusions(rows, "4x")[0].startswith("Tuned random blocks are not above released")
+    noisy = result("random", 0.003)  # above in the mean, by less than the clips differ
+    for seed in (0, 1):
+        noisy.losses[seed]["4x"]["0.5"] = [x + 0.02 * (-1) ** i for i, x in enumerate(noisy.losses[seed]["4x"]["0.5"])]
+    told = conclusions([rows[0], noisy, rows[2]], "4x")
+    assert told[0].startswith("Tuned random blocks are not above released") and "not distinguishable" in told[1]
     assert conclusions(rows[1:], "4x") == []
     head, cells = table([*rows, RowResult(Row("x", "x", True), "left out: why")], ["4x"])
     assert all(len(row) == len(head) for row in cells) and cells[-1][-1] == "left out: why"
@@ -157,3 +183,14 @@ def test_frechet_distance():
     spread = torch.linalg.eigvalsh(true.T.cov()).sum()
     assert frechet_distance(wider, true) == pytest.approx(float(spread), rel=1e-6)
     assert math.isfinite(frechet_distance(true[:10], true[10:20]))
+
+
+def test_frechet_distance_sees_as_many_components_as_sixteen_windows_each_carry():
+    """40 windows carry two: what differs along the others counts for nothing, however far it is."""
+    generator = torch.Generator().manual_seed(2)
+    true = torch.randn(40, 5, generator=generator, dtype=torch.float64) * torch.tensor([4.0, 3.0, 1.0, 0.5, 0.2])
+    axes = torch.linalg.eigh(true.T.cov()).eigenvectors.flip(1)  # the widest first
+    for axis, expected in enumerate([9, 9, 0, 0, 0]):
+        assert frechet_distance(true + 3 * axes[:, axis], true) == pytest.approx(expected, abs=1e-6)
+    few = true[:20]  # they carry one
+    assert frechet_distance(few + 3 * axes[:, 1], true) == pytest.approx(frechet_distance(few, true))

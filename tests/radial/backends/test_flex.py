@@ -1,12 +1,16 @@
 """FlexAttention's tiles on GPUs that are not here: they divide the layout's blocks and fit the shared memory."""
 
+import itertools
+
 import pytest
 import torch
 from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
-from radial import Released, VideoGrid, build_layout
+from radial import Released, VideoGrid, build_head_layouts, build_layout
 from radial.backends import BACKENDS, AttentionCall
-from radial.backends.flex import kernel_options
+from radial.backends.flex import Flex, block_mask, kernel_options
+from radial.layout import layout_of
+from tests.helpers.patterns import ByHead
 
 # KiB that a thread block can have, by compute capability: CUDA's programming guide, technical specifications
 LIMITS = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -123,3 +127,47 @@ def test_heads_of_256_are_refused_where_they_do_not_fit(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
         reason = BACKENDS["flex"].why_not(AttentionCall(torch.device("cuda"), BF16, 256, True, False, layout))
         assert (reason is not None and "99 KiB" in reason) == (limit == 99)
+
+
+def pairs_of(mask, tokens, block, *, backward):
+    """(batch, heads, tokens, tokens) the pairs that a `BlockMask`'s lists of one direction compute, with its check."""
+    names = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices") if backward else (
+        "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+    )  # fmt: skip
+    checked_count, checked, full_count, full = (getattr(mask, name) for name in names)
+    batch, heads, tiles = full_count.shape
+    side = tiles * block
+    found = torch.zeros(batch, heads, side, side, dtype=torch.int)
+    every = torch.arange(side)
+    for sample, head, tile in itertools.product(range(batch), range(heads), range(tiles)):
+        for counts, lists, checks in ((checked_count, checked, True), (full_count, full, False)):
+            for other in lists[sample, head, tile, : counts[sample, head, tile]].tolist():
+                query, key = (other, tile) if backward else (tile, other)
+                rows, columns = (every[n * block : (n + 1) * block] for n in (query, key))
+                seen = mask.mask_mod(sample, head, rows[:, None], columns) if checks else torch.tensor(True)
+                found[sample, head, rows[:, None], columns] += seen.int()
+    return found[..., :tokens, :tokens]
+
+
+@pytest.mark.parametrize("text", [0, 1, 13, 40])
+@pytest.mark.parametrize("lengths", [None, (0, 13, 40, 3), (3, 16, 0, 5)])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_both_directions_lists_compute_each_pair_once(text, lengths, by_head):
+    """The pairs of the block mask, without padding text; what the kernels make of them is for a GPU to show."""
+    grid, block = VideoGrid(5, 5, 7, text), 16
+    if by_head:
+        layout = build_head_layouts(ByHead(), grid, block, layers=2, heads=4).layer(1)
+        wanted = layout.mask()
+    else:
+        layout = build_layout(Released(0.5), grid, block)
+        wanted = layout.mask()[None]
+    device = torch.device("cpu")
+    valid = torch.full((4,), text) if lengths is None else torch.tensor(lengths).clamp(max=text)
+    Flex().prepare(AttentionCall(device, BF16, 64, True, lengths is not None, layout_of(layout.handle)))
+    mask = block_mask(layout, 4, None if lengths is None else valid, device)
+    whole = wanted.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : grid.tokens, : grid.tokens]
+    counts = torch.arange(grid.tokens) < grid.video_tokens + valid[:, None]
+    expected = whole[None] & counts[:, None, None]
+    for backward in (False, True):
+        found = pairs_of(mask, grid.tokens, block, backward=backward)
+        assert torch.equal(found.expand_as(expected), expected.int())

@@ -1,5 +1,6 @@
 """Decays that are put into q and k come out again; heads made to be of a kind are of that kind."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,37 @@ def test_points_below_machine_precision_are_left_out():
     unreached = curve.clone()
     unreached[5:] = -torch.inf
     assert fit_decay(distance, unreached, pairs).rate.item() == pytest.approx(3.0)
+
+
+def test_the_line_is_the_least_squares_one_weighted_by_pairs():
+    """Of curves that are no exponentials, in which every point's weight tells."""
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.tensor([0.0, 1.2, 2.1, 2.9, 4.3, 5.0, 6.4], dtype=torch.float64)
+    pairs = torch.tensor([9, 16, 14, 12, 7, 3, 1], dtype=torch.float64)
+    curves = -0.5 * distance + torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    fit = fit_decay(distance, curves, pairs)
+    for index, curve in enumerate(curves):
+        slope, start = np.polyfit(distance.numpy(), curve.numpy(), 1, w=pairs.sqrt().numpy())
+        left = np.average((curve - (start + slope * distance)) ** 2, weights=pairs)
+        spread = np.average((curve - np.average(curve, weights=pairs)) ** 2, weights=pairs)
+        found = (fit.rate[index].item(), fit.start[index].item(), fit.r2[index].item())
+        assert found == pytest.approx((-slope, start, 1 - left / spread))
+
+
+@pytest.mark.parametrize("sink", [0.49, 0.51])
+@pytest.mark.parametrize("time", [0.49, 0.51])
+@pytest.mark.parametrize("space", [0.49, 0.51])
+def test_a_heads_kind_changes_at_half_of_the_mass(sink, time, space):
+    """Near frames hold 10 of 16 pairs here, and the first three of the spatial distances as large a share."""
+    temporal, spatial = torch.tensor([4.0, 6.0, 4.0, 2.0]).double(), torch.tensor([5.0, 4.0, 4.0, 3.0, 4.0]).double()
+    both = min(time, space) - 0.1
+    joint = torch.zeros(1, 4, 5, dtype=torch.float64)
+    joint[0, 1, 2], joint[0, 0, 3], joint[0, 3, 0] = both, time - both, space - both
+    joint[0, 2, 4] = 1 - time - space + both
+    expected = "sink" if sink > 0.5 else "mixed"
+    if sink < 0.5 and (time > 0.5) != (space > 0.5):
+        expected = "spatial" if time > 0.5 else "temporal"
+    assert kinds((1 - sink) * joint, torch.tensor([sink]), temporal, spatial) == [expected]
 
 
 def test_kinds():

@@ -128,8 +128,8 @@ def test_held_out_losses_are_of_what_training_shows_in_every_step():
     def attention(latent, sigma):
         return step_attention(Dense(), adapter.grid(latent), block=16)
 
-    def by_hand(image, frames):
-        x, v = noised(x0[:, :, :frames], noise_like(x0[:, :, :frames], 0, "validation", "a", frames), level)
+    def by_hand(image, frames, *key):
+        x, v = noised(x0[:, :, :frames], noise_like(x0[:, :, :frames], 0, *key), level)
         adapter.set_attention(attention(x, 0.6))
         with torch.no_grad():
             velocity = adapter.velocity(x, level, Conditions({"text": collate([clip], 0).text["text"]}, image=image))
@@ -137,7 +137,11 @@ def test_held_out_losses_are_of_what_training_shows_in_every_step():
 
     for share, frames, image in ((1.0, 3, {"first_frame": x0[:, :, :1]}), (1.0, 1, {}), (0.5, 3, {}), (0.0, 3, {})):
         found = loss_at(adapter, clip, frames, 0.6, attention, Objective(0, empty, first_frame=share))
-        assert found == pytest.approx(by_hand(image, frames), rel=1e-4)
+        assert found == pytest.approx(by_hand(image, frames, "validation", "a", frames), rel=1e-4)
+    middle = SigmaSchedule(1.5)  # 0.6 at its middle, where a single clip is
+    for share, image in ((1.0, {"first_frame": x0[:, :, :1]}), (0.5, {}), (0.0, {})):
+        (found,) = clip_losses(adapter, [clip], attention, middle, Objective(0, empty, first_frame=share), label="")
+        assert found == pytest.approx(by_hand(image, 3, "evaluation", "a"), rel=1e-4)
 
 
 def test_pictures_among_the_clips_are_no_first_frames():

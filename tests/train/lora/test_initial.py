@@ -48,6 +48,24 @@ def test_every_format_of_every_family_starts_a_lora(family, tmp_path):
                     torch.testing.assert_close(parameter.data, weights[key])
 
 
+def test_a_dora_starts_as_the_lora_that_it_is_started_from(tmp_path):
+    """Its norms are those of the tuned weight, so that at first it changes what the LoRA does."""
+    base = save_transformer("wan", tmp_path / "base")
+    weights = random_lora(load_transformer(base), TARGETS["wan"], 3)
+    model = load_transformer(base)
+    inject_lora(model, 3, 5, TARGETS["wan"], seed=0)
+    load_parameters(lora_parameters(model), weights)
+    expected, untuned = output(model, "wan"), output(load_transformer(base), "wan")
+    assert (expected - untuned).abs().max() > 1e-3
+    adapter = Adapter(folded(weights, 5), stand_in(base), {}, "base", "clip")
+    FORMATS["diffusers"](adapter, tmp_path / "diffusers")
+    model = load_transformer(base)
+    lora = read_lora(tmp_path / "diffusers", model)
+    inject_lora(model, 8, 4, TARGETS["wan"], seed=0, dora=True)
+    start_from(model, lora, 4 / 8)
+    torch.testing.assert_close(output(model, "wan"), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     config = run_config(tmp_path_factory.mktemp("init"), trainer__steps=2, optim__lr=1e-2, optim__warmup=0)

@@ -68,6 +68,18 @@ def test_what_peft_saves(base, model, tmp_path, settings):
     same(read_lora(tmp_path, model), changes(peft_model))
 
 
+def test_the_biases_that_peft_saves_have_the_factor_too(base, model, tmp_path):
+    """Against PEFT's own merge."""
+    peft_model = trained(base, r=4, lora_alpha=7, lora_bias=True)
+    peft_model.save_pretrained(str(tmp_path))
+    found, before = read_lora(tmp_path, model), load_transformer(base).state_dict()
+    after = peft_model.merge_and_unload().state_dict()
+    assert found.differences.keys() == {f"{layer}.bias" for layer in LAYERS}
+    for name, change in found.differences.items():
+        assert change.abs().max() > 0.01
+        torch.testing.assert_close(change, after[name] - before[name], rtol=1e-4, atol=1e-6)
+
+
 def test_what_diffusers_saves_with_its_metadata(base, model, tmp_path):
     """As its training scripts do: the scale is in the header alone."""
     peft_model = trained(base, r=4, lora_alpha=9)

@@ -16,6 +16,7 @@ from train.flow import noised
 from train.lora.layers import inject_lora
 from train.measures.euler import generate
 from train.models.conditions import Conditions
+from train.sample.denoise import noise_level
 
 TOKENS = (3, 4, 5)
 CPU = torch.device("cpu")
@@ -64,7 +65,12 @@ def test_sampling_is_the_stock_pipelines():
 
 @pytest.mark.parametrize("steps", [2, 7, 64])
 def test_the_noise_levels_are_the_pipelines(steps):
-    assert build("mochi").noise_levels(steps, 1.0) == pytest.approx(linear_quadratic_schedule(steps, 0.025))
+    adapter, levels = build("mochi"), linear_quadratic_schedule(steps, 0.025)
+    assert adapter.noise_levels(steps, 1.0) == pytest.approx(levels)
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    scheduler.set_timesteps(sigmas=np.array(levels))
+    # a step's attention follows its noise level, which the scheduler counts from noise to data
+    assert [noise_level(scheduler, step) for step in range(steps)] == pytest.approx(levels, abs=1e-6)
 
 
 def test_an_euler_step_of_the_stock_scheduler_returns_the_clean_latent():

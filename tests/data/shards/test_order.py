@@ -226,3 +226,12 @@ def test_a_mixture_goes_on_exactly(mixture: tuple[BatchOrder, list[float]], stop
 def test_a_weight_is_a_number_above_0() -> None:
     with pytest.raises(DataError, match="weight is 0, expected a number above 0"):
         BatchOrder([[A]], seed=0, global_batch=1, shuffle_window=1, weights=[0])
+
+
+def test_each_pass_of_a_weight_below_one_has_an_order_of_its_own():
+    """Else the same half of a shard's samples would always come in the same epoch."""
+    order = BatchOrder([[(3, 4, 4)] * 82], seed=5, global_batch=1, shuffle_window=8, weights=[0.5])
+    epochs = [{batch[0] for batch in order.epoch(epoch)} for epoch in range(6)]
+    for first, second in zip(epochs[::2], epochs[1::2], strict=True):
+        assert len(first) == len(second) == 41 and first | second == set(range(82))
+    assert len({frozenset(epoch) for epoch in epochs}) == 6

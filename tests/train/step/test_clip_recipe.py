@@ -1,12 +1,13 @@
 """The noise levels of a run: its shift by model, size and length, and from which level attention is dense."""
 
 import pytest
+import torch
 import yaml
 
 from train.config.changes import change_config
 from train.config.compose import compose_run, finish, read_config, run_names
 from train.models.families import family_of
-from train.step.clip_recipe import Recipes, clip_recipe
+from train.step.clip_recipe import Recipes, clip_recipe, dense_level
 from train.storage.run_folder import write_config
 
 
@@ -80,3 +81,13 @@ def test_the_shift_follows_resolution_and_length():
     assert shift(conf="wan_4x", objective__shift="7") == 7.0
     assert shift(conf="wan_4x", objective__shift_with_length="true") == pytest.approx(5 * (321 / 81) ** 0.5)
     assert shift(conf="wan_4x", model__shifts="{0: 2, 400: 4}") == 4.0
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 5.0), (7, 5.0)])
+def test_attention_is_dense_from_halfway_between_the_last_dense_step_and_the_next(steps, shift):
+    model = finish(compose_run({"conf": "wan_4x"})).model
+    u = torch.linspace(1, 1 / 1000, model.steps, dtype=torch.float64)
+    levels = shift * u / (1 + (shift - 1) * u)
+    middle = (levels[steps - 1] + levels[steps]).item() / 2
+    assert dense_level(model, steps, shift) == pytest.approx(middle, abs=2e-3)
+    assert dense_level(model, 0, shift) is None

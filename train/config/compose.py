@@ -135,7 +135,7 @@ def assign(config: DictConfig, key: str, text: str) -> None:
         if inner and not (text == "null" and may_be_none(get_type_hints(RunConfig).get(key))):
             raise UserError(f"{key} is a section, set its keys: {', '.join(inner)}")
         if not inner:
-            raise UserError(f"{key} is not a known key{guess(key, list(KEYS))}")
+            raise UserError(f"{key} is not a known key{guess(key, [*group_options(), *KEYS])}")
     known = KEYS.get(key)
     value: Any = expanded(text) if known is not None and known.is_path else text
     if text == "null":
@@ -153,7 +153,7 @@ def assign(config: DictConfig, key: str, text: str) -> None:
     try:
         OmegaConf.update(config, key, literal(value), merge=False, force_add=open_ended)
     except ConfigKeyError as error:
-        raise UserError(f"{key} is not a known key{guess(key, list(KEYS))}") from error
+        raise UserError(f"{key} is not a known key{guess(key, [*group_options(), *KEYS])}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{key} is {text!r}, expected {known.kind if known else 'another type'}") from error
 

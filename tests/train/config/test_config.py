@@ -77,6 +77,8 @@ def test_a_layout_that_shares_clips_among_too_few_gpus_is_left_to_the_preflight(
     [
         (["conf=wan_5x"], r"conf is 'wan_5x', expected one of .*; did you mean wan_4x\?"),
         (["stpes=3"], "stpes is not a known key"),
+        (["modl=wan_14b"], r"modl is not a known key; did you mean model\?"),
+        (["atention=dense"], r"atention is not a known key; did you mean attention\?"),
         (["trainer.stpes=3"], r"trainer.stpes is not a known key; did you mean trainer.steps\?"),
         (["trainer.steps=abc"], "trainer.steps is 'abc', expected a whole number"),
         (["trainer.steps=0"], "trainer.steps is 0, expected at least 1"),

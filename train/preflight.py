@@ -32,6 +32,7 @@ from train.models.loading import describe_model, encoder_of, sigma_range, tempor
 from train.planning import Budget, training_backend
 from train.planning.full_memory import check_memory
 from train.shards import training_shards, validation_shards
+from train.step.clip_recipe import check_expert
 from train.storage.checkpoints import checkpoints_of, weight_shapes
 from train.storage.inputs import hold_inputs
 from train.storage.resuming import check_changes
@@ -75,6 +76,7 @@ def preflight(config: RunConfig, *, elsewhere: bool = False, offline: bool = Fal
             "data.shards is not set, expected a folder of latent shards with a manifest.json "
             "(what python -m data.prepare makes; README, 'From videos to clips')"
         )
+    check_expert(config)
     stages = load_stages(config.data.stages)
     unseen = remote_shards(config) if offline else {}
     if config.data.shards is not None and "data.shards" not in unseen:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from train.attention.recipe import AttentionRecipe
 from train.config.schema import ClipConfig, ModelConfig, RunConfig
+from train.errors import UserError
 from train.flow import SigmaSchedule
 from train.models.families import family_of
+from train.models.loading import sigma_range
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,21 @@ def clip_recipe(config: RunConfig, clip: ClipConfig | None = None) -> ClipRecipe
         dense_sigma = dense_level(config.model, attention.dense_steps, shift)
     schedule = SigmaSchedule(shift, objective.density, objective.mean, objective.std)
     return ClipRecipe(schedule, AttentionRecipe.of(config, dense_sigma))
+
+
+def check_expert(config: RunConfig) -> None:
+    """Refuses one of two experts whose noise levels the density does not draw.
+
+    Raises:
+        UserError: naming the levels and the keys.
+    """
+    objective, bounds = config.objective, sigma_range(config.model)
+    low, _, high = clip_recipe(config).schedule.sides(None, bounds)
+    if high - low < 1e-6:  # quantiles nearer than this to 0 or 1 are not drawn
+        raise UserError(
+            f"model.expert={config.model.expert} trains noise levels from {bounds[0]:g} to {bounds[1]:g}, but "
+            f"objective.mean={objective.mean:g} and std={objective.std:g} draw none there: change them or the expert"
+        )
 
 
 def dense_level(model: ModelConfig, dense_steps: int, shift: float) -> float | None:

@@ -288,3 +288,10 @@ def test_what_does_not_fit_is_said(tmp_path):
     for expert in ("both", "low"):
         refused("has no transformer_2/config.json", model__expert=expert)
     preflight(run_config(tmp_path, **two(tmp_path, "high")))
+
+
+@pytest.mark.parametrize(("expert", "mean"), [("high", -4), ("low", 6)])
+def test_an_expert_whose_noise_levels_are_never_drawn_is_refused(tmp_path, expert, mean):
+    objective = {"objective__density": "logit_normal", "objective__mean": mean, "objective__std": 0.3}
+    with pytest.raises(UserError, match=f"model.expert={expert} trains noise levels .*objective.mean={mean} "):
+        preflight(run_config(tmp_path, **two(tmp_path, expert, objective__shift=3, **objective)))
